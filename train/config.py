@@ -1,0 +1,165 @@
+"""Settings of `memdec build`: one frozen dataclass per stage, read from YAML, unknown keys refused.
+
+The defaults suit a small corpus; configs/wikitext103.yaml holds the paper's set-up.
+"""
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+
+@dataclass(frozen=True)
+class CorpusSettings:
+    block_tokens: int = 512  # predicted tokens a block
+    validation_fraction: float = 0.05  # of the documents, unless a validation text is given
+
+
+@dataclass(frozen=True)
+class DatastoreSettings:
+    key: Literal["last_mlp_input", "final_hidden"] = "last_mlp_input"  # the paper's: the former
+    batch_blocks: int = 4  # blocks a forward pass
+    shard_blocks: int = 256  # blocks a file, and a step of resuming
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
+
+
+@dataclass(frozen=True)
+class IndexSettings:
+    kind: Literal["auto", "flat", "sq8", "pq"] = "auto"  # auto: by the number of keys
+    probes: int = 32  # inverted lists visited a query
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class TargetSettings:
+    neighbours: int = 256  # the paper's: 1024
+    temperature: float | None = None  # of exp(-distance / temperature); None: fitted
+    min_probability: float = 1e-4  # smaller target probabilities are dropped
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
+    layers: int = 4  # kept of the base
+    beta: float = 0.5  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
+    epochs: float = 20.0
+    learning_rate: float = 1e-3
+    warmup_fraction: float = 0.05
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+    batch_blocks: int = 8  # blocks an optimiser step
+    micro_batch_blocks: int = 4  # blocks a forward pass
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
+    checkpoint_seconds: float = 60.0
+    seed: int = 42
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    alpha: float | None = None  # None: calibrated on the validation text
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+@dataclass(frozen=True)
+class Settings:
+    corpus: CorpusSettings = field(default_factory=CorpusSettings)
+    datastore: DatastoreSettings = field(default_factory=DatastoreSettings)
+    index: IndexSettings = field(default_factory=IndexSettings)
+    targets: TargetSettings = field(default_factory=TargetSettings)
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    export: ExportSettings = field(default_factory=ExportSettings)
+
+
+RANGES: dict[str, tuple[float, float]] = {
+    "corpus.block_tokens": (8, 1 << 20),
+    "corpus.validation_fraction": (1e-6, 0.5),
+    "datastore.batch_blocks": (1, 1 << 16),
+    "datastore.shard_blocks": (1, 1 << 24),
+    "index.probes": (1, 1 << 20),
+    "targets.neighbours": (1, 1 << 16),
+    "targets.temperature": (1e-9, 1e9),
+    "targets.min_probability": (0, 0.5),
+    "memory.layers": (1, 1 << 10),
+    "memory.beta": (0, 1),
+    "memory.epochs": (1e-6, 1e6),
+    "memory.learning_rate": (1e-9, 1),
+    "memory.warmup_fraction": (0, 1),
+    "memory.weight_decay": (0, 1),
+    "memory.gradient_clip": (1e-9, 1e9),
+    "memory.batch_blocks": (1, 1 << 20),
+    "memory.micro_batch_blocks": (1, 1 << 20),
+    "memory.checkpoint_seconds": (0, 1e9),
+    "export.alpha": (0, 1),
+}
+
+
+def load_settings(path: Path | None) -> Settings:
+    """Return the settings of a YAML file, defaults for what it leaves out; ValueError if wrong."""
+    if path is None:
+        return Settings()
+    import yaml
+
+    if not path.is_file():
+        raise ValueError(f"settings file {path} does not exist: check --config.")
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    return parse_settings(values)
+
+
+def parse_settings(values: dict[str, Any]) -> Settings:
+    """Return Settings of {stage: {name: value}}, every name, type and range checked."""
+    stages = {f.name: f.default_factory for f in dataclasses.fields(Settings)}
+    if not isinstance(values, dict):
+        raise ValueError("settings must be a mapping of stages, as in configs/tiny.yaml.")
+    for stage, entries in values.items():
+        _check_name(stage, list(stages), "stage")
+        if not isinstance(entries, dict):
+            raise ValueError(f"settings of stage {stage} must be a mapping, got {entries!r}.")
+    return Settings(**{s: _parse_stage(s, make, values.get(s, {})) for s, make in stages.items()})
+
+
+def _parse_stage(stage: str, make: Any, entries: dict[str, Any]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(make)}
+    checked = {}
+    for name, value in entries.items():
+        _check_name(name, list(fields), f"setting of stage {stage}")
+        checked[name] = _convert(f"{stage}.{name}", value, fields[name].type)
+    return make(**checked)
+
+
+def _check_name(name: Any, known: list[str], what: str) -> None:
+    if name not in known:
+        close = difflib.get_close_matches(str(name), known, 1)
+        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
+        raise ValueError(f"unknown {what}: {name}; {hint}")
+
+
+def _convert(name: str, value: Any, kind: Any) -> Any:
+    if get_origin(kind) is Literal:
+        if value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, got {value!r}.")
+        return value
+    if value is None and kind == float | None:
+        return None
+    number = float if kind in (float, float | None) else int
+    if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
+        try:
+            value = float(value)
+        except ValueError:
+            raise ValueError(f"{name} must be a number, got {value!r}.") from None
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or number(value) != value:
+        kind_name = "an integer" if number is int else "a number"
+        raise ValueError(f"{name} must be {kind_name}, got {value!r}.")
+    low, high = RANGES.get(name, (float("-inf"), float("inf")))
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
+    return number(value)

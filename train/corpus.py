@@ -1,0 +1,208 @@
+"""Corpus stage: text files -> fixed-length token blocks.
+
+Documents are tokenised, closed with the end-of-text token and packed one after another into
+blocks of T+1 tokens; neighbouring blocks share one token, so that every token but a document's
+first is predicted once. Beside each token stands its position within its document (and block):
+positions restart at 0 where a document starts, which is also what keeps documents from seeing
+each other in training. A pair (token, next token) counts iff the position rises by one; the last
+block is filled with one-token documents, which hold no such pair.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.config import CorpusSettings
+
+SUFFIXES = (".txt", ".jsonl", ".parquet")
+SPLITS = ("train", "validation")
+TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once
+
+
+def corpus_files(path: Path) -> list[Path]:
+    """Return the corpus files at path (a file or a folder of them), or raise ValueError."""
+    if not path.exists():
+        raise ValueError(f"corpus {path} does not exist: check the path given as --corpus.")
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    kept = [p for p in files if p.suffix in SUFFIXES]
+    if not kept:
+        raise ValueError(f"corpus {path} holds no file ending in {', '.join(SUFFIXES)}.")
+    return kept
+
+
+def read_documents(path: Path) -> Iterator[str]:
+    """Yield the documents of one file: a .txt is one, a .jsonl or .parquet row is one."""
+    if path.suffix == ".parquet":
+        yield from _read_parquet(path)
+        return
+    try:
+        if path.suffix == ".txt":
+            yield _checked_text(path.read_text(encoding="utf-8"), path)
+            return
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _checked_text(_json_text(line, path, number), path)
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out."
+        ) from None
+
+
+def _json_text(line: str, path: Path, number: int) -> str:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise ValueError(f"{path}, line {number}: every row needs a string field `text`.")
+    return row["text"]
+
+
+def _read_parquet(path: Path) -> Iterator[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            if "text" not in file.schema_arrow.names:
+                raise ValueError(f"{path}: a parquet corpus needs a string column `text`.")
+            for batch in file.iter_batches(columns=["text"]):
+                for text in batch.column(0).to_pylist():
+                    if not isinstance(text, str):
+                        raise ValueError(f"{path}: column `text` holds a value that is no string.")
+                    yield text
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a readable parquet file ({error}).") from None
+
+
+def _checked_text(text: str, path: Path) -> str:
+    if "\0" in text:
+        raise ValueError(f"{path} is binary, not text: convert it to UTF-8 or leave it out.")
+    return text
+
+
+def build_corpus(
+    settings: CorpusSettings, base: str, corpus: Path, validation: Path | None, work: Path
+) -> None:
+    """Write tokens-SPLIT.i32 and positions-SPLIT.i32, each [blocks, T+1] int32, and corpus.json.
+
+    Without a validation path every n-th document is held out; a corpus of too few documents
+    gives its last blocks instead.
+    """
+    from transformers import AutoTokenizer
+
+    from vllm_memdec.checkpoint import tokenizer_fingerprint
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {base} has no end-of-text token: set eos_token.")
+    documents = _tokenise(tokenizer, corpus)
+    if not documents:
+        raise ValueError(f"corpus {corpus} is empty: it holds no text.")
+    if validation is not None:
+        splits = {"train": documents, "validation": _tokenise(tokenizer, validation)}
+    else:
+        splits = split_documents(documents, settings.validation_fraction, settings.block_tokens)
+    counts: dict[str, Any] = {}
+    for name in SPLITS:
+        n_tokens = sum(len(document) for document in splits[name])
+        if n_tokens < settings.block_tokens + 1:
+            raise ValueError(
+                f"the {name} text has {n_tokens} tokens, less than one block of "
+                f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
+            )
+        tokens, positions = pack(splits[name], settings.block_tokens, tokenizer.eos_token_id)
+        tokens.tofile(work / f"tokens-{name}.i32")
+        positions.tofile(work / f"positions-{name}.i32")
+        counts[name] = {
+            "blocks": len(tokens),
+            "tokens": n_tokens,
+            "documents": len(splits[name]),
+            "rows": int(valid_rows(positions).sum()),
+        }
+    counts["block_tokens"] = settings.block_tokens
+    counts["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
+    write_json(work / "corpus.json", counts)
+
+
+def _tokenise(tokenizer: Any, path: Path) -> list[np.ndarray]:
+    """Return each non-empty document's token ids, closed with the end-of-text token."""
+    documents: list[np.ndarray] = []
+
+    def flush(texts: list[str]) -> None:
+        for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else []:
+            if ids and ids[-1] == tokenizer.eos_token_id:
+                ids = ids[:-1]
+            documents.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+
+    texts: list[str] = []
+    for file in corpus_files(path):
+        for text in read_documents(file):
+            if text.strip():
+                texts.append(text)
+            if len(texts) == TOKENIZER_BATCH:
+                flush(texts)
+                texts = []
+    flush(texts)
+    return documents
+
+
+def split_documents(
+    documents: list[np.ndarray], fraction: float, block_tokens: int
+) -> dict[str, list[np.ndarray]]:
+    """Hold out every n-th document, or the tail of the text if documents are too few or long."""
+    every = max(2, round(1 / fraction))
+    held_out = documents[every - 1 :: every]
+    if sum(len(d) for d in held_out) > block_tokens:
+        kept = [d for i, d in enumerate(documents) if i % every != every - 1]
+        return {"train": kept, "validation": held_out}
+    stream = np.concatenate(documents)
+    cut = len(stream) - max(block_tokens + 1, int(len(stream) * fraction))
+    train, taken = [], 0
+    validation = []
+    for document in documents:
+        here = min(max(cut - taken, 0), len(document))
+        if here:
+            train.append(document[:here])
+        if here < len(document):
+            validation.append(document[here:])
+        taken += len(document)
+    return {"train": train, "validation": validation}
+
+
+def pack(
+    documents: Iterable[np.ndarray], block_tokens: int, filler: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and positions, both [blocks, T+1] int32, of documents packed in order."""
+    documents = list(documents)
+    stream = np.concatenate(documents)
+    position = np.concatenate([np.arange(len(d), dtype=np.int32) for d in documents])
+    n_blocks = -(-max(len(stream) - 1, 1) // block_tokens)
+    padding = n_blocks * block_tokens + 1 - len(stream)
+    stream = np.concatenate([stream, np.full(padding, filler, dtype=np.int32)])
+    position = np.concatenate([position, np.zeros(padding, dtype=np.int32)])
+    index = np.arange(n_blocks)[:, None] * block_tokens + np.arange(block_tokens + 1)[None, :]
+    tokens, positions = stream[index], position[index]
+    # A document that runs on from the block before restarts at 0: its context is not here.
+    carried = np.where(np.minimum.accumulate(positions, axis=1) > 0, positions[:, :1], 0)
+    return tokens, positions - carried
+
+
+def valid_rows(positions: np.ndarray) -> np.ndarray:
+    """Return a mask [blocks, T]: does (t, t+1) lie within one document?"""
+    return positions[:, 1:] == positions[:, :-1] + 1
+
+
+def load_blocks(corpus: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and positions of a split, both [blocks, T+1], memory-mapped."""
+    width = json.loads((corpus / "corpus.json").read_text())["block_tokens"] + 1
+    tokens, positions = (
+        np.memmap(corpus / f"{kind}-{split}.i32", dtype=np.int32, mode="r").reshape(-1, width)
+        for kind in ("tokens", "positions")
+    )
+    return tokens, positions

@@ -1,0 +1,134 @@
+"""Datastore stage: token blocks -> (key, next token) of every valid row, in shards.
+
+A key is a hidden state of the base after a context, a value the token that followed. Rows are
+numbered through all blocks in order, counting valid pairs only; that number is the row's id in
+the index and in the targets.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_memdec.train.artifacts import write_atomic
+from vllm_memdec.train.config import DatastoreSettings
+from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.progress import Progress
+
+
+class _KeyReached(Exception):
+    """Ends a forward pass at the key layer: what follows it is not needed."""
+
+
+def device() -> torch.device:
+    """Return the GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load_model(folder: str, dtype: str = "float32", where: torch.device | None = None) -> Any:
+    """Return the causal LM of a folder in eval mode, or raise ValueError in one sentence."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    except (OSError, ValueError, KeyError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"no causal LM could be loaded from {folder}: {first_line}") from None
+    return model.eval().to(where or device())
+
+
+def last_mlp(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the MLP of the last transformer block, whatever the architecture calls it."""
+    layers = max(
+        (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len
+    )
+    for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe"):
+        if hasattr(layers[-1], name):
+            return getattr(layers[-1], name)
+    raise ValueError(
+        f"{type(model).__name__} has no MLP module known here: set datastore.key to final_hidden."
+    )
+
+
+def hidden_keys(
+    model: torch.nn.Module, key: str, tokens: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Return keys [B, T, D] of blocks [B, T]: the last MLP's input, or the final hidden state."""
+    if key == "final_hidden":
+        out = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        return out.last_hidden_state
+    reached = []
+
+    def stop(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        reached.append(args[0] if args else kwargs["hidden_states"])
+        raise _KeyReached
+
+    handle = last_mlp(model).register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with contextlib.suppress(_KeyReached):
+            model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+    finally:
+        handle.remove()
+    return reached[0].reshape(*tokens.shape, -1)
+
+
+@torch.inference_mode()
+def embed(
+    model: torch.nn.Module, key: str, tokens: np.ndarray, positions: np.ndarray, batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1]."""
+    for start in range(0, len(tokens), batch):
+        block = torch.from_numpy(tokens[start : start + batch].astype(np.int64))
+        position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
+        valid = torch.from_numpy(valid_rows(position.numpy()))
+        where = model.device
+        keys = hidden_keys(model, key, block[:, :-1].to(where), position[:, :-1].to(where))
+        kept = keys[valid.to(where)].to(torch.float16).cpu().numpy()
+        if not np.isfinite(kept).all():
+            raise ValueError("a key is too large for fp16: set datastore.key to the other layer.")
+        yield kept, block[:, 1:][valid].numpy().astype(np.int32)
+
+
+def build_datastore(
+    settings: DatastoreSettings, base: str, corpus: Path, work: Path, progress: Progress
+) -> None:
+    """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
+    tokens, positions = load_blocks(corpus, "train")
+    model = load_model(base, settings.dtype)
+    n_shards = -(-len(tokens) // settings.shard_blocks)
+    with progress.task("datastore", len(tokens), "blocks") as advance:
+        for shard in range(n_shards):
+            part = slice(shard * settings.shard_blocks, (shard + 1) * settings.shard_blocks)
+            n_blocks = len(tokens[part])
+            labels_file = work / f"labels-{shard:05d}.npy"
+            if labels_file.exists():  # written after the keys: both are whole
+                advance(n_blocks, done_before=True)
+                continue
+            keys, labels = [], []
+            for batch_keys, batch_labels in embed(
+                model, settings.key, tokens[part], positions[part], settings.batch_blocks
+            ):
+                keys.append(batch_keys)
+                labels.append(batch_labels)
+                advance(min(settings.batch_blocks, n_blocks))
+                n_blocks -= settings.batch_blocks
+            save_array(work / f"keys-{shard:05d}.npy", np.concatenate(keys))
+            save_array(labels_file, np.concatenate(labels))
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    """Write an .npy file that is whole or absent."""
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    write_atomic(path, write)
+
+
+def shards(folder: Path, name: str) -> list[np.ndarray]:
+    """Return the shards NAME-*.npy of an artifact in order, memory-mapped."""
+    return [np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))]

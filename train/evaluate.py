@@ -1,0 +1,62 @@
+"""Score text with a causal LM: log-probabilities of the true tokens, and what follows from them."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_memdec.train.corpus import valid_rows
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.trainer import HEAD_ROWS, head
+
+ALPHAS = np.linspace(0, 1, 101)
+
+
+@torch.inference_mode()
+def label_logprobs(
+    model: Any,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    batch: int,
+    progress: Progress,
+    name: str,
+) -> np.ndarray:
+    """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1]."""
+    where = model.device
+    found = []
+    with progress.task(f"scoring with {name}", len(tokens), "blocks") as advance:
+        for start in range(0, len(tokens), batch):
+            block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(where)
+            position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
+            mask = torch.from_numpy(valid_rows(position.numpy())).to(where)
+            h_ND = model.base_model(
+                input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
+            ).last_hidden_state[mask]
+            labels_N = block[:, 1:][mask]
+            for h_PD, labels_P in zip(
+                h_ND.split(HEAD_ROWS), labels_N.split(HEAD_ROWS), strict=True
+            ):
+                logits_PV = head(model, h_PD).float()
+                chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
+                found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
+            advance(len(block))
+    return np.concatenate(found)
+
+
+def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float) -> np.ndarray:
+    """Return log((1-alpha) p_base + alpha p_memory) [N] of log-probabilities."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(base_N + np.log1p(-alpha), memory_N + np.log(alpha))
+
+
+def perplexity(logprobs_N: np.ndarray) -> float:
+    """Return exp of the mean negative log-probability."""
+    return float(np.exp(-logprobs_N.mean()))
+
+
+def best_alpha(base_N: np.ndarray, memory_N: np.ndarray) -> float:
+    """Return the weight of the memory with the lowest perplexity, to two digits.
+
+    The likelihood is concave in alpha, so a grid cannot miss a second optimum.
+    """
+    return float(min(ALPHAS, key=lambda a: perplexity(mix(base_N, memory_N, a))))

@@ -1,0 +1,72 @@
+"""Progress for people: a bar with speed and time left, and an estimate before a long stage."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as Bar
+
+ESTIMATE_AFTER = 3.0  # seconds of work an estimate is based on
+LONG = 20.0  # seconds; shorter tasks need no estimate
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration as people say it."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Progress:
+    """Draws one bar a task on a terminal; prints plain lines elsewhere."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
+        self.seconds: dict[str, float] = {}  # per task of this run
+
+    def say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def task(self, name: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
+        """Yield advance(count, done_before=False); work done before a resume has no speed."""
+        started = time.monotonic()
+        bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            MofNCompleteColumn(),
+            TextColumn(unit),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        done = {"before": 0.0, "now": 0.0, "said": False}
+        with bar:
+            task_id = bar.add_task(name, total=total)
+
+            def advance(count: float, done_before: bool = False) -> None:
+                done["before" if done_before else "now"] += count
+                bar.update(task_id, advance=count)
+                elapsed = time.monotonic() - started
+                if not done["said"] and done["now"] and elapsed > ESTIMATE_AFTER:
+                    done["said"] = True
+                    speed = done["now"] / elapsed
+                    left = (total - done["before"] - done["now"]) / speed
+                    if left > LONG:
+                        self.say(f"{name}: {speed:.3g} {unit}/s, about {human_seconds(left)} to go")
+
+            yield advance
+        self.seconds[name] = time.monotonic() - started
+        self.say(f"{name}: {total:.6g} {unit} in {human_seconds(self.seconds[name])}")

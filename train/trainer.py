@@ -1,0 +1,252 @@
+"""Memory stage: train the memory on the sparse kNN targets.
+
+One step: a batch of blocks through the memory's trunk once, then its head and the loss in chunks
+of rows, so that logits never exist for the whole batch. Checkpoints are whole or absent; a
+resumed run repeats the undisturbed one, step for step.
+"""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_memdec.train.artifacts import LOGS, write_atomic
+from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.datastore import device, shards
+from vllm_memdec.train.decoder import build_memory
+from vllm_memdec.train.loss import SparseRows, sparse_loss
+from vllm_memdec.train.progress import Progress
+
+HEAD_ROWS = 512  # rows whose logits exist at once
+CHECKPOINT = "checkpoint.pt"
+
+
+class TargetReader:
+    """Reads the rows of a block from the target shards, memory-mapped."""
+
+    def __init__(self, targets: Path, valid: np.ndarray) -> None:
+        """valid [blocks, T] is the corpus's mask of rows, in block order."""
+        self.row_start = np.r_[0, np.cumsum(valid.sum(axis=1))]
+        names = ("offsets", "ids", "probs", "labels")
+        self.shards = list(zip(*(shards(targets, name) for name in names), strict=True))
+        self.shard_start = np.r_[0, np.cumsum([len(labels) for *_, labels in self.shards])]
+        if self.shard_start[-1] != self.row_start[-1]:
+            raise ValueError(
+                f"{targets} holds {self.shard_start[-1]} rows, the corpus {self.row_start[-1]}: "
+                "delete the targets folder and build again."
+            )
+
+    def read(self, block: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return (row lengths, ids, probabilities) of a block, its labels checked against ours."""
+        shard = int(np.searchsorted(self.shard_start, self.row_start[block], side="right")) - 1
+        first = self.row_start[block] - self.shard_start[shard]
+        last = self.row_start[block + 1] - self.shard_start[shard]
+        offsets, ids, probs, stored = self.shards[shard]
+        if not np.array_equal(stored[first:last], labels):
+            raise ValueError(
+                f"targets shard {shard} is not aligned with block {block} of the corpus: "
+                "delete the targets folder and build again."
+            )
+        bounds = offsets[first : last + 1]
+        part = slice(bounds[0], bounds[-1])
+        return np.diff(bounds), ids[part], probs[part].astype(np.float32)
+
+
+class Batches:
+    """Shuffled batches of blocks: which blocks a step sees depends on seed and step alone."""
+
+    def __init__(self, settings: MemorySettings, corpus: Path, targets: Path) -> None:
+        self.tokens, self.positions = load_blocks(corpus, "train")
+        self.valid = valid_rows(self.positions)
+        self.reader = TargetReader(targets, self.valid)
+        self.seed = settings.seed
+        self.size = min(settings.batch_blocks, len(self.tokens))
+        self.per_epoch = len(self.tokens) // self.size
+        self.steps = max(1, round(settings.epochs * len(self.tokens) / self.size))
+
+    def blocks(self, step: int) -> np.ndarray:
+        """Return the block numbers of a step; each epoch is a new permutation."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens))
+        return order[place * self.size : (place + 1) * self.size]
+
+    def load(
+        self, blocks: np.ndarray, where: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseRows]:
+        """Return tokens, positions, mask (all [B, T]), labels [rows] and targets of some blocks."""
+        tokens = self.tokens[blocks].astype(np.int64)
+        mask = self.valid[blocks]
+        pieces = [self.reader.read(int(b), tokens[i, 1:][mask[i]]) for i, b in enumerate(blocks)]
+        lengths = np.concatenate([p[0] for p in pieces])
+        targets = SparseRows(
+            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(where),
+            torch.from_numpy(np.concatenate([p[1] for p in pieces]).astype(np.int64)).to(where),
+            torch.from_numpy(np.concatenate([p[2] for p in pieces])).to(where),
+        )
+        positions = self.positions[blocks][:, :-1].astype(np.int64)
+        return (
+            torch.from_numpy(tokens[:, :-1]).to(where),
+            torch.from_numpy(positions).to(where),
+            torch.from_numpy(mask).to(where),
+            torch.from_numpy(tokens[:, 1:][mask]).to(where),
+            targets,
+        )
+
+
+def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
+    """Return the factor of the peak rate: linear warm-up, then cosine decay to a tenth."""
+    warmup = max(1, round(steps * warmup_fraction))
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def add_gradients(
+    model: Any, batches: Batches, blocks: np.ndarray, rows: int, settings: MemorySettings
+) -> np.ndarray:
+    """Backpropagate one micro-batch, scaled by 1/rows; return its summed [KL, cross-entropy]."""
+    where = next(model.parameters()).device
+    tokens, positions, mask, labels, targets = batches.load(blocks, where)
+    autocast = (
+        torch.autocast(where.type, dtype=torch.bfloat16)
+        if settings.dtype == "bfloat16"
+        else contextlib.nullcontext()
+    )
+    sums = torch.zeros(2, dtype=torch.float64)
+    with autocast:
+        trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+        h_ND = trunk.last_hidden_state[mask]
+        # The head runs on a leaf, chunk by chunk; the trunk gets the collected gradient once.
+        leaf_ND = h_ND.detach().requires_grad_()
+        for start in range(0, len(leaf_ND), HEAD_ROWS):
+            part = slice(start, start + HEAD_ROWS)
+            logits_NV = head(model, leaf_ND[part])
+            total, kl, ce = sparse_loss(
+                logits_NV, labels[part], targets.slice(start, start + HEAD_ROWS), settings.beta
+            )
+            (total / rows).backward()
+            sums += torch.stack([kl, ce]).double().cpu()
+    h_ND.backward(leaf_ND.grad)
+    return sums.numpy()
+
+
+def head(model: Any, h_ND: torch.Tensor) -> torch.Tensor:
+    """Return logits [N, V] of final hidden states, with the scaling some architectures add."""
+    logits_NV = model.get_output_embeddings()(h_ND)
+    config = model.config
+    if getattr(config, "logit_scale", None):  # Cohere
+        logits_NV = logits_NV * config.logit_scale
+    if getattr(config, "logits_scaling", None):  # Granite
+        logits_NV = logits_NV / config.logits_scaling
+    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        cap = config.final_logit_softcapping
+        logits_NV = torch.tanh(logits_NV / cap) * cap
+    return logits_NV
+
+
+def train_memory(
+    settings: MemorySettings,
+    base: str,
+    corpus: Path,
+    targets: Path,
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Write the trained memory (weights and config), and logs/ with metrics and a loss curve."""
+    batches = Batches(settings, corpus, targets)
+    model = build_memory(settings, base).to(device()).train()
+    optimizer = torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+    logs = work / LOGS
+    logs.mkdir(exist_ok=True)
+    metrics: list[dict[str, float]] = []
+    step = 0
+    if (work / CHECKPOINT).exists():
+        state = torch.load(work / CHECKPOINT, weights_only=True, map_location=device())
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, metrics = state["step"], state["metrics"]
+        progress.say(f"memory: resuming at step {step} of {batches.steps}")
+
+    def save_checkpoint() -> None:
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "step": step,
+            "metrics": metrics,
+        }
+        write_atomic(work / CHECKPOINT, lambda p: torch.save(state, p))
+
+    saved = time.monotonic()
+    started_at = step
+    with progress.task("memory: training", batches.steps, "steps") as advance:
+        advance(started_at, done_before=True)
+        while step < batches.steps:
+            began = time.monotonic()
+            blocks = batches.blocks(step)
+            rows = int(batches.valid[blocks].sum())
+            factor = learning_rate_factor(step, batches.steps, settings.warmup_fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            sums = np.zeros(2)
+            for start in range(0, len(blocks), settings.micro_batch_blocks):
+                micro = blocks[start : start + settings.micro_batch_blocks]
+                sums += add_gradients(model, batches, micro, rows, settings)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            kl, ce = (sums / max(rows, 1)).tolist()
+            metrics.append(
+                {
+                    "step": step,
+                    "kl": kl,
+                    "ce": ce,
+                    "rows": rows,
+                    "rows_per_second": rows / (time.monotonic() - began),
+                }
+            )
+            if not math.isfinite(kl + ce):
+                raise ValueError(
+                    f"the loss is no longer finite at step {step}: lower memory.learning_rate."
+                )
+            advance(1)
+            if time.monotonic() - saved >= settings.checkpoint_seconds:
+                save_checkpoint()
+                saved = time.monotonic()
+    model.to(torch.float32).save_pretrained(work)
+    write_atomic(
+        logs / "metrics.jsonl",
+        lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in metrics)),
+    )
+    plot_loss(metrics, settings.beta, logs / "loss.png")
+    (work / CHECKPOINT).unlink(missing_ok=True)
+
+
+def plot_loss(metrics: list[dict[str, float]], beta: float, path: Path) -> None:
+    """Draw the two losses over the steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    steps = [row["step"] for row in metrics]
+    axes.plot(steps, [row["kl"] for row in metrics], label="KL(kNN || memory)")
+    axes.plot(steps, [row["ce"] for row in metrics], label="cross-entropy")
+    axes.set(xlabel="step", ylabel="nats per token", title=f"memory training, beta = {beta:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

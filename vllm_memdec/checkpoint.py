@@ -1,0 +1,98 @@
+"""The contract between training and serving: the `memdec` block of a memory's config.json.
+
+A memory is a plain Hugging Face causal-LM folder. `memdec build` adds one JSON object under the
+key `memdec` of its config.json; serving reads it. Nothing else is shared between the two halves.
+The module needs only the standard library and, for tokenizers, transformers.
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class MemoryBlock:
+    """What a memory says of itself in config.json."""
+
+    alpha: float  # weight of the memory in the mixture, calibrated on validation text
+    tokenizer_fingerprint: str  # of the tokenizer it was compiled with, see tokenizer_fingerprint()
+    base: str  # name of the model it was compiled from
+    temperature: float  # of the kNN distribution it was trained to reproduce
+    provenance: dict[str, Any] = field(default_factory=dict)  # versions, settings, artifact hashes
+    format_version: int = FORMAT_VERSION
+
+
+def check_alpha(alpha: Any, name: str = "alpha") -> float:
+    """Return alpha as a float, or raise ValueError unless it is a number between 0 and 1."""
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
+        raise ValueError(f"{name} must be a number between 0 and 1, got {alpha!r}.")
+    return float(alpha)
+
+
+def read_block(folder: str | Path) -> MemoryBlock | None:
+    """Return the memdec block of a model folder, or None if its config.json has none.
+
+    Raises ValueError if the folder or its config.json is missing, or the block is unusable.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(
+            f"{folder} is not a model folder: it has no config.json. "
+            "Give the `export` folder of a `memdec build`, or a Hugging Face causal-LM folder."
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): copy the memory again.") from None
+    return parse_block(config.get("memdec"), str(path))
+
+
+def parse_block(block: Any, where: str) -> MemoryBlock | None:
+    """Return the block found under `memdec` in a config, checked; None stays None."""
+    if block is None:
+        return None
+    version = block.get("format_version") if isinstance(block, dict) else None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{where}: memdec format version {version!r} is not supported "
+            f"(this release reads {FORMAT_VERSION}): build the memory again."
+        )
+    try:
+        result = MemoryBlock(**block)
+    except TypeError as error:
+        raise ValueError(f"{where}: broken memdec block ({error}): build it again.") from None
+    check_alpha(result.alpha, f"{where}: memdec.alpha")
+    if not (isinstance(result.temperature, (int, float)) and math.isfinite(result.temperature)):
+        raise ValueError(f"{where}: memdec.temperature is not a number: build the memory again.")
+    return result
+
+
+def write_block(folder: str | Path, block: MemoryBlock) -> None:
+    """Put the block into the config.json of a Hugging Face model folder."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config["memdec"] = asdict(block)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def tokenizer_vocabulary(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Return (learned tokens, added tokens) of a Hugging Face tokenizer, each token -> id."""
+    added = {str(token): index for index, token in tokenizer.added_tokens_decoder.items()}
+    learned = {t: i for t, i in tokenizer.get_vocab().items() if t not in added}
+    return learned, added
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return the SHA-256 of a tokenizer's learned vocabulary (token -> id).
+
+    A mixture adds probabilities of equal ids, so what must agree is which text an id stands for.
+    Added tokens stay out: models of one family (Qwen2 and Qwen2.5) differ in nothing else.
+    """
+    learned, _ = tokenizer_vocabulary(tokenizer)
+    items = sorted(learned.items(), key=lambda item: item[1])
+    return hashlib.sha256(json.dumps(items, ensure_ascii=True).encode()).hexdigest()
