@@ -7,6 +7,7 @@ stage, settings, inputs and every file's content: equal hashes mean equal result
 """
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -19,7 +20,9 @@ from typing import Any
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
+PLAN = "plan.json"  # of a working folder: what it is to become
 LOGS = "logs"
+HASHED = ("schema", "stage", "settings", "inputs", "files")  # of a manifest
 PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
 
 
@@ -84,13 +87,30 @@ def open_artifact(path: Path) -> Artifact | None:
     """Return the artifact in a folder, or None if there is none or a file of it is damaged."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        sizes_agree = all(
+        whole = manifest["hash"] == json_sha256({key: manifest[key] for key in HASHED}) and all(
             (path / name).stat().st_size == entry["bytes"]
             for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Artifact(path, manifest) if sizes_agree and manifest.get("schema") == SCHEMA else None
+    return Artifact(path, manifest) if whole else None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Create a folder and hold it for this process; ValueError if another one has it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(f"{folder} is a file, not a folder: give another --output.") from None
+    with open(folder / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any exit
+        except BlockingIOError:
+            raise ValueError(
+                f"another memdec build is writing to {folder}: wait for it, or give another folder."
+            ) from None
+        yield
 
 
 def build_artifact(
@@ -108,42 +128,53 @@ def build_artifact(
     """
     plan = {"schema": SCHEMA, "stage": stage, "settings": settings, "inputs": inputs}
     found = open_artifact(path)
-    if found is not None and all(found.manifest.get(key) == plan[key] for key in plan):
+    if found is not None and all(found.manifest[key] == plan[key] for key in plan):
         say(f"{stage}: up to date")
         return found
     if path.exists():
         why = "its settings or inputs changed" if found is not None else "it is damaged"
         say(f"{stage}: building again, {why}")
     work = path.with_name(path.name + ".partial")
-    plan_file = work / "plan.json"
-    if work.exists():
-        try:
-            resumable = json.loads(plan_file.read_text()) == plan
-        except (OSError, ValueError):
-            resumable = False
-        if resumable:
-            say(f"{stage}: resuming")
-        else:
+    if _read_plan(work) == plan:
+        say(f"{stage}: resuming")
+        for leftover in work.rglob("*.tmp"):
+            leftover.unlink()
+    else:
+        if work.exists():
+            say(f"{stage}: starting over, the unfinished work was for other settings or inputs")
             shutil.rmtree(work)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(plan_file, plan)
-    make(work)
-    files = {
-        str(p.relative_to(work)): {"bytes": p.stat().st_size, "sha256": file_sha256(p)}
-        for p in _data_files(work)
-    }
-    content = plan | {"files": files}
-    manifest = content | {"hash": json_sha256(content), "versions": versions()}
-    write_json(work / MANIFEST, manifest)
-    plan_file.unlink()
+        work.mkdir(parents=True)
+        write_json(work / PLAN, plan)
+    if open_artifact(work) is None:  # else it was killed just before it got its name
+        make(work)
+        names = sorted(str(p.relative_to(work)) for p in _data_files(work))
+        content = plan | {"files": {name: _seal(work / name) for name in names}}
+        manifest = content | {"hash": json_sha256(content), "versions": versions()}
+        write_json(work / MANIFEST, manifest)
     if path.exists():
         shutil.rmtree(path)
     os.replace(work, path)
-    return Artifact(path, manifest)
+    (path / PLAN).unlink()
+    return Artifact(path, json.loads((path / MANIFEST).read_text()))
+
+
+def _read_plan(work: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((work / PLAN).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Force a file onto the disk; return its manifest entry."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    for p in sorted(folder.rglob("*")):
+    for p in folder.rglob("*"):
         relative = p.relative_to(folder)
-        if p.is_file() and relative.parts[0] != LOGS and p.name not in (MANIFEST, "plan.json"):
+        if p.is_file() and relative.parts[0] != LOGS and p.name not in (MANIFEST, PLAN):
             yield p

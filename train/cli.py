@@ -1,8 +1,12 @@
 """The `memdec` command. `memdec build` compiles a corpus into a memory."""
 
+import contextlib
 import errno
+import json
 import os
+import shlex
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +16,24 @@ from vllm_memdec.train.config import load_settings
 from vllm_memdec.train.progress import Progress
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+# How libraries say that a disk or a quota is full, where they do not raise an OSError that does.
+FULL = (
+    "No space left",
+    "File too large",
+    "Not enough free space",
+    "requested and",  # numpy: "10 requested and 3 written"
+    "PytorchStreamWriter failed",
+    "inline_container.cc",
+)
+# Models are folders on this machine, nothing is looked up on a hub; and we tell the progress.
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
 
 
 @app.callback()
@@ -30,44 +52,59 @@ def build(
     ] = None,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
-    from vllm_memdec.train.pipeline import build as run
-
     progress = Progress()
-    export = run(base, corpus, output, load_settings(config), validation, progress)
-    progress.say(f"The memory is {export.path}. Serve it beside its base:")
-    progress.say(
-        f"vllm serve {base} --model-impl memdec --additional-config "
-        f'\'{{"memdec": {{"model": "{export.path}"}}}}\''
-    )
+    with explained(progress):
+        settings = load_settings(config)
+        from vllm_memdec.train.pipeline import build as run
+
+        export = run(base, corpus, output, settings, validation, progress)
+        block = shlex.quote(json.dumps({"memdec": {"model": str(export.path)}}))
+        progress.say(f"The memory is {export.path}. Serve it beside its base:")
+        progress.say(
+            f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
+        )
 
 
-def explain(error: BaseException) -> str | None:
+@contextlib.contextmanager
+def explained(progress: Progress) -> Iterator[None]:
+    """End the command with one sentence for an error a user can mend; let our defects through."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        progress.say("Stopped. Run the same command again to go on.")
+        raise typer.Exit(128 + signal.SIGINT) from None
+    except Exception as error:
+        sentence = explain(error)
+        if sentence is None:
+            raise
+        progress.say(f"memdec: {sentence}")
+        raise typer.Exit(1) from None
+
+
+def explain(error: Exception) -> str | None:
     """Return one sentence for an error a user can mend, None for a defect of ours."""
-    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or "No space left" in str(error) or "PytorchStreamWriter failed" in str(error):
+    number = error.errno if isinstance(error, OSError) else None
+    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    if full or not isinstance(error, ValueError) and any(text in str(error) for text in FULL):
         return "the disk is full: free some space and run again, finished parts are kept."
+    if (
+        isinstance(error, MemoryError)
+        or "out of memory" in str(error)
+        or "t allocate" in str(error)
+    ):
+        return "out of memory: lower datastore.batch_blocks, or memory.micro_batch_blocks."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"no permission for {error.filename}: choose a place you may read or write."
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     return None
 
 
 def main() -> None:
-    """Run the command; a user's error ends it with one sentence and exit code 1."""
-    # Models are folders on this machine: nothing is looked up on a hub.
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    try:
-        app(standalone_mode=True)
-    except KeyboardInterrupt:
-        Progress().say("Stopped. Run the same command again to go on.")
-        raise SystemExit(128 + signal.SIGINT) from None
-    except Exception as error:
-        sentence = explain(error)
-        if sentence is None:
-            raise
-        Progress().say(f"memdec: {sentence}")
-        raise SystemExit(1) from None
+    """Run the command."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    app()
 
 
 if __name__ == "__main__":

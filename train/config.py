@@ -5,7 +5,6 @@ The defaults suit a small corpus; configs/wikitext103.yaml holds the paper's set
 
 import dataclasses
 import difflib
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -52,6 +51,7 @@ class MemorySettings:
     batch_blocks: int = 8  # blocks an optimiser step
     micro_batch_blocks: int = 4  # blocks a forward pass
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
+    sampled_negatives: int | None = None  # columns beside the corpus's own; None: all, see head.py
     checkpoint_seconds: float = 60.0
     seed: int = 42
 
@@ -78,6 +78,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "datastore.batch_blocks": (1, 1 << 16),
     "datastore.shard_blocks": (1, 1 << 24),
     "index.probes": (1, 1 << 20),
+    "index.seed": (0, (1 << 31) - 1),
     "targets.neighbours": (1, 1 << 16),
     "targets.temperature": (1e-9, 1e9),
     "targets.min_probability": (0, 0.5),
@@ -90,7 +91,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "memory.gradient_clip": (1e-9, 1e9),
     "memory.batch_blocks": (1, 1 << 20),
     "memory.micro_batch_blocks": (1, 1 << 20),
+    "memory.sampled_negatives": (1, 1 << 24),
     "memory.checkpoint_seconds": (0, 1e9),
+    "memory.seed": (0, (1 << 31) - 1),
     "export.alpha": (0, 1),
 }
 
@@ -147,19 +150,21 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, got {value!r}.")
         return value
-    if value is None and kind == float | None:
+    if value is None and kind in (float | None, int | None):
         return None
     number = float if kind in (float, float | None) else int
+    kind_name = "an integer" if number is int else "a number"
+    wrong = ValueError(f"{name} must be {kind_name}, got {value!r}.")
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             value = float(value)
         except ValueError:
-            raise ValueError(f"{name} must be a number, got {value!r}.") from None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or number(value) != value:
-        kind_name = "an integer" if number is int else "a number"
-        raise ValueError(f"{name} must be {kind_name}, got {value!r}.")
-    low, high = RANGES.get(name, (float("-inf"), float("inf")))
+            raise wrong from None
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or value != value:
+        raise wrong
+    low, high = RANGES[name]
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
+    if number(value) != value:
+        raise wrong
     return number(value)

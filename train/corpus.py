@@ -1,4 +1,4 @@
-"""Corpus stage: text files -> fixed-length token blocks.
+"""Corpus stage: documents -> fixed-length token blocks.
 
 Documents are tokenised, closed with the end-of-text token and packed one after another into
 blocks of T+1 tokens; neighbouring blocks share one token, so that every token but a document's
@@ -9,7 +9,7 @@ block is filled with one-token documents, which hold no such pair.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,97 +17,80 @@ import numpy as np
 
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.config import CorpusSettings
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import corpus_files, read_documents
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 SPLITS = ("train", "validation")
 TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once
 
 
-def corpus_files(path: Path) -> list[Path]:
-    """Return the corpus files at path (a file or a folder of them), or raise ValueError."""
-    if not path.exists():
-        raise ValueError(f"corpus {path} does not exist: check the path given as --corpus.")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    kept = [p for p in files if p.suffix in SUFFIXES]
-    if not kept:
-        raise ValueError(f"corpus {path} holds no file ending in {', '.join(SUFFIXES)}.")
-    return kept
+def load_tokenizer(folder: str) -> Any:
+    """Return the tokenizer of a model folder, or raise ValueError in one sentence."""
+    from transformers import AutoTokenizer
 
+    from vllm_memdec.checkpoint import tokenizer_vocabulary
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Yield the documents of one file: a .txt is one, a .jsonl or .parquet row is one."""
-    if path.suffix == ".parquet":
-        yield from _read_parquet(path)
-        return
     try:
-        if path.suffix == ".txt":
-            yield _checked_text(path.read_text(encoding="utf-8"), path)
-            return
-        with open(path, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield _checked_text(_json_text(line, path, number), path)
-    except UnicodeDecodeError as error:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
+    except (OSError, ValueError, KeyError):
+        usable = False
+    if not usable:
+        raise ValueError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
+    return tokenizer
+
+
+def load_config(folder: str) -> Any:
+    """Return the Hugging Face config of a model folder, or raise ValueError in one sentence."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"{folder} has no usable config.json: {what}.") from None
+
+
+def check_positions(config: Any, folder: str, block_tokens: int) -> None:
+    """Raise ValueError unless a model has positions for a block."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < block_tokens:
         raise ValueError(
-            f"{path} is not UTF-8 text (byte {error.start}): convert it or leave it out."
-        ) from None
-
-
-def _json_text(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {number}: not valid JSON ({error.msg}).") from None
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ValueError(f"{path}, line {number}: every row needs a string field `text`.")
-    return row["text"]
-
-
-def _read_parquet(path: Path) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise ValueError(f"{path}: a parquet corpus needs a string column `text`.")
-            for batch in file.iter_batches(columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    if not isinstance(text, str):
-                        raise ValueError(f"{path}: column `text` holds a value that is no string.")
-                    yield text
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"{path} is not a readable parquet file ({error}).") from None
-
-
-def _checked_text(text: str, path: Path) -> str:
-    if "\0" in text:
-        raise ValueError(f"{path} is binary, not text: convert it to UTF-8 or leave it out.")
-    return text
+            f"{folder} has {positions} positions: lower corpus.block_tokens from {block_tokens}."
+        )
 
 
 def build_corpus(
-    settings: CorpusSettings, base: str, corpus: Path, validation: Path | None, work: Path
+    settings: CorpusSettings,
+    base: str,
+    corpus: Path,
+    validation: Path | None,
+    work: Path,
+    progress: Progress,
 ) -> None:
     """Write tokens-SPLIT.i32 and positions-SPLIT.i32, each [blocks, T+1] int32, and corpus.json.
 
     Without a validation path every n-th document is held out; a corpus of too few documents
     gives its last blocks instead.
     """
-    from transformers import AutoTokenizer
-
     from vllm_memdec.checkpoint import tokenizer_fingerprint
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {base} has no end-of-text token: set eos_token.")
-    documents = _tokenise(tokenizer, corpus)
-    if not documents:
-        raise ValueError(f"corpus {corpus} is empty: it holds no text.")
+    config = load_config(base)
+    check_positions(config, base, settings.block_tokens)
+    documents = tokenise(tokenizer, corpus)
     if validation is not None:
-        splits = {"train": documents, "validation": _tokenise(tokenizer, validation)}
+        splits = {"train": documents, "validation": tokenise(tokenizer, validation)}
     else:
         splits = split_documents(documents, settings.validation_fraction, settings.block_tokens)
+    highest = max(int(document.max()) for name in SPLITS for document in splits[name])
+    if highest >= config.vocab_size:
+        raise ValueError(
+            f"{base} has {config.vocab_size} vocabulary rows, but its tokenizer gives token "
+            f"{highest}: give a model that belongs to this tokenizer."
+        )
     counts: dict[str, Any] = {}
     for name in SPLITS:
         n_tokens = sum(len(document) for document in splits[name])
@@ -125,12 +108,13 @@ def build_corpus(
             "documents": len(splits[name]),
             "rows": int(valid_rows(positions).sum()),
         }
+        progress.say(f"corpus: {n_tokens} tokens of {name} text, {len(splits[name])} documents")
     counts["block_tokens"] = settings.block_tokens
     counts["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     write_json(work / "corpus.json", counts)
 
 
-def _tokenise(tokenizer: Any, path: Path) -> list[np.ndarray]:
+def tokenise(tokenizer: Any, path: Path) -> list[np.ndarray]:
     """Return each non-empty document's token ids, closed with the end-of-text token."""
     documents: list[np.ndarray] = []
 
@@ -138,13 +122,13 @@ def _tokenise(tokenizer: Any, path: Path) -> list[np.ndarray]:
         for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else []:
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
-            documents.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+            if ids:  # a tokenizer may drop all of a text
+                documents.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
 
     texts: list[str] = []
-    for file in corpus_files(path):
+    for file in corpus_files(path)[0]:
         for text in read_documents(file):
-            if text.strip():
-                texts.append(text)
+            texts.append(text)
             if len(texts) == TOKENIZER_BATCH:
                 flush(texts)
                 texts = []
@@ -167,7 +151,7 @@ def split_documents(
     validation = []
     for document in documents:
         here = min(max(cut - taken, 0), len(document))
-        if here:
+        if here > 1:  # one token alone predicts nothing
             train.append(document[:here])
         if here < len(document):
             validation.append(document[here:])

@@ -28,15 +28,27 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_model(folder: str, dtype: str = "float32", where: torch.device | None = None) -> Any:
-    """Return the causal LM of a folder in eval mode, or raise ValueError in one sentence."""
+def load_model(
+    folder: str, dtype: str = "float32", where: torch.device | None = None, config: Any = None
+) -> Any:
+    """Return the causal LM of a folder in eval mode, or raise ValueError in one sentence.
+
+    config: in place of the folder's own; it may leave out layers, but nothing may be missing.
+    """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
-    except (OSError, ValueError, KeyError) as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"no causal LM could be loaded from {folder}: {first_line}") from None
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ValueError(f"no causal LM could be loaded from {folder}: {what}.") from None
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        raise ValueError(
+            f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
+        )
     return model.eval().to(where or device())
 
 
@@ -76,6 +88,24 @@ def hidden_keys(
 
 
 @torch.inference_mode()
+def check_isolation(model: torch.nn.Module, key: str = "final_hidden") -> None:
+    """Raise ValueError unless documents packed into a block leave each other alone.
+
+    Not every architecture of transformers takes the restart of positions for a boundary.
+    """
+    n = 8
+    tokens = torch.arange(2 * n, device=model.device)[None] % model.config.vocab_size
+    positions = torch.arange(2 * n, device=model.device)[None] % n
+    packed_nD = hidden_keys(model, key, tokens, positions)[0, n:].float()
+    alone_nD = hidden_keys(model, key, tokens[:, n:], positions[:, n:])[0].float()
+    if ((packed_nD - alone_nD).norm(dim=-1) > 0.05 * alone_nD.norm(dim=-1)).any():
+        raise ValueError(
+            f"{type(model).__name__} of transformers lets packed documents see each other, so it "
+            "is not supported: give another model."
+        )
+
+
+@torch.inference_mode()
 def embed(
     model: torch.nn.Module, key: str, tokens: np.ndarray, positions: np.ndarray, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -98,6 +128,7 @@ def build_datastore(
     """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
     tokens, positions = load_blocks(corpus, "train")
     model = load_model(base, settings.dtype)
+    check_isolation(model, settings.key)
     n_shards = -(-len(tokens) // settings.shard_blocks)
     with progress.task("datastore", len(tokens), "blocks") as advance:
         for shard in range(n_shards):

@@ -7,19 +7,19 @@ import torch
 
 from vllm_memdec.checkpoint import tokenizer_fingerprint
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
+from vllm_memdec.train.datastore import check_isolation, load_model
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
 def truncated_config(base: str, layers: int) -> Any:
     """Return the base's config cut to its first `layers` transformer blocks."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(base)
+    config = load_config(base)
     if layers > config.num_hidden_layers:
         raise ValueError(
-            f"memory.layers is {layers}, but {base} has only {config.num_hidden_layers} layers."
+            f"memory.layers is {layers}, but {base} has only {config.num_hidden_layers} layers: "
+            "lower it."
         )
     for name, value in vars(config).items():  # per-layer lists, such as layer_types
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
@@ -28,34 +28,40 @@ def truncated_config(base: str, layers: int) -> Any:
     return config
 
 
-def build_memory(settings: MemorySettings, base: str) -> Any:
-    """Return the memory before training, float32, on the CPU; ValueError if init does not fit."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(settings.seed)  # a fresh model's weights
+def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any:
+    """Return the memory's config; ValueError if memory.init or memory.layers cannot work."""
     if settings.init == "base":
-        config = truncated_config(base, settings.layers)
-        return AutoModelForCausalLM.from_pretrained(base, config=config, dtype=torch.float32)
-    folder = Path(settings.init)
-    if not (folder / "config.json").is_file():
-        raise ValueError(
-            f"memory.init: {folder} holds no config.json: give `base`, or a folder with a "
-            "causal LM or its config."
-        )
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    if (folder / "tokenizer_config.json").exists() and tokenizer_fingerprint(
-        AutoTokenizer.from_pretrained(str(folder))
+        return truncated_config(base, settings.layers)
+    folder = settings.init
+    config, tokenizer = load_config(folder), load_tokenizer(base)
+    check_positions(config, folder, block_tokens)
+    if (Path(folder) / "tokenizer_config.json").exists() and tokenizer_fingerprint(
+        load_tokenizer(folder)
     ) != tokenizer_fingerprint(tokenizer):
-        raise ValueError(f"memory.init: {folder} has another tokenizer than {base}.")
-    if any(path for pattern in WEIGHT_FILES for path in folder.glob(pattern)):
-        model = load_model(str(folder), where=torch.device("cpu"))
-    else:
-        model = AutoModelForCausalLM.from_config(
-            AutoConfig.from_pretrained(str(folder)), dtype=torch.float32
-        )
-    if model.config.vocab_size < len(tokenizer):
         raise ValueError(
-            f"memory.init: {folder} has {model.config.vocab_size} vocabulary rows, "
-            f"the tokenizer of {base} needs {len(tokenizer)}."
+            f"memory.init: {folder} has another tokenizer than {base}: give a model of one family."
         )
+    needed = min(len(tokenizer), load_config(base).vocab_size)
+    if config.vocab_size < needed:
+        raise ValueError(
+            f"memory.init: {folder} has {config.vocab_size} vocabulary rows, the tokenizer of "
+            f"{base} needs {needed}: raise vocab_size, or give another model."
+        )
+    return config
+
+
+def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
+    """Return the memory before training, float32, on the CPU; ValueError if init does not fit."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = memory_config(settings, base, block_tokens)
+    folder = base if settings.init == "base" else settings.init
+    if any(path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)):
+        model = load_model(folder, where=torch.device("cpu"), config=config)
+    else:
+        torch.manual_seed(settings.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    check_isolation(model.eval())
+    # The base's may be one that transformers reads but refuses to write, after all the training.
+    model.generation_config = GenerationConfig.from_model_config(config)
     return model

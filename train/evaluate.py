@@ -6,8 +6,8 @@ import numpy as np
 import torch
 
 from vllm_memdec.train.corpus import valid_rows
+from vllm_memdec.train.head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.trainer import HEAD_ROWS, head
 
 ALPHAS = np.linspace(0, 1, 101)
 
@@ -33,9 +33,8 @@ def label_logprobs(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
             ).last_hidden_state[mask]
             labels_N = block[:, 1:][mask]
-            for h_PD, labels_P in zip(
-                h_ND.split(HEAD_ROWS), labels_N.split(HEAD_ROWS), strict=True
-            ):
+            chunk = rows_at_once(model.config.vocab_size)
+            for h_PD, labels_P in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
                 found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
@@ -59,4 +58,4 @@ def best_alpha(base_N: np.ndarray, memory_N: np.ndarray) -> float:
 
     The likelihood is concave in alpha, so a grid cannot miss a second optimum.
     """
-    return float(min(ALPHAS, key=lambda a: perplexity(mix(base_N, memory_N, a))))
+    return float(round(min(ALPHAS, key=lambda a: perplexity(mix(base_N, memory_N, a))), 2))

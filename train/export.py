@@ -12,7 +12,7 @@ import torch
 from vllm_memdec.checkpoint import MemoryBlock, write_block
 from vllm_memdec.train.artifacts import versions
 from vllm_memdec.train.config import ExportSettings
-from vllm_memdec.train.corpus import load_blocks
+from vllm_memdec.train.corpus import load_blocks, load_tokenizer
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import best_alpha, label_logprobs, mix, perplexity
 from vllm_memdec.train.progress import Progress
@@ -31,8 +31,6 @@ def export_memory(
     progress: Progress,
 ) -> None:
     """Write weights, tokenizer and config with the memdec block into work."""
-    from transformers import AutoTokenizer
-
     tokens, positions = load_blocks(corpus, "validation")
     model = load_model(str(memory), settings.dtype)
     scores = {
@@ -51,7 +49,7 @@ def export_memory(
         f"mixture {found['mixture']:.2f} at alpha {alpha:.2f}"
     )
     model.to(torch.device("cpu")).save_pretrained(work)
-    AutoTokenizer.from_pretrained(base).save_pretrained(work)
+    load_tokenizer(base).save_pretrained(work)
     corpus_facts = json.loads((corpus / "corpus.json").read_text())
     block = MemoryBlock(
         alpha=alpha,

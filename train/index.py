@@ -17,6 +17,7 @@ from vllm_memdec.train.progress import Progress
 
 FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
 PQ_ABOVE = 20_000_000  # keys: 8-bit scalars no longer fit in memory comfortably
+PQ_KEYS = 39 * 256  # faiss's minimum for sound codes of 8 bits
 PQ_BYTES = 64  # a key, as in the paper
 POINTS_PER_LIST = 256  # faiss samples no more for k-means
 
@@ -31,6 +32,10 @@ def factory_string(kind: str, n_keys: int, width: int) -> str:
     lists = max(1, min(int(n_keys**0.5), n_keys // 40))
     if kind == "sq8":
         return f"IVF{lists},SQ8"
+    if n_keys < PQ_KEYS:
+        raise ValueError(
+            f"index.kind pq needs {PQ_KEYS} keys to train on, this corpus has {n_keys}: choose sq8."
+        )
     codes = max(m for m in range(1, PQ_BYTES + 1) if width % m == 0)
     return f"OPQ{codes},IVF{lists},PQ{codes}"
 
@@ -54,6 +59,9 @@ def build_index(settings: IndexSettings, datastore: Path, work: Path, progress: 
     keys = shards(datastore, "keys")
     n_keys, width = sum(len(k) for k in keys), keys[0].shape[1]
     trained = work / "trained.faiss"
+    if (work / "index.faiss").exists():  # killed just before the end
+        trained.unlink(missing_ok=True)
+        return
     if not trained.exists():
         description = factory_string(settings.kind, n_keys, width)
         index = faiss.index_factory(width, description)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+CACHE_ROWS = 64  # rows whose float32 logits stay in a CPU's cache
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -34,17 +36,25 @@ class _SparseLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_NV, labels_N, row, token, probability, beta):
-        z_NV = logits_NV.float()
+        # Without neighbours a row has no target: its mass is 0 and only the label teaches it.
+        mass_N = torch.zeros(len(labels_N), device=row.device).index_add_(0, row, probability)
+        weight_N = beta * mass_N + 1 - beta
+        grad_NV = torch.empty_like(logits_NV)
+        lse_N = torch.empty_like(mass_N)
+        for start in range(0, len(labels_N), CACHE_ROWS):
+            part = slice(start, start + CACHE_ROWS)
+            z_PV = logits_NV[part].to(torch.float32, copy=True)  # overwritten below
+            top_P1 = z_PV.amax(dim=-1, keepdim=True)
+            e_PV = z_PV.sub_(top_P1).exp_()
+            sum_P1 = e_PV.sum(dim=-1, keepdim=True)
+            lse_N[part] = (top_P1 + sum_P1.log())[:, 0]
+            grad_NV[part] = e_PV.mul_(weight_N[part, None] / sum_P1)
         rows = torch.arange(len(labels_N), device=labels_N.device)
-        lse_N = torch.logsumexp(z_NV, dim=-1)
-        # A row without neighbours has no target: its mass is 0 and only the label teaches it.
-        mass_N = torch.zeros_like(lse_N).index_add_(0, row, probability)
-        kl_rows = probability * (probability.log() - z_NV[row, token] + lse_N[row])
-        kl, ce = kl_rows.sum(), (lse_N - z_NV[rows, labels_N]).sum()
-        grad_NV = torch.exp(z_NV - lse_N[:, None]).mul_((beta * mass_N + 1 - beta)[:, None])
-        grad_NV.index_put_((row, token), -beta * probability, accumulate=True)
+        kl = (probability * (probability.log() - logits_NV[row, token] + lse_N[row])).sum()
+        ce = (lse_N - logits_NV[rows, labels_N]).sum()
+        grad_NV.index_put_((row, token), (-beta * probability).to(grad_NV.dtype), accumulate=True)
         grad_NV[rows, labels_N] -= 1 - beta
-        ctx.save_for_backward(grad_NV.to(logits_NV.dtype))
+        ctx.save_for_backward(grad_NV)
         ctx.mark_non_differentiable(kl, ce)
         return beta * kl + (1 - beta) * ce, kl, ce
 

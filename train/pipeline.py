@@ -3,30 +3,25 @@
 Every stage is a function of its settings and of finished artifacts; what is up to date is skipped.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, json_sha256
+from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
 from vllm_memdec.train.config import Settings
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import corpus_files, text_hash
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
 STAGES = ("corpus", "datastore", "index", "targets", "memory", "export")
 
 
-def model_hash(folder: str) -> str:
+def model_hash(folder: str, option: str) -> str:
     """Return a hash over a model folder's weights, configs and tokenizer; ValueError if none."""
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder: it has no config.json.")
+        raise ValueError(f"{folder} is not a model folder, it has no config.json: check {option}.")
     return folder_sha256(Path(folder), MODEL_FILES)
-
-
-def text_hash(path: Path) -> str:
-    """Return a hash over the files of a corpus."""
-    from vllm_memdec.train.artifacts import file_sha256
-    from vllm_memdec.train.corpus import corpus_files
-
-    return json_sha256([file_sha256(file) for file in corpus_files(path)])
 
 
 def build(
@@ -42,23 +37,53 @@ def build(
     Raises ValueError, in one sentence, for input or settings that cannot work.
     """
     progress = progress or Progress()
-    inputs = {"corpus": text_hash(corpus)}
-    if validation is not None:
-        inputs["validation"] = text_hash(validation)
-    base_hash = model_hash(base)
-    output.mkdir(parents=True, exist_ok=True)
+    with locked(output):
+        return _build(base, corpus, output, settings, validation, progress)
 
-    def stage(name: str, stage_settings: dict, stage_inputs: dict, make) -> Artifact:
+
+def _build(
+    base: str,
+    corpus: Path,
+    output: Path,
+    settings: Settings,
+    validation: Path | None,
+    progress: Progress,
+) -> Artifact:
+    base_hash = model_hash(base, "--base")
+    memory_inputs = {"base": base_hash}
+    if settings.memory.init != "base":
+        memory_inputs["init"] = model_hash(settings.memory.init, "memory.init")
+    inputs = {"base": base_hash}
+    for name, path in (("corpus", corpus), ("validation", validation)):
+        if path is not None:
+            inputs[name] = text_hash(path)
+            if others := corpus_files(path)[1]:
+                progress.say(f"{name}: {others} other files in {path} are left out")
+
+    @functools.cache
+    def check_memory() -> None:
+        """Refuse what only the fifth stage would stumble on."""
+        from vllm_memdec.train.decoder import memory_config
+
+        memory_config(settings.memory, base, settings.corpus.block_tokens)
+
+    def stage(
+        name: str, stage_settings: dict, stage_inputs: dict, make: Callable[[Path], None]
+    ) -> Artifact:
+        def checked(work: Path) -> None:
+            check_memory()
+            make(work)
+
         return build_artifact(
-            output / name, name, stage_settings, stage_inputs, make, say=progress.say
+            output / name, name, stage_settings, stage_inputs, checked, progress.say
         )
 
     def make_corpus(work: Path) -> None:
         from vllm_memdec.train.corpus import build_corpus
 
-        build_corpus(settings.corpus, base, corpus, validation, work)
+        build_corpus(settings.corpus, base, corpus, validation, work, progress)
 
-    blocks = stage("corpus", asdict(settings.corpus), inputs | {"base": base_hash}, make_corpus)
+    blocks = stage("corpus", asdict(settings.corpus), inputs, make_corpus)
 
     def make_datastore(work: Path) -> None:
         from vllm_memdec.train.datastore import build_datastore
@@ -100,9 +125,7 @@ def build(
 
     memory_settings = asdict(settings.memory)
     memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
-    memory_inputs = {"corpus": blocks.hash, "targets": targets.hash, "base": base_hash}
-    if settings.memory.init != "base":
-        memory_inputs["init"] = model_hash(settings.memory.init)
+    memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}
     memory = stage("memory", memory_settings, memory_inputs, make_memory)
 
     def make_export(work: Path) -> None:

@@ -17,6 +17,7 @@ from rich.progress import Progress as Bar
 
 ESTIMATE_AFTER = 3.0  # seconds of work an estimate is based on
 LONG = 20.0  # seconds; shorter tasks need no estimate
+PLAIN_SECONDS = 30.0  # between lines where no bar can be drawn
 
 
 def human_seconds(seconds: float) -> str:
@@ -27,14 +28,14 @@ def human_seconds(seconds: float) -> str:
 
 
 class Progress:
-    """Draws one bar a task on a terminal; prints plain lines elsewhere."""
+    """Draws one bar a task on a terminal; prints a plain line now and then elsewhere."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self.seconds: dict[str, float] = {}  # per task of this run
 
     def say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line, soft_wrap=True, markup=False, emoji=False)
 
     @contextlib.contextmanager
     def task(self, name: str, total: float, unit: str) -> Iterator[Callable[..., None]]:
@@ -52,7 +53,7 @@ class Progress:
             console=self.console,
             disable=not self.console.is_terminal,
         )
-        done = {"before": 0.0, "now": 0.0, "said": False}
+        done = {"before": 0.0, "now": 0.0, "line": 0.0, "said": False}
         with bar:
             task_id = bar.add_task(name, total=total)
 
@@ -60,10 +61,14 @@ class Progress:
                 done["before" if done_before else "now"] += count
                 bar.update(task_id, advance=count)
                 elapsed = time.monotonic() - started
+                finished = done["before"] + done["now"]
+                if not self.console.is_terminal and elapsed - done["line"] > PLAIN_SECONDS:
+                    done["line"] = elapsed
+                    self.say(f"{name}: {finished / total:.0%} of {total:.6g} {unit}")
                 if not done["said"] and done["now"] and elapsed > ESTIMATE_AFTER:
                     done["said"] = True
                     speed = done["now"] / elapsed
-                    left = (total - done["before"] - done["now"]) / speed
+                    left = (total - finished) / speed
                     if left > LONG:
                         self.say(f"{name}: {speed:.3g} {unit}/s, about {human_seconds(left)} to go")
 

@@ -1,4 +1,4 @@
-"""Targets stage: each row's nearest neighbours, itself excluded -> a sparse next-token distribution.
+"""Targets stage: each row's nearest neighbours, without itself -> sparse next-token targets.
 
     p_kNN(y | x) ~ sum over the k nearest (key_i, y_i) of [y = y_i] exp(-d_i / temperature)
 
@@ -7,6 +7,7 @@ set of files a shard of the datastore: offsets [rows+1] int64, ids int32, probs 
 labels [rows] int32, which training checks against its batches.
 """
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm_memdec.train.index import load_index
 from vllm_memdec.train.progress import Progress
 
 SEARCH_ROWS = 2048  # queries a faiss call
+SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
 FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
 
@@ -66,7 +68,7 @@ def aggregate(
     first = np.flatnonzero(np.r_[True, code[1:] != code[:-1]])
     probs = np.add.reduceat(weights.ravel()[order], first, dtype=np.float32)
     row, token = np.divmod(code[first], span)
-    kept = (probs > 0) & (probs >= min_probability)
+    kept = probs >= max(min_probability, SMALLEST)
     row, token, probs = row[kept], token[kept], probs[kept]
     total = np.bincount(row, weights=probs, minlength=rows)
     offsets = np.r_[0, np.cumsum(np.bincount(row, minlength=rows))].astype(np.int64)
@@ -107,7 +109,9 @@ def build_targets(
         return neighbours_without_self(*search(index, part, k + 1), rows)
 
     temperature = settings.temperature
-    if temperature is None:
+    if (work / "targets.json").exists():  # the shards before a kill were made with it
+        temperature = json.loads((work / "targets.json").read_text())["temperature"]
+    elif temperature is None:
         chosen = np.linspace(0, len(labels) - 1, min(FIT_ROWS, len(labels))).astype(np.int64)
         starts = np.cumsum([0] + [len(s) for s in keys])
         sample = np.concatenate(

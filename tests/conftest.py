@@ -1,0 +1,113 @@
+"""Shared by all tests: environment before any heavy import, seeds, the gpu marker, tiny models."""
+
+import os
+import random
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when a kernel is defined
+
+VOCAB = 1000  # tokens of the tiny tokenizer
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    random.seed(0)
+    torch.manual_seed(0)
+
+
+def tiny_text(seed: int = 0, words: int = 4000) -> str:
+    """Return deterministic pseudo-language: random words of two-letter syllables."""
+    rng = random.Random(seed)
+    syllables = [c + v for c in "bcdfghklmnprstvw" for v in "aeiou"]
+    lexicon = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(800)]
+    return " ".join(rng.choices(lexicon, k=words))
+
+
+def save_tokenizer(folder, seed: int = 0) -> None:
+    """Train a byte-level BPE of VOCAB tokens, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([tiny_text(seed)], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+    fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    fast.save_pretrained(folder)
+    assert len(fast) == VOCAB
+
+
+def tiny_config(kind: str, vocab: int, hidden: int, layers: int, positions: int):
+    """Return a config whose heads (size 32) the CPU attention supports, with a wide init."""
+    import transformers
+
+    if kind == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=vocab,
+            n_embd=hidden,
+            n_layer=layers,
+            n_head=hidden // 32,
+            n_positions=positions,
+            initializer_range=0.3,
+            bos_token_id=0,
+            eos_token_id=1,
+        )
+    name = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[kind]
+    return getattr(transformers, name)(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=positions,
+        initializer_range=0.3,
+        tie_word_embeddings=kind == "qwen2",
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Return a factory of random model folders: tiny_model(kind, seed=..., vocab=..., ...)."""
+    from transformers import AutoModelForCausalLM
+
+    made = {}
+
+    def make(kind, seed=0, vocab=VOCAB, hidden=64, layers=2, positions=256, tokenizer=0):
+        key = (kind, seed, vocab, hidden, layers, positions, tokenizer)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(kind)
+            torch.manual_seed(seed)
+            config = tiny_config(kind, vocab, hidden, layers, positions)
+            AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+            save_tokenizer(folder, tokenizer)
+            made[key] = str(folder)
+        return made[key]
+
+    return make

@@ -1,0 +1,256 @@
+"""The mixture op against its float64 oracle: the Triton kernel and the PyTorch path alike.
+
+Without CUDA the kernel runs in Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET=1).
+Run: pytest tests/kernels/test_interpolate.py
+Shape suffixes: N rows, V vocabulary of the base, W width of the memory.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from vllm_memdec.kernels import interpolate as op
+from vllm_memdec.kernels.interpolate import interpolate
+from vllm_memdec.kernels.reference import interpolate_reference
+
+# Absolute up to magnitude 1, relative above: next to 1e4, float32 numbers lie 1e-3 apart.
+TOLERANCE = 1e-5
+ALPHAS = (0.0, 1e-6, 0.5, 1.0)
+# What is special about a row of (base, memory). With 4 weights: 32 different rows.
+KINDS = ("", "base empty", "memory empty", "both empty", "holes", "base 1e4", "memory 1e4", "1e4")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# (N, V, W, base dtype, memory dtype). 4,096 is the kernel's block.
+CASES = [
+    *((33, V, V, FP32, FP32) for V in (1, 7, 1000)),
+    *((N, V, V, FP32, FP32) for N, V in ((1, 8193), (9, 50257))),
+    *((4, V, V, FP32, FP32) for V in (49152, 128256, 151936, 262144)),
+    *((33, 1000, 1003, b, m) for b in (BF16, FP16, FP32) for m in (BF16, FP16, FP32)),
+    *((33, V, W, FP32, FP32) for V, W in ((1, 7), (7, 1), (4097, 4095), (4095, 4097))),
+    *((33, V, W, BF16, BF16) for V, W in ((4096, 8192), (8192, 4096), (9000, 100))),
+    *((4, V, W, BF16, BF16) for V, W in ((151936, 152064), (152064, 151936))),
+]
+
+
+def make(N, V, W, base_dtype=FP32, memory_dtype=FP32):
+    """Return base [N, V], memory [N, W], alpha [N]: consecutive rows differ in kind and weight."""
+    generator = torch.Generator().manual_seed(V + W)
+    base_NV = torch.randn(N, V, generator=generator) * 3
+    memory_NW = torch.randn(N, W, generator=generator) * 3
+    order = [13 * n % 32 for n in range(N)]
+    for n, kind in enumerate(KINDS[i // 4] for i in order):
+        for name, row in (("base", base_NV[n]), ("memory", memory_NW[n])):
+            if kind in (f"{name} empty", "both empty"):
+                row.fill_(-torch.inf)
+            elif kind == "holes":
+                row[torch.rand(len(row), generator=generator) < 0.3] = -torch.inf
+            elif kind in (f"{name} 1e4", "1e4"):
+                row[0], row[len(row) // 2] = -1e4, 1e4
+    alpha_N = torch.tensor([ALPHAS[i % 4] for i in order])
+    return base_NV.to(base_dtype), memory_NW.to(memory_dtype), alpha_N
+
+
+def assert_close(got, want):
+    got, want = got.cpu().double(), want.cpu().double()
+    assert not got.isnan().any() and not want.isnan().any()
+    assert torch.equal(got == -torch.inf, want == -torch.inf)
+    finite = want > -torch.inf
+    error = (got - want)[finite].abs() / want[finite].abs().clamp(min=1)
+    assert error.numel() == 0 or error.max() <= TOLERANCE
+
+
+def check(device, case):
+    base_NV, memory_NW, alpha_N = (x.to(device) for x in make(*case))
+    for as_logits in (False, True):
+        got = interpolate(base_NV, memory_NW, alpha_N, as_logits=as_logits)
+        assert got.dtype == FP32 and got.shape == base_NV.shape
+        assert_close(got, interpolate_reference(base_NV, memory_NW, alpha_N, as_logits))
+    off_N = alpha_N == 0
+    assert bits(got[off_N]) == bits(base_NV[off_N].float())
+
+
+def bits(x):
+    return x.cpu().contiguous().view(torch.int32).tolist()
+
+
+@pytest.fixture(params=["triton", "torch"])
+def device(request, monkeypatch):
+    """Make op.interpolate run one implementation, and return the device that does it."""
+    if request.param == "triton":
+        return "cpu" if op.INTERPRETED else "cuda"
+    monkeypatch.setattr(op, "INTERPRETED", False)
+    return "cpu"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+def test_matches_oracle(device, case):
+    check(device, case)
+
+
+@pytest.mark.gpu
+def test_compiled_kernel_matches_oracle():
+    assert not op.INTERPRETED, "unset TRITON_INTERPRET to test the compiled kernel"
+    for case in CASES:
+        check("cuda", case)
+
+
+def test_compiles_without_a_gpu(tmp_path):
+    """The interpreter accepts what the compiler refuses, so compile for an H100 here, too."""
+    code = """
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+        from vllm_memdec.kernels.interpolate import BLOCK, NUM_WARPS, _mixture_kernel as kernel
+        for as_logits in (False, True):
+            types = dict.fromkeys(kernel.arg_names, "i32")
+            types |= {"base": "*bf16", "memory": "*fp16", "alpha": "*fp32", "out": "*fp32"}
+            values = {"AS_LOGITS": as_logits, "BLOCK": BLOCK}
+            source = ASTSource(kernel, types | dict.fromkeys(values, "constexpr"), values)
+            compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
+    """
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run_python(code, env | {"TRITON_CACHE_DIR": str(tmp_path)})
+
+
+def test_strided_rows(device):
+    base_NV, memory_NW, alpha_N = (x.to(device) for x in make(12, 1000, 1003))
+    wide = torch.full((24, 3000), torch.nan, device=device)
+    base, memory, out = wide[::2, 7:1007], wide[::2, 1010:2013], wide[1::2, 5:1005]
+    base.copy_(base_NV), memory.copy_(memory_NW)
+    assert interpolate(base, memory, alpha_N, out=out) is out
+    assert torch.equal(out, interpolate(base_NV, memory_NW, alpha_N))
+    assert wide[1::2, 1005:].isnan().all() and wide[1::2, :5].isnan().all()
+
+
+def test_offsets_beyond_31_bits(device):
+    """Row 2 starts 2^31 elements in. Nearly all of the 4 GB stay untouched, hence unallocated."""
+    base = torch.empty(2**31 + 5, dtype=BF16, device=device).as_strided((3, 5), (2**30, 1))
+    base_NV, memory_NW, alpha_N = (x.to(device) for x in make(3, 5, 5, BF16, BF16))
+    base.copy_(base_NV)
+    assert torch.equal(
+        interpolate(base, memory_NW, alpha_N), interpolate(base_NV, memory_NW, alpha_N)
+    )
+
+
+def test_out_may_be_the_base(device):
+    base_NV, memory_NW, alpha_N = (x.to(device) for x in make(33, 5000, 5000))
+    want = interpolate(base_NV, memory_NW, alpha_N, as_logits=True)
+    assert interpolate(base_NV, memory_NW, alpha_N, as_logits=True, out=base_NV) is base_NV
+    assert torch.equal(base_NV, want)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5])
+def test_empty_batch(device, alpha):
+    empty = torch.empty(0, 50, device=device)
+    for as_logits in (False, True):
+        out = interpolate(empty, empty, torch.full((0,), alpha, device=device), as_logits=as_logits)
+        assert out.shape == (0, 50) and out.dtype == FP32
+
+
+def test_properties(device):
+    generator = torch.Generator().manual_seed(0)
+    base_NV, memory_NW = (
+        (torch.randn(9, 5000, generator=generator) * 3).to(device) for _ in range(2)
+    )
+    alpha_N = torch.linspace(0, 1, 9, device=device)
+    logp_NV = interpolate(base_NV, memory_NW, alpha_N)
+    # Rows sum to one, and shifting a model's logits changes nothing.
+    assert_close(logp_NV.double().logsumexp(-1), torch.zeros(9))
+    assert_close(interpolate(base_NV + 3, memory_NW - 5, alpha_N), logp_NV)
+    # The logits form differs by the base's logsumexp.
+    lse_N1 = base_NV.double().logsumexp(-1, keepdim=True)
+    logits_NV = interpolate(base_NV, memory_NW, alpha_N, as_logits=True)
+    assert_close(logits_NV, logp_NV.double() + lse_N1)
+    # A memory equal to the base changes nothing, whatever the weight.
+    assert_close(interpolate(base_NV, base_NV, alpha_N), base_NV.double() - lse_N1)
+    assert_close(interpolate(base_NV, base_NV, alpha_N, as_logits=True), base_NV)
+
+
+def test_weight_zero_is_the_base_bit_for_bit(device):
+    """Down to the sign of zero, and even if the memory is broken."""
+    base_NV = torch.tensor([[-0.0, 0.0, -torch.inf, 1e4], [1e-40, 1e30, -1e4, 0.1]])
+    memory_NV = torch.full((2, 4), torch.nan)
+    got = interpolate(
+        base_NV.to(device), memory_NV.to(device), torch.zeros(2).to(device), as_logits=True
+    )
+    assert bits(got) == bits(base_NV)
+    # Beside a row that is mixed.
+    alpha_N = torch.tensor([0.0, 0.5]).to(device)
+    got = interpolate(base_NV.to(device), base_NV.to(device), alpha_N, as_logits=True)
+    assert bits(got)[0] == bits(base_NV)[0]
+
+
+def test_uniform_rows_at_the_lowest_finite_logit(device):
+    """Masks written as finfo.min are numbers, not holes: the row is uniform."""
+    lowest = torch.full((1, 4), torch.finfo(FP32).min, device=device)
+    got = interpolate(lowest, lowest, torch.full((1,), 0.5, device=device))
+    assert_close(got, torch.full((1, 4), 0.25).log())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("as_logits", [False, True])
+def test_broken_numbers_stay_in_their_row(device, as_logits):
+    base_NV, memory_NW = torch.zeros(6, 9), torch.zeros(6, 5)
+    base_NV[0, 3] = base_NV[1].fill_(torch.nan)[0]
+    memory_NW[2, 1], base_NV[3, 1] = torch.nan, torch.inf
+    alpha_N = torch.tensor([0.5, 0.5, 0.5, 0.5, 1.5, 0.5])
+    inputs = (x.to(device) for x in (base_NV, memory_NW, alpha_N))
+    got = interpolate(*inputs, as_logits=as_logits).cpu()
+    assert got[:5].isnan().all() and got[5].isfinite().all()
+
+
+GOOD = {"base_NV": torch.zeros(2, 5), "memory_NW": torch.zeros(2, 6), "alpha_N": torch.zeros(2)}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"base_NV": torch.zeros(5)},
+        {"base_NV": torch.zeros(2, 0)},
+        {"base_NV": torch.zeros(5, 2).t()},
+        {"base_NV": torch.zeros(2, 5, dtype=torch.float64)},
+        {"base_NV": torch.zeros(2, 5, device="meta")},
+        {"memory_NW": torch.zeros(3, 6)},
+        {"memory_NW": torch.zeros(2, 6, dtype=torch.int32)},
+        {"alpha_N": torch.zeros(3)},
+        {"alpha_N": torch.zeros(2, 1)},
+        {"alpha_N": torch.zeros(2, dtype=FP16)},
+        {"out": torch.zeros(2, 6)},
+        {"out": torch.zeros(2, 5, dtype=BF16)},
+    ],
+    ids=lambda change: "-".join(f"{k}{tuple(v.shape)}{v.dtype}" for k, v in change.items()),
+)
+def test_misuse_is_a_value_error(change):
+    with pytest.raises(ValueError, match=r"(must|has|give) .*\.$"):
+        interpolate(**(GOOD | change))
+
+
+@pytest.mark.parametrize("interpreted", [False, True])
+def test_dispatch_of_cpu_tensors(monkeypatch, interpreted):
+    called = []
+    monkeypatch.setattr(op, "INTERPRETED", interpreted)
+    monkeypatch.setattr(op, "interpolate_triton", lambda *arguments: called.append(True))
+    monkeypatch.setattr(op, "interpolate_torch", lambda *arguments: called.append(False))
+    interpolate(**GOOD)
+    assert called == [interpreted]
+
+
+def test_works_without_triton():
+    code = """
+        import sys; sys.modules["triton"] = None
+        import torch
+        from vllm_memdec.kernels.interpolate import interpolate
+        x = torch.zeros(2, 4)
+        print(interpolate(x, x, torch.tensor([0.5, 1.0])).exp().sum().item())
+    """
+    assert float(run_python(code, os.environ)) == pytest.approx(2, abs=TOLERANCE)
+
+
+def run_python(code, env):
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    return result.stdout

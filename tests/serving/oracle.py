@@ -1,0 +1,74 @@
+"""The answer key: float64 mixtures of plain Hugging Face models, and the comparison with vLLM.
+
+Shapes: T tokens of one sequence, V base vocabulary, W memory vocabulary.
+"""
+
+import functools
+import random
+
+import torch
+from transformers import AutoModelForCausalLM
+
+# vLLM computes in float32 with its own kernels; the tiny models differ by up to 2e-5 from float64.
+TOLERANCE = 1e-4
+
+
+@functools.cache
+def load(folder):
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
+@torch.no_grad()
+def log_probs(folder, ids, width=None):
+    """Return log p(next | ids[:t+1]) as float64 [T, width]; missing columns have no mass."""
+    model = load(folder)
+    rows = model.get_input_embeddings().weight.shape[0]
+    logits_TW = model(torch.tensor([ids]).clamp(max=rows - 1)).logits[0]
+    if width is not None:
+        full_TV = torch.full((len(ids), width), -torch.inf, dtype=torch.float64)
+        shared = min(width, logits_TW.shape[1])
+        full_TV[:, :shared] = logits_TW[:, :shared]
+        logits_TW = full_TV
+    return logits_TW.log_softmax(-1)
+
+
+def mixture(base, memory, alpha, ids):
+    """Return log((1 - alpha) p_base + alpha p_memory) as float64 [T, V]."""
+    base_TV = log_probs(base, ids)
+    memory_TV = log_probs(memory, ids, base_TV.shape[1])
+    return ((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log()
+
+
+def worst_error(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
+    """Return the largest error of the (token -> log-probability) rows of one request."""
+    key_TV = mixture(base, memory, alpha, [*prompt, *sampled])
+    rows = list(enumerate(prompt_rows))[1:]  # nothing predicts the first token
+    rows += enumerate(sampled_rows, start=len(prompt))
+    errors = [
+        abs(value - key_TV[position - 1, int(token)].item())
+        for position, row in rows
+        for token, value in row.items()
+    ]
+    assert len(errors) >= len(sampled)
+    return max(errors)
+
+
+def gap(output, base, memory, alpha):
+    """Return the largest error of one vLLM output, prompt and sampled tokens."""
+    found = output.outputs[0]
+    prompt_rows, sampled_rows = (
+        [{token: entry.logprob for token, entry in (row or {}).items()} for row in rows or []]
+        for rows in (output.prompt_logprobs, found.logprobs)
+    )
+    return worst_error(
+        output.prompt_token_ids, found.token_ids, prompt_rows, sampled_rows, base, memory, alpha
+    )
+
+
+def prompts(count, low, high, vocab, prefix=(), seed=0):
+    """Return random prompts of between low and high tokens after a common prefix."""
+    rng = random.Random(seed)
+    return [
+        [*prefix, *(rng.randrange(vocab) for _ in range(rng.randint(low, high)))]
+        for _ in range(count)
+    ]

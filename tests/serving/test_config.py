@@ -1,0 +1,166 @@
+"""Every refusal at start, through the code `vllm serve` runs: EngineArgs.create_engine_config()."""
+
+import json
+
+import pytest
+
+from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
+from vllm_memdec.config import MemDecConfig
+
+
+@pytest.fixture
+def start():
+    """Return create_engine_config for start(base, memdec block, **other arguments)."""
+    from vllm import EngineArgs
+
+    def create(base, block=None, **options):
+        options.setdefault("model_impl", "memdec")
+        if block is not None:
+            options["additional_config"] = {"memdec": block}
+        return EngineArgs(base, dtype="float32", **options).create_engine_config()
+
+    return create
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model):
+    return tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
+
+
+def test_accepted(start, pair):
+    base, memory = pair
+    config = start(base, {"model": memory, "alpha": 0.6})
+    assert config.model_config.hf_config.architectures == ["MemDecForCausalLM"]
+    assert config.model_config.architectures == ["LlamaForCausalLM"]
+    assert MemDecConfig.from_vllm(config).alpha == 0.6
+
+
+def test_the_other_way_in(start, pair):
+    """The architecture's name, which vLLM itself refuses where the plugin is missing."""
+    base, memory = pair
+    overrides = {"architectures": ["MemDecForCausalLM"]}
+    block = {"model": memory, "alpha": 0.6}
+    for _ in range(2):
+        config = start(base, block, model_impl="auto", hf_overrides=overrides)
+        assert config.model_config.hf_config.architectures == ["MemDecForCausalLM"]
+
+
+@pytest.mark.parametrize("alpha", [1.5, -0.1, "x", float("nan"), True, [0.5]])
+def test_bad_alpha(alpha, start, pair):
+    with pytest.raises(ValueError, match="^memdec alpha must be a number between 0 and 1"):
+        start(pair[0], {"model": pair[1], "alpha": alpha})
+
+
+@pytest.mark.parametrize(
+    ("block", "options", "sentence"),
+    [
+        ({}, {}, "memdec needs the folder of a memory"),
+        ({"model": 3}, {}, "memdec needs the folder of a memory"),
+        ("MEMORY", {}, "memdec needs the folder of a memory"),
+        ({"model": "/nowhere", "alpha": 0.5}, {}, "/nowhere is not a model folder"),
+        ({"model": "MEMORY"}, {}, "has no memdec block, so it has no default weight"),
+        ({"model": "MEMORY", "alpa": 0.5}, {}, "Unknown memdec setting 'alpa'"),
+        (None, {}, "--model-impl memdec needs a memory"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"model_impl": "auto"}, "add --model-impl memdec"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"enable_prompt_embeds": True}, "prompt embeddings"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"enable_lora": True}, "LoRA"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"runner": "pooling"}, "pooling"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"convert": "embed"}, "pooling"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"enable_dbo": True}, "dual-batch overlap"),
+        (
+            {"model": "MEMORY", "alpha": 0.5},
+            {"speculative_config": {"method": "eagle", "model": "x"}},
+            "speculation by 'eagle'",
+        ),
+        ({"model": "MEMORY", "alpha": 0.5}, {"max_model_len": 300}, "max_model_len"),
+    ],
+)
+def test_refused(block, options, sentence, start, pair):
+    text = json.loads(json.dumps(block).replace("MEMORY", pair[1]))
+    with pytest.raises(ValueError, match=sentence):
+        start(pair[0], text, **options)
+
+
+def test_other_tokenizer(start, pair, tiny_model):
+    other = tiny_model("llama", seed=1, tokenizer=7)
+    with pytest.raises(ValueError, match="another tokenizer than the base .* of one family"):
+        start(pair[0], {"model": other, "alpha": 0.5})
+
+
+def test_no_tokenizer(start, pair, tmp_path):
+    import shutil
+
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(f"{pair[1]}/{name}", tmp_path)
+    with pytest.raises(ValueError, match="has no readable tokenizer"):
+        start(pair[0], {"model": str(tmp_path), "alpha": 0.5})
+
+
+@pytest.fixture
+def compiled(tiny_model, tmp_path):
+    """Return a memory folder with a memdec block, as `memdec build` leaves it, and its block."""
+    import shutil
+
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model("llama", seed=1), tmp_path, dirs_exist_ok=True)
+    block = {
+        "alpha": 0.25,
+        "tokenizer_fingerprint": tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path)),
+        "base": "some/base",
+        "temperature": 16.0,
+    }
+    write_block(tmp_path, MemoryBlock(**block))
+    return tmp_path, block
+
+
+def test_block_gives_the_default(start, pair, compiled):
+    config = start(pair[0], {"model": str(compiled[0])})
+    assert MemDecConfig.from_vllm(config).alpha == 0.25
+    config = start(pair[0], {"model": str(compiled[0]), "alpha": 0.0})
+    assert MemDecConfig.from_vllm(config).alpha == 0.0
+
+
+def test_block_of_another_tokenizer(start, pair, compiled):
+    folder, block = compiled
+    write_block(folder, MemoryBlock(**block | {"tokenizer_fingerprint": "0" * 64}))
+    with pytest.raises(ValueError, match="another tokenizer .* compiled for some/base"):
+        start(pair[0], {"model": str(folder)})
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_positions(kind, start, pair, tiny_model):
+    """A limit the user did not give is lowered to the memory's; one he gave is refused."""
+    block = {"model": tiny_model(kind, seed=1, positions=64), "alpha": 0.5}
+    config = start(pair[0], block)
+    assert config.model_config.max_model_len == 64
+    assert start(pair[0], block, max_model_len=48).model_config.max_model_len == 48
+    with pytest.raises(ValueError, match="use --max-model-len 64"):
+        start(pair[0], block, max_model_len=100)
+
+
+def test_multimodal_and_recurrent_models(start, pair, tmp_path):
+    """Read from config.json alone, so a folder without weights is enough."""
+    import shutil
+
+    import transformers
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{pair[0]}/{name}", tmp_path)
+    config = transformers.MambaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2)
+    config.architectures = ["MambaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    for base, memory in ((str(tmp_path), pair[1]), (pair[0], str(tmp_path))):
+        with pytest.raises(ValueError, match="is a state-space or hybrid model"):
+            start(base, {"model": memory, "alpha": 0.5})
+    config = transformers.PaliGemmaConfig()
+    config.architectures = ["PaliGemmaForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is multimodal"):
+        start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
+
+
+def test_plain_vllm_is_left_alone(start, pair):
+    config = start(pair[0], model_impl="auto", additional_config={"other": 1})
+    assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]

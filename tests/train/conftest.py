@@ -1,0 +1,130 @@
+"""Shared by the tests of the compile pipeline: English text, quick settings, the real command."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[2]
+MEMDEC = Path(sys.executable).with_name("memdec")
+# Tiny models lose by a second thread, and far more where cores are shared.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+
+QUICK = {
+    "corpus": {"block_tokens": 32},
+    "datastore": {"dtype": "float32", "batch_blocks": 8, "shard_blocks": 16},
+    "targets": {"neighbours": 16},
+    "memory": {"layers": 1, "epochs": 2, "dtype": "float32"},
+    "export": {"dtype": "float32"},
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """Return a function: settings that suit a tiny model, with changes {stage: {name: value}}."""
+
+    def make(changes: dict | None = None) -> dict:
+        return {
+            s: values | (changes or {}).get(s, {}) for s, values in ({"index": {}} | QUICK).items()
+        }
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def english():
+    """Return a function: documents of sentences drawn from the licence text."""
+    licence = " ".join((ROOT / "LICENSE").read_text().split())
+    sentences = [s for s in re.split(r"(?<=[.;:,]) ", licence) if len(s) > 20]
+
+    def make(documents: int, sentences_each: int = 6, seed: int = 0) -> list[str]:
+        rng = random.Random(seed)
+        return [" ".join(rng.choices(sentences, k=sentences_each)) for _ in range(documents)]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def jsonl():
+    """Return a function that writes texts as a .jsonl corpus."""
+
+    def write(path: Path, texts: list[str]) -> Path:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        return path
+
+    return write
+
+
+class Command:
+    """Runs `memdec build` as a user does, in a process group of its own."""
+
+    def __init__(self, folder: Path, base: str, corpus: Path, settings: dict | str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.output, config = folder / "out", folder / "settings.yaml"
+        config.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
+        self.options = {
+            "--base": base, "--corpus": corpus, "--output": self.output, "--config": config,
+        }  # fmt: skip
+
+    def start(self, *prefix: str, **options) -> subprocess.Popen:
+        """Start it, with options changed and perhaps under another command."""
+        chosen = self.options | {f"--{name}": value for name, value in options.items()}
+        words = [str(w) for pair in chosen.items() for w in pair]
+        return subprocess.Popen(
+            [*prefix, str(MEMDEC), "build", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+
+    def run(self, *prefix: str, **options) -> tuple[int, str]:
+        """Run it to its end; return exit code and what it printed on stderr."""
+        process = self.start(*prefix, **options)
+        out, err = process.communicate(timeout=300)
+        assert out == ""
+        return process.returncode, err
+
+    @staticmethod
+    def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> str:
+        """Signal the whole process group; return what it had printed on stderr."""
+        os.killpg(process.pid, number)
+        return process.communicate(timeout=60)[1]
+
+
+@pytest.fixture
+def command(tmp_path):
+    """Return a function that prepares `memdec build` in a fresh folder."""
+
+    def make(base, corpus, settings, folder="command") -> Command:
+        return Command(tmp_path / folder, base, corpus, settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def hashes():
+    """Return a function: the manifest hash of every stage under an output folder."""
+    from vllm_memdec.train.pipeline import STAGES
+
+    def read(output: Path) -> dict[str, str]:
+        return {s: json.loads((output / s / "manifest.json").read_text())["hash"] for s in STAGES}
+
+    return read

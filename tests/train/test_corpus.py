@@ -1,0 +1,138 @@
+"""The corpus stage: every token predicted once, documents apart, and every format read alike."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
+
+from vllm_memdec.train.config import CorpusSettings
+from vllm_memdec.train.corpus import (
+    build_corpus,
+    load_blocks,
+    pack,
+    split_documents,
+    tokenise,
+    valid_rows,
+)
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import corpus_files, read_documents, text_hash
+
+FILLER = -7
+# Lengths of documents: shorter and longer than a block of 8, ending on its edge, of one token.
+LENGTHS = {
+    "short": [3, 2, 5, 2, 2],
+    "long": [40],
+    "on the edge": [8, 8, 9, 7],
+    "one past the edge": [9],
+    "two": [2],
+    "one-token documents": [1, 4, 1, 1, 20, 1],
+    "mixed": list(np.random.default_rng(0).integers(2, 30, 50)),
+}
+
+
+def numbered(lengths):
+    """Return documents whose tokens are all different: 0, 1, 2, ... in order."""
+    return np.split(np.arange(sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1])
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_every_token_but_a_documents_first_is_predicted_once(lengths):
+    tokens, positions = pack(numbered(lengths), 8, FILLER)
+    mask = valid_rows(positions)
+    pairs = sorted(zip(tokens[:, :-1][mask].tolist(), tokens[:, 1:][mask].tolist(), strict=True))
+    starts = set(np.r_[0, np.cumsum(lengths)[:-1]].tolist())
+    assert pairs == [(t - 1, t) for t in range(sum(lengths)) if t not in starts]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_positions_restart_per_document_and_per_block(lengths):
+    tokens, positions = pack(numbered(lengths), 8, FILLER)
+    document_start = np.repeat(np.r_[0, np.cumsum(lengths)[:-1]], lengths)
+    assert tokens.shape == positions.shape and tokens.shape[1] == 9
+    for block, row in enumerate(tokens):
+        for t, token in enumerate(row):
+            expected = 0 if token == FILLER else token - max(document_start[token], block * 8)
+            assert positions[block, t] == expected
+
+
+def test_filler_is_only_at_the_end_and_holds_no_pair():
+    tokens, positions = pack(numbered([5, 6]), 8, FILLER)
+    filler = tokens == FILLER
+    assert filler.ravel().tolist() == sorted(filler.ravel().tolist()) and filler.sum() == 7
+    mask = valid_rows(positions)
+    assert not (mask & (filler[:, 1:] | filler[:, :-1])).any()
+
+
+@pytest.mark.parametrize("adds_itself", [False, True])
+def test_end_of_text_is_added_once(tiny_model, tmp_path, jsonl, adds_itself):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("llama"))
+    if adds_itself:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+    texts = ["one text", "another", " \n ", "the last"]
+    documents = tokenise(tokenizer, jsonl(tmp_path / "a.jsonl", texts))
+    assert [tokenizer.decode(d, skip_special_tokens=True) for d in documents] == [
+        "one text", "another", "the last",
+    ]  # fmt: skip
+    for document in documents:
+        assert (document == 1).nonzero()[0].tolist() == [len(document) - 1]
+        assert (document[0] == 0) == adds_itself
+
+
+def test_all_formats_give_the_same_documents(tmp_path, jsonl):
+    texts = ["first: naïve café", "second", "third\n\nwith a blank line"]
+    folder = tmp_path / "txt"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "a.txt").write_text(texts[0], encoding="utf-8-sig")  # a byte order mark is no text
+    (folder / "b.TXT").write_text(texts[1])
+    (folder / "deeper" / "c.txt").write_text(texts[2])
+    (folder / "readme.md").write_text("left out")
+    lines = jsonl(tmp_path / "a.jsonl", [*texts, " "])
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), table)
+    for path in (folder, lines, table):
+        assert [t for f in corpus_files(path)[0] for t in read_documents(f)] == texts
+    assert corpus_files(folder)[1] == 1
+    assert text_hash(folder) == text_hash(lines) == text_hash(table)
+    assert text_hash(jsonl(tmp_path / "b.jsonl", texts[::-1])) != text_hash(lines)
+    assert text_hash(jsonl(tmp_path / "c.jsonl", ["".join(texts)])) != text_hash(lines)
+
+
+@pytest.mark.parametrize("lengths", [[20] * 40, [3] * 12, [5, 400, 5], [200], [50, 50]])
+def test_split_is_disjoint_and_complete(lengths):
+    documents = numbered(lengths)
+    splits = split_documents(documents, 0.1, block_tokens=16)
+    tokens = {name: np.concatenate(part).tolist() for name, part in splits.items()}
+    assert len(tokens["validation"]) >= 17  # a whole block
+    lost = sum(lengths) - len(tokens["train"]) - len(tokens["validation"])
+    assert 0 <= lost <= 1  # one token alone, left by the cut, predicts nothing
+    assert len(set(tokens["train"]) | set(tokens["validation"])) == sum(lengths) - lost
+
+
+def test_whole_documents_are_held_out_where_there_are_many():
+    splits = split_documents(numbered([20] * 40), 0.1, block_tokens=16)
+    assert [len(d) for d in splits["validation"]] == [20] * 4
+    assert len(splits["train"]) == 36
+
+
+def test_stage_writes_what_it_counts(tiny_model, tmp_path, jsonl, english):
+    train = jsonl(tmp_path / "train.jsonl", english(20))
+    held_out = jsonl(tmp_path / "held_out.jsonl", english(5, seed=1))
+    work = tmp_path / "work"
+    work.mkdir()
+    settings = CorpusSettings(block_tokens=16)
+    build_corpus(settings, tiny_model("gpt2"), train, held_out, work, Progress())
+    facts = json.loads((work / "corpus.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model("gpt2"))
+    for name, path in (("train", train), ("validation", held_out)):
+        documents = tokenise(tokenizer, path)
+        tokens, positions = load_blocks(work, name)
+        packed = pack(documents, 16, tokenizer.eos_token_id)
+        assert np.array_equal(tokens, packed[0]) and np.array_equal(positions, packed[1])
+        assert facts[name]["documents"] == len(documents)
+        assert facts[name]["rows"] == sum(len(d) - 1 for d in documents)

@@ -1,0 +1,125 @@
+"""The datastore stage against plain Hugging Face forward passes, one document at a time."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
+
+from vllm_memdec.train.config import CorpusSettings, DatastoreSettings
+from vllm_memdec.train.corpus import build_corpus, load_blocks, valid_rows
+from vllm_memdec.train.datastore import (
+    build_datastore,
+    check_isolation,
+    last_mlp,
+    load_model,
+    shards,
+)
+from vllm_memdec.train.progress import Progress
+
+TOLERANCE = 2e-3  # of the largest entry: keys are stored in fp16
+SETTINGS = {"batch_blocks": 3, "shard_blocks": 4, "dtype": "float32"}  # neither divides the blocks
+
+
+@pytest.fixture(scope="module")
+def corpus(tiny_model, tmp_path_factory, jsonl, english):
+    """Return a corpus folder of short documents in blocks of 32, so that most blocks hold many."""
+    work = tmp_path_factory.mktemp("corpus")
+    texts = [t for i in range(1, 4) for t in english(8, sentences_each=i, seed=i)]
+    path = jsonl(work / "text.jsonl", texts)
+    build_corpus(CorpusSettings(block_tokens=32), tiny_model("llama"), path, None, work, Progress())
+    return work
+
+
+@torch.inference_mode()
+def keys_one_document_at_a_time(folder, key, tokens, positions):
+    """Return (keys, labels) of each run of a document within a block, never packed."""
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    seen = []
+    last = model.transformer.h[-1] if hasattr(model, "transformer") else model.model.layers[-1]
+    last.mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
+    keys, labels = [], []
+    for row, position in zip(tokens, positions, strict=True):
+        starts = np.flatnonzero(position == 0)
+        for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
+            run = torch.from_numpy(row[start:stop].astype(np.int64))
+            out = model(run[None], output_hidden_states=True)
+            found = {"last_mlp_input": seen[-1], "final_hidden": out.hidden_states[-1][0]}[key]
+            keys.append(found[:-1])
+            labels.append(run[1:])
+    return torch.cat(keys).numpy(), torch.cat(labels).numpy()
+
+
+@pytest.mark.parametrize("key", ["last_mlp_input", "final_hidden"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
+def test_keys_are_those_of_each_document_alone(tiny_model, corpus, tmp_path, kind, key):
+    base = tiny_model(kind)
+    build_datastore(DatastoreSettings(key=key, **SETTINGS), base, corpus, tmp_path, Progress())
+    tokens, positions = load_blocks(corpus, "train")
+    expected, labels = keys_one_document_at_a_time(base, key, tokens, positions)
+    found = shards(tmp_path, "keys")
+    assert len(found) == -(-len(tokens) // SETTINGS["shard_blocks"]) > 1
+    stored = np.concatenate(found)
+    assert stored.dtype == np.float16
+    assert np.array_equal(np.concatenate(shards(tmp_path, "labels")), labels)
+    difference = np.abs(stored.astype(np.float32) - expected).max()
+    assert difference < TOLERANCE * np.abs(expected).max()
+    # The test can see a leak: without the restart of positions keys are far from these.
+    naive = AutoModelForCausalLM.from_pretrained(base)(
+        torch.from_numpy(tokens[:, :-1].astype(np.int64)), output_hidden_states=True
+    )
+    if key == "final_hidden":
+        leaked = naive.hidden_states[-1].detach().numpy()[valid_rows(positions)]
+        assert np.abs(leaked - expected).max() > 0.1 * np.abs(expected).max()
+
+
+def test_row_numbers_count_valid_pairs_through_all_blocks(tiny_model, corpus, tmp_path):
+    build_datastore(
+        DatastoreSettings(**SETTINGS), tiny_model("llama"), corpus, tmp_path, Progress()
+    )
+    tokens, positions = load_blocks(corpus, "train")
+    rows_of_block = valid_rows(positions).sum(axis=1)
+    assert sum(rows_of_block) == json.loads((corpus / "corpus.json").read_text())["train"]["rows"]
+    lengths = [len(labels) for labels in shards(tmp_path, "labels")]
+    per_shard = [rows_of_block[i : i + 4].sum() for i in range(0, len(tokens), 4)]
+    assert lengths == per_shard == [len(keys) for keys in shards(tmp_path, "keys")]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        BloomConfig(vocab_size=100, hidden_size=32, n_layer=2, n_head=2),
+        MambaConfig(vocab_size=100, hidden_size=32, num_hidden_layers=2),
+    ],
+    ids=["bloom", "mamba"],
+)
+def test_an_architecture_that_would_mix_documents_is_refused(config):
+    config.initializer_range = 0.3
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match="lets packed documents see each other"):
+        check_isolation(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_supported_architectures_keep_documents_apart(tiny_model, kind, dtype):
+    check_isolation(load_model(tiny_model(kind), dtype))
+
+
+def test_without_a_known_mlp_the_other_key_is_named():
+    model = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
+    )
+    with pytest.raises(ValueError, match="datastore.key to final_hidden"):
+        last_mlp(model)
+
+
+def test_keys_beyond_fp16_are_refused(tiny_model, corpus, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    model.model.layers[-1].post_attention_layernorm.weight.data *= 1e5
+    model.save_pretrained(tmp_path / "huge")
+    with pytest.raises(ValueError, match="too large for fp16"):
+        build_datastore(
+            DatastoreSettings(**SETTINGS), str(tmp_path / "huge"), corpus, tmp_path, Progress()
+        )
