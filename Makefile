@@ -7,7 +7,8 @@ INSTALLED := $(VENV)/.installed
 
 export HF_HUB_OFFLINE := 1
 export TRANSFORMERS_OFFLINE := 1
-export RAY_USAGE_STATS_ENABLED := 0
+export HF_HUB_DISABLE_PROGRESS_BARS := 1
+export TRANSFORMERS_VERBOSITY := error
 export VLLM_NO_USAGE_STATS := 1
 
 .PHONY: setup test demo lint clean
@@ -35,7 +36,7 @@ test: setup
 	$(BIN)/pytest
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python benchmarks/demo.py $(DEMO_OPTIONS)
 
 lint: setup
 	$(BIN)/ruff check --fix .

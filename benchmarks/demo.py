@@ -50,7 +50,7 @@ GENERAL_CHARACTERS = 800  # of each Wikipedia article
 RECALL_LONGEST = 60  # characters: longer values are lists
 SHOWN_FIELD = "Executive branch - head of government"
 SHOWN_FACTS = 12
-ANSWER_TOKENS = 40
+ANSWER_TOKENS = 32
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Demo:
     validation: int | None = None
     held_out: int = 400
     articles: int = 40
-    recall: int = 150  # facts drawn from the corpus at random, asked of base and mixture alike
+    recall: int = 120  # facts drawn from the corpus at random, asked of base and mixture alike
 
 
 FULL = Demo(data.BUILD / "demo", HERE / "demo.yaml")
@@ -154,31 +154,34 @@ class Asker:
         self.tokenizer = tokenizer
 
     def answers(self, facts: list[data.Fact], alpha: float | None) -> list[str]:
-        """Return the first line of each greedy answer; alpha None is the memory's default."""
+        """Return the first written line of each greedy answer; alpha None: the memory's own."""
         reply = self.client.completions.create(
             model=self.model,
             prompt=[fact.prompt for fact in facts],
             max_tokens=ANSWER_TOKENS,
             temperature=0,
-            stop=["\n"],
             extra_body={} if alpha is None else {"vllm_xargs": {"memdec_alpha": alpha}},
         )
         by_prompt = sorted(reply.choices, key=lambda choice: choice.index)
-        return [choice.text.strip() for choice in by_prompt]
+        # A model may begin with an empty line: its answer is what it writes after that.
+        return [(c.text.strip().splitlines() or [""])[0].strip() for c in by_prompt]
 
-    def probability(self, fact: data.Fact, alpha: float | None) -> float:
-        """Return the probability of a fact's whole value after its prompt."""
+    def probabilities(self, facts: list[data.Fact], alpha: float | None) -> list[float]:
+        """Return the probability of each fact's whole value after its prompt."""
         extra = {"prompt_logprobs": 0}
         if alpha is not None:
             extra["vllm_xargs"] = {"memdec_alpha": alpha}
-        ids = self.tokenizer(fact.line)["input_ids"]
-        known = len(self.tokenizer(fact.prompt)["input_ids"])
+        ids = [self.tokenizer(fact.line)["input_ids"] for fact in facts]
+        known = [len(self.tokenizer(fact.prompt)["input_ids"]) for fact in facts]
         reply = self.client.completions.create(
             model=self.model, prompt=ids, max_tokens=1, temperature=0, extra_body=extra
         )
-        rows = reply.choices[0].prompt_logprobs[known:]
-        scored = zip(rows, ids[known:], strict=True)
-        return float(np.exp(sum(row[str(token)]["logprob"] for row, token in scored)))
+        found = []
+        for choice in sorted(reply.choices, key=lambda choice: choice.index):
+            start = known[choice.index]
+            scored = zip(choice.prompt_logprobs[start:], ids[choice.index][start:], strict=True)
+            found.append(float(np.exp(sum(row[str(token)]["logprob"] for row, token in scored))))
+        return found
 
 
 def recall(facts: list[data.Fact], answers: list[str]) -> float:
@@ -195,20 +198,19 @@ def ask_server(demo: Demo, base: Path, export: Artifact, learned: list[data.Fact
     options = ("--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager")
     with serve(base, {"model": str(export.path)}, log, *options) as address:
         asker = Asker(address, AutoTokenizer.from_pretrained(base))
-        answers = {name: asker.answers(asked, a) for name, a in ASKED}
-        base_says, mixture_says = asker.answers(shown, 0.0), asker.answers(shown, None)
-        rows = [
-            {
-                "prompt": fact.prompt,
-                "truth": fact.value,
-                "base_answer": says,
-                "mixture_answer": mixture_says[i],
-                "p_base": asker.probability(fact, 0.0),
-                "p_memory": asker.probability(fact, 1.0),
-                "p_mixture": asker.probability(fact, None),
-            }
-            for i, (fact, says) in enumerate(zip(shown, base_says, strict=True))
-        ]
+        answers = {name: asker.answers(asked, alpha) for name, alpha in ASKED}
+        says = {name: asker.answers(shown, alpha) for name, alpha in ASKED}
+        p = {name: asker.probabilities(shown, alpha) for name, alpha in ASKED}
+    rows = [
+        {
+            "prompt": fact.prompt,
+            "truth": fact.value,
+            "base_answer": says["base"][i],
+            "mixture_answer": says["mixture"][i],
+            **{f"p_{name}": p[name][i] for name, _ in ASKED},
+        }
+        for i, fact in enumerate(shown)
+    ]
     found = {name: recall(asked, said) for name, said in answers.items()}
     return {"recall": {"facts": len(asked), **found}, "facts": rows}
 

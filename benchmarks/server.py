@@ -34,12 +34,10 @@ def environment() -> dict[str, str]:
     return defaults | dict(os.environ)
 
 
-@contextlib.contextmanager
-def serve(base: Path, memdec: dict, log: Path, *options: str) -> Iterator[str]:
-    """Run `vllm serve BASE` with a memory; yield its API address; stop it at the end.
-
-    Raises RuntimeError with the log's last lines if it does not come up.
-    """
+def serve(
+    base: Path, memdec: dict, log: Path, *options: str
+) -> contextlib.AbstractContextManager[str]:
+    """Run `vllm serve BASE` with a memory; see run_server."""
     port = free_port()
     command = [
         str(Path(sys.executable).with_name("vllm")),
@@ -55,6 +53,15 @@ def serve(base: Path, memdec: dict, log: Path, *options: str) -> Iterator[str]:
         str(port),
         *options,
     ]
+    return run_server(command, port, log)
+
+
+@contextlib.contextmanager
+def run_server(command: list[str], port: int, log: Path) -> Iterator[str]:
+    """Run a command that serves on a port; yield its API address when healthy; stop it at the end.
+
+    Raises RuntimeError with the log's last lines if it does not come up.
+    """
     with open(log, "w") as output:
         process = subprocess.Popen(
             command,

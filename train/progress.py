@@ -15,7 +15,7 @@ from rich.progress import (
 )
 from rich.progress import Progress as Bar
 
-ESTIMATE_AFTER = 3.0  # seconds of work an estimate is based on
+ESTIMATE_SHARE, ESTIMATE_SECONDS = 0.05, 30.0  # work an estimate is based on: what comes first
 LONG = 20.0  # seconds; shorter tasks need no estimate
 PLAIN_SECONDS = 30.0  # between lines where no bar can be drawn
 
@@ -65,7 +65,8 @@ class Progress:
                 if not self.console.is_terminal and elapsed - done["line"] > PLAIN_SECONDS:
                     done["line"] = elapsed
                     self.say(f"{name}: {finished / total:.0%} of {total:.6g} {unit}")
-                if not done["said"] and done["now"] and elapsed > ESTIMATE_AFTER:
+                enough = done["now"] >= ESTIMATE_SHARE * total or elapsed > ESTIMATE_SECONDS
+                if not done["said"] and done["now"] and enough and elapsed > 1:
                     done["said"] = True
                     speed = done["now"] / elapsed
                     left = (total - finished) / speed

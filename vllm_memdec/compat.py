@@ -88,9 +88,17 @@ def _checked_model_config(original: Callable) -> Callable:
 
 
 def _checked_params(original: Callable) -> Callable:
+    from vllm.exceptions import VLLMValidationError
+
+    class RequestError(VLLMValidationError, ValueError):
+        """HTTP 400 to a client; the ValueError it is to a caller of LLM."""
+
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
-        serving = "memdec" in (self.vllm_config.additional_config or {})
-        state.check_extra_args(getattr(params, "extra_args", None), serving)
+        serving = config.memdec_block(self.vllm_config.additional_config) is not None
+        try:
+            state.check_extra_args(getattr(params, "extra_args", None), serving)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
         return original(self, params, supported_tasks)
 
     return _validate_params

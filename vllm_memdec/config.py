@@ -57,14 +57,19 @@ class MemDecConfig:
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
         """Return the configuration a worker was started with."""
-        return cls.parse(vllm_config.additional_config.get("memdec"))
+        return cls.parse(memdec_block(vllm_config.additional_config))
+
+
+def memdec_block(additional_config: Any) -> Any:
+    """Return the memdec block of vLLM's additional_config, or None."""
+    return additional_config.get("memdec") if isinstance(additional_config, dict) else None
 
 
 def create_model_config(
     args: "EngineArgs", build: "Callable[[EngineArgs], ModelConfig]"
 ) -> "ModelConfig":
     """Build vLLM's ModelConfig; for a memdec start check everything and select the composite."""
-    settings = (args.additional_config or {}).get("memdec")
+    settings = memdec_block(args.additional_config)
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
     by_name = overrides.get("architectures") == [ARCHITECTURE]  # the other way to ask for it
     if by_name:
@@ -87,6 +92,7 @@ def create_model_config(
     memory = memory_model_config(config.model, base)
     check_model(memory, "The memory")
     check_tokenizers(base, config)
+    check_heads(memory, args.tensor_parallel_size)
     fit_positions(base, memory.max_model_len, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
     # from the base, so its own special cases apply. Without the plugin the name is refused.
@@ -148,6 +154,16 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
                 f"{role} {model_config.model} is {what}, which vllm-memdec does not support yet: "
                 "it mixes two text decoders."
             )
+
+
+def check_heads(memory: "ModelConfig", tensor_parallel_size: int) -> None:
+    """Refuse a split of the memory's attention heads that vLLM would refuse in every worker."""
+    heads = memory.model_arch_config.total_num_attention_heads
+    if heads % tensor_parallel_size:
+        raise ValueError(
+            f"--tensor-parallel-size {tensor_parallel_size} does not divide the memory's "
+            f"{heads} attention heads: use a size that does."
+        )
 
 
 def check_tokenizers(base: "ModelConfig", config: MemDecConfig) -> None:

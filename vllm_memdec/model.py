@@ -20,6 +20,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models.utils import maybe_prefix
 
 from vllm_memdec import compat
 from vllm_memdec.config import SPECULATION, MemDecConfig, memory_model_config
@@ -48,7 +49,7 @@ class MemDecForCausalLM(nn.Module):
         )
         memory_config = memory_vllm_config(vllm_config, self.settings.model)
         with set_model_tag("memory"):  # else the two would share one compile cache
-            self.memory = initialize_model(memory_config, prefix=f"{prefix}memory")
+            self.memory = initialize_model(memory_config, prefix=maybe_prefix(prefix, "memory"))
         self.secondary_weights = [
             DefaultModelLoader.Source(self.settings.model, revision=None, prefix=SOURCE)
         ]

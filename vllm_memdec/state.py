@@ -54,7 +54,7 @@ def decode(columns_NA: torch.Tensor) -> torch.Tensor:
     alpha_N = columns_NA[:, PARTS - 1].float()
     for part in reversed(range(PARTS - 1)):
         alpha_N = columns_NA[:, part].float() + alpha_N / STEP
-    return alpha_N
+    return alpha_N.clamp(0, 1)  # vLLM's profile run sends random rows
 
 
 class AlphaRows:

@@ -177,10 +177,12 @@ def test_weight_zero_is_the_base_bit_for_bit(device):
         base_NV.to(device), memory_NV.to(device), torch.zeros(2).to(device), as_logits=True
     )
     assert bits(got) == bits(base_NV)
-    # Beside a row that is mixed.
-    alpha_N = torch.tensor([0.0, 0.5]).to(device)
-    got = interpolate(base_NV.to(device), base_NV.to(device), alpha_N, as_logits=True)
-    assert bits(got)[0] == bits(base_NV)[0]
+    # Beside a row that is mixed, and in place.
+    base, memory_NV[1] = base_NV.clone().to(device), 0
+    interpolate(
+        base, memory_NV.to(device), torch.tensor([0.0, 0.5]).to(device), as_logits=True, out=base
+    )
+    assert bits(base)[0] == bits(base_NV)[0] and not base.isnan().any()
 
 
 def test_uniform_rows_at_the_lowest_finite_logit(device):

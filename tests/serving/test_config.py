@@ -63,6 +63,7 @@ def test_bad_alpha(alpha, start, pair):
         (None, {}, "--model-impl memdec needs a memory"),
         ({"model": "MEMORY", "alpha": 0.5}, {"model_impl": "auto"}, "add --model-impl memdec"),
         ({"model": "MEMORY", "alpha": 0.5}, {"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"tensor_parallel_size": 2}, "3 attention heads"),
         ({"model": "MEMORY", "alpha": 0.5}, {"enable_prompt_embeds": True}, "prompt embeddings"),
         ({"model": "MEMORY", "alpha": 0.5}, {"enable_lora": True}, "LoRA"),
         ({"model": "MEMORY", "alpha": 0.5}, {"runner": "pooling"}, "pooling"),

@@ -19,7 +19,7 @@ PROMPT = [5, 6, 7, 8, 9]
 
 
 def command(base, memory, alpha="0.6"):
-    settings = '{"memdec": {"model": "%s", "alpha": %s}}' % (memory, alpha)
+    settings = f'{{"memdec": {{"model": "{memory}", "alpha": {alpha}}}}}'
     return ["vllm", "serve", base, "--model-impl", "memdec", "--additional-config", settings]
 
 

@@ -1,5 +1,9 @@
 """Cases whose right answer is the plain engine's own output: weight 0, and memory = base."""
 
+import subprocess
+import sys
+
+import oracle
 import pytest
 
 ALPHAS = (0.0, 0.37, 1.0)
@@ -25,8 +29,6 @@ def rows(outputs):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_alpha_zero_is_the_base_bit_for_bit(kind, dtype, tiny_model, engine):
-    import oracle
-
     base, memory = tiny_model(kind), tiny_model("llama", seed=1, hidden=96, layers=3)
     prompts = oracle.prompts(5, 1, 20, 1000)
     options = {"dtype": dtype, "logprobs_mode": "raw_logits"}
@@ -43,8 +45,6 @@ def test_alpha_zero_is_the_base_bit_for_bit(kind, dtype, tiny_model, engine):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_memory_equal_to_base_changes_nothing(kind, tiny_model, engine):
-    import oracle
-
     base = tiny_model(kind)
     prompts = oracle.prompts(9, 1, 40, 1000)
     with engine(base) as llm:
@@ -75,3 +75,45 @@ def test_the_weight_survives_half_precision(dtype, tiny_model, engine):
     torch.testing.assert_close(
         values[0.3].logsumexp(-1), values[0.0].logsumexp(-1), rtol=0, atol=1e-5
     )
+
+
+def test_the_memory_as_draft_model_changes_nothing(tiny_model, engine):
+    """vLLM's own draft_model speculation verifies against the mixture."""
+    base, memory = tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
+    prompts = oracle.prompts(6, 1, 40, 1000)
+    drafting = {"method": "draft_model", "model": memory, "num_speculative_tokens": 3}
+    texts = []
+    for options in ({}, {"speculative_config": drafting}):
+        with engine(base, memory, **options) as llm:
+            found = [generate(llm, prompts, alpha, max_tokens=24) for alpha in (0.9, 0.3)]
+            texts.append([o.outputs[0].token_ids for outputs in found for o in outputs])
+    assert texts[0] == texts[1]
+
+
+def test_compiled_equals_eager(tiny_model, subprocess_env):
+    """torch.compile keeps the two models apart: same text as eager, in a process that compiles."""
+    code = """
+import sys
+from vllm import LLM, SamplingParams
+base, memory, eager = sys.argv[1:]
+settings = {"memdec": {"model": memory, "alpha": 0.5}}
+llm = LLM(base, model_impl="memdec", additional_config=settings, dtype="float32",
+          enforce_eager=eager == "eager", max_num_seqs=4, max_model_len=64)
+params = [SamplingParams(temperature=0, max_tokens=12, ignore_eos=True,
+                         extra_args={"memdec_alpha": a}) for a in (0.0, 0.5, 1.0)]
+outputs = llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 3, params, use_tqdm=False)
+print([list(o.outputs[0].token_ids) for o in outputs])
+"""
+    base, memory = tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
+    env = {**subprocess_env, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "0"}
+    found = []
+    for mode in ("eager", "compiled"):
+        run = subprocess.run(
+            [sys.executable, "-c", code, base, memory, mode],
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stderr[-3000:]
+        found.append(run.stdout.strip().splitlines()[-1])
+    assert found[0] == found[1]

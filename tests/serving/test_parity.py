@@ -75,3 +75,18 @@ def test_default_alpha(tiny_model, engine):
         params = SamplingParams(temperature=0, max_tokens=3, logprobs=5, prompt_logprobs=5)
         [output] = llm.generate([{"prompt_token_ids": [5, 6, 7]}], params, use_tqdm=False)
     assert oracle.gap(output, base, memory, 0.37) < oracle.TOLERANCE
+
+
+def test_bad_weight_in_python(tiny_model, engine):
+    """LLM raises ValueError for the bad request and goes on serving."""
+    from vllm import SamplingParams
+
+    base, memory = tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
+    prompt = {"prompt_token_ids": [5, 6, 7]}
+    with engine(base, memory) as llm:
+        for alpha in (1.5, float("nan"), "0.3"):
+            with pytest.raises(ValueError, match="^memdec_alpha must be a number between 0 and 1"):
+                llm.generate(prompt, SamplingParams(extra_args={"memdec_alpha": alpha}))
+        assert llm.generate(prompt, SamplingParams(max_tokens=2), use_tqdm=False)
+    with engine(base) as llm, pytest.raises(ValueError, match="runs without a memory"):
+        llm.generate(prompt, SamplingParams(extra_args={"memdec_alpha": 0.3}))

@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import faiss
 import pytest
 import torch
 import yaml
@@ -31,6 +33,7 @@ QUICK = {
 def one_thread():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
     yield
     torch.set_num_threads(before)
 
@@ -128,3 +131,33 @@ def hashes():
         return {s: json.loads((output / s / "manifest.json").read_text())["hash"] for s in STAGES}
 
     return read
+
+
+@pytest.fixture(scope="session")
+def build(quick):
+    """Return a function that runs the whole pipeline here and returns the lines it said."""
+    from vllm_memdec.train.config import parse_settings
+    from vllm_memdec.train.pipeline import build as run
+    from vllm_memdec.train.progress import Progress
+
+    class Listening(Progress):
+        def say(self, line):
+            self.lines.append(line)
+
+    def make(base, corpus, output, changes=None, validation=None) -> list[str]:
+        progress = Listening()
+        progress.lines = []
+        run(base, corpus, output, parse_settings(quick(changes)), validation, progress)
+        return progress.lines
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pipeline(tiny_model, tmp_path_factory, english, jsonl, build):
+    """Return a finished run on some English: base, corpus, output, lines. Not to be changed."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("pipeline")
+    base, corpus = tiny_model("llama"), jsonl(folder / "corpus.jsonl", english(40))
+    lines = build(base, corpus, folder / "out")
+    return SimpleNamespace(base=base, corpus=corpus, output=folder / "out", lines=lines)

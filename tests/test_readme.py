@@ -1,0 +1,100 @@
+"""What the README tells a person to type works, with the small demo in place of the full one."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from server import environment, free_port, run_server  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+SMALL = {"build/demo": "build/demo-quick", "benchmarks/demo.yaml": "benchmarks/demo-quick.yaml"}
+BIN = Path(sys.executable).parent
+
+
+def block(start: str) -> str:
+    """Return the README's only code block that starts so, with the small demo's paths."""
+    found = [text for _, text in BLOCKS if text.startswith(start)]
+    assert len(found) == 1, f"the README has {len(found)} blocks starting with {start!r}"
+    text = found[0]
+    for full, small in SMALL.items():
+        text = text.replace(full, small)
+    return text
+
+
+def run(command: str, timeout: int = 600) -> str:
+    """Run shell lines as a person with the virtual environment active; return what they print."""
+    env = environment()
+    env["PATH"] = f"{BIN}:{env['PATH']}"
+    done = subprocess.run(
+        ["bash", "-ec", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """Run the quickstart's first command and return its report."""
+    demo_command, test_command = (
+        line.split("#")[0].strip() for line in block("make demo").strip().splitlines()
+    )
+    assert test_command == "make test"  # this very run
+    run(f"{demo_command} DEMO_OPTIONS=--quick")
+    return json.loads((ROOT / "build/demo-quick/report.json").read_text())
+
+
+def test_the_demo_reports_everything(demo):
+    for key in ("base", "memory", "mixture", "knn_lm"):
+        assert demo["perplexity"][key] > 1
+    assert 0 < demo["perplexity"]["alpha"] <= 1
+    assert {"base", "mixture"} <= set(demo["general_perplexity"])
+    assert demo["recall"]["facts"] >= 100
+    assert {"base", "mixture"} <= set(demo["recall"])
+    assert len(demo["facts"]) >= 10
+    for row in demo["facts"]:
+        assert all(0 <= row[p] <= 1 for p in ("p_base", "p_memory", "p_mixture")), row
+    assert demo["seconds"] and demo["versions"]["vllm"] and demo["commit"]
+    assert "exact recall" in (ROOT / "build/demo-quick/report.md").read_text()
+
+
+def test_compile_command(demo, tmp_path):
+    run(block("memdec build").replace("build/my-memory", str(tmp_path / "memory")))
+    assert json.loads((tmp_path / "memory/export/config.json").read_text())["memdec"]["alpha"] >= 0
+
+
+def test_serve_and_curl(demo, tmp_path):
+    port = free_port()
+    command = shlex.split(block("vllm serve").replace("\\\n", " "))
+    command[0] = str(BIN / command[0])
+    options = ["--port", str(port), "--max-model-len", "256", "--enforce-eager"]
+    with run_server([*command, *options], port, tmp_path / "log"):
+        answer = json.loads(run(block("curl").replace(":8000", f":{port}")))
+    assert answer["choices"][0]["text"]
+    # The README names this line as the sign that the memory is live.
+    assert re.search(r"memdec: base .* \+ memory .*, alpha", (tmp_path / "log").read_text())
+
+
+def test_python_example(demo):
+    code = block("from vllm").replace("additional_config", "max_model_len=256, additional_config")
+    prelude = 'BASE, MEMORY = "build/SmolLM2-135M-Instruct", "build/demo-quick/export"\n'
+    # vLLM starts processes, which need an importable main module.
+    body = "".join(f"    {line}\n" for line in (prelude + code).splitlines())
+    script = ROOT / "build/demo-quick/example.py"
+    script.write_text(f'if __name__ == "__main__":\n{body}')
+    run(f"python {script}")
+
+
+def test_the_tree_lists_every_module():
+    for folder in ("vllm_memdec", "kernels", "train", "benchmarks"):
+        for module in (ROOT / folder).glob("*.py"):
+            if module.name != "__init__.py":
+                assert f"  {module.name} " in README, f"the README's tree lacks {folder}/{module}"

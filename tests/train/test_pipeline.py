@@ -1,0 +1,194 @@
+"""The whole chain on a tiny model and some English: skipping, rebuilding, and what comes out."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
+from vllm_memdec.train.artifacts import locked, open_artifact
+from vllm_memdec.train.corpus import load_blocks
+from vllm_memdec.train.pipeline import STAGES
+
+UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
+
+
+def times(folder):
+    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.name != ".lock"}
+
+
+@pytest.fixture
+def copy(pipeline, tmp_path):
+    """Return a copy of the finished run's output, free to be changed."""
+    return shutil.copytree(pipeline.output, tmp_path / "out")
+
+
+def test_second_run_builds_nothing_and_says_so(pipeline, build):
+    before = times(pipeline.output)
+    assert build(pipeline.base, pipeline.corpus, pipeline.output) == UP_TO_DATE
+    assert times(pipeline.output) == before
+    assert not list(pipeline.output.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "rebuilt"),
+    [
+        ({"targets": {"neighbours": 8}}, {"targets", "memory", "export"}),
+        ({"index": {"probes": 7}}, {"targets", "memory", "export"}),
+        ({"memory": {"beta": 0.9}}, {"memory", "export"}),
+        ({"export": {"alpha": 0.25}}, {"export"}),
+        ({"memory": {"checkpoint_seconds": 5}}, set()),
+    ],
+    ids=["targets", "probes", "memory", "export", "checkpoints"],
+)
+def test_a_setting_rebuilds_what_depends_on_it(pipeline, build, copy, changes, rebuilt):
+    before = times(copy)
+    lines = build(pipeline.base, pipeline.corpus, copy, changes)
+    for stage in STAGES:
+        again = f"{stage}: building again, its settings or inputs changed" in lines
+        assert again == (stage in rebuilt)
+        assert (f"{stage}: up to date" in lines) == (stage not in rebuilt)
+    changed = {p.relative_to(copy).parts[0] for p, t in times(copy).items() if before.get(p) != t}
+    assert changed - {"."} == rebuilt
+
+
+def test_changed_text_rebuilds_everything(pipeline, build, copy, tmp_path, english, jsonl):
+    corpus = jsonl(tmp_path / "other.jsonl", english(12, seed=9))
+    lines = build(pipeline.base, corpus, copy)
+    assert [f"{s}: building again, its settings or inputs changed" in lines for s in STAGES] == [
+        True
+    ] * len(STAGES)
+
+
+@pytest.mark.parametrize(
+    "name", ["targets/probs-00000.npy", "export/model.safetensors", "memory/manifest.json"]
+)
+def test_a_damaged_artifact_is_rebuilt_the_same(pipeline, build, copy, hashes, name):
+    whole = hashes(copy)
+    content = (copy / name).read_bytes()
+    (copy / name).write_bytes(content[: len(content) // 2])
+    lines = build(pipeline.base, pipeline.corpus, copy)
+    stage = name.split("/")[0]
+    assert f"{stage}: building again, it is damaged" in lines
+    assert [f"{s}: up to date" in lines for s in STAGES] == [s != stage for s in STAGES]
+    assert hashes(copy) == whole
+
+
+def test_same_settings_in_another_folder_give_the_same_hashes(pipeline, build, tmp_path, hashes):
+    base = shutil.copytree(pipeline.base, tmp_path / "elsewhere" / pipeline.base.split("/")[-1])
+    corpus = shutil.copy(pipeline.corpus, tmp_path / "renamed.jsonl")
+    build(str(base), tmp_path / corpus, tmp_path / "other")
+    assert hashes(tmp_path / "other") == hashes(pipeline.output)
+
+
+def test_a_manifest_that_was_edited_counts_as_damaged(copy):
+    manifest = json.loads((copy / "memory/manifest.json").read_text())
+    assert open_artifact(copy / "memory").hash == manifest["hash"]
+    manifest["settings"]["beta"] = 0.75
+    (copy / "memory/manifest.json").write_text(json.dumps(manifest))
+    assert open_artifact(copy / "memory") is None
+
+
+def test_work_that_only_lacked_its_name_gets_it(pipeline, build, copy, hashes):
+    """Killed between the last file and the rename: nothing is made a second time."""
+    whole = hashes(copy)
+    manifest = json.loads((copy / "memory/manifest.json").read_text())
+    plan = {key: manifest[key] for key in ("schema", "stage", "settings", "inputs")}
+    (copy / "memory").rename(copy / "memory.partial")
+    (copy / "memory.partial/plan.json").write_text(json.dumps(plan))
+    lines = build(pipeline.base, pipeline.corpus, copy)
+    assert "memory: resuming" in lines and not any("training" in line for line in lines)
+    assert hashes(copy) == whole and not (copy / "memory/plan.json").exists()
+
+
+def test_unfinished_work_for_other_settings_is_not_mixed_in(pipeline, build, copy, hashes):
+    whole = hashes(copy)
+    partial = copy / "targets.partial"
+    (copy / "targets").rename(partial)
+    (partial / "plan.json").write_text("{}")
+    np.save(partial / "probs-00000.npy", np.zeros(3, np.float16))
+    lines = build(pipeline.base, pipeline.corpus, copy)
+    assert any(line.startswith("targets: starting over") for line in lines)
+    assert hashes(copy) == whole
+
+
+def test_two_builds_do_not_share_a_folder(pipeline, build):
+    with locked(pipeline.output), pytest.raises(ValueError, match="another memdec build"):
+        build(pipeline.base, pipeline.corpus, pipeline.output)
+
+
+def test_training_lowers_the_loss_and_draws_it(pipeline):
+    logs = pipeline.output / "memory" / "logs"
+    rows = [json.loads(line) for line in (logs / "metrics.jsonl").read_text().splitlines()]
+    for name in ("kl", "ce"):
+        first, last = (np.mean([r[name] for r in part]) for part in (rows[:5], rows[-5:]))
+        assert last < 0.7 * first
+    assert (logs / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@torch.inference_mode()
+def label_logprobs(folder, tokens, positions):
+    """Return log p of each next token by plain forward passes, one document at a time."""
+    model, found = AutoModelForCausalLM.from_pretrained(folder), []
+    for row, position in zip(tokens, positions, strict=True):
+        starts = np.flatnonzero(position == 0)
+        for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
+            run = torch.from_numpy(row[start:stop].astype(np.int64))
+            log_p = model(run[None]).logits[0].double().log_softmax(-1)
+            found.append(log_p[torch.arange(len(run) - 1), run[1:]])
+    return torch.cat(found).numpy()
+
+
+@pytest.fixture(scope="module")
+def two_domains(pipeline, build, tmp_path_factory, english, jsonl):
+    """Return a run whose base knows words backwards, its memory English; validation has both."""
+    folder = tmp_path_factory.mktemp("two_domains")
+    backwards = [text[::-1] for text in english(40, seed=5)]
+    build(pipeline.base, jsonl(folder / "backwards.jsonl", backwards), folder / "first")
+    base = str(folder / "first" / "export")  # an export is a model folder like any other
+    both = jsonl(folder / "both.jsonl", backwards[:6] + english(6, seed=6))
+    build(base, pipeline.corpus, folder / "second", validation=both)
+    return base, folder / "second"
+
+
+def test_export_is_a_checkpoint_with_a_calibrated_weight(two_domains):
+    base_folder, output = two_domains
+    export = output / "export"
+    block = read_block(export)
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    same = AutoTokenizer.from_pretrained(base_folder)
+    assert tokenizer("some text")["input_ids"] == same("some text")["input_ids"]
+    assert block.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
+    tokens, positions = load_blocks(output / "corpus", "validation")
+    base, memory = (label_logprobs(f, tokens, positions) for f in (base_folder, export))
+    grid = np.linspace(0.001, 0.999, 999)
+    mixed = [np.log((1 - a) * np.exp(base) + a * np.exp(memory)).mean() for a in grid]
+    assert 0.1 < block.alpha < 0.9  # else this test would not see a wrong one
+    assert block.alpha == pytest.approx(grid[np.argmax(mixed)], abs=0.0051)
+    assert block.alpha == round(block.alpha, 2)
+    said = block.provenance["validation_perplexity"]
+    for name, logprob in (
+        ("base", base.mean()),
+        ("memory", memory.mean()),
+        ("mixture", max(mixed)),
+    ):
+        assert said[name] == pytest.approx(np.exp(-logprob), rel=1e-3)
+    assert said["mixture"] < min(said["base"], said["memory"])
+    targets = json.loads((output / "targets/targets.json").read_text())
+    assert block.temperature == targets["temperature"]
+    for stage in ("corpus", "targets", "memory"):
+        assert block.provenance["artifacts"][stage] == open_artifact(output / stage).hash
+
+
+def test_a_fresh_memory_of_another_architecture(pipeline, build, tiny_model, tmp_path):
+    """memory.init may be only a config; weights are stored as bfloat16 unless told otherwise."""
+    shutil.copy(tiny_model("gpt2") + "/config.json", tmp_path)
+    out = tmp_path / "out"
+    changes = {"memory": {"init": str(tmp_path), "epochs": 0.2}, "export": {"dtype": "bfloat16"}}
+    build(pipeline.base, pipeline.corpus, out, changes, validation=pipeline.corpus)
+    export = AutoModelForCausalLM.from_pretrained(out / "export", dtype="auto")
+    assert type(export).__name__ == "GPT2LMHeadModel" and export.dtype == torch.bfloat16
+    assert read_block(out / "export").base == pipeline.base.split("/")[-1]

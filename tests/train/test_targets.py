@@ -1,0 +1,218 @@
+"""The targets stage against brute force: numpy distances and a Python dictionary per row."""
+
+import json
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from vllm_memdec.train.config import IndexSettings, TargetSettings
+from vllm_memdec.train.datastore import save_array, shards
+from vllm_memdec.train.index import PQ_KEYS, build_index, load_index
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.targets import (
+    aggregate,
+    build_targets,
+    fit_temperature,
+    neighbour_weights,
+    neighbours_without_self,
+    search,
+)
+
+WIDTH, VOCABULARY = 16, 50
+FP16 = 1e-3  # relative: probabilities are stored in fp16
+
+
+def clustered(rows, seed=0, centres=60, spread=0.3):
+    """Return keys around few centres and labels that mostly follow the centre, like real text."""
+    rng = np.random.default_rng(seed)
+    centre = rng.integers(centres, size=rows)
+    keys = rng.normal(size=(centres, WIDTH))[centre] + spread * rng.normal(size=(rows, WIDTH))
+    labels = np.where(
+        rng.random(rows) < 0.7, centre % VOCABULARY, rng.integers(VOCABULARY, size=rows)
+    )
+    return keys.astype(np.float16), labels.astype(np.int32)
+
+
+def store(folder, keys, labels, per_shard=400):
+    """Write keys and labels as datastore shards."""
+    for n, start in enumerate(range(0, len(keys), per_shard)):
+        save_array(folder / f"keys-{n:05d}.npy", keys[start : start + per_shard])
+        save_array(folder / f"labels-{n:05d}.npy", labels[start : start + per_shard])
+
+
+def run(tmp_path, keys, labels, index=None, probes=10_000, **settings):
+    """Build index and targets of a datastore; return (list of rows {token: p}, temperature)."""
+    for name in ("datastore", "index", "targets"):
+        (tmp_path / name).mkdir()
+    store(tmp_path / "datastore", keys, labels)
+    build_index(index or IndexSettings(), tmp_path / "datastore", tmp_path / "index", Progress())
+    work = tmp_path / "targets"
+    build_targets(
+        TargetSettings(**settings),
+        probes,
+        tmp_path / "datastore",
+        tmp_path / "index",
+        work,
+        Progress(),
+    )
+    rows = []
+    parts = (shards(work, name) for name in ("offsets", "ids", "probs", "labels"))
+    for offsets, ids, probs, stored in zip(*parts, strict=True):
+        assert np.array_equal(stored, labels[len(rows) : len(rows) + len(stored)])
+        for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
+            assert len(set(ids[start:stop].tolist())) == stop - start
+            rows.append(
+                dict(zip(ids[start:stop].tolist(), probs[start:stop].tolist(), strict=True))
+            )
+    return rows, json.loads((work / "targets.json").read_text())["temperature"]
+
+
+def oracle(keys, labels, k, temperature, min_probability=0.0):
+    """Return rows {token: p}: every distance, own row out, k nearest, summed by label."""
+    x = keys.astype(np.float64)
+    rows = []
+    for i in range(len(x)):
+        distance = ((x - x[i]) ** 2).sum(axis=1)
+        distance[i] = np.inf
+        nearest = np.argsort(distance, kind="stable")[:k]
+        mass = defaultdict(float)
+        for j in nearest:
+            if j != i:
+                mass[int(labels[j])] += np.exp(-(distance[j] - distance[nearest[0]]) / temperature)
+        total = sum(mass.values())
+        kept = {t: m / total for t, m in mass.items() if m / total >= min_probability}
+        rows.append({t: p / sum(kept.values()) for t, p in kept.items()})
+    return rows
+
+
+def assert_same(found, expected):
+    for row, (a, b) in enumerate(zip(found, expected, strict=True)):
+        big = {t for t, p in b.items() if p > 1e-6}  # below, fp16 has few digits
+        assert big <= set(a) and all(abs(a[t] - b.get(t, 0)) < FP16 for t in a), row
+        assert not b or abs(sum(a.values()) - 1) < 2 * FP16, row
+
+
+def test_exact_search_equals_brute_force(tmp_path):
+    keys, labels = clustered(900)
+    found, temperature = run(
+        tmp_path, keys, labels, neighbours=20, temperature=2.0, min_probability=0
+    )
+    assert temperature == 2.0
+    assert_same(found, oracle(keys, labels, 20, 2.0))
+
+
+def test_threshold_drops_the_small_and_renormalises(tmp_path):
+    keys, labels = clustered(500)
+    found, _ = run(tmp_path, keys, labels, neighbours=30, temperature=1.0, min_probability=0.05)
+    # A probability on the threshold may fall on either side: compare rows that have none.
+    without = oracle(keys, labels, 30, 1.0)
+    clear = [i for i, row in enumerate(without) if all(abs(p - 0.05) > 1e-4 for p in row.values())]
+    expected = oracle(keys, labels, 30, 1.0, 0.05)
+    assert len(clear) > 400
+    assert_same([found[i] for i in clear], [expected[i] for i in clear])
+    assert all(set(found[i]) == set(expected[i]) for i in clear)
+
+
+def test_more_neighbours_than_keys(tmp_path):
+    keys, labels = clustered(30)
+    found, _ = run(tmp_path, keys, labels, neighbours=1000, temperature=3.0, min_probability=0)
+    assert_same(found, oracle(keys, labels, 29, 3.0))
+
+
+@pytest.mark.parametrize("kind", ["flat", "sq8"])
+def test_own_label_never_leaks_through_duplicate_keys(tmp_path, kind):
+    """Each key exists four times; only a row's own entry has its label, so it may not be there."""
+    keys = np.repeat(clustered(100)[0], 4, axis=0)
+    labels = np.arange(len(keys), dtype=np.int32)
+    found, _ = run(tmp_path, keys, labels, IndexSettings(kind=kind), neighbours=3, temperature=1.0)
+    for row, target in enumerate(found):
+        assert row not in target
+    if kind == "flat":  # the three others at distance 0 share the mass
+        for row, target in enumerate(found):
+            twins = set(range(row - row % 4, row - row % 4 + 4)) - {row}
+            assert set(target) == twins
+            assert np.allclose(list(target.values()), 1 / 3, atol=FP16)
+
+
+def test_own_label_never_leaks_where_codes_are_coarse(tmp_path):
+    """Product codes put other rows nearer than the query itself: its rank says nothing."""
+    keys = np.random.default_rng(0).normal(size=(PQ_KEYS, 67)).astype(np.float16)  # one byte a key
+    labels = np.arange(len(keys), dtype=np.int32)
+    found, _ = run(tmp_path, keys, labels, IndexSettings(kind="pq"), neighbours=8, temperature=9.0)
+    assert not any(row in target for row, target in enumerate(found))
+    ids = search(load_index(tmp_path / "index", 10_000), keys[:500], 9)[1]
+    assert ((ids[:, 0] != np.arange(500)) & (ids == np.arange(500)[:, None]).any(1)).mean() > 0.02
+
+
+def test_self_is_dropped_by_id_else_the_furthest_goes():
+    ids = np.array([[7, 0, 3], [5, 1, 4], [8, 9, 6]])
+    distances = np.array([[0.0, 0.1, 0.2]] * 3)
+    d, kept = neighbours_without_self(distances, ids, own=np.array([0, 1, 2]))
+    assert kept.tolist() == [[7, 3], [5, 4], [8, 9]]
+    assert d.tolist() == [[0.0, 0.2], [0.0, 0.2], [0.0, 0.1]]
+
+
+def test_missing_neighbours_have_no_mass(tmp_path):
+    ids = np.array([[3, -1], [-1, -1]])
+    weights = neighbour_weights(np.array([[1.0, 3.4e38], [3.4e38, 3.4e38]]), ids, 1.0)
+    assert weights.tolist() == [[1.0, 0.0], [0.0, 0.0]]
+    offsets, tokens, probs = aggregate(weights, np.array([[9, 9], [9, 9]]), 0.0)
+    assert offsets.tolist() == [0, 1, 1] and tokens.tolist() == [9] and probs.tolist() == [1.0]
+    # One list visited of many returns fewer neighbours than asked for.
+    keys, labels = clustered(400)
+    sq8 = IndexSettings(kind="sq8")
+    found, _ = run(tmp_path, keys, labels, sq8, probes=1, neighbours=300, temperature=1.0)
+    ids = search(load_index(tmp_path / "index", 1), keys, 301)[1]
+    assert (ids == -1).any()
+    for row, target in enumerate(found):
+        others = set(labels[[i for i in ids[row] if i not in (-1, row)]].tolist())
+        assert set(target) <= others
+        assert not others or abs(sum(target.values()) - 1) < 2 * FP16
+
+
+def test_no_stored_probability_is_zero(tmp_path):
+    """fp16 has no 1e-9: its log would make the loss infinite times zero."""
+    keys, labels = clustered(300, spread=1.0)
+    found, _ = run(tmp_path, keys, labels, neighbours=50, temperature=0.05, min_probability=0)
+    assert min(p for row in found for p in row.values()) > 0
+    assert min(min(row.values()) for row in oracle(keys, labels, 50, 0.05)) < 1e-9
+
+
+def test_fitted_temperature_is_the_generating_one():
+    """Labels drawn from softmax(-d / 5) over the neighbours: the fit must come close to 5."""
+    rng = np.random.default_rng(0)
+    distances = np.sort(rng.uniform(0, 60, size=(4000, 64)), axis=1)
+    ids = np.broadcast_to(np.arange(64), distances.shape)
+    p = neighbour_weights(distances, ids, 5.0).astype(np.float64)
+    chosen = [rng.choice(64, p=row / row.sum()) for row in p]
+    assert 4 < fit_temperature(distances, ids, ids == np.array(chosen)[:, None]) < 6.3
+
+
+def test_fitted_temperature_predicts_better_than_far_ones(tmp_path):
+    keys, labels = clustered(1500)
+
+    def likelihood(temperature):
+        rows = oracle(keys, labels, 32, temperature)
+        return np.mean(
+            [np.log(0.999 * r.get(int(t), 0) + 2e-5) for r, t in zip(rows, labels, strict=True)]
+        )
+
+    _, temperature = run(tmp_path, keys, labels, neighbours=32)
+    assert likelihood(temperature) > max(likelihood(temperature * 8), likelihood(temperature / 8))
+
+
+def test_sq8_recall_on_real_keys(pipeline):
+    """Default probes, quantised: nine of ten true neighbours are found among the keys of text."""
+    keys = np.concatenate(shards(pipeline.output / "datastore", "keys")).astype(np.float32)
+    folder = pipeline.output.parent / "sq8"
+    folder.mkdir()
+    build_index(IndexSettings(kind="sq8"), pipeline.output / "datastore", folder, Progress())
+    index = load_index(folder, IndexSettings().probes)
+    assert index.nlist > 32
+    queries, k = keys[::97], 32
+    found = index.search(queries, k)[1]
+    distances = ((queries[:, None] - keys[None]) ** 2).sum(-1)
+    true = np.argsort(distances, axis=1)[:, :k]
+    recall = np.mean([len(set(a) & set(b)) / k for a, b in zip(found, true, strict=True)])
+    assert recall > 0.9

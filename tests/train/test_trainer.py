@@ -1,0 +1,207 @@
+"""Training: the gradient against plain autograd, batches, and a resumed run against a whole one."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from vllm_memdec.train import trainer
+from vllm_memdec.train.artifacts import write_atomic
+from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.head import ALL, Candidates
+from vllm_memdec.train.progress import Progress
+
+BETA = 0.3  # not a half: a swap of the two terms would show
+GRADIENT = 1e-5  # float32, parameters and rows of the order of one
+
+
+def batches_of(pipeline, **changes):
+    settings = MemorySettings(dtype="float32", beta=BETA, **changes)
+    out = pipeline.output
+    return settings, trainer.Batches(settings, out / "corpus", out / "targets")
+
+
+def dense_gradients(model, batches, blocks, rows):
+    """Return gradients of the dense loss, each document of each block by itself."""
+    out = batches.reader
+    for b in blocks:
+        tokens, positions = (
+            torch.from_numpy(batches.tokens[b].astype(np.int64)),
+            batches.positions[b],
+        )
+        labels = tokens[1:][torch.from_numpy(batches.valid[b])].numpy()
+        lengths, ids, probs = out.read(int(b), labels)
+        targets = np.zeros((len(labels), model.config.vocab_size))
+        targets[np.repeat(np.arange(len(labels)), lengths), ids] = probs
+        done, starts = 0, np.flatnonzero(positions == 0)
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            run = tokens[start:stop]
+            if len(run) < 2:
+                continue
+            log_q = model(run[None, :-1]).logits[0].log_softmax(-1)
+            p = torch.from_numpy(targets[done : done + len(run) - 1])
+            done += len(run) - 1
+            kl = (torch.xlogy(p, p) - p * log_q).sum()
+            ce = -log_q[torch.arange(len(run) - 1), run[1:]].sum()
+            ((BETA * kl + (1 - BETA) * ce) / rows).backward()
+        assert done == len(labels)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])  # the last two tie their embeddings
+def test_gradient_equals_plain_autograd_of_the_dense_loss(pipeline, tiny_model, kind, monkeypatch):
+    monkeypatch.setattr("vllm_memdec.train.head.LOGITS", 50_000)  # chunks of 50 rows
+    settings, batches = batches_of(pipeline)
+    blocks = np.array([0, 3, len(batches.tokens) - 1])  # the last has filler
+    rows = int(batches.valid[blocks].sum())
+    assert rows > 50 and (batches.positions[blocks][:, 1:] == 0).any()
+    ours, plain = (AutoModelForCausalLM.from_pretrained(tiny_model(kind)).eval() for _ in range(2))
+    for part in (blocks[:2], blocks[2:]):  # two micro-batches
+        trainer.add_gradients(ours, batches, part, rows, ALL, settings)
+    dense_gradients(plain, batches, blocks, rows)
+    if kind != "llama":
+        assert ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
+    for (name, a), b in zip(ours.named_parameters(), plain.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() < GRADIENT, name
+        assert b.grad.abs().max() > 10 * GRADIENT, name
+
+
+def test_gradient_over_all_candidates_is_the_full_one_where_it_is_passed_on(pipeline, tiny_model):
+    """Columns of S exactly, every other token sampled: the same loss, in another order."""
+    settings, batches = batches_of(pipeline)
+    blocks, rows = np.arange(4), int(batches.valid[:4].sum())
+    rest = np.setdiff1d(np.arange(1000), batches.used)
+    rank = torch.full((1000,), -1)
+    rank[batches.used] = torch.arange(len(batches.used))
+    every = Candidates(
+        torch.from_numpy(np.r_[batches.used, rest]).long(),
+        torch.zeros(1000),
+        rank,
+        len(batches.used),
+    )
+    assert len(rest) > 100
+    full, part = (
+        AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval() for _ in range(2)
+    )
+    sums = [
+        trainer.add_gradients(model, batches, blocks, rows, candidates, settings)
+        for model, candidates in ((full, ALL), (part, every))
+    ]
+    assert np.allclose(sums[0], sums[1], rtol=1e-5)
+    for (name, a), b in zip(full.named_parameters(), part.parameters(), strict=True):
+        kept = torch.from_numpy(batches.used).long() if name == "lm_head.weight" else slice(None)
+        assert (a.grad[kept] - b.grad[kept]).abs().max() < GRADIENT, name
+
+
+def test_an_epoch_sees_every_block_once(pipeline):
+    settings, batches = batches_of(pipeline, batch_blocks=5)
+    n, per_epoch = len(batches.tokens), batches.per_epoch
+    epochs = [
+        np.concatenate([batches.blocks(e * per_epoch + s) for s in range(per_epoch)])
+        for e in (0, 1)
+    ]
+    for order in epochs:
+        assert len(set(order.tolist())) == len(order) == n - n % 5
+    assert not np.array_equal(*epochs)
+    assert np.array_equal(batches.blocks(7), batches_of(pipeline, batch_blocks=5)[1].blocks(7))
+
+
+def test_learning_rate_warms_up_and_decays_to_a_tenth():
+    rates = [trainer.learning_rate_factor(s, 100, 0.1) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+
+
+def test_targets_of_another_corpus_are_refused(pipeline, tmp_path):
+    """A shift by one row is the classical failure: labels are stored to see it."""
+    shifted = shutil.copytree(pipeline.output / "targets", tmp_path / "targets")
+    labels = np.load(shifted / "labels-00000.npy")
+    np.save(shifted / "labels-00000.npy", np.roll(labels, 1))
+    batches = trainer.Batches(MemorySettings(), pipeline.output / "corpus", shifted)
+    with pytest.raises(ValueError, match="not aligned with block"):
+        batches.load(np.array([0]), torch.device("cpu"))
+    (shifted / "labels-00001.npy").unlink()
+    (shifted / "offsets-00001.npy").unlink()
+    (shifted / "ids-00001.npy").unlink()
+    (shifted / "probs-00001.npy").unlink()
+    with pytest.raises(ValueError, match="rows, the corpus"):
+        trainer.Batches(MemorySettings(), pipeline.output / "corpus", shifted)
+
+
+def test_stored_targets_are_distributions(pipeline):
+    """fp16 rounds what is stored; what training reads sums to one in float32."""
+    _, batches = batches_of(pipeline)
+    *_, targets = batches.load(np.arange(6), torch.device("cpu"))
+    mass = torch.zeros(int(batches.valid[:6].sum())).index_add_(0, targets.row, targets.probability)
+    assert (mass - 1).abs().max() < 1e-6
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # gpt2 has dropout: random numbers in a step
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_resumed_run_equals_an_undisturbed_one(
+    pipeline, tiny_model, tmp_path, monkeypatch, kind, dtype
+):
+    out = pipeline.output
+    settings = MemorySettings(
+        layers=1, epochs=0.4, batch_blocks=4, micro_batch_blocks=2, dtype=dtype,
+        sampled_negatives=50, checkpoint_seconds=0, learning_rate=1e-2,
+    )  # fmt: skip
+
+    def train(work, save=write_atomic):
+        monkeypatch.setattr(trainer, "write_atomic", save)
+        work.mkdir(exist_ok=True)
+        trainer.train_memory(
+            settings, tiny_model(kind), out / "corpus", out / "targets", work, Progress()
+        )
+
+    train(tmp_path / "whole")
+    saved = SimpleNamespace(count=0)
+
+    def save_some(path, write):
+        write_atomic(path, write)
+        saved.count += path.name == trainer.CHECKPOINT
+        if saved.count == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tmp_path / "broken", save_some)
+    torch.manual_seed(99)  # a new process starts with other random numbers
+    train(tmp_path / "broken")
+    whole, broken = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
+    assert whole.keys() == broken.keys()
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    curves = [
+        [
+            json.loads(line)
+            for line in (tmp_path / n / "logs/metrics.jsonl").read_text().splitlines()
+        ]
+        for n in ("whole", "broken")
+    ]
+    assert [r["kl"] for r in curves[0]] == [r["kl"] for r in curves[1]]
+    assert len(curves[0]) > 4 and not (tmp_path / "broken" / trainer.CHECKPOINT).exists()
+
+
+def test_finished_work_is_not_done_again(pipeline, tiny_model, tmp_path):
+    """Killed after the last file, before the folder has its name: nothing is trained again."""
+    out, settings = pipeline.output, MemorySettings(layers=1, epochs=0.1, checkpoint_seconds=0)
+    args = (settings, tiny_model("llama"), out / "corpus", out / "targets", tmp_path, Progress())
+    trainer.train_memory(*args)
+    before = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    trainer.train_memory(*args)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_valid_rows_of_the_corpus_are_those_of_the_batches(pipeline):
+    _, batches = batches_of(pipeline)
+    _, positions = load_blocks(pipeline.output / "corpus", "train")
+    assert np.array_equal(batches.valid, valid_rows(positions))
