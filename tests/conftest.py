@@ -75,7 +75,13 @@ def tiny_config(kind: str, vocab: int, hidden: int, layers: int, positions: int)
             bos_token_id=0,
             eos_token_id=1,
         )
-    name = {"llama": "LlamaConfig", "qwen2": "Qwen2Config", "qwen3": "Qwen3Config"}[kind]
+    name = {
+        "llama": "LlamaConfig",
+        "mistral": "MistralConfig",
+        "qwen2": "Qwen2Config",
+        "qwen3": "Qwen3Config",
+    }[kind]
+    window = {"sliding_window": 32} if kind == "mistral" else {}
     return getattr(transformers, name)(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -89,6 +95,7 @@ def tiny_config(kind: str, vocab: int, hidden: int, layers: int, positions: int)
         tie_word_embeddings=kind == "qwen2",
         bos_token_id=0,
         eos_token_id=1,
+        **window,
     )
 
 

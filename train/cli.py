@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-import typer
+INSTALL = "is not installed: pip install 'vllm-memdec[train,cpu]', or [train,cuda]."
+try:
+    import typer
 
-from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.config import load_settings
+    from vllm_memdec.train.progress import Progress
+except ModuleNotFoundError as error:  # installed for serving only
+    raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -93,6 +97,8 @@ def explain(error: Exception) -> str | None:
         or "t allocate" in str(error)
     ):
         return "out of memory: lower datastore.batch_blocks, or memory.micro_batch_blocks."
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error.name} {INSTALL}"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission for {error.filename}: choose a place you may read or write."
     if isinstance(error, (ValueError, OSError)):

@@ -109,7 +109,8 @@ def load_settings(path: Path | None) -> Settings:
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        what = " ".join(str(error).split())
+        raise ValueError(f"{path} is not valid YAML ({what}): mend it.") from None
     return parse_settings(values)
 
 

@@ -134,7 +134,7 @@ def _build(
         artifacts = {"corpus": blocks, "targets": targets, "memory": memory}
         provenance = {
             "artifacts": {name: artifact.hash for name, artifact in artifacts.items()},
-            "settings": asdict(settings),
+            "settings": asdict(settings) | {"memory": memory_settings},
         }
         export_memory(
             settings.export,

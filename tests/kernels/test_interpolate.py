@@ -185,6 +185,17 @@ def test_weight_zero_is_the_base_bit_for_bit(device):
     assert bits(base)[0] == bits(base_NV)[0] and not base.isnan().any()
 
 
+def test_output_is_float32_whatever_the_default(device):
+    """vLLM makes the model's dtype the default while it loads and profiles a model."""
+    base_NV, memory_NW, alpha_N = (x.to(device) for x in make(3, 50, 50))
+    want = interpolate(base_NV, memory_NW, alpha_N)
+    torch.set_default_dtype(BF16)
+    try:
+        assert torch.equal(interpolate(base_NV, memory_NW, alpha_N), want)
+    finally:
+        torch.set_default_dtype(FP32)
+
+
 def test_uniform_rows_at_the_lowest_finite_logit(device):
     """Masks written as finfo.min are numbers, not holes: the row is uniform."""
     lowest = torch.full((1, 4), torch.finfo(FP32).min, device=device)

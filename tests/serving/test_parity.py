@@ -16,6 +16,7 @@ PAIRS = {
     ),
     "gpt2+gpt2": (("gpt2", {}), ("gpt2", {"seed": 1, "hidden": 96, "layers": 1}), {}),
     "qwen3+gpt2": (("qwen3", {}), ("gpt2", {"seed": 1}), {}),
+    "mistral with a window+llama": (("mistral", {}), ("llama", {"seed": 1}), {}),
     "memory padded": (("llama", {}), ("qwen2", {"seed": 1, "vocab": 1024}), {}),
     "base padded": (("llama", {"vocab": 1024}), ("qwen2", {"seed": 1}), {}),
 }

@@ -1,6 +1,7 @@
 """The corpus stage: every token predicted once, documents apart, and every format read alike."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -136,3 +137,17 @@ def test_stage_writes_what_it_counts(tiny_model, tmp_path, jsonl, english):
         assert np.array_equal(tokens, packed[0]) and np.array_equal(positions, packed[1])
         assert facts[name]["documents"] == len(documents)
         assert facts[name]["rows"] == sum(len(d) - 1 for d in documents)
+
+
+def test_a_base_that_cannot_take_the_corpus_is_refused(tiny_model, tmp_path, jsonl, english):
+    path = jsonl(tmp_path / "a.jsonl", english(20))
+
+    def refused(base, match):
+        with pytest.raises(ValueError, match=match):
+            build_corpus(CorpusSettings(block_tokens=64), base, path, None, tmp_path, Progress())
+
+    refused(tiny_model("gpt2", positions=32), "32 positions: lower corpus.block_tokens from 64")
+    base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    refused(str(base), "200 vocabulary rows, but its tokenizer gives token")

@@ -147,10 +147,11 @@ def two_domains(pipeline, build, tmp_path_factory, english, jsonl):
     """Return a run whose base knows words backwards, its memory English; validation has both."""
     folder = tmp_path_factory.mktemp("two_domains")
     backwards = [text[::-1] for text in english(40, seed=5)]
-    build(pipeline.base, jsonl(folder / "backwards.jsonl", backwards), folder / "first")
+    more = {"memory": {"epochs": 6, "learning_rate": 3e-3}}
+    build(pipeline.base, jsonl(folder / "backwards.jsonl", backwards), folder / "first", more)
     base = str(folder / "first" / "export")  # an export is a model folder like any other
     both = jsonl(folder / "both.jsonl", backwards[:6] + english(6, seed=6))
-    build(base, pipeline.corpus, folder / "second", validation=both)
+    build(base, pipeline.corpus, folder / "second", more, validation=both)
     return base, folder / "second"
 
 

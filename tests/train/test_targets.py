@@ -8,7 +8,7 @@ import pytest
 
 from vllm_memdec.train.config import IndexSettings, TargetSettings
 from vllm_memdec.train.datastore import save_array, shards
-from vllm_memdec.train.index import PQ_KEYS, build_index, load_index
+from vllm_memdec.train.index import PQ_KEYS, build_index, factory_string, load_index
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.targets import (
     aggregate,
@@ -216,3 +216,14 @@ def test_sq8_recall_on_real_keys(pipeline):
     true = np.argsort(distances, axis=1)[:, :k]
     recall = np.mean([len(set(a) & set(b)) / k for a, b in zip(found, true, strict=True)])
     assert recall > 0.9
+
+
+def test_kinds_of_index():
+    """Lists have at least 40 keys each; codes divide the width; too few keys for codes are said."""
+    assert factory_string("auto", 9_999, 768) == "Flat"
+    assert factory_string("auto", 10_000, 768) == "IVF100,SQ8"
+    assert factory_string("auto", 30_000_000, 768) == "OPQ64,IVF5477,PQ64"
+    assert factory_string("sq8", 30, 64) == "IVF1,SQ8"
+    assert factory_string("sq8", 400, 64) == "IVF10,SQ8"
+    with pytest.raises(ValueError, match="needs 9984 keys .* has 9983: choose sq8"):
+        factory_string("pq", 9_983, 768)

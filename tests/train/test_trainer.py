@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from vllm_memdec.train import trainer
 from vllm_memdec.train.artifacts import write_atomic
+from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.head import ALL, Candidates
@@ -24,7 +25,7 @@ GRADIENT = 1e-5  # float32, parameters and rows of the order of one
 def batches_of(pipeline, **changes):
     settings = MemorySettings(dtype="float32", beta=BETA, **changes)
     out = pipeline.output
-    return settings, trainer.Batches(settings, out / "corpus", out / "targets")
+    return settings, Batches(settings, out / "corpus", out / "targets")
 
 
 def dense_gradients(model, batches, blocks, rows):
@@ -123,7 +124,7 @@ def test_targets_of_another_corpus_are_refused(pipeline, tmp_path):
     shifted = shutil.copytree(pipeline.output / "targets", tmp_path / "targets")
     labels = np.load(shifted / "labels-00000.npy")
     np.save(shifted / "labels-00000.npy", np.roll(labels, 1))
-    batches = trainer.Batches(MemorySettings(), pipeline.output / "corpus", shifted)
+    batches = Batches(MemorySettings(), pipeline.output / "corpus", shifted)
     with pytest.raises(ValueError, match="not aligned with block"):
         batches.load(np.array([0]), torch.device("cpu"))
     (shifted / "labels-00001.npy").unlink()
@@ -131,7 +132,7 @@ def test_targets_of_another_corpus_are_refused(pipeline, tmp_path):
     (shifted / "ids-00001.npy").unlink()
     (shifted / "probs-00001.npy").unlink()
     with pytest.raises(ValueError, match="rows, the corpus"):
-        trainer.Batches(MemorySettings(), pipeline.output / "corpus", shifted)
+        Batches(MemorySettings(), pipeline.output / "corpus", shifted)
 
 
 def test_stored_targets_are_distributions(pipeline):

@@ -1,0 +1,122 @@
+"""Who may import whom, read from the syntax tree of every file (functions' bodies included)."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("vllm_memdec", "kernels", "train", "benchmarks", "tests")
+LINKS = (ROOT / "vllm_memdec/kernels", ROOT / "vllm_memdec/train")
+FILES = sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*.py")
+    if not any(path.is_relative_to(link) for link in LINKS)
+)
+
+
+def imported(source: str) -> set[str]:
+    """Return the dotted names a source imports; `from a import b` counts as a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute, see the README"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
+            ("import_module", "__import__")
+        ):
+            names |= {a.value for a in node.args if isinstance(a, ast.Constant)}
+    return names
+
+
+def within(name: str, *packages: str) -> bool:
+    return any(name == p or name.startswith(p + ".") for p in packages)
+
+
+def forbidden(file: str, name: str) -> str | None:
+    """Return why a file, given by its path in the repository, may not import a name."""
+    folder = file.split("/")[0]
+    if within(name, "kernels", "train"):
+        return "a second copy: import vllm_memdec.kernels or vllm_memdec.train"
+    if folder in ("benchmarks", "tests"):
+        return None
+    if within(name, "benchmarks", "tests"):
+        return "nothing imports benchmarks or tests"
+    if within(name, "faiss") and file != "train/index.py":
+        return "faiss belongs to train/index.py"
+    if within(name, "ray") and file != "train/cluster.py":
+        return "ray belongs to train/cluster.py"
+    root = name.split(".")[0]
+    if folder == "kernels" and not (
+        root in sys.stdlib_module_names or within(name, "torch", "triton", "vllm_memdec.kernels")
+    ):
+        return "kernels need torch and triton only"
+    if folder == "vllm_memdec" and within(name, "vllm_memdec.train"):
+        return "serving does not need training"
+    if folder == "train":
+        if within(name, "vllm"):
+            return "training does not need vLLM"
+        if root == "vllm_memdec" and not within(
+            name, "vllm_memdec.checkpoint", "vllm_memdec.train"
+        ):
+            return "training shares only the checkpoint format with serving"
+    return None
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_keep_to_the_rule(path):
+    file = str(path.relative_to(ROOT))
+    found = {name: forbidden(file, name) for name in imported(path.read_text())}
+    assert not {name: why for name, why in found.items() if why}
+
+
+def test_all_files_are_looked_at():
+    files = {str(p.relative_to(ROOT)) for p in FILES}
+    assert {"train/index.py", "vllm_memdec/checkpoint.py", "tests/test_imports.py"} <= files
+    assert any(f.startswith("kernels/") for f in files)
+    assert not any(f.startswith(("vllm_memdec/train/", "vllm_memdec/kernels/")) for f in files)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("train/a.py", "import vllm"),
+        ("train/a.py", "def f():\n    from vllm.config import ModelConfig"),
+        ("train/a.py", "from vllm_memdec import plugin"),
+        ("train/a.py", "from vllm_memdec.kernels.interpolate import interpolate"),
+        ("train/targets.py", "import faiss.contrib"),
+        ("train/a.py", "import ray"),
+        ("vllm_memdec/a.py", "from vllm_memdec.train import config"),
+        (
+            "vllm_memdec/a.py",
+            "import importlib\nimportlib.import_module('vllm_memdec.train.index')",
+        ),
+        ("vllm_memdec/a.py", "import faiss"),
+        ("kernels/a.py", "import vllm"),
+        ("kernels/a.py", "import numpy"),
+        ("kernels/a.py", "from vllm_memdec.checkpoint import read_block"),
+        ("tests/a.py", "from train import config"),
+        ("benchmarks/a.py", "import kernels.interpolate"),
+    ],
+)
+def test_the_rule_sees_what_breaks_it(file, source):
+    assert any(forbidden(file, name) for name in imported(source))
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("train/index.py", "import faiss"),
+        ("train/a.py", "from vllm_memdec.checkpoint import read_block"),
+        ("train/a.py", "from vllm_memdec.train.config import Settings"),
+        ("kernels/a.py", "import math, torch, triton.language"),
+        ("vllm_memdec/a.py", "from vllm.config import VllmConfig"),
+        ("tests/a.py", "from vllm_memdec.train import config\nimport faiss"),
+    ],
+)
+def test_the_rule_allows_what_it_should(file, source):
+    assert not any(forbidden(file, name) for name in imported(source))

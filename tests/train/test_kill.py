@@ -1,0 +1,102 @@
+"""`kill -9` in the middle of every stage: the run after it ends with the undisturbed result.
+
+One output folder is killed once in each stage, in order. The text is large enough, the shards are
+small enough, that each stage takes some tenths of a second and the kill lands inside it; each time
+this is asserted, never assumed.
+"""
+
+import json
+import re
+import time
+
+import pytest
+import torch
+
+SETTINGS = {
+    "corpus": {"block_tokens": 32, "validation_fraction": 0.02},
+    "datastore": {"dtype": "float32", "batch_blocks": 1, "shard_blocks": 1},
+    "index": {"kind": "sq8"},
+    "targets": {"neighbours": 32},
+    "memory": {"layers": 1, "epochs": 0.5, "dtype": "float32", "checkpoint_seconds": 0},
+    "export": {"dtype": "float32"},
+}
+# For each stage a pattern of files in NAME.partial, and how many of them mean "in the middle".
+MIDDLE = {
+    "corpus": ("plan.json", 1),
+    "datastore": ("labels-*.npy", 5),
+    "index": ("trained.faiss", 1),
+    "targets": ("probs-*.npy", 5),
+    "memory": ("checkpoint.pt", 1),
+    "export": ("config.json", 1),
+}
+
+
+def wait_for(output, stage, process):
+    """Return when a stage is in its middle; fail if it never was."""
+    pattern, count = MIDDLE[stage]
+    while process.poll() is None:
+        if len(list(output.glob(f"{stage}.partial/{pattern}"))) >= count:
+            return
+        time.sleep(0.001)
+    pytest.fail(f"{stage} was never in its middle: {process.communicate()[1]}")
+
+
+def assert_in_the_middle(output, stage, whole):
+    """Check that the stage has begun, is not done, and that sharded work is there in part."""
+    partial = output / f"{stage}.partial"
+    assert not (output / stage).exists() and (partial / "plan.json").exists()
+    made = {p.name for p in partial.rglob("*") if p.suffix != ".tmp"} - {"plan.json"}
+    total = json.loads((whole / stage / "manifest.json").read_text())["files"]
+    if stage in ("datastore", "targets"):
+        assert 5 <= len(made & set(total)) < len(total)
+    assert not (partial / "manifest.json").exists()
+
+
+def test_killed_in_every_stage(tiny_model, tmp_path, command, english, jsonl, hashes):
+    corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
+    base = tiny_model("gpt2")  # has dropout: its random numbers must resume too
+    undisturbed = command(base, corpus, SETTINGS, "undisturbed")
+    code, err = undisturbed.run()
+    assert code == 0, err
+    broken = command(base, corpus, SETTINGS, "broken")
+    said = {}
+    for stage in MIDDLE:
+        process = broken.start()
+        wait_for(broken.output, stage, process)
+        if stage == "memory":  # let some steps pass
+            time.sleep(0.3)
+        said[stage] = broken.kill(process)
+        assert process.returncode == -9
+        assert_in_the_middle(broken.output, stage, undisturbed.output)
+        if stage == "memory":
+            checkpoint = torch.load(broken.output / "memory.partial/checkpoint.pt")["step"]
+    code, said["end"] = broken.run()
+    assert code == 0, said["end"]
+    stages = list(MIDDLE)
+    for stage, after in zip(stages, [*stages[1:], "end"], strict=True):
+        # The run after a kill goes on with the stage and does not touch those before it.
+        assert f"{stage}: resuming" in said[after]
+        for earlier in stages[: stages.index(stage)]:
+            assert f"{earlier}: up to date" in said[after]
+    step, steps = map(int, re.search(r"resuming at step (\d+) of (\d+)", said["export"]).groups())
+    assert 1 <= step < steps
+    assert step == checkpoint  # what was saved is not lost; at most one interval was not saved
+    assert hashes(broken.output) == hashes(undisturbed.output)
+    assert not list(broken.output.glob("*.partial")) and not list(broken.output.rglob("*.tmp"))
+
+
+def test_ctrl_c_stops_with_a_word_and_the_next_run_goes_on(
+    tiny_model, tmp_path, command, english, jsonl
+):
+    memdec = command(tiny_model("llama"), jsonl(tmp_path / "corpus.jsonl", english(60)), SETTINGS)
+    process = memdec.start()
+    wait_for(memdec.output, "datastore", process)
+    err = memdec.kill(process, 2)  # SIGINT
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "Stopped. Run the same command again to go on."
+    assert "Traceback" not in err
+    done = len(list(memdec.output.glob("datastore.partial/labels-*.npy")))
+    assert done >= 5
+    process = memdec.start()
+    wait_for(memdec.output, "targets", process)
+    assert "datastore: resuming" in memdec.kill(process)
