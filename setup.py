@@ -6,9 +6,9 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(
-    r'__version__ = "(.+)"', (ROOT / "vllm_memdec/__init__.py").read_text()
-).group(1)
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "vllm_memdec/__init__.py").read_text()).group(
+    1
+)
 
 setup(
     name="vllm-memdec",

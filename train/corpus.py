@@ -108,7 +108,7 @@ def build_corpus(
             "documents": len(splits[name]),
             "rows": int(valid_rows(positions).sum()),
         }
-        progress.say(f"corpus: {n_tokens} tokens of {name} text, {len(splits[name])} documents")
+        progress.say(f"corpus: {n_tokens:,} tokens of {name} text in {len(tokens):,} blocks")
     counts["block_tokens"] = settings.block_tokens
     counts["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
     write_json(work / "corpus.json", counts)

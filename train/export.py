@@ -54,7 +54,7 @@ def export_memory(
     block = MemoryBlock(
         alpha=alpha,
         tokenizer_fingerprint=corpus_facts["tokenizer_fingerprint"],
-        base=Path(base).name,
+        base=Path(base).resolve().name,
         temperature=json.loads((targets / "targets.json").read_text())["temperature"],
         provenance=provenance
         | {

@@ -58,7 +58,7 @@ def _build(
         if path is not None:
             inputs[name] = text_hash(path)
             if others := corpus_files(path)[1]:
-                progress.say(f"{name}: {others} other files in {path} are left out")
+                progress.say(f"{name}: files in {path} that are no text and left out: {others}")
 
     @functools.cache
     def check_memory() -> None:

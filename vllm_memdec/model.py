@@ -48,7 +48,7 @@ class MemDecForCausalLM(nn.Module):
             vllm_config.with_hf_config(model_config.hf_config, architectures), prefix=prefix
         )
         memory_config = memory_vllm_config(vllm_config, self.settings.model)
-        with set_model_tag("memory"):  # else the two would share one compile cache
+        with set_model_tag("memory"):  # its own compile cache, as vLLM gives a draft model
             self.memory = initialize_model(memory_config, prefix=maybe_prefix(prefix, "memory"))
         self.secondary_weights = [
             DefaultModelLoader.Source(self.settings.model, revision=None, prefix=SOURCE)
