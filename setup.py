@@ -1,4 +1,4 @@
-"""All packaging metadata. `kernels/` and `train/` are installed through the links in vllm_memdec/."""
+"""All packaging metadata. `kernels/` and `train/` are installed through links in vllm_memdec/."""
 
 import re
 from pathlib import Path

@@ -58,9 +58,11 @@ def dense_gradients(model, batches, blocks, rows):
 def test_gradient_equals_plain_autograd_of_the_dense_loss(pipeline, tiny_model, kind, monkeypatch):
     monkeypatch.setattr("vllm_memdec.train.head.LOGITS", 50_000)  # chunks of 50 rows
     settings, batches = batches_of(pipeline)
-    blocks = np.array([0, 3, len(batches.tokens) - 1])  # the last has filler
+    # Two blocks with the start of a document in their middle, and the last, which has filler.
+    packed = np.flatnonzero((batches.positions[:, 8:24] == 0).any(axis=1))[:2]
+    blocks = np.array([*packed, len(batches.tokens) - 1])
     rows = int(batches.valid[blocks].sum())
-    assert rows > 50 and (batches.positions[blocks][:, 1:] == 0).any()
+    assert len(packed) == 2 and rows > 50
     ours, plain = (AutoModelForCausalLM.from_pretrained(tiny_model(kind)).eval() for _ in range(2))
     for part in (blocks[:2], blocks[2:]):  # two micro-batches
         trainer.add_gradients(ours, batches, part, rows, ALL, settings)
