@@ -92,16 +92,36 @@ def test_a_manifest_that_was_edited_counts_as_damaged(copy):
     assert open_artifact(copy / "memory") is None
 
 
+def unfinish(artifact):
+    """Turn a finished artifact back into the working folder it was made in."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    plan = {key: manifest[key] for key in ("schema", "stage", "settings", "inputs")}
+    work = artifact.rename(artifact.with_name(artifact.name + ".partial"))
+    (work / "plan.json").write_text(json.dumps(plan))
+    return work
+
+
 def test_work_that_only_lacked_its_name_gets_it(pipeline, build, copy, hashes):
     """Killed between the last file and the rename: nothing is made a second time."""
     whole = hashes(copy)
-    manifest = json.loads((copy / "export/manifest.json").read_text())
-    plan = {key: manifest[key] for key in ("schema", "stage", "settings", "inputs")}
-    (copy / "export").rename(copy / "export.partial")
-    (copy / "export.partial/plan.json").write_text(json.dumps(plan))
+    unfinish(copy / "export")
     lines = build(pipeline.base, pipeline.corpus, copy)
     assert lines == [*UP_TO_DATE[:-1], "export: resuming"]
     assert hashes(copy) == whole and not (copy / "export/plan.json").exists()
+
+
+def test_a_half_written_file_does_not_stay(pipeline, build, copy, hashes):
+    """Killed while a file is written: what is whole is kept, the rest made again."""
+    whole = hashes(copy)
+    work = unfinish(copy / "targets")
+    (work / "manifest.json").unlink()
+    (work / "probs-00002.npy").rename(work / "probs-00002.npy.tmp")
+    (work / "checkpoint.pt.tmp").write_bytes(b"half of some file that is not written again")
+    kept = (work / "probs-00001.npy").stat().st_mtime_ns
+    lines = build(pipeline.base, pipeline.corpus, copy)
+    assert "targets: resuming" in lines and hashes(copy) == whole
+    assert not list(copy.rglob("*.tmp"))
+    assert (copy / "targets/probs-00001.npy").stat().st_mtime_ns == kept
 
 
 def test_unfinished_work_for_other_settings_is_not_mixed_in(pipeline, build, copy, hashes):
