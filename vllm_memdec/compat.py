@@ -1,7 +1,8 @@
 """The only file that names private symbols of vLLM: what we touch, and how.
 
-Checked with vLLM 0.32.0 (run) and 0.33.0 (read). Three methods are wrapped and one class is derived
-from. SIGNATURES and ATTRIBUTES record what that relies on; tests/serving/test_compat.py compares.
+Checked by running vLLM 0.32.0; 0.33 was not run. Three methods are wrapped and one class is derived
+from. SIGNATURES and ATTRIBUTES record what that relies on; tests/serving/test_compat.py compares
+them with the vLLM that is installed.
 
 - EngineArgs.create_model_config (front end): the checks have to run before workers start, and where
   the settings model_impl and additional_config meet. It also swaps in the class to load.

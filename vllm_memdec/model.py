@@ -16,7 +16,10 @@ import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
 from vllm.config import ModelConfig, VllmConfig, replace
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
@@ -125,9 +128,10 @@ class MemDecForCausalLM(nn.Module):
                 sum(p.numel() for p in m.parameters()) for m in (self.base, self.memory)
             )
             logger.info(
-                "memdec: base %s (%.1fM parameters) + memory %s (%.1fM), alpha %g.",
+                "memdec: base %s (%.1fM parameters%s) + memory %s (%.1fM), alpha %g.",
                 base_name,
                 base / 1e6,
+                " per rank" if get_tensor_model_parallel_world_size() > 1 else "",
                 self.settings.model,
                 memory / 1e6,
                 self.settings.alpha,

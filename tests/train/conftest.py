@@ -1,5 +1,6 @@
 """Shared by the tests of the compile pipeline: English text, quick settings, the real command."""
 
+import contextlib
 import json
 import os
 import random
@@ -108,7 +109,8 @@ class Command:
     @staticmethod
     def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> str:
         """Signal the whole process group; return what it had printed on stderr."""
-        os.killpg(process.pid, number)
+        with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
+            os.killpg(process.pid, number)
         return process.communicate(timeout=60)[1]
 
 
