@@ -1,6 +1,7 @@
 """What the README tells a person to type works, with the small demo in place of the full one."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -28,6 +29,16 @@ def block(start: str) -> str:
     for full, small in SMALL.items():
         text = text.replace(full, small)
     return text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def users_shell():
+    """Take back what other tests set for engines in their own process; commands here inherit it."""
+    ours = [n for n in os.environ if n.startswith(("VLLM_", "TRITON_", "TORCHDYNAMO_"))]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ours:
+            patch.delenv(name)
+        yield
 
 
 def run(command: str, timeout: int = 600) -> str:
