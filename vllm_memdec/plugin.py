@@ -23,8 +23,12 @@ def check_version(version: str) -> None:
 
 def register() -> None:
     """Register the composite and hook the front end; calling it again changes nothing."""
-    import vllm
-
+    try:
+        import vllm
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"vllm-memdec needs vLLM ({error}): pip install 'vllm-memdec[cpu]', or [cuda]."
+        ) from error
     check_version(vllm.__version__)
     try:
         from vllm_memdec import compat
