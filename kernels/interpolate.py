@@ -183,7 +183,10 @@ def interpolate_torch(
 ) -> None:
     """Run the formula in PyTorch, a few rows at a time so that the temporaries stay in cache.
 
-    NUMBERS
+    torch.compile is faster, but needs a C++ compiler and, its cache cold, 28 s on first use.
+    ms at N = 1 / 8 / 64, V = 49,152, logits form, 2 EPYC cores (plain: five eager ops, no rules):
+      bf16: here .31 / 3.5 / 11.6, plain .16 / 3.1 / 25.1, compiled .16 / 1.4 / 10.6
+      fp32: here .31 / 1.5 / 12.7, plain .15 / 2.4 / 20.9, compiled .17 / 1.4 / 10.6
     """
     N, V = base_NV.shape
     off_N = (alpha_N == 0) & as_logits
@@ -226,9 +229,7 @@ def _check(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, out: Tensor | No
         if x.ndim != 2 or 0 in x.shape[1:]:
             raise ValueError(f"{name} must be rows of logits, [N, V], got {tuple(x.shape)}.")
         if x.stride(1) != 1 and x.shape[1] > 1:
-            raise ValueError(
-                f"{name} must have contiguous rows, its column stride is {x.stride(1)}."
-            )
+            raise ValueError(f"{name} must have contiguous rows, got column stride {x.stride(1)}.")
         if x.dtype not in LOGIT_DTYPES:
             raise ValueError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}.")
     N = base_NV.shape[0]
@@ -240,10 +241,7 @@ def _check(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, out: Tensor | No
     if alpha_N.dtype != torch.float32:
         raise ValueError(f"alpha must be float32, got {alpha_N.dtype}.")
     if out is not None and (out.shape != base_NV.shape or out.dtype != torch.float32):
-        raise ValueError(
-            f"out must be float32 of shape {tuple(base_NV.shape)}, got {out.dtype} of shape "
-            f"{tuple(out.shape)}."
-        )
+        raise ValueError(f"out must be float32 and shaped like base, got {out.dtype} {out.shape}.")
     devices = {x.device for x in (*named.values(), alpha_N)}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}.")
