@@ -193,7 +193,7 @@ def ask_server(demo: Demo, base: Path, export: Artifact, learned: list[data.Fact
     """Serve base and memory, and return recall and the fact table."""
     asked = [f for f in learned if len(f.value) <= RECALL_LONGEST]
     asked = random.Random(0).sample(asked, min(demo.recall, len(asked)))
-    shown = [f for f in learned if f.field == SHOWN_FIELD][:SHOWN_FACTS]
+    shown = sorted(learned, key=lambda fact: fact.field != SHOWN_FIELD)[:SHOWN_FACTS]
     log = demo.out / "server.log"
     options = ("--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager")
     with serve(base, {"model": str(export.path)}, log, *options) as address:
