@@ -95,7 +95,9 @@ def test_serve_and_curl(demo, tmp_path):
 
 
 def test_python_example(demo):
-    code = block("from vllm").replace("additional_config", "max_model_len=256, additional_config")
+    code = block("from vllm").replace(
+        "additional_config", "enforce_eager=True, max_model_len=256, additional_config"
+    )
     prelude = 'BASE, MEMORY = "build/SmolLM2-135M-Instruct", "build/demo-quick/export"\n'
     # vLLM starts processes, which need an importable main module.
     body = "".join(f"    {line}\n" for line in (prelude + code).splitlines())
