@@ -8,9 +8,10 @@ GB/s counts what any implementation must move: both inputs read once, a float32 
 delivered, and one whose rows stay in cache may show more than the memory can deliver. `add` is the
 ceiling: it moves the same bytes and computes next to nothing.
 
-Variants: `fused` is ours, `fused logits` its logits form; `eager` is the formula in five ops;
-`compiled` is torch.compile of it ("not measured" where no compiler works). Triton's interpreter is
-never timed. Appends to results/kernel.csv; the last line is JSON.
+Variants: `fused` is ours, `fused logits` its logits form, on a CPU both compiled; `fused eager` is
+the logits form under --enforce-eager; `eager` is the formula in five ops; `compiled` is
+torch.compile of those ("not measured" where no compiler works). Triton's interpreter is never
+timed. Appends to results/kernel.csv; the last line is JSON.
 Shape suffixes: N rows, V vocabulary.
 """
 
@@ -37,12 +38,15 @@ def variants(base_NV, memory_NV, alpha_N, compiled):
     inputs = (base_NV, memory_NV, alpha_N)
     out_NV = torch.empty(base_NV.shape, device=base_NV.device)
     functions = {
-        "fused": lambda: interpolate(*inputs),
-        "fused logits": lambda: interpolate(*inputs, as_logits=True),
+        "fused": lambda: interpolate(*inputs, compiled=True),
+        "fused logits": lambda: interpolate(*inputs, as_logits=True, compiled=True),
+        "fused eager": lambda: interpolate(*inputs, as_logits=True),
         "eager": lambda: eager(*inputs),
         "compiled": lambda: compiled(*inputs),
         "add": lambda: torch.add(base_NV, memory_NV, out=out_NV),
     }
+    if base_NV.is_cuda:
+        del functions["fused eager"]
     for name, function in list(functions.items()):
         try:
             function()

@@ -4,10 +4,10 @@
 
 On a GPU one Triton program per row sweeps the columns twice: once for both normalisers, once to
 write the mixture. Nothing of size N x V exists beside inputs and output. On a CPU the same formula
-runs in PyTorch on groups of rows that stay in cache. The launcher is a plain function, not a
+runs in PyTorch, compiled unless vLLM was started eager. The launcher is a plain function, not a
 torch.library op: vLLM calls compute_logits eagerly, outside CUDA graphs and compiled code.
 
-Rules both implementations share (kernels/reference.py is the oracle):
+Rules all implementations share (kernels/reference.py is the oracle):
   * logits form, `as_logits=True`: the base's logsumexp is added back, so that penalties, which look
     at the sign of a logit, act as on the base alone. Rows with a = 0 are the base's, bit for bit;
   * the memory is cut or padded with -inf to the base's width before its softmax;
@@ -21,6 +21,7 @@ Shape suffixes: N rows, V vocabulary of the base (and of the output), W width of
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -41,7 +42,7 @@ NUM_WARPS = 16
 
 # Elements of one group of rows on the CPU. Smaller groups stay in a smaller cache, larger ones meet
 # fewer thread barriers, which are what hurts when other processes want the cores.
-GROUP = 2**19
+GROUP = 2**17
 
 
 def interpolate(
@@ -51,16 +52,19 @@ def interpolate(
     *,
     as_logits: bool = False,
     out: Tensor | None = None,
+    compiled: bool = False,
 ) -> Tensor:
     """Return the mixture [N, V] in float32, as log-probabilities or in the logits form.
 
     Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
+    `compiled` is for the CPU: torch.compile, which needs a C++ compiler and seconds on first use.
     """
     out_NV = _check(base_NV, memory_NW, alpha_N, out)
     if len(out_NV):  # CUDA refuses an empty grid
-        on_gpu = triton is not None and base_NV.is_cuda
-        run = interpolate_triton if on_gpu or INTERPRETED else interpolate_torch
-        run(base_NV, memory_NW, alpha_N, as_logits, out_NV)
+        if INTERPRETED or (triton is not None and base_NV.is_cuda):
+            interpolate_triton(base_NV, memory_NW, alpha_N, as_logits, out_NV)
+        else:
+            interpolate_torch(base_NV, memory_NW, alpha_N, as_logits, out_NV, compiled)
     return out_NV
 
 
@@ -169,55 +173,61 @@ def interpolate_triton(
 # -- PyTorch --------------------------------------------------------------------------------------
 
 
-def _normaliser_rows(x_NV: Tensor, scratch_NV: Tensor) -> tuple[Tensor, Tensor]:
+def _normaliser_rows(x_NV: Tensor) -> tuple[Tensor, Tensor]:
     """Return (peak, log sum exp(x - peak)) of each row, [N, 1] each; zeros for rows of -inf."""
     peak_N1 = x_NV.amax(-1, keepdim=True)
-    peak_N1.masked_fill_(peak_N1 == -torch.inf, 0)
+    peak_N1 = torch.where(peak_N1 == -torch.inf, 0, peak_N1)
     # sum() adds pairwise; the sum inside log_softmax does not, and is off by 1e-5 at V = 262,144.
-    total_N1 = torch.sub(x_NV, peak_N1, out=scratch_NV).exp_().sum(-1, keepdim=True)
-    return peak_N1, total_N1.masked_fill_(total_N1 == 0, 1).log_()
+    total_N1 = (x_NV - peak_N1).exp().sum(-1, keepdim=True)
+    return peak_N1, torch.where(total_N1 == 0, 1, total_N1).log()
+
+
+def _mixture_rows(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool) -> Tensor:
+    """Return the mixture of rows, [N, V] in float32; the kernel above says why each step is so."""
+    b, m = base_NV.float(), memory_NW[:, : base_NV.shape[1]].float()
+    if m.shape[1] < b.shape[1]:
+        m = torch.nn.functional.pad(m, (0, b.shape[1] - m.shape[1]), value=-torch.inf)
+    a = alpha_N[:, None]
+    base_peak, base_logsum = _normaliser_rows(b)
+    memory_peak, memory_logsum = _normaliser_rows(m)
+    if not as_logits:
+        x = (b - base_peak) + (torch.log1p(-a) - base_logsum)
+        return torch.logaddexp(x, (m - memory_peak) + (a.log() - memory_logsum))
+    gap = memory_peak.double() - base_peak
+    shift = gap.float()
+    rounded = (gap - shift).float()
+    y = (m - shift) + (a.log() + base_logsum - memory_logsum - rounded)
+    return torch.where(a == 0, b, torch.logaddexp(b + torch.log1p(-a), y))
+
+
+@functools.cache
+def _compiled_rows():
+    """Return _mixture_rows compiled: one graph for every shape, and one more for a single row."""
+    return torch.compile(_mixture_rows, dynamic=True)
+
+
+def compile_rows(V: int, W: int, dtype: torch.dtype) -> None:
+    """Compile the CPU path for widths V and W ahead of the first request; takes seconds."""
+    for N in (2, 1):
+        rows = (torch.zeros(N, V, dtype=dtype), torch.zeros(N, W, dtype=dtype))
+        interpolate(*rows, torch.zeros(N, dtype=torch.float32), as_logits=True, compiled=True)
 
 
 def interpolate_torch(
-    base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool, out_NV: Tensor
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    alpha_N: Tensor,
+    as_logits: bool,
+    out_NV: Tensor,
+    compiled: bool,
 ) -> None:
-    """Run the formula in PyTorch, a few rows at a time so that the temporaries stay in cache.
-
-    torch.compile is faster, but needs a C++ compiler and, its cache cold, 28 s on first use.
-    ms at N = 1 / 8 / 64, V = 49,152, logits form, 2 EPYC cores (plain: five eager ops, no rules):
-      bf16: here .31 / 3.5 / 11.6, plain .16 / 3.1 / 25.1, compiled .16 / 1.4 / 10.6
-      fp32: here .31 / 1.5 / 12.7, plain .15 / 2.4 / 20.9, compiled .17 / 1.4 / 10.6
-    """
-    N, V = base_NV.shape
-    off_N = (alpha_N == 0) & as_logits
-    if off_N.all():
-        out_NV.copy_(base_NV)
+    """Run the formula in PyTorch: compiled, or a few rows at a time so that they stay in cache."""
+    if compiled:
+        out_NV.copy_(_compiled_rows()(base_NV, memory_NW, alpha_N, as_logits))
         return
-    untouched_NV = base_NV[off_N].float()  # taken now: `out` may be the base itself
-    log_keep_N1, log_take_N1 = torch.log1p(-alpha_N)[:, None], alpha_N.log()[:, None]
-    step = min(N, max(1, GROUP // V))
-    scratch = base_NV.new_empty(2, step, V, dtype=torch.float32)
-    for start in range(0, N, step):
-        rows = slice(start, start + step)
-        b = base_NV[rows].float()
-        m = memory_NW[rows, :V].float()
-        if m.shape[1] < V:
-            m = torch.nn.functional.pad(m, (0, V - m.shape[1]), value=-torch.inf)
-        x, y = scratch[:, : len(b)]
-        base_peak, base_logsum = _normaliser_rows(b, x)
-        memory_peak, memory_logsum = _normaliser_rows(m, y)
-        log_keep, log_take = log_keep_N1[rows], log_take_N1[rows]
-        if as_logits:  # the kernel says what `gap` and `rounded` are for
-            gap = memory_peak.double() - base_peak
-            shift = gap.float()
-            rounded = (gap - shift).float()
-            torch.add(b, log_keep, out=x)
-            torch.sub(m, shift, out=y).add_(log_take + base_logsum - memory_logsum - rounded)
-        else:
-            torch.sub(b, base_peak, out=x).add_(log_keep - base_logsum)
-            torch.sub(m, memory_peak, out=y).add_(log_take - memory_logsum)
-        torch.logaddexp(x, y, out=out_NV[rows])
-    out_NV[off_N] = untouched_NV
+    step = max(1, GROUP // base_NV.shape[1])
+    for parts in zip(*(x.split(step) for x in (base_NV, memory_NW, alpha_N, out_NV)), strict=True):
+        parts[-1].copy_(_mixture_rows(*parts[:-1], as_logits))
 
 
 def _check(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, out: Tensor | None) -> Tensor:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import ModelConfig, VllmConfig, replace
+from vllm.config import CompilationMode, ModelConfig, VllmConfig, replace
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -24,10 +24,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.utils import maybe_prefix
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_memdec import compat
 from vllm_memdec.config import SPECULATION, MemDecConfig, memory_model_config
-from vllm_memdec.kernels.interpolate import interpolate
+from vllm_memdec.kernels.interpolate import compile_rows, interpolate
 from vllm_memdec.plugin import ARCHITECTURE
 from vllm_memdec.state import AlphaRows, decode
 
@@ -70,6 +71,9 @@ class MemDecForCausalLM(nn.Module):
             model_config.dtype,
             vllm_config.device_config.device,
         )
+        self.vocab_sizes = (model_config.get_vocab_size(), memory_vocab)
+        mode, device = vllm_config.compilation_config.mode, vllm_config.device_config.device
+        self.compiled = mode != CompilationMode.NONE and torch.device(device).type == "cpu"
         compat.install_v1_runner()
         self.log_start(model_config.model)
 
@@ -106,7 +110,9 @@ class MemDecForCausalLM(nn.Module):
         memory_NW = self.memory.compute_logits(memory_ND.contiguous())
         if base_NV is None:  # a tensor-parallel rank that does not gather
             return None
-        return interpolate(base_NV, memory_NW, decode(columns_NA), as_logits=True)
+        return interpolate(
+            base_NV, memory_NW, decode(columns_NA), as_logits=True, compiled=self.compiled
+        )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Route one stream of tensors to the two models and return the names that were loaded."""
@@ -119,6 +125,10 @@ class MemDecForCausalLM(nn.Module):
             raise ValueError(
                 "This --load-format does not bring the memory's weights: use --load-format auto."
             )
+        if self.compiled:
+            # Loading has the model's dtype as the default one, serving float32: part of the graph.
+            with set_default_torch_dtype(torch.float32):
+                compile_rows(*self.vocab_sizes, self.alpha_rows.columns_TA.dtype)
         return loaded
 
     def log_start(self, base_name: str) -> None:

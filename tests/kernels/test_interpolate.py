@@ -1,4 +1,4 @@
-"""The mixture op against its float64 oracle: the Triton kernel and the PyTorch path alike.
+"""The mixture op against its float64 oracle: the Triton kernel and both PyTorch paths alike.
 
 Without CUDA the kernel runs in Triton's interpreter (tests/conftest.py sets TRITON_INTERPRET=1).
 Run: pytest tests/kernels/test_interpolate.py
@@ -9,9 +9,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.config
 
 from vllm_memdec.kernels import interpolate as op
 from vllm_memdec.kernels.interpolate import interpolate
@@ -76,18 +78,48 @@ def bits(x):
     return x.cpu().contiguous().view(torch.int32).tolist()
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=["triton", "torch", "compiled"])
 def device(request, monkeypatch):
-    """Make op.interpolate run one implementation, and return the device that does it."""
+    """Make interpolate() run one implementation, and return the device that does it."""
     if request.param == "triton":
-        return "cpu" if op.INTERPRETED else "cuda"
+        yield "cpu" if op.INTERPRETED else "cuda"
+        return
     monkeypatch.setattr(op, "INTERPRETED", False)
-    return "cpu"
+    if request.param == "compiled":
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)  # the engine tests set it
+        monkeypatch.setitem(globals(), "interpolate", partial(interpolate, compiled=True))
+    # All cases of this file in one process are more graphs than a server ever has.
+    limits = {"recompile_limit": 100, "fail_on_recompile_limit_hit": True}
+    with torch._dynamo.config.patch(limits):
+        yield "cpu"
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        (path, case)
+        for path in ("triton", "torch", "compiled")
+        for case in CASES
+        if path != "compiled" or case[3] == case[4]  # each pair of dtypes takes seconds to compile
+    ],
+    indirect=["device"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
 def test_matches_oracle(device, case):
     check(device, case)
+
+
+def test_two_graphs_serve_every_shape(monkeypatch):
+    monkeypatch.setattr(op, "INTERPRETED", False)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    torch._dynamo.reset()
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
+    for N, V in ((5, 70), (1, 70), (3, 90), (33, 1000), (1, 33)):
+        base_NV, memory_NW, alpha_N = make(N, V, V)
+        got = interpolate(base_NV, memory_NW, alpha_N, compiled=True)
+        assert_close(got, interpolate_reference(base_NV, memory_NW, alpha_N, False))
+    assert graphs["unique_graphs"] - before == 2
 
 
 @pytest.mark.gpu
@@ -245,10 +277,11 @@ def test_misuse_is_a_value_error(change):
 def test_dispatch_of_cpu_tensors(monkeypatch, interpreted):
     called = []
     monkeypatch.setattr(op, "INTERPRETED", interpreted)
-    monkeypatch.setattr(op, "interpolate_triton", lambda *arguments: called.append(True))
-    monkeypatch.setattr(op, "interpolate_torch", lambda *arguments: called.append(False))
+    monkeypatch.setattr(op, "interpolate_triton", lambda *_: called.append("kernel"))
+    monkeypatch.setattr(op, "interpolate_torch", lambda *inputs: called.append(inputs[-1]))
     interpolate(**GOOD)
-    assert called == [interpreted]
+    interpolate(**GOOD, compiled=True)
+    assert called == (["kernel", "kernel"] if interpreted else [False, True])
 
 
 def test_works_without_triton():
