@@ -206,10 +206,10 @@ def _compiled_rows():
     return torch.compile(_mixture_rows, dynamic=True)
 
 
-def compile_rows(V: int, W: int, dtype: torch.dtype) -> None:
+def compile_rows(V: int, W: int, base_dtype: torch.dtype, memory_dtype: torch.dtype) -> None:
     """Compile the CPU path for widths V and W ahead of the first request; takes seconds."""
     for N in (2, 1):
-        rows = (torch.zeros(N, V, dtype=dtype), torch.zeros(N, W, dtype=dtype))
+        rows = (torch.zeros(N, V, dtype=base_dtype), torch.zeros(N, W, dtype=memory_dtype))
         interpolate(*rows, torch.zeros(N, dtype=torch.float32), as_logits=True, compiled=True)
 
 

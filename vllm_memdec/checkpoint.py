@@ -34,22 +34,34 @@ def check_alpha(alpha: Any, name: str = "alpha") -> float:
     return float(alpha)
 
 
-def read_block(folder: str | Path) -> MemoryBlock | None:
-    """Return the memdec block of a model folder, or None if its config.json has none.
+def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | None:
+    """Return the memdec block of a model folder or hub id, or None if its config.json has none.
 
     Raises ValueError if the folder or its config.json is missing, or the block is unusable.
     """
-    path = Path(folder) / "config.json"
+    path = Path(model) / "config.json"
+    if not Path(model).is_dir() and (cached := _hub_file(str(model), revision)):
+        path = Path(cached)
     try:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise ValueError(
-            f"{folder} is not a model folder: it has no config.json. "
+            f"{model} is not a model folder: it has no config.json. "
             "Give the `export` folder of a `memdec build`, or a Hugging Face causal-LM folder."
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): copy the memory again.") from None
     return parse_block(config.get("memdec"), str(path))
+
+
+def _hub_file(model: str, revision: str | None) -> str | None:
+    """Return the local path of a hub repository's config.json, or None if it cannot be had."""
+    from transformers.utils import cached_file
+
+    try:
+        return cached_file(model, "config.json", revision=revision)
+    except (OSError, ValueError):
+        return None
 
 
 def parse_block(block: Any, where: str) -> MemoryBlock | None:

@@ -1,19 +1,31 @@
 """The only file that names private symbols of vLLM: what we touch, and how.
 
-Checked by running vLLM 0.32.0; 0.33 was not run. Three methods are wrapped and one class is derived
-from. SIGNATURES and ATTRIBUTES record what that relies on; tests/serving/test_compat.py compares
-them with the vLLM that is installed.
+Checked by running vLLM 0.32.0; 0.33 was not run. Six methods are wrapped, two classes are derived
+from and one global is exchanged. SIGNATURES and ATTRIBUTES record what that relies on;
+tests/serving/test_compat.py compares them with the vLLM that is installed.
 
 - EngineArgs.create_model_config (front end): the checks have to run before workers start, and where
   the settings model_impl and additional_config meet. It also swaps in the class to load.
 - InputProcessor._validate_params (front end): refuses a bad weight before the engine sees it. A
   logits processor could do the same, but vLLM refuses those beside a draft model.
-- GPUModelRunner._model_forward (V1 worker): V1 does not tell a model whose tokens it runs.
+- InputProcessor.process_inputs (front end): the memory becomes part of the request's cache salt.
+  Blocks of the KV cache hold keys and values of the memory that ran, and of no other, so a request
+  may only reuse those of requests with the same memory.
+- GPUModelRunner._prepare_inputs and ._dummy_run (V1 worker): V1 does not tell a model whose tokens
+  it runs.
 - DefaultModelState (V2 worker): V2 does, through a subclass named by get_model_state_cls().
+- AttentionBackend.get_builder_cls (both workers): a memory's layers get their attention metadata
+  for their own requests only, through a subclass of the backend, as vLLM's fast prefill does it.
+- ForwardContext.slot_mapping: narrowed alike while a memory runs.
+- parallel_state._TP: exchanged for a group of one for a memory that every rank has whole.
+- LoRAModelRunnerMixin.load_lora_model (both workers): adapters go on the base alone.
 """
 
+import contextlib
+import copy
 import functools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,8 +35,25 @@ from vllm_memdec import config, state
 SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._model_forward": (
-        "self input_ids positions intermediate_tensors inputs_embeds model_kwargs"
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
+        "self request_id prompt params supported_tasks arrival_time lora_request "
+        "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id kv_hints"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
+        "self scheduler_output num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model": (
+        "self model vllm_config device"
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": (
+        "kv_cache_spec layer_names vllm_config device"
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
+        "self common_prefix_len common_attn_metadata fast_build"
+    ),
+    "vllm.distributed.parallel_state:init_model_parallel_group": (
+        "group_ranks local_rank backend use_message_queue_broadcaster group_name "
+        "use_device_communicator use_all2all"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model": "self",
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState": (
@@ -33,8 +62,8 @@ SIGNATURES = {
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState.add_request": (
         "self req_index new_req_data"
     ),
-    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs": (
-        "self input_batch req_states"
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.preprocess_state": (
+        "self input_batch block_tables kv_cache_config num_computed_tokens"
     ),
     "vllm.model_executor.model_loader.utils:initialize_model": (
         "vllm_config prefix model_class model_config"
@@ -48,7 +77,11 @@ ATTRIBUTES = {
         "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
         "prefill_context_parallel_size runner spec_method speculative_config ubatch_size"
     ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "input_batch query_start_loc requests",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
+        "_dummy_run input_batch query_start_loc requests"
+    ),
+    "vllm.forward_context:ForwardContext": "slot_mapping",
+    "vllm.v1.engine:EngineCoreRequest": "cache_salt external_req_id",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "num_reqs req_ids",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np query_start_loc_np",
@@ -79,6 +112,7 @@ def install_front_end() -> None:
 
     wrap(EngineArgs, "create_model_config", _checked_model_config)
     wrap(InputProcessor, "_validate_params", _checked_params)
+    wrap(InputProcessor, "process_inputs", _salted_inputs)
 
 
 def _checked_model_config(original: Callable) -> Callable:
@@ -95,9 +129,11 @@ def _checked_params(original: Callable) -> Callable:
         """HTTP 400 to a client; the ValueError it is to a caller of LLM."""
 
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
-        serving = config.memdec_block(self.vllm_config.additional_config) is not None
+        settings = config.memdec_block(self.vllm_config.additional_config)
         try:
-            state.check_extra_args(getattr(params, "extra_args", None), serving)
+            state.check_extra_args(
+                getattr(params, "extra_args", None), config.memory_names(settings)
+            )
         except ValueError as error:
             raise RequestError(str(error)) from None
         return original(self, params, supported_tasks)
@@ -105,35 +141,61 @@ def _checked_params(original: Callable) -> Callable:
     return _validate_params
 
 
+def _salted_inputs(original: Callable) -> Callable:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        settings = config.memdec_block(self.vllm_config.additional_config)
+        if settings is not None and request.sampling_params is not None:
+            name = state.chosen_name(
+                request.sampling_params.extra_args, config.default_memory(settings)
+            )
+            # A name holds no NUL, so two pairs of name and salt never give the same text.
+            request.cache_salt = f"{name}\0{request.cache_salt or ''}"
+        return request
+
+    return process_inputs
+
+
 def install_v1_runner() -> None:
     """Hook the V1 runner; called by the composite, so only in a worker that serves it."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrap(GPUModelRunner, "_model_forward", _v1_forward)
+    wrap(GPUModelRunner, "_prepare_inputs", _v1_inputs)
+    wrap(GPUModelRunner, "_dummy_run", _v1_dummy_run)
 
 
-def _v1_forward(original: Callable) -> Callable:
-    def _model_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        model = self.get_model()
-        # Dummy runs do not come here: they leave whatever weights the buffer holds.
-        if isinstance(getattr(model, "alpha_rows", None), state.AlphaRows):
-            count = self.input_batch.num_reqs
-            alpha_B = [
-                state.request_alpha(
-                    self.requests[req_id].sampling_params.extra_args, model.settings.alpha
-                )
-                for req_id in self.input_batch.req_ids[:count]
-            ]
-            starts = torch.from_numpy(self.query_start_loc.np[: count + 1])
-            model.alpha_rows.write(torch.tensor(alpha_B), starts.diff())
+def _v1_batch(runner: Any) -> "state.Batch | None":
+    batch = getattr(runner.get_model(), "batch", None)
+    return batch if isinstance(batch, state.Batch) else None
+
+
+def _v1_inputs(original: Callable) -> Callable:
+    def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if (batch := _v1_batch(self)) is not None:
+            resolve = self.get_model().choices.resolve
+            requests = self.input_batch.req_ids[: self.input_batch.num_reqs]
+            chosen = [resolve(self.requests[r].sampling_params.extra_args) for r in requests]
+            memory_B, alpha_B = zip(*chosen, strict=True)
+            starts = torch.from_numpy(self.query_start_loc.np[: len(requests) + 1])
+            batch.write(torch.tensor(memory_B), torch.tensor(alpha_B), starts.diff())
+        return result
+
+    return _prepare_inputs
+
+
+def _v1_dummy_run(original: Callable) -> Callable:
+    def _dummy_run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (batch := _v1_batch(self)) is not None:
+            batch.reset()
         return original(self, *args, **kwargs)
 
-    return _model_forward
+    return _dummy_run
 
 
 @functools.cache
 def v2_model_state_cls() -> type:
-    """Return the V2 runner's per-request state, extended by the weight."""
+    """Return the V2 runner's per-request state, extended by memory and weight."""
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
     class MemDecModelState(DefaultModelState):
@@ -141,20 +203,181 @@ def v2_model_state_cls() -> type:
 
         def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any):
             super().__init__(vllm_config, model, encoder_cache, device)
-            self.default_alpha = model.settings.alpha
-            self.alpha_rows = model.alpha_rows
-            self.alpha_R = torch.full((self.max_num_reqs,), self.default_alpha)  # by slot
+            self.choices, self.batch = model.choices, model.batch
+            # By the request's slot in the runner's table.
+            self.memory_R = torch.full((self.max_num_reqs,), state.NOBODY)
+            self.alpha_R = torch.zeros(self.max_num_reqs)
+            self.is_real = False  # the batch being prepared
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
-            self.alpha_R[req_index] = state.request_alpha(
-                new_req_data.sampling_params.extra_args, self.default_alpha
-            )
+            chosen = self.choices.resolve(new_req_data.sampling_params.extra_args)
+            self.memory_R[req_index], self.alpha_R[req_index] = chosen
 
-        def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-            alpha_B = self.alpha_R[torch.from_numpy(input_batch.idx_mapping_np)]
-            starts = torch.from_numpy(input_batch.query_start_loc_np[: len(alpha_B) + 1])
-            self.alpha_rows.write(alpha_B, starts.diff())
-            return super().prepare_inputs(input_batch, req_states)
+        # In order of their calls: preprocess_state (real batches only), prepare_attn (not in every
+        # dummy run), prepare_inputs; for the capture of a graph prepare_dummy_inputs comes first.
+
+        def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
+            super().preprocess_state(input_batch, *args, **kwargs)
+            slots = torch.from_numpy(input_batch.idx_mapping_np)
+            starts = torch.from_numpy(input_batch.query_start_loc_np[: len(slots) + 1])
+            self.batch.write(self.memory_R[slots], self.alpha_R[slots], starts.diff())
+            self.is_real = True
+
+        def prepare_attn(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            if not self.is_real:
+                self.batch.reset()
+            return super().prepare_attn(*args, **kwargs)
+
+        def prepare_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            if not self.is_real:
+                self.batch.reset()
+            self.is_real = False
+            return super().prepare_inputs(*args, **kwargs)
+
+        def prepare_dummy_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+            self.batch.reset()
+            return super().prepare_dummy_inputs(*args, **kwargs)
 
     return MemDecModelState
+
+
+def narrow_attention(layer: Any, number: int, batch: state.Batch, memory_config: Any) -> None:
+    """Let a memory's attention layer see its own part of each batch, and its own configuration."""
+    if hasattr(layer, "attn_backend"):
+        layer.attn_backend = _narrow_backend(layer.attn_backend, number, batch, memory_config)
+
+
+_backends: dict[tuple, type] = {}
+
+
+def _narrow_backend(backend: type, number: int, batch: state.Batch, memory_config: Any) -> type:
+    """Return a subclass of an attention backend, the same one for all layers of a memory."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+
+    key = (backend, number, id(batch))
+    if key in _backends:
+        return _backends[key]
+
+    class NarrowBuilder(backend.get_builder_cls()):
+        def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any):
+            # What the running engine has, but the memory's heads, dtype and KV-cache dtype.
+            own = copy.copy(vllm_config)
+            own.model_config = memory_config.model_config
+            own.cache_config = copy.copy(vllm_config.cache_config)
+            own.cache_config.cache_dtype = memory_config.cache_config.cache_dtype
+            super().__init__(kv_cache_spec, layer_names, own, device)
+
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
+            part = batch.parts.get(number)
+            if part is None:
+                return None  # no request of this batch runs these layers
+            if part.requests is not None:
+                common_attn_metadata = _narrow_metadata(common_attn_metadata, part)
+            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+    _backends[key] = subclass_attention_backend(f"Memory{number}", backend, NarrowBuilder)
+    return _backends[key]
+
+
+def _narrow_metadata(common: Any, part: state.Part) -> Any:
+    """Return vLLM's CommonAttentionMetadata of some requests of a batch."""
+    device = common.query_start_loc.device
+    starts = torch.nn.functional.pad(part.lengths.cumsum(0), (1, 0)).to(torch.int32)
+    rows = part.requests.to(device)
+
+    def pick(name: str) -> Any:
+        value = getattr(common, name)
+        return value if value is None else value[rows.to(value.device)]
+
+    return common.replace(
+        query_start_loc=starts.to(device),
+        query_start_loc_cpu=starts,
+        seq_lens=pick("seq_lens"),
+        num_reqs=len(rows),
+        num_actual_tokens=len(part.tokens),
+        max_query_len=int(part.lengths.max()),
+        block_table_tensor=pick("block_table_tensor"),
+        slot_mapping=common.slot_mapping[part.tokens],
+        positions=None if common.positions is None else common.positions[part.tokens],
+        is_prefilling=pick("is_prefilling"),
+        seq_lens_cpu_upper_bound=pick("seq_lens_cpu_upper_bound"),
+        req_idx=None if common.req_idx is None else common.req_idx[part.requests.numpy()],
+        rswa_prefix_lens=pick("rswa_prefix_lens"),
+        _num_computed_tokens_cache=None,
+        _token_to_req_indices_cache=None,
+    )
+
+
+@contextlib.contextmanager
+def narrow_slots(layers: list[str], tokens: torch.Tensor) -> Iterator[None]:
+    """Let a memory's layers write the keys and values of these tokens of the batch only."""
+    from vllm.forward_context import get_forward_context, override_forward_context
+
+    context = copy.copy(get_forward_context())
+    narrowed = {}  # layers share their tensors
+    context.slot_mapping = dict(context.slot_mapping)
+    for name in layers:
+        if (slots := context.slot_mapping.get(name)) is not None:
+            if id(slots) not in narrowed:
+                narrowed[id(slots)] = slots[tokens]
+            context.slot_mapping[name] = narrowed[id(slots)]
+    with override_forward_context(context):
+        yield
+
+
+@contextlib.contextmanager
+def whole_on_each_rank() -> Iterator[None]:
+    """Build or run layers as if there were no tensor parallelism: every rank has them whole."""
+    from vllm.distributed import parallel_state
+
+    group = parallel_state._TP
+    parallel_state._TP = _group_of_one()
+    try:
+        yield
+    finally:
+        parallel_state._TP = group
+
+
+@functools.cache
+def _group_of_one() -> Any:
+    from vllm.distributed import parallel_state
+
+    world = parallel_state.get_world_group()
+    return parallel_state.init_model_parallel_group(
+        [[rank] for rank in range(world.world_size)],
+        world.local_rank,
+        torch.distributed.get_backend(world.device_group),
+        group_name="memdec",
+    )
+
+
+def install_lora() -> None:
+    """Hook the loading of LoRA; called by the composite, so only in a worker that serves it."""
+    from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
+
+    wrap(LoRAModelRunnerMixin, "load_lora_model", _lora_on_the_base)
+
+
+def _lora_on_the_base(original: Callable) -> Callable:
+    def load_lora_model(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        names = [name for name in model._modules if re.fullmatch(r"memory\d+", name)]
+        hidden = {name: model._modules.pop(name) for name in names}
+        try:
+            return original(self, model, *args, **kwargs)
+        finally:
+            model._modules.update(hidden)
+
+    return load_lora_model
+
+
+def kv_bytes_per_token(layers: list[Any], vllm_config: Any) -> float:
+    """Return the bytes that layers of a forward context keep for each token of a request."""
+    specs = [
+        spec
+        for layer in layers
+        if hasattr(layer, "get_kv_cache_spec") and (spec := layer.get_kv_cache_spec(vllm_config))
+    ]
+    return sum(spec.page_size_bytes / spec.block_size for spec in specs)

@@ -7,6 +7,7 @@ ModelConfig is built by vLLM as always, and only the class to load is exchanged 
 
 import copy
 import importlib
+import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +21,45 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 MODEL_IMPL = "memdec"
+NONE = "none"  # the name by which a request asks for the base alone
+ONLY = "memory"  # the name of a memory that was given without one
+NOT_SETTINGS = ("name", "block")
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
 # A drafter outside this set reads the target's hidden states; ours are two models' side by side.
 SPECULATION = (None, "draft_model", "ngram", "ngram_gpu", "suffix")
 
 
 @dataclass(frozen=True)
-class MemDecConfig:
-    """The `memdec` block of --additional-config, checked, with the default weight filled in."""
+class MemoryConfig:
+    """One memory of a server, checked, with its default weight filled in."""
 
-    model: str  # folder of the memory
+    name: str
+    model: str  # folder or hub id
     alpha: float  # weight of the memory for requests that do not give their own
-    block: MemoryBlock | None  # what the memory says of itself; None for a plain causal LM
+    revision: str | None = None  # of a hub id
+    dtype: str | None = None  # the base's by default
+    quantization: str | None = None  # what its config.json names by default
+    kv_cache_dtype: str | None = None  # the base's by default
+    tensor_parallel_size: int | None = None  # 1: a whole copy on each rank; the base's by default
+    block: MemoryBlock | None = None  # what the memory says of itself; None for a plain causal LM
 
     @classmethod
-    def parse(cls, settings: Any) -> "MemDecConfig":
-        """Return the configuration for a `memdec` block, or raise ValueError."""
-        known = {field.name for field in fields(cls)} - {"block"}
+    def parse(cls, name: str, settings: Any) -> "MemoryConfig":
+        """Return the configuration for one memory's settings, or raise ValueError."""
+        known = {field.name: field.type for field in fields(cls) if field.name not in NOT_SETTINGS}
         if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
             raise ValueError(f"memdec needs the folder of a memory: {EXAMPLE}.")
-        if unknown := sorted(set(settings) - known):
+        if unknown := sorted(set(settings) - set(known)):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r}: the settings are {sorted(known)}."
             )
-        block = read_block(settings["model"])
+        for key, value in settings.items():
+            kind = int if key == "tensor_parallel_size" else str
+            if key != "alpha" and value is not None and type(value) is not kind:
+                raise ValueError(
+                    f"memdec setting {key!r} must be of type {kind.__name__}, got {value!r}."
+                )
+        block = read_block(settings["model"], settings.get("revision"))
         alpha = settings.get("alpha")
         if alpha is None:
             if block is None:
@@ -52,12 +68,66 @@ class MemDecConfig:
                     'give one between 0 and 1, e.g. {"memdec": {"model": ..., "alpha": 0.5}}.'
                 )
             alpha = block.alpha
-        return cls(settings["model"], check_alpha(alpha, "memdec alpha"), block)
+        alpha = check_alpha(alpha, "memdec alpha")
+        return cls(**settings | {"name": name, "alpha": alpha, "block": block})
+
+
+@dataclass(frozen=True)
+class MemDecConfig:
+    """The `memdec` block of --additional-config, checked."""
+
+    memories: tuple[MemoryConfig, ...]
+    default: str  # name of the memory of requests that do not name one, or "none"
+
+    @classmethod
+    def parse(cls, settings: Any) -> "MemDecConfig":
+        """Return the configuration for a `memdec` block, or raise ValueError.
+
+        {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
+        NAME} are several.
+        """
+        if not isinstance(settings, dict) or "memories" not in settings:
+            memory = MemoryConfig.parse(ONLY, settings)
+            return cls((memory,), ONLY)
+        if unknown := sorted(set(settings) - {"memories", "default"}):
+            raise ValueError(
+                f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
+                "the settings there are ['default', 'memories']."
+            )
+        names = memory_names(settings)
+        if not names:
+            raise ValueError('memdec "memories" must be an object of at least one named memory.')
+        for name in names:
+            if name == NONE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+                raise ValueError(
+                    f"A memory cannot be called {name!r}: use letters, digits, '_', '-' and '.', "
+                    f"and not {NONE!r}, which means the base alone."
+                )
+        default = default_memory(settings)
+        if default not in (*names, NONE):
+            raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
+        memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
+        return cls(tuple(memories), default)
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
         """Return the configuration a worker was started with."""
         return cls.parse(memdec_block(vllm_config.additional_config))
+
+
+def memory_names(settings: dict[str, Any] | None) -> tuple[str, ...]:
+    """Return the names of the memories of a memdec block; none without one."""
+    if settings is None:
+        return ()
+    if "memories" not in settings:
+        return (ONLY,)
+    return tuple(settings["memories"]) if isinstance(settings["memories"], dict) else ()
+
+
+def default_memory(settings: dict[str, Any]) -> str | None:
+    """Return the name of the default memory of a memdec block; a single memory needs no saying."""
+    names = memory_names(settings)
+    return settings.get("default", names[0] if len(names) == 1 else None)
 
 
 def memdec_block(additional_config: Any) -> Any:
@@ -89,11 +159,12 @@ def create_model_config(
     check_arguments(args)
     base = build(args)
     check_model(base, "The base")
-    memory = memory_model_config(config.model, base)
-    check_model(memory, "The memory")
-    check_tokenizers(base, config)
-    check_heads(memory, args.tensor_parallel_size)
-    fit_positions(base, memory.max_model_len, given=args.max_model_len)
+    for memory in config.memories:
+        model = memory_model_config(memory, base)
+        check_model(model, "The memory")
+        check_tokenizers(base, memory)
+        check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
+        fit_positions(base, model.max_model_len, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
@@ -101,16 +172,19 @@ def create_model_config(
 
 
 def memory_model_config(
-    folder: str, base: "ModelConfig", max_model_len: int | None = None
+    memory: MemoryConfig, base: "ModelConfig", max_model_len: int | None = None
 ) -> "ModelConfig":
-    """Return vLLM's own ModelConfig of the memory, in the base's dtype."""
+    """Return vLLM's own ModelConfig of a memory, in the base's dtype unless it has its own."""
     from vllm.config import ModelConfig
 
     return ModelConfig(
-        model=folder,
+        model=memory.model,
+        revision=memory.revision,
         tokenizer=base.tokenizer,
+        tokenizer_revision=base.tokenizer_revision,
         trust_remote_code=base.trust_remote_code,
-        dtype=base.dtype,
+        dtype=memory.dtype or base.dtype,
+        quantization=memory.quantization,
         seed=base.seed,
         max_model_len=max_model_len,
         enforce_eager=base.enforce_eager,
@@ -129,7 +203,6 @@ def check_arguments(args: "EngineArgs") -> None:
         "decode context parallelism": args.decode_context_parallel_size > 1,
         "dual-batch overlap": args.enable_dbo or args.ubatch_size > 1,
         "prompt embeddings": args.enable_prompt_embeds,
-        "LoRA": args.enable_lora,
         "pooling": args.runner == "pooling" or args.convert not in ("auto", "none"),
         f"speculation by {method!r}": method not in SPECULATION,
     }
@@ -140,7 +213,9 @@ def check_arguments(args: "EngineArgs") -> None:
 
 def check_model(model_config: "ModelConfig", role: str) -> None:
     """Refuse a model that is not a text decoder with attention."""
+    # Compiled MoE layers find their weights by counting calls, so none may be left out of a step.
     refused = {
+        "a mixture of experts": role == "The memory" and model_config.is_moe,
         "multimodal": model_config.is_multimodal_model,
         "an encoder-decoder": model_config.is_encoder_decoder,
         "a state-space or hybrid model": model_config.is_hybrid
@@ -156,28 +231,33 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
             )
 
 
-def check_heads(memory: "ModelConfig", tensor_parallel_size: int) -> None:
+def check_heads(memory: "ModelConfig", own_size: int | None, base_size: int) -> None:
     """Refuse a split of the memory's attention heads that vLLM would refuse in every worker."""
-    heads = memory.model_arch_config.total_num_attention_heads
-    if heads % tensor_parallel_size:
+    if own_size not in (None, 1, base_size):
         raise ValueError(
-            f"--tensor-parallel-size {tensor_parallel_size} does not divide the memory's "
-            f"{heads} attention heads: use a size that does."
+            f"The memory's tensor_parallel_size must be 1 or the base's {base_size}, "
+            f"got {own_size}."
+        )
+    heads = memory.model_arch_config.total_num_attention_heads
+    if heads % (own_size or base_size):
+        raise ValueError(
+            f"--tensor-parallel-size {base_size} does not divide the memory's {heads} attention "
+            'heads: add "tensor_parallel_size": 1 to the memory, for a whole copy on each rank.'
         )
 
 
-def check_tokenizers(base: "ModelConfig", config: MemDecConfig) -> None:
+def check_tokenizers(base: "ModelConfig", memory: MemoryConfig) -> None:
     """Refuse a memory whose token ids mean other text than the base's."""
     ours = fingerprint(base.tokenizer, base.tokenizer_revision, base.trust_remote_code)
-    if config.block is not None:
-        theirs = config.block.tokenizer_fingerprint
-        hint = f"it was compiled for {config.block.base}; build a memory for this base"
+    if memory.block is not None:
+        theirs = memory.block.tokenizer_fingerprint
+        hint = f"it was compiled for {memory.block.base}; build a memory for this base"
     else:
-        theirs = fingerprint(config.model, None, base.trust_remote_code)
+        theirs = fingerprint(memory.model, memory.revision, base.trust_remote_code)
         hint = "use two models of one family"
     if ours != theirs:
         raise ValueError(
-            f"The memory {config.model} has another tokenizer than the base {base.model}: {hint}."
+            f"The memory {memory.model} has another tokenizer than the base {base.model}: {hint}."
         )
 
 

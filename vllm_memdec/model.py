@@ -1,21 +1,24 @@
-"""The composite: two decoders on one batch, mixed where vLLM asks for logits.
+"""The composite: a base and its memories on one batch, mixed where vLLM asks for logits.
 
-p = (1 - alpha) * p_base + alpha * p_memory, per row. Both models see the same tokens, positions and
-block table; each keeps its own KV layers. vLLM calls compute_logits() for every row it wants to
-sample from or report (prompt log-probabilities too), so all of them are the mixture's.
+p = (1 - alpha) * p_base + alpha * p_memory, per row. The models see the same tokens, positions and
+block table; each keeps its own KV layers. A memory runs on the tokens of the requests that chose
+it, and not at all where none did. vLLM calls compute_logits() for every row it wants to sample from
+or report (prompt log-probabilities too), so all of them are the mixture's.
 
 Shapes: T tokens, N selected rows, V base vocabulary, W memory vocabulary, D hidden.
 """
 
 import copy
+import functools
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
 import torch
 from torch import nn
 from vllm.compilation.backends import set_model_tag
-from vllm.config import CompilationMode, ModelConfig, VllmConfig, replace
+from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig, replace
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
@@ -23,25 +26,29 @@ from vllm.distributed import (
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.interfaces import supports_lora
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_memdec import compat
-from vllm_memdec.config import SPECULATION, MemDecConfig, memory_model_config
+from vllm_memdec.config import SPECULATION, MemDecConfig, MemoryConfig, memory_model_config
 from vllm_memdec.kernels.interpolate import compile_rows, interpolate
 from vllm_memdec.plugin import ARCHITECTURE
-from vllm_memdec.state import AlphaRows, decode
+from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
-SOURCE = "memdec_memory."  # marks the memory's tensors in the one stream of checkpoint tensors
+SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
 
 
 class MemDecForCausalLM(nn.Module):
-    """A base model under `base`, its memory under `memory`."""
+    """A base model under `base`, its memories under `memory0`, `memory1`, ..."""
+
+    supports_lora = True  # of the base; vLLM looks for the attribute on the class
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
         self.settings = MemDecConfig.from_vllm(vllm_config)
+        memories = self.settings.memories
         model_config = vllm_config.model_config
         architectures = model_config.architectures
         assert ARCHITECTURE not in architectures, "the base would be the composite again"
@@ -51,36 +58,67 @@ class MemDecForCausalLM(nn.Module):
         self.base = initialize_model(
             vllm_config.with_hf_config(model_config.hf_config, architectures), prefix=prefix
         )
-        memory_config = memory_vllm_config(vllm_config, self.settings.model)
-        with set_model_tag("memory"):  # its own compile cache, as vLLM gives a draft model
-            self.memory = initialize_model(memory_config, prefix=maybe_prefix(prefix, "memory"))
+        configs = [memory_vllm_config(vllm_config, memory) for memory in memories]
+        models = [config.model_config for config in configs]
+        self.memory_sizes = [model.get_hidden_size() for model in models]
+        self.vocab_sizes = [model.get_vocab_size() for model in (model_config, *models)]
+        base_size, memory_size = model_config.get_hidden_size(), max(self.memory_sizes)
+        self.split = (base_size, base_size + memory_size)
+        # Rows of both models travel side by side: in the wider of their dtypes, so unchanged.
+        self.dtype = functools.reduce(
+            torch.promote_types, (model.dtype for model in models), model_config.dtype
+        )
+        self.dtypes = [model.dtype for model in (model_config, *models)]
+        self.batch = Batch(
+            len(memories),
+            base_size + memory_size,
+            vllm_config.scheduler_config.max_num_batched_tokens,
+            self.dtype,
+            vllm_config.device_config.device,
+            divisible=vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE,
+        )
+        self.choices = Choices({m.name: m.alpha for m in memories}, self.settings.default)
+
+        self.tensor_parallel = [
+            compat.whole_on_each_rank if m.tensor_parallel_size == 1 else nullcontext
+            for m in memories
+        ]
+        self.layers: list[list[str]] = []  # names of each memory's attention layers
+        for number, config in enumerate(configs):
+            name = f"memory{number}"
+            before = set(vllm_config.compilation_config.static_forward_context)
+            # Its own compile cache, as vLLM gives a draft model, and its own dtype.
+            with (
+                set_model_tag(name),
+                set_default_torch_dtype(config.model_config.dtype),
+                self.tensor_parallel[number](),
+            ):
+                setattr(self, name, initialize_model(config, prefix=maybe_prefix(prefix, name)))
+            layers = vllm_config.compilation_config.static_forward_context
+            self.layers.append([layer for layer in layers if layer not in before])
+            for layer in self.layers[-1]:
+                compat.narrow_attention(layers[layer], number, self.batch, config)
         self.secondary_weights = [
-            DefaultModelLoader.Source(self.settings.model, revision=None, prefix=SOURCE)
+            DefaultModelLoader.Source(m.model, revision=m.revision, prefix=f"{SOURCE}{number}.")
+            for number, m in enumerate(memories)
         ]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
-
-        sizes = (model_config.get_hidden_size(), memory_config.model_config.get_hidden_size())
-        self.split = (sizes[0], sum(sizes))
-        # A base with more rows than the memory may send it an id that it has no embedding for.
-        memory_vocab = memory_config.model_config.get_vocab_size()
-        self.last_memory_id = memory_vocab - 1
-        self.clamp_ids = model_config.get_vocab_size() > memory_vocab
-        self.alpha_rows = AlphaRows(
-            sum(sizes),
-            vllm_config.scheduler_config.max_num_batched_tokens,
-            model_config.dtype,
-            vllm_config.device_config.device,
-        )
-        self.vocab_sizes = (model_config.get_vocab_size(), memory_vocab)
         mode, device = vllm_config.compilation_config.mode, vllm_config.device_config.device
         self.compiled = mode != CompilationMode.NONE and torch.device(device).type == "cpu"
+        if vllm_config.lora_config is not None:
+            self.prepare_lora()
         compat.install_v1_runner()
-        self.log_start(model_config.model)
+        self.log_start(vllm_config)
 
     @staticmethod
     def get_model_state_cls() -> type:
-        """Return the class through which the V2 runner tells us the weights of its batch."""
+        """Return the class through which the V2 runner tells us what its batch asks for."""
         return compat.v2_model_state_cls()
+
+    @property
+    def memories(self) -> list[nn.Module]:
+        """The memories, in the order of the settings."""
+        return [getattr(self, f"memory{number}") for number in range(len(self.memory_sizes))]
 
     def embed_input_ids(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         raise NotImplementedError("memdec runs on token ids: there is no shared embedding.")
@@ -92,72 +130,160 @@ class MemDecForCausalLM(nn.Module):
         intermediate_tensors: None = None,
         inputs_embeds: None = None,
     ) -> torch.Tensor:
-        """Return [T, D_base + D_memory + A]: both hidden states and the columns of the weight."""
+        """Return [T, D_base + D_memory + A]: base, the row's own memory, and the columns of both.
+
+        D_memory is the widest memory's; what a row does not use is arbitrary.
+        """
         assert intermediate_tensors is None and inputs_embeds is None
         base_TD = self.base(input_ids, positions)
-        memory_ids_T = input_ids.clamp(max=self.last_memory_id) if self.clamp_ids else input_ids
-        memory_TD = self.memory(memory_ids_T, positions)
-        columns_TA = self.alpha_rows.columns_TA[: len(base_TD)]
-        return torch.cat([base_TD, memory_TD, columns_TA], dim=-1)
+        T = len(base_TD)
+        columns_TA = self.batch.columns_TA[:T]
+        outputs = [
+            (number, part, self.run_memory(number, part, input_ids, positions))
+            for number, part in self.batch.parts.items()
+        ]
+        width = self.split[1] - self.split[0]
+        if len(outputs) == 1 and outputs[0][1].tokens is None and outputs[0][2].shape[1] == width:
+            memory_TD = outputs[0][2]
+        else:
+            memory_TD = base_TD.new_zeros(T, width, dtype=self.dtype)
+            for number, part, mine in outputs:
+                rows = memory_TD[:, : mine.shape[1]]
+                if part.tokens is not None:
+                    rows[part.tokens] = mine
+                else:  # of these rows some may be another memory's
+                    own_T1 = decode_memory(columns_TA)[:, None] == number
+                    rows.copy_(torch.where(own_T1, mine, rows))
+        return torch.cat([base_TD.to(self.dtype), memory_TD, columns_TA], dim=-1)
+
+    def run_memory(
+        self, number: int, part: Part, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return the hidden states of one memory on its part of the batch, in the common dtype."""
+        # A base with more rows than the memory may send it an id that it has no embedding for.
+        if self.vocab_sizes[0] > self.vocab_sizes[1 + number]:
+            input_ids = input_ids.clamp(max=self.vocab_sizes[1 + number] - 1)
+        memory = self.memories[number]
+        if part.tokens is None:
+            return memory(input_ids, positions).to(self.dtype)
+        with compat.narrow_slots(self.layers[number], part.tokens):
+            return memory(input_ids[part.tokens], positions[part.tokens]).to(self.dtype)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Return float32 [N, V]: the mixture's log-probabilities plus the base's logsumexp.
+        """Return [N, V]: the mixture's log-probabilities plus the base's logsumexp, in float32.
 
-        They behave as logits (penalties keep their meaning); weight 0 gives the base's own.
+        They behave as logits (penalties keep their meaning). A row without a memory has the base's
+        own; so do all, in their own dtype, if no request of the batch has one.
         """
         base_ND, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
-        base_NV = self.base.compute_logits(base_ND.contiguous())
-        memory_NW = self.memory.compute_logits(memory_ND.contiguous())
-        if base_NV is None:  # a tensor-parallel rank that does not gather
-            return None
-        return interpolate(
-            base_NV, memory_NW, decode(columns_NA), as_logits=True, compiled=self.compiled
-        )
+        base_NV = self.base.compute_logits(base_ND.to(self.dtypes[0]).contiguous())
+        out_NV = base_NV
+        for number in self.batch.used:
+            rows = slice(None)
+            if not self.batch.shared:
+                rows = (decode_memory(columns_NA) == number).nonzero().squeeze(1)
+                if not len(rows):
+                    continue
+            mine = memory_ND[rows, : self.memory_sizes[number]].to(self.dtypes[1 + number])
+            with self.tensor_parallel[number]():
+                memory_NW = self.memories[number].compute_logits(mine.contiguous())
+            if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
+                continue
+            mixed_NV = interpolate(
+                base_NV[rows],
+                memory_NW,
+                decode(columns_NA[rows]),
+                as_logits=True,
+                compiled=self.compiled,
+            )
+            if self.batch.shared:
+                out_NV = mixed_NV
+            else:
+                out_NV = base_NV.to(torch.float32, copy=True) if out_NV is base_NV else out_NV
+                out_NV[rows] = mixed_NV
+        return out_NV
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Route one stream of tensors to the two models and return the names that were loaded."""
+        """Route one stream of tensors to the models and return the names that were loaded."""
         loaded = set()
-        for is_memory, group in groupby(weights, key=lambda item: item[0].startswith(SOURCE)):
-            part = "memory" if is_memory else "base"
-            names = ((name.removeprefix(SOURCE), tensor) for name, tensor in group)
-            loaded |= {f"{part}.{name}" for name in getattr(self, part).load_weights(names)}
-        if not any(name.startswith("memory.") for name in loaded):
-            raise ValueError(
-                "This --load-format does not bring the memory's weights: use --load-format auto."
-            )
+        for source, group in groupby(weights, key=lambda item: source_of(item[0])):
+            part = "base" if source is None else f"memory{source}"
+            cut = len("" if source is None else f"{SOURCE}{source}.")
+            names = ((name[cut:], tensor) for name, tensor in group)
+            context = nullcontext if source is None else self.tensor_parallel[source]
+            with context():
+                loaded |= {f"{part}.{name}" for name in getattr(self, part).load_weights(names)}
+        for number in range(len(self.memories)):
+            if not any(name.startswith(f"memory{number}.") for name in loaded):
+                raise ValueError(
+                    "This --load-format does not bring the memory's weights: "
+                    "use --load-format auto."
+                )
         if self.compiled:
             # Loading has the model's dtype as the default one, serving float32: part of the graph.
             with set_default_torch_dtype(torch.float32):
-                compile_rows(*self.vocab_sizes, self.alpha_rows.columns_TA.dtype)
+                for size, dtype in zip(self.vocab_sizes[1:], self.dtypes[1:], strict=True):
+                    compile_rows(self.vocab_sizes[0], size, self.dtypes[0], dtype)
         return loaded
 
-    def log_start(self, base_name: str) -> None:
-        """Say that the memory is live: the line to look for in the log."""
-        if get_tensor_model_parallel_rank() == 0:
-            base, memory = (
-                sum(p.numel() for p in m.parameters()) for m in (self.base, self.memory)
-            )
+    def prepare_lora(self) -> None:
+        """Let vLLM put LoRA adapters on the base, and on nothing else."""
+        if not supports_lora(self.base):
+            raise ValueError(f"vLLM has no LoRA for {type(self.base).__name__}: start without it.")
+        compat.install_lora()
+        self.packed_modules_mapping = self.base.packed_modules_mapping
+        self.embedding_modules = getattr(self.base, "embedding_modules", {})
+        mapper = getattr(self.base, "hf_to_vllm_mapper", None) or WeightsMapper()
+        self.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_prefix={"": "base."})
+
+    def log_start(self, vllm_config: VllmConfig) -> None:
+        """Say which memories are live: the lines to look for in the log."""
+        if get_tensor_model_parallel_rank() != 0:
+            return
+        layers = vllm_config.compilation_config.static_forward_context
+        mine = {name for names in self.layers for name in names}
+        groups = [[name for name in layers if name not in mine], *self.layers]
+        sizes = [compat.kv_bytes_per_token([layers[n] for n in g], vllm_config) for g in groups]
+        ranks = get_tensor_model_parallel_world_size()
+        described = [
+            f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters"
+            f"{' per rank' if ranks > 1 else ''}, {size / sum(sizes):.0%} of the KV cache"
+            for model, size in zip((self.base, *self.memories), sizes, strict=True)
+        ]
+        logger.info("memdec: base %s (%s).", vllm_config.model_config.model, described[0])
+        for memory, text in zip(self.settings.memories, described[1:], strict=True):
+            default = ", the default" if memory.name == self.settings.default else ""
             logger.info(
-                "memdec: base %s (%.1fM parameters%s) + memory %s (%.1fM), alpha %g.",
-                base_name,
-                base / 1e6,
-                " per rank" if get_tensor_model_parallel_world_size() > 1 else "",
-                self.settings.model,
-                memory / 1e6,
-                self.settings.alpha,
+                "memdec: memory %r %s (%s), alpha %g%s.",
+                memory.name,
+                memory.model,
+                text,
+                memory.alpha,
+                default,
             )
 
 
-def memory_vllm_config(vllm_config: VllmConfig, folder: str) -> VllmConfig:
-    """Return the configuration under which vLLM builds the memory beside the base."""
+def source_of(name: str) -> int | None:
+    """Return the number of the memory that a checkpoint tensor belongs to; None for the base."""
+    return int(name.removeprefix(SOURCE).split(".")[0]) if name.startswith(SOURCE) else None
+
+
+def memory_vllm_config(vllm_config: VllmConfig, memory: MemoryConfig) -> VllmConfig:
+    """Return the configuration under which vLLM builds a memory beside the base."""
     base = vllm_config.model_config
-    model_config = memory_model_config(folder, base, base.max_model_len)
+    model_config = memory_model_config(memory, base, base.max_model_len)
     # One window for all layers travels in the cache config; the memory must not get the base's.
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.sliding_window = uniform_sliding_window(model_config)
+    if memory.kv_cache_dtype is not None:
+        cache_config.cache_dtype = memory.kv_cache_dtype
     # quant_config None: vLLM derives the memory's own, if its config.json names one.
     return replace(
-        vllm_config, model_config=model_config, cache_config=cache_config, quant_config=None
+        vllm_config,
+        model_config=model_config,
+        cache_config=cache_config,
+        quant_config=None,
+        lora_config=None,
     )
 
 

@@ -1,44 +1,81 @@
-"""The weight of each request, from its extra_args to the row of logits that needs it.
+"""Memory and weight of each request, from its extra_args to the row of logits that needs them.
 
 Both runners hand compute_logits() a selection of hidden-state rows and do not say whose they are.
-So the weight travels inside the row, in extra columns behind the two models' hidden states. They
-have the dtype of the model: three numbers of 8 significant bits (bfloat16) hold the 24 bits of a
-float32, so the sum is the float32 weight again, not a rounding of it.
+So memory and weight travel inside the row, in extra columns behind the hidden states. These have
+the dtype of the model: three numbers of 8 significant bits (bfloat16) hold the 24 bits of a
+float32, so their sum is the float32 weight again, not a rounding of it; the memory's number is a
+small integer, exact in any of them.
+
+A request with weight 0 or the memory "none" has no memory: nothing of it is computed.
 
 Shapes: B requests, T tokens, N rows, A columns.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from vllm_memdec.checkpoint import check_alpha
+from vllm_memdec.config import NONE
 
-KEY = "memdec_alpha"
+ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
-PARTS = 3
+NOBODY = -1  # the memory's number of such a request
+PARTS = 3  # columns of the weight; one more holds the memory's number
 STEP = 256.0  # between parts: a power of two, so exact, and float16 does not underflow
 
 
-def check_extra_args(extra_args: dict[str, Any] | None, serving: bool) -> None:
-    """Raise ValueError for a wrong memdec argument of a request; every other key is let through."""
+def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) -> None:
+    """Raise ValueError for a wrong memdec argument of a request; every other key is let through.
+
+    `names` are those of the server's memories; none means that it runs without.
+    """
     for key, value in (extra_args or {}).items():
         if not key.startswith(PREFIX):
             continue
-        if key != KEY:
-            raise ValueError(f"Unknown extra argument {key!r}: did you mean {KEY!r}?")
-        if not serving:
-            raise ValueError(f"{KEY} was given, but this server runs without a memory.")
-        check_alpha(value, KEY)
+        if key not in (ALPHA, MEMORY):
+            raise ValueError(
+                f"Unknown extra argument {key!r}: the arguments are {ALPHA!r} and {MEMORY!r}."
+            )
+        if not names:
+            raise ValueError(f"{key} was given, but this server runs without a memory.")
+        if key == ALPHA:
+            check_alpha(value, ALPHA)
+        elif not isinstance(value, str) or value not in (*names, NONE):
+            raise ValueError(
+                f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
+                f"got {value!r}."
+            )
 
 
-def request_alpha(extra_args: dict[str, Any] | None, default: float) -> float:
-    """Return the weight of a request whose arguments were checked."""
-    return float((extra_args or {}).get(KEY, default))
+def chosen_name(extra_args: dict[str, Any] | None, default: str) -> str:
+    """Return the name of the memory of a request whose arguments were checked."""
+    extra_args = extra_args or {}
+    return NONE if extra_args.get(ALPHA) == 0 else extra_args.get(MEMORY, default)
 
 
-def encode(alpha_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+class Choices:
+    """What requests may choose from: resolves their arguments into (memory's number, weight)."""
+
+    def __init__(self, alphas: dict[str, float], default: str):
+        self.default = default
+        self.known = {name: (number, a) for number, (name, a) in enumerate(alphas.items())}
+
+    def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
+        """Return the choice of a request whose arguments were checked."""
+        name = chosen_name(extra_args, self.default)
+        if name == NONE:
+            return NOBODY, 0.0
+        number, alpha = self.known[name]
+        alpha = float((extra_args or {}).get(ALPHA, alpha))
+        return (number, alpha) if alpha else (NOBODY, 0.0)  # the server's own default may be 0
+
+
+def encode(alpha_B: Tensor, dtype: torch.dtype) -> Tensor:
     """Split float32 weights into PARTS columns [B, PARTS] of dtype, without loss."""
     parts = []
     rest_B = alpha_B
@@ -49,7 +86,7 @@ def encode(alpha_B: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def decode(columns_NA: torch.Tensor) -> torch.Tensor:
+def decode(columns_NA: Tensor) -> Tensor:
     """Put the float32 weights [N] together again."""
     alpha_N = columns_NA[:, PARTS - 1].float()
     for part in reversed(range(PARTS - 1)):
@@ -57,20 +94,66 @@ def decode(columns_NA: torch.Tensor) -> torch.Tensor:
     return alpha_N.clamp(0, 1)  # vLLM's profile run sends random rows
 
 
-class AlphaRows:
-    """The columns of every token of the running batch, in one buffer that graphs may capture."""
+def decode_memory(columns_NA: Tensor) -> Tensor:
+    """Return the number [N] of the memory of each row."""
+    return columns_NA[:, PARTS]
 
-    def __init__(self, hidden_size: int, max_tokens: int, dtype: torch.dtype, device: Any):
+
+@dataclass(frozen=True)
+class Part:
+    """The share of a batch that runs through one memory; None means all of it."""
+
+    requests: Tensor | None = None  # positions in the batch, on the host
+    lengths: Tensor | None = None  # their tokens, on the host
+    tokens: Tensor | None = None  # positions in the batch, on the device
+
+
+class Batch:
+    """What the running batch asks for: memory and weight of each token, the part of each memory."""
+
+    def __init__(
+        self,
+        memories: int,
+        hidden_size: int,
+        max_tokens: int,
+        dtype: torch.dtype,
+        device: Any,
+        divisible: bool = True,
+    ):
+        self.memories = memories
+        # A captured graph replays what ran at its capture: there every memory runs on every row.
+        self.divisible = divisible
         # The head's GEMM wants rows that are a multiple of 8 elements long.
-        width = PARTS + -(hidden_size + PARTS) % 8
+        width = PARTS + 1 + -(hidden_size + PARTS + 1) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
+        self.reset()
 
-    def write(self, alpha_B: torch.Tensor, lengths_B: torch.Tensor) -> None:
-        """Give each request's tokens, in batch order, its weight; both arguments on the host."""
-        rows_BA = encode(alpha_B, self.columns_TA.dtype)
+    def reset(self) -> None:
+        """Ask for everything, as vLLM's dummy runs need it."""
+        self.parts: dict[int, Part] = dict.fromkeys(range(self.memories), Part())
+        self.used: list[int] = list(range(self.memories))  # by any request
+        self.shared = True  # each used memory is that of every row
+
+    def write(self, memory_B: Tensor, alpha_B: Tensor, lengths_B: Tensor) -> None:
+        """Take over a batch, its requests in order; all arguments on the host."""
+        self.used = memory_B[memory_B != NOBODY].unique().tolist()
+        self.shared = len(memory_B.unique()) <= 1
+        if self.divisible:
+            self.parts = {m: self._part(memory_B == m, lengths_B) for m in self.used}
+
+        rows_BA = torch.cat(
+            [encode(alpha_B, self.columns_TA.dtype), memory_B[:, None].to(self.columns_TA.dtype)], 1
+        )
         rows_TA = rows_BA.repeat_interleave(lengths_B, dim=0)
-        rows_TA = F.pad(rows_TA, (0, self.columns_TA.shape[1] - PARTS))
+        rows_TA = F.pad(rows_TA, (0, self.columns_TA.shape[1] - rows_TA.shape[1]))
         if not self.columns_TA.is_cpu:
             rows_TA = rows_TA.pin_memory()  # a copy from pageable memory would wait for the device
         # In place: a captured graph reads this very memory.
         self.columns_TA[: len(rows_TA)].copy_(rows_TA, non_blocking=True)
+
+    def _part(self, mine_B: Tensor, lengths_B: Tensor) -> Part:
+        if mine_B.all():
+            return Part()
+        requests = mine_B.nonzero().squeeze(1)
+        tokens = mine_B.repeat_interleave(lengths_B).nonzero().squeeze(1)
+        return Part(requests, lengths_B[requests], tokens.to(self.columns_TA.device))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vllm_memdec.state import AlphaRows, check_extra_args, decode, encode, request_alpha
+from vllm_memdec.state import Batch, Choices, check_extra_args, decode, encode, request_alpha
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
