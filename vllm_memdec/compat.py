@@ -37,7 +37,8 @@ SIGNATURES = {
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
         "self request_id prompt params supported_tasks arrival_time lora_request "
-        "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id kv_hints"
+        "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id "
+        "kv_hints"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "self scheduler_output num_scheduled_tokens"
@@ -129,10 +130,10 @@ def _checked_params(original: Callable) -> Callable:
         """HTTP 400 to a client; the ValueError it is to a caller of LLM."""
 
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
-        settings = config.memdec_block(self.vllm_config.additional_config)
+        choices = _choices(self)
         try:
             state.check_extra_args(
-                getattr(params, "extra_args", None), config.memory_names(settings)
+                getattr(params, "extra_args", None), choices.names if choices else ()
             )
         except ValueError as error:
             raise RequestError(str(error)) from None
@@ -141,14 +142,21 @@ def _checked_params(original: Callable) -> Callable:
     return _validate_params
 
 
+def _choices(processor: Any) -> state.Choices | None:
+    """Return what the server of an InputProcessor offers, or None if it has no memory."""
+    if not hasattr(processor, "memdec_choices"):
+        settings = config.memdec_block(processor.vllm_config.additional_config)
+        processor.memdec_choices = settings and state.Choices.of(
+            config.MemDecConfig.parse(settings)
+        )
+    return processor.memdec_choices
+
+
 def _salted_inputs(original: Callable) -> Callable:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
-        settings = config.memdec_block(self.vllm_config.additional_config)
-        if settings is not None and request.sampling_params is not None:
-            name = state.chosen_name(
-                request.sampling_params.extra_args, config.default_memory(settings)
-            )
+        if (choices := _choices(self)) and request.sampling_params is not None:
+            name = choices.name(request.sampling_params.extra_args)
             # A name holds no NUL, so two pairs of name and salt never give the same text.
             request.cache_salt = f"{name}\0{request.cache_salt or ''}"
         return request
@@ -264,6 +272,7 @@ def _narrow_backend(backend: type, number: int, batch: state.Batch, memory_confi
             # What the running engine has, but the memory's heads, dtype and KV-cache dtype.
             own = copy.copy(vllm_config)
             own.model_config = memory_config.model_config
+            own.parallel_config = memory_config.parallel_config
             own.cache_config = copy.copy(vllm_config.cache_config)
             own.cache_config.cache_dtype = memory_config.cache_config.cache_dtype
             super().__init__(kv_cache_spec, layer_names, own, device)

@@ -94,7 +94,7 @@ class MemDecConfig:
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
                 "the settings there are ['default', 'memories']."
             )
-        names = memory_names(settings)
+        names = [*settings["memories"]] if isinstance(settings["memories"], dict) else []
         if not names:
             raise ValueError('memdec "memories" must be an object of at least one named memory.')
         for name in names:
@@ -103,7 +103,7 @@ class MemDecConfig:
                     f"A memory cannot be called {name!r}: use letters, digits, '_', '-' and '.', "
                     f"and not {NONE!r}, which means the base alone."
                 )
-        default = default_memory(settings)
+        default = settings.get("default", names[0] if len(names) == 1 else None)
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
@@ -113,21 +113,6 @@ class MemDecConfig:
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
         """Return the configuration a worker was started with."""
         return cls.parse(memdec_block(vllm_config.additional_config))
-
-
-def memory_names(settings: dict[str, Any] | None) -> tuple[str, ...]:
-    """Return the names of the memories of a memdec block; none without one."""
-    if settings is None:
-        return ()
-    if "memories" not in settings:
-        return (ONLY,)
-    return tuple(settings["memories"]) if isinstance(settings["memories"], dict) else ()
-
-
-def default_memory(settings: dict[str, Any]) -> str | None:
-    """Return the name of the default memory of a memdec block; a single memory needs no saying."""
-    names = memory_names(settings)
-    return settings.get("default", names[0] if len(names) == 1 else None)
 
 
 def memdec_block(additional_config: Any) -> Any:

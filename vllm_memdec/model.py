@@ -26,7 +26,7 @@ from vllm.distributed import (
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
-from vllm.model_executor.models.interfaces import supports_lora
+from vllm.model_executor.models.interfaces import SupportsLoRA, supports_lora
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -40,10 +40,8 @@ logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its 
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
 
 
-class MemDecForCausalLM(nn.Module):
+class MemDecForCausalLM(nn.Module, SupportsLoRA):
     """A base model under `base`, its memories under `memory0`, `memory1`, ..."""
-
-    supports_lora = True  # of the base; vLLM looks for the attribute on the class
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = ""):
         super().__init__()
@@ -77,7 +75,7 @@ class MemDecForCausalLM(nn.Module):
             vllm_config.device_config.device,
             divisible=vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE,
         )
-        self.choices = Choices({m.name: m.alpha for m in memories}, self.settings.default)
+        self.choices = Choices.of(self.settings)
 
         self.tensor_parallel = [
             compat.whole_on_each_rank if m.tensor_parallel_size == 1 else nullcontext
@@ -231,8 +229,11 @@ class MemDecForCausalLM(nn.Module):
         if not supports_lora(self.base):
             raise ValueError(f"vLLM has no LoRA for {type(self.base).__name__}: start without it.")
         compat.install_lora()
+        for name in ("is_3d_moe_weight", "is_non_gated_moe", "embedding_modules"):
+            setattr(self, name, getattr(self.base, name))
         self.packed_modules_mapping = self.base.packed_modules_mapping
-        self.embedding_modules = getattr(self.base, "embedding_modules", {})
+        self.config = self.base.config
+        self.lora_skip_prefixes = self.base.lora_skip_prefixes
         mapper = getattr(self.base, "hf_to_vllm_mapper", None) or WeightsMapper()
         self.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_prefix={"": "base."})
 
@@ -277,11 +278,16 @@ def memory_vllm_config(vllm_config: VllmConfig, memory: MemoryConfig) -> VllmCon
     cache_config.sliding_window = uniform_sliding_window(model_config)
     if memory.kv_cache_dtype is not None:
         cache_config.cache_dtype = memory.kv_cache_dtype
+    parallel_config = vllm_config.parallel_config
+    if memory.tensor_parallel_size == 1:
+        parallel_config = copy.copy(parallel_config)
+        parallel_config.tensor_parallel_size = 1  # whose heads vLLM counts by it
     # quant_config None: vLLM derives the memory's own, if its config.json names one.
     return replace(
         vllm_config,
         model_config=model_config,
         cache_config=cache_config,
+        parallel_config=parallel_config,
         quant_config=None,
         lora_config=None,
     )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_memdec.checkpoint import check_alpha
-from vllm_memdec.config import NONE
+from vllm_memdec.config import NONE, MemDecConfig
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
@@ -52,27 +52,30 @@ def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) ->
             )
 
 
-def chosen_name(extra_args: dict[str, Any] | None, default: str) -> str:
-    """Return the name of the memory of a request whose arguments were checked."""
-    extra_args = extra_args or {}
-    return NONE if extra_args.get(ALPHA) == 0 else extra_args.get(MEMORY, default)
-
-
 class Choices:
-    """What requests may choose from: resolves their arguments into (memory's number, weight)."""
+    """What requests may choose from; resolves their arguments, once checked."""
 
     def __init__(self, alphas: dict[str, float], default: str):
-        self.default = default
-        self.known = {name: (number, a) for number, (name, a) in enumerate(alphas.items())}
+        self.names, self.alphas, self.default = (*alphas,), alphas, default
+
+    @classmethod
+    def of(cls, config: MemDecConfig) -> "Choices":
+        """Return what a server with this configuration offers."""
+        return cls({memory.name: memory.alpha for memory in config.memories}, config.default)
 
     def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
-        """Return the choice of a request whose arguments were checked."""
-        name = chosen_name(extra_args, self.default)
+        """Return the memory's number and the weight; both say "no memory" or neither does."""
+        extra_args = extra_args or {}
+        name = extra_args.get(MEMORY, self.default)
         if name == NONE:
             return NOBODY, 0.0
-        number, alpha = self.known[name]
-        alpha = float((extra_args or {}).get(ALPHA, alpha))
-        return (number, alpha) if alpha else (NOBODY, 0.0)  # the server's own default may be 0
+        alpha = float(extra_args.get(ALPHA, self.alphas[name]))
+        return (self.names.index(name), alpha) if alpha else (NOBODY, 0.0)
+
+    def name(self, extra_args: dict[str, Any] | None) -> str:
+        """Return the name of the memory that runs for a request, or "none"."""
+        number, _ = self.resolve(extra_args)
+        return NONE if number == NOBODY else self.names[number]
 
 
 def encode(alpha_B: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,9 +1,19 @@
-"""The weight's way from extra_args into rows of bfloat16 and back, without an engine."""
+"""Memory and weight on their way from extra_args into rows of bfloat16 and back, no engine."""
 
 import pytest
 import torch
 
-from vllm_memdec.state import Batch, Choices, check_extra_args, decode, encode, request_alpha
+from vllm_memdec.state import (
+    NOBODY,
+    Batch,
+    Choices,
+    check_extra_args,
+    decode,
+    decode_memory,
+    encode,
+)
+
+NAMES = ("law", "bio")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -14,33 +24,96 @@ def test_every_float32_weight_survives(dtype):
     assert torch.equal(decode(encode(alpha_B, dtype)), alpha_B)
 
 
+def write(batch, *rows):
+    """Write a batch of requests, each (memory, weight, tokens)."""
+    memory_B, alpha_B, lengths_B = (torch.tensor(x) for x in zip(*rows, strict=True))
+    batch.write(memory_B, alpha_B, lengths_B)
+
+
 @pytest.mark.parametrize("hidden", [64, 160, 100, 7])
 def test_rows(hidden):
-    """Each request's tokens get its weight, and rows stay a multiple of 8 elements long."""
-    rows = AlphaRows(hidden, max_tokens=16, dtype=torch.bfloat16, device="cpu")
-    assert (hidden + rows.columns_TA.shape[1]) % 8 == 0
-    buffer = rows.columns_TA.data_ptr()
-    rows.write(torch.tensor([0.3, 1.0, 0.0]), torch.tensor([2, 1, 3]))
+    """Each request's tokens get its choice, and rows stay a multiple of 8 elements long."""
+    batch = Batch(2, hidden, max_tokens=16, dtype=torch.bfloat16, device="cpu")
+    assert (hidden + batch.columns_TA.shape[1]) % 8 == 0
+    buffer = batch.columns_TA.data_ptr()
+    write(batch, (1, 0.3, 2), (0, 1.0, 1), (NOBODY, 0.0, 3))
     expected = torch.tensor([0.3, 0.3, 1, 0, 0, 0] + 10 * [0.0])
-    assert torch.equal(decode(rows.columns_TA), expected)
-    rows.write(torch.tensor([0.6]), torch.tensor([1]))
-    assert decode(rows.columns_TA)[:2].tolist() == torch.tensor([0.6, 0.3]).tolist()
-    assert rows.columns_TA.data_ptr() == buffer, "a captured graph would read the old one"
+    assert torch.equal(decode(batch.columns_TA), expected)
+    assert decode_memory(batch.columns_TA)[:6].tolist() == [1, 1, 0, -1, -1, -1]
+    write(batch, (1, 0.6, 1))
+    assert decode(batch.columns_TA)[:2].tolist() == torch.tensor([0.6, 0.3]).tolist()
+    assert batch.columns_TA.data_ptr() == buffer, "a captured graph would read the old one"
+
+
+def test_parts():
+    """A memory runs on the tokens of those who chose it, and a memory nobody chose does not."""
+    batch = Batch(3, 64, max_tokens=16, dtype=torch.float32, device="cpu")
+    assert batch.used == [0, 1, 2] and all(p.tokens is None for p in batch.parts.values())
+    write(batch, (2, 0.3, 2), (0, 0.4, 1), (NOBODY, 0.0, 3), (2, 0.5, 1))
+    assert batch.used == [0, 2] and not batch.shared and sorted(batch.parts) == [0, 2]
+    part = batch.parts[2]
+    assert part.requests.tolist() == [0, 3] and part.lengths.tolist() == [2, 1]
+    assert part.tokens.tolist() == [0, 1, 6] and batch.parts[0].tokens.tolist() == [2]
+    write(batch, (1, 0.3, 2), (1, 0.4, 1))
+    assert batch.used == [1] and batch.shared and batch.parts[1].tokens is None
+    write(batch, (NOBODY, 0.0, 2))
+    assert batch.used == [] and batch.parts == {}
+    batch.reset()
+    assert batch.used == [0, 1, 2] and batch.shared and sorted(batch.parts) == [0, 1, 2]
+
+
+def test_a_graph_runs_every_memory_on_every_row():
+    batch = Batch(2, 64, max_tokens=16, dtype=torch.float32, device="cpu", divisible=False)
+    write(batch, (1, 0.3, 2), (NOBODY, 0.0, 1))
+    assert batch.used == [1] and not batch.shared
+    assert sorted(batch.parts) == [0, 1] and batch.parts[0].tokens is None
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), float("inf"), "0.3", True, None, [0.3]])
 def test_bad_weights_are_refused(value):
     with pytest.raises(ValueError, match="memdec_alpha must be a number between 0 and 1"):
-        check_extra_args({"memdec_alpha": value}, serving=True)
+        check_extra_args({"memdec_alpha": value}, NAMES)
+
+
+@pytest.mark.parametrize("value", ["tax", "", "LAW", 0, None, ["law"], {"law": 1}])
+def test_bad_memories_are_refused(value):
+    sentence = r"memdec_memory must be one of \['law', 'bio', 'none'\]"
+    with pytest.raises(ValueError, match=sentence):
+        check_extra_args({"memdec_memory": value}, NAMES)
 
 
 def test_other_arguments():
-    check_extra_args(None, serving=True)
-    check_extra_args({"other": "x", "memdec_alpha": 1}, serving=True)
-    check_extra_args({"other": "x"}, serving=False)
-    with pytest.raises(ValueError, match="'memdec_apha': did you mean 'memdec_alpha'"):
-        check_extra_args({"memdec_apha": 0.3}, serving=True)
-    with pytest.raises(ValueError, match="runs without a memory"):
-        check_extra_args({"memdec_alpha": 0.3}, serving=False)
-    assert request_alpha(None, 0.6) == request_alpha({"other": 1}, 0.6) == 0.6
-    assert request_alpha({"memdec_alpha": 0}, 0.6) == 0.0
+    check_extra_args(None, NAMES)
+    check_extra_args({"other": "x", "memdec_alpha": 1, "memdec_memory": "none"}, NAMES)
+    check_extra_args({"other": "x"}, ())
+    with pytest.raises(ValueError, match="Unknown extra argument 'memdec_apha'"):
+        check_extra_args({"memdec_apha": 0.3}, NAMES)
+    for key, value in (("memdec_alpha", 0.3), ("memdec_memory", "none")):
+        with pytest.raises(ValueError, match="runs without a memory"):
+            check_extra_args({key: value}, ())
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "name", "choice"),
+    [
+        (None, "law", (0, 0.6)),
+        ({"other": 1}, "law", (0, 0.6)),
+        ({"memdec_alpha": 0.2}, "law", (0, 0.2)),
+        ({"memdec_memory": "bio"}, "bio", (1, 0.4)),
+        ({"memdec_memory": "bio", "memdec_alpha": 1}, "bio", (1, 1.0)),
+        ({"memdec_memory": "none"}, "none", (NOBODY, 0.0)),
+        ({"memdec_memory": "none", "memdec_alpha": 0.5}, "none", (NOBODY, 0.0)),
+        ({"memdec_memory": "bio", "memdec_alpha": 0}, "none", (NOBODY, 0.0)),
+        ({"memdec_memory": "off"}, "none", (NOBODY, 0.0)),
+        ({"memdec_memory": "off", "memdec_alpha": 0.1}, "off", (2, 0.1)),
+    ],
+)
+def test_choice(extra_args, name, choice):
+    """What the front end calls it for the cache and what the worker runs agree."""
+    choices = Choices({"law": 0.6, "bio": 0.4, "off": 0.0}, "law")
+    assert choices.name(extra_args) == name
+    assert choices.resolve(extra_args) == choice
+
+
+def test_default_none():
+    assert Choices({"law": 0.6}, "none").resolve(None) == (NOBODY, 0.0)

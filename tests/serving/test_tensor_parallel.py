@@ -1,0 +1,69 @@
+"""Tensor parallelism 2, over gloo: the answers of one rank, whole or split memories."""
+
+import json
+import subprocess
+import sys
+
+import oracle
+import pytest
+
+GENERATE = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    llm = LLM(**job["llm"])
+    params = [
+        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=extra)
+        for _, extra in job["requests"]
+    ]
+    prompts = [{"prompt_token_ids": ids} for ids, _ in job["requests"]]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+"""
+CHOICES = (
+    {},
+    {"memdec_memory": "whole"},
+    {"memdec_memory": "none"},
+    {"memdec_alpha": 1},
+    {"memdec_memory": "whole", "memdec_alpha": 1},
+)
+
+
+@pytest.mark.feature(
+    "tensor parallel 2", note='a memory may be split or, `"tensor_parallel_size": 1`, whole'
+)
+def test_two_ranks_answer_like_one(tiny_model, subprocess_env):
+    memories = {
+        "split": {"model": tiny_model("llama", seed=1, hidden=128), "alpha": 0.6},
+        # Three heads do not divide by two.
+        "whole": {"model": tiny_model("llama", seed=2, hidden=96, layers=3), "alpha": 0.5},
+    }
+    memories["whole"]["tensor_parallel_size"] = 1
+    prompts = oracle.prompts(50, 3, 40, 1000)
+    answers = {}
+    for ranks in (1, 2):
+        job = {
+            "llm": {
+                "model": tiny_model("llama"),
+                "model_impl": "memdec",
+                "additional_config": {"memdec": {"memories": memories, "default": "split"}},
+                "tensor_parallel_size": ranks,
+                "dtype": "float32",
+                "enforce_eager": True,
+                "max_num_seqs": 16,
+                "disable_log_stats": True,
+            },
+            "requests": [(ids, CHOICES[i % len(CHOICES)]) for i, ids in enumerate(prompts)],
+        }
+        run = subprocess.run(
+            [sys.executable, "-c", GENERATE, json.dumps(job)],
+            env=subprocess_env,
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, (run.stdout + run.stderr)[-20000:]
+        [line] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
+        answers[ranks] = json.loads(line)
+    assert len(answers[1]) == 50 and answers[2] == answers[1]
