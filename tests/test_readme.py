@@ -82,16 +82,30 @@ def test_compile_command(demo, tmp_path):
     assert json.loads((tmp_path / "memory/export/config.json").read_text())["memdec"]["alpha"] >= 0
 
 
-def test_serve_and_curl(demo, tmp_path):
+def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:
+    """Run a server and a request as printed; return the answer's text and the server's log."""
     port = free_port()
-    command = shlex.split(block("vllm serve").replace("\\\n", " "))
+    command = shlex.split(serve.replace("\\\n", " "))
     command[0] = str(BIN / command[0])
     options = ["--port", str(port), "--max-model-len", "256", "--enforce-eager"]
-    with run_server([*command, *options], port, tmp_path / "log"):
-        answer = json.loads(run(block("curl").replace(":8000", f":{port}")))
-    assert answer["choices"][0]["text"]
+    with run_server([*command, *options], port, folder / "log"):
+        answer = json.loads(run(curl.replace(":8000", f":{port}")))
+    return answer["choices"][0]["text"], (folder / "log").read_text()
+
+
+SERVE = "vllm serve build/SmolLM2-135M-Instruct --model-impl memdec"
+
+
+def test_serve_and_curl(demo, tmp_path):
+    answer, log = serve_and_curl(block(f"{SERVE} \\\n"), block("curl"), tmp_path)
     # The README names this line as the sign that the memory is live.
-    assert re.search(r"memdec: base .* \+ memory .*, alpha", (tmp_path / "log").read_text())
+    assert answer and re.search(r"memdec: memory 'memory' .*, alpha", log)
+
+
+def test_several_memories(demo, tmp_path):
+    serve, curl = block(f"{SERVE} --additional-config").split("curl", maxsplit=1)
+    answer, log = serve_and_curl(serve, f"curl{curl}", tmp_path)
+    assert answer and len(re.findall(r"memdec: memory '(?:countries|cautious)'", log)) == 2
 
 
 def test_python_example(demo):

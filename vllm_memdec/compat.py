@@ -1,6 +1,6 @@
 """The only file that names private symbols of vLLM: what we touch, and how.
 
-Checked by running vLLM 0.32.0; 0.33 was not run. Six methods are wrapped, two classes are derived
+Checked by running vLLM 0.32.0; 0.33 was not run. Seven methods are wrapped, two classes are derived
 from and one global is exchanged. SIGNATURES and ATTRIBUTES record what that relies on;
 tests/serving/test_compat.py compares them with the vLLM that is installed.
 
@@ -11,6 +11,7 @@ tests/serving/test_compat.py compares them with the vLLM that is installed.
 - InputProcessor.process_inputs (front end): the memory becomes part of the request's cache salt.
   Blocks of the KV cache hold keys and values of the memory that ran, and of no other, so a request
   may only reuse those of requests with the same memory.
+- OpenAIServingModels.show_available_models (front end): /v1/models names the memories.
 - GPUModelRunner._prepare_inputs and ._dummy_run (V1 worker): V1 does not tell a model whose tokens
   it runs.
 - DefaultModelState (V2 worker): V2 does, through a subclass named by get_model_state_cls().
@@ -39,6 +40,10 @@ SIGNATURES = {
         "self request_id prompt params supported_tasks arrival_time lora_request "
         "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id "
         "kv_hints"
+    ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": "self",
+    "vllm.v1.metrics.loggers:StatLoggerBase.record": (
+        "self scheduler_stats iteration_stats mm_cache_stats engine_idx"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "self scheduler_output num_scheduled_tokens"
@@ -80,6 +85,10 @@ ATTRIBUTES = {
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "_dummy_run input_batch query_start_loc requests"
+    ),
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "input_processor",
+    "vllm.v1.metrics.stats:FinishedRequestStats": (
+        "num_generation_tokens num_prompt_tokens request_id"
     ),
     "vllm.forward_context:ForwardContext": "slot_mapping",
     "vllm.v1.engine:EngineCoreRequest": "cache_salt external_req_id",
@@ -153,15 +162,40 @@ def _choices(processor: Any) -> state.Choices | None:
 
 
 def _salted_inputs(original: Callable) -> Callable:
+    from vllm_memdec import describe
+
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if (choices := _choices(self)) and request.sampling_params is not None:
             name = choices.name(request.sampling_params.extra_args)
             # A name holds no NUL, so two pairs of name and salt never give the same text.
             request.cache_salt = f"{name}\0{request.cache_salt or ''}"
+            describe.remember(request.request_id, name)
         return request
 
     return process_inputs
+
+
+def install_server() -> None:
+    """Hook the HTTP server; called by the metrics of an asynchronous engine, which servers have."""
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    wrap(OpenAIServingModels, "show_available_models", _described_models)
+
+
+def _described_models(original: Callable) -> Callable:
+    from vllm_memdec.describe import describe
+
+    async def show_available_models(self: Any) -> Any:
+        models = await original(self)
+        if _choices(self.input_processor):
+            if not hasattr(self, "memdec_description"):
+                self.memdec_description = describe(self.input_processor.vllm_config)
+            for card in models.data:
+                card.memdec = self.memdec_description
+        return models
+
+    return show_available_models
 
 
 def install_v1_runner() -> None:

@@ -125,7 +125,7 @@ def test_bad_weight_is_400(value, client, models):
 
 
 def test_misspelt_weight_is_400(client, models):
-    with pytest.raises(openai.BadRequestError, match="did you mean 'memdec_alpha'"):
+    with pytest.raises(openai.BadRequestError, match="the arguments are 'memdec_alpha' and"):
         complete(client, models, {"memdec_apha": 0.3})
 
 
@@ -165,8 +165,12 @@ def test_bad_requests_harm_nobody(client, models):
 
 def test_log_says_that_the_memory_is_live(server, models):
     base, memory = map(re.escape, models)
-    line = rf"memdec: base {base} \(\S+ parameters\) \+ memory {memory} \(\S+\), alpha 0\.6"
-    assert len(re.findall(line, server[1].read_text())) == 1
+    parts = r"\(\S+ parameters, \d+% of the KV cache\)"
+    for line in (
+        rf"memdec: base {base} {parts}\.",
+        rf"memdec: memory 'memory' {memory} {parts}, alpha 0\.6, the default\.",
+    ):
+        assert len(re.findall(line, server[1].read_text())) == 1
 
 
 @pytest.mark.parametrize("alpha", ["1.5", "NaN"])
@@ -177,3 +181,36 @@ def test_bad_start_ends_with_the_sentence(alpha, models, subprocess_env):
     assert run.returncode != 0
     last = (run.stdout + run.stderr).strip().splitlines()[-1]
     assert "memdec alpha must be a number between 0 and 1" in last
+
+
+def test_models_name_base_and_memories(server, models):
+    """/v1/models and the log agree on parameters, shares of the KV cache and weights."""
+    [card] = json.load(urllib.request.urlopen(f"{server[0]}/v1/models"))["data"]
+    found = card["memdec"]
+    assert found["default"] == "memory" and list(found["memories"]) == ["memory"]
+    base, memory = found["base"], found["memories"]["memory"]
+    assert (base["model"], memory["model"], memory["alpha"]) == (*models, 0.6)
+    # Keys and values: 2 layers and 3 layers, of one head of 32 each.
+    assert (base["kv_cache_share"], memory["kv_cache_share"]) == (0.4, 0.6)
+    log = server[1].read_text()
+    for part, share in ((base, "40%"), (memory, "60%")):
+        assert f"({part['parameters'] / 1e6:.1f}M parameters, {share} of the KV cache)" in log
+
+
+def counted(server):
+    """Return (requests, prompt tokens, generated tokens) of each memory on the metrics endpoint."""
+    text = urllib.request.urlopen(f"{server[0]}/metrics").read().decode()
+    pattern = r'^memdec:(\w+)_total{memory="(\w+)"} (\S+)$'
+    found = {(w, m): float(v) for w, m, v in re.findall(pattern, text, re.MULTILINE)}
+    kinds = ("requests", "prompt_tokens", "generation_tokens")
+    return {m: [found[k, m] for k in kinds] for m in ("memory", "none")}
+
+
+def test_metrics_count_by_memory(server, client, models):
+    before = counted(server)
+    complete(client, models)
+    complete(client, models, {"memdec_alpha": 0.2}, max_tokens=3)
+    complete(client, models, {"memdec_memory": "none"}, max_tokens=2)
+    after = counted(server)
+    grown = {m: [b - a for a, b in zip(before[m], after[m], strict=True)] for m in before}
+    assert grown == {"memory": [2, 2 * len(PROMPT), 7], "none": [1, len(PROMPT), 2]}

@@ -1,0 +1,134 @@
+"""What a server is made of, seen from the front end: /v1/models and the metrics endpoint.
+
+The worker logs the same when it starts (model.py), from the loaded models; here it is read from the
+files and configurations, because the front end has no model.
+"""
+
+from collections import OrderedDict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import Counter
+from vllm.config import VllmConfig
+from vllm.config.model import ModelConfig
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+from vllm_memdec import compat
+from vllm_memdec.config import MemDecConfig, memdec_block, memory_model_config
+from vllm_memdec.state import NONE
+
+RECENT = 100_000  # requests whose memory is remembered until they finish; aborted ones never do
+
+
+def describe(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Return base and memories: alpha, parameters, share of the KV cache (None where unknown)."""
+    settings = MemDecConfig.from_vllm(vllm_config)
+    base = vllm_config.model_config
+    models = [base]
+    dtypes = [vllm_config.cache_config.cache_dtype]
+    for memory in settings.memories:
+        models.append(memory_model_config(memory, base, base.max_model_len))
+        dtypes.append(memory.kv_cache_dtype or dtypes[0])
+    sizes = [
+        kv_bytes_per_token(model, dtype, vllm_config)
+        for model, dtype in zip(models, dtypes, strict=True)
+    ]
+    parts = [
+        {
+            "model": model.model,
+            "parameters": parameters(model),
+            "kv_cache_share": None if None in sizes else round(size / sum(sizes), 4),
+        }
+        for model, size in zip(models, sizes, strict=True)
+    ]
+    memories = {
+        memory.name: {**part, "alpha": memory.alpha}
+        for memory, part in zip(settings.memories, parts[1:], strict=True)
+    }
+    return {"base": parts[0], "memories": memories, "default": settings.default}
+
+
+def kv_bytes_per_token(model: ModelConfig, dtype: str, vllm_config: VllmConfig) -> int | None:
+    """Return the bytes of keys and values of one token; None for compressed ones (MLA)."""
+    if model.use_mla:
+        return None
+    parallel = vllm_config.parallel_config
+    heads = model.get_total_num_kv_heads()  # of all ranks
+    elements = 2 * model.get_num_layers(parallel) * heads * model.get_head_size()
+    return elements * kv_cache_dtype_str_to_dtype(dtype, model).itemsize
+
+
+def parameters(model: ModelConfig) -> int | None:
+    """Return the elements of all tensors in a model's safetensors files; None if it has none."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    config = cached_file(model.model, "config.json", revision=model.revision)
+    files = sorted(Path(config).parent.glob("*.safetensors"))
+    total = 0
+    for path in files:
+        with safe_open(path, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, not a dict
+                size = 1
+                for extent in tensors.get_slice(name).get_shape():
+                    size *= extent
+                total += size
+    return total or None
+
+
+_recent: OrderedDict[str, str] = OrderedDict()
+
+
+def remember(request_id: str, memory: str) -> None:
+    """Keep the memory of a request for the moment it finishes."""
+    _recent[request_id] = memory
+    if len(_recent) > RECENT:
+        _recent.popitem(last=False)
+
+
+@cache
+def counters() -> tuple[Counter, Counter, Counter]:
+    """Return the counters of finished requests, once in a process."""
+    return tuple(
+        Counter(f"memdec:{what}", f"Finished requests: {text}, by memory.", ["memory"])
+        for what, text in (
+            ("requests", "their number"),
+            ("prompt_tokens", "tokens of their prompts"),
+            ("generation_tokens", "tokens of their answers"),
+        )
+    )
+
+
+class MemoryMetrics(StatLoggerBase):
+    """Entry point of the group `vllm.stat_logger_plugins`: counts tokens by memory."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0):
+        self.serving = memdec_block(vllm_config.additional_config) is not None
+        if self.serving:
+            compat.install_server()
+            names = [memory.name for memory in MemDecConfig.from_vllm(vllm_config).memories]
+            for counter in counters():
+                for name in (*names, NONE):
+                    counter.labels(name)  # shown from the start, as 0
+
+    def record(
+        self,
+        scheduler_stats: Any,
+        iteration_stats: Any,
+        mm_cache_stats: Any = None,
+        engine_idx: int = 0,
+    ) -> None:
+        """Count the requests that finished in this iteration."""
+        if not self.serving or iteration_stats is None:
+            return
+        for done in iteration_stats.finished_requests:
+            if (name := _recent.get(done.request_id)) is not None:
+                requests, prompt, generation = (counter.labels(name) for counter in counters())
+                requests.inc()
+                prompt.inc(done.num_prompt_tokens)
+                generation.inc(done.num_generation_tokens)
+
+    def log_engine_initialized(self) -> None:
+        """Say nothing: the worker logs what it loaded."""
