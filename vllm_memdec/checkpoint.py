@@ -8,6 +8,7 @@ The module needs only the standard library and, for tokenizers, transformers.
 import hashlib
 import json
 import math
+import reprlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,10 +28,17 @@ class MemoryBlock:
     format_version: int = FORMAT_VERSION
 
 
+def brief(value: Any) -> str:
+    """Return repr(value), shortened: an error must not repeat a megabyte of a request."""
+    short = reprlib.Repr()
+    short.maxstring = 100
+    return short.repr(value)
+
+
 def check_alpha(alpha: Any, name: str = "alpha") -> float:
     """Return alpha as a float, or raise ValueError unless it is a number between 0 and 1."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise ValueError(f"{name} must be a number between 0 and 1, got {alpha!r}.")
+        raise ValueError(f"{name} must be a number between 0 and 1, got {brief(alpha)}.")
     return float(alpha)
 
 

@@ -284,31 +284,33 @@ def v2_model_state_cls() -> type:
     return MemDecModelState
 
 
-def narrow_attention(layer: Any, number: int, batch: state.Batch, memory_config: Any) -> None:
-    """Let a memory's attention layer see its own part of each batch, and its own configuration."""
-    if hasattr(layer, "attn_backend"):
-        layer.attn_backend = _narrow_backend(layer.attn_backend, number, batch, memory_config)
+def narrow_attention(layers: list[Any], number: int, batch: state.Batch, memory: Any) -> None:
+    """Let a memory's attention layers see their own part of each batch.
+
+    `memory` is the VllmConfig it was built with: heads, dtype and KV-cache dtype are its own.
+    """
+
+    @functools.cache
+    def narrow(backend: type) -> type:
+        return _narrow_backend(backend, number, batch, memory)
+
+    for layer in layers:
+        if hasattr(layer, "attn_backend"):
+            layer.attn_backend = narrow(layer.attn_backend)
 
 
-_backends: dict[tuple, type] = {}
-
-
-def _narrow_backend(backend: type, number: int, batch: state.Batch, memory_config: Any) -> type:
-    """Return a subclass of an attention backend, the same one for all layers of a memory."""
+def _narrow_backend(backend: type, number: int, batch: state.Batch, memory: Any) -> type:
+    """Return a subclass of an attention backend whose metadata is that of one memory's requests."""
     from vllm.v1.attention.backend import subclass_attention_backend
-
-    key = (backend, number, id(batch))
-    if key in _backends:
-        return _backends[key]
 
     class NarrowBuilder(backend.get_builder_cls()):
         def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any):
             # What the running engine has, but the memory's heads, dtype and KV-cache dtype.
             own = copy.copy(vllm_config)
-            own.model_config = memory_config.model_config
-            own.parallel_config = memory_config.parallel_config
+            own.model_config = memory.model_config
+            own.parallel_config = memory.parallel_config
             own.cache_config = copy.copy(vllm_config.cache_config)
-            own.cache_config.cache_dtype = memory_config.cache_config.cache_dtype
+            own.cache_config.cache_dtype = memory.cache_config.cache_dtype
             super().__init__(kv_cache_spec, layer_names, own, device)
 
         def build(
@@ -321,8 +323,7 @@ def _narrow_backend(backend: type, number: int, batch: state.Batch, memory_confi
                 common_attn_metadata = _narrow_metadata(common_attn_metadata, part)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
 
-    _backends[key] = subclass_attention_backend(f"Memory{number}", backend, NarrowBuilder)
-    return _backends[key]
+    return subclass_attention_backend(f"Memory{number}", backend, NarrowBuilder)
 
 
 def _narrow_metadata(common: Any, part: state.Part) -> Any:

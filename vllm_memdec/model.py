@@ -94,8 +94,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 setattr(self, name, initialize_model(config, prefix=maybe_prefix(prefix, name)))
             layers = vllm_config.compilation_config.static_forward_context
             self.layers.append([layer for layer in layers if layer not in before])
-            for layer in self.layers[-1]:
-                compat.narrow_attention(layers[layer], number, self.batch, config)
+            mine = [layers[layer] for layer in self.layers[-1]]
+            compat.narrow_attention(mine, number, self.batch, config)
         self.secondary_weights = [
             DefaultModelLoader.Source(m.model, revision=m.revision, prefix=f"{SOURCE}{number}.")
             for number, m in enumerate(memories)

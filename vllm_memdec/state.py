@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vllm_memdec.checkpoint import check_alpha
+from vllm_memdec.checkpoint import brief, check_alpha
 from vllm_memdec.config import NONE, MemDecConfig
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
@@ -39,7 +39,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) ->
             continue
         if key not in (ALPHA, MEMORY):
             raise ValueError(
-                f"Unknown extra argument {key!r}: the arguments are {ALPHA!r} and {MEMORY!r}."
+                f"Unknown extra argument {brief(key)}: the arguments are {ALPHA!r} and {MEMORY!r}."
             )
         if not names:
             raise ValueError(f"{key} was given, but this server runs without a memory.")
@@ -48,7 +48,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) ->
         elif not isinstance(value, str) or value not in (*names, NONE):
             raise ValueError(
                 f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
-                f"got {value!r}."
+                f"got {brief(value)}."
             )
 
 
