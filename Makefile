@@ -11,7 +11,7 @@ export HF_HUB_DISABLE_PROGRESS_BARS := 1
 export TRANSFORMERS_VERBOSITY := error
 export VLLM_NO_USAGE_STATS := 1
 
-.PHONY: setup test demo lint clean
+.PHONY: setup test features demo lint clean
 
 setup: $(INSTALLED)
 
@@ -34,6 +34,11 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest
+
+# The README's table of features: only the tests of its rows.
+features: setup
+	$(BIN)/pytest tests/serving -m feature --features tests/serving/features.csv
+	$(BIN)/python benchmarks/features.py --readme
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py $(DEMO_OPTIONS)

@@ -35,7 +35,7 @@ def environment() -> dict[str, str]:
 
 
 def serve(
-    base: Path, memdec: dict, log: Path, *options: str
+    base: Path, memdec: dict, log: Path, *options: str, env: dict[str, str] | None = None
 ) -> contextlib.AbstractContextManager[str]:
     """Run `vllm serve BASE` with a memory; see run_server."""
     port = free_port()
@@ -53,11 +53,13 @@ def serve(
         str(port),
         *options,
     ]
-    return run_server(command, port, log)
+    return run_server(command, port, log, env)
 
 
 @contextlib.contextmanager
-def run_server(command: list[str], port: int, log: Path) -> Iterator[str]:
+def run_server(
+    command: list[str], port: int, log: Path, env: dict[str, str] | None = None
+) -> Iterator[str]:
     """Run a command that serves on a port; yield its API address when healthy; stop it at the end.
 
     Raises RuntimeError with the log's last lines if it does not come up.
@@ -67,7 +69,7 @@ def run_server(command: list[str], port: int, log: Path) -> Iterator[str]:
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=environment(),
+            env=environment() if env is None else env,
             start_new_session=True,
         )
         try:

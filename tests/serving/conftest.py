@@ -1,6 +1,10 @@
-"""Engines for the serving tests: real ones, small, in this process, one at a time."""
+"""Engines for the serving tests: real ones, small, in this process, one at a time.
+
+Also the table of features: `--features FILE` writes what the tests marked feature("name") showed.
+"""
 
 import contextlib
+import csv
 import gc
 import os
 import sys
@@ -19,30 +23,41 @@ ENGINE_ENV = {
 os.environ.update(ENGINE_ENV)  # before vllm is imported
 
 
-@pytest.fixture
-def engine(monkeypatch):
-    """Return a context manager that yields an LLM and frees it: engine(base, memory, alpha)."""
-    # Users without a GPU run the PyTorch path; the interpreter would take minutes here.
-    from vllm_memdec.kernels import interpolate
+@pytest.fixture(scope="session")
+def engine():
+    """Return a context manager that yields an LLM and frees it: engine(base, memory, alpha).
 
-    monkeypatch.setattr(interpolate, "INTERPRETED", False)
+    In place of one memory's folder `memory` may be a whole memdec block.
+    """
+    from vllm_memdec.kernels import interpolate
 
     @contextlib.contextmanager
     def start(base, memory=None, alpha=0.6, **options):
         from vllm import LLM
 
         if memory is not None:
+            block = memory if isinstance(memory, dict) else {"model": memory, "alpha": alpha}
             options["model_impl"] = "memdec"
-            options["additional_config"] = {"memdec": {"model": memory, "alpha": alpha}}
-        defaults = {"dtype": "float32", "max_num_seqs": 16, "max_logprobs": -1, "seed": 0}
-        llm = LLM(base, enforce_eager=True, disable_log_stats=True, **defaults | options)
-        try:
-            yield llm
-        finally:
-            # The process groups stay: vLLM reuses them for the next engine of a process.
-            llm.llm_engine.engine_core.shutdown()
-            del llm
-            gc.collect()
+            options["additional_config"] = {"memdec": block}
+        defaults = {
+            "dtype": "float32",
+            "max_num_seqs": 16,
+            "max_logprobs": -1,
+            "seed": 0,
+            "enforce_eager": True,
+            "disable_log_stats": True,
+        }
+        with pytest.MonkeyPatch.context() as patch:
+            # Users without a GPU run the PyTorch path; the interpreter would take minutes here.
+            patch.setattr(interpolate, "INTERPRETED", False)
+            llm = LLM(base, **defaults | options)
+            try:
+                yield llm
+            finally:
+                # The process groups stay: vLLM reuses them for the next engine of a process.
+                llm.llm_engine.engine_core.shutdown()
+                del llm
+                gc.collect()
 
     return start
 
@@ -59,3 +74,43 @@ def subprocess_env():
         del env[name]
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     return env
+
+
+# -- The table of features ------------------------------------------------------------------------
+
+FEATURES = pytest.StashKey[dict]()  # name -> (arguments of its markers, outcomes of its tests)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--features", metavar="FILE", help="write what the marked tests showed: CSV")
+
+
+def pytest_configure(config):
+    config.stash[FEATURES] = {}
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    for mark in item.iter_markers("feature"):
+        arguments, outcomes = item.config.stash[FEATURES].setdefault(mark.args[0], ({}, set()))
+        arguments.update(mark.kwargs)
+        # Set-up and tear-down count where they go wrong.
+        if report.when == "call" or not report.passed:
+            outcomes.add(report.outcome)
+    return report
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("features", None)
+    if not path:
+        return
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["feature", "status", "note"])
+        for name, (arguments, outcomes) in session.config.stash[FEATURES].items():
+            reason = arguments.get("refused")
+            status = "refused" if reason else "works"
+            if outcomes != {"passed"}:  # one that is skipped shows nothing
+                status = "FAILED"
+            writer.writerow([name, status, reason or arguments.get("note", "")])

@@ -45,6 +45,7 @@ def test_alpha_zero_is_the_base_bit_for_bit(kind, dtype, tiny_model, engine):
     assert rows(other)[0] != rows(plain)[0]
 
 
+@pytest.mark.feature("greedy")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_memory_equal_to_base_changes_nothing(kind, tiny_model, engine):
     base = tiny_model(kind)
@@ -79,6 +80,7 @@ def test_the_weight_survives_half_precision(dtype, tiny_model, engine):
     )
 
 
+@pytest.mark.feature("speculation with a draft model")
 def test_the_memory_as_draft_model_changes_nothing(tiny_model, engine):
     """vLLM's own draft_model speculation verifies against the mixture."""
     base, memory = tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
@@ -109,6 +111,8 @@ print([list(o.outputs[0].token_ids) for o in outputs])
 """
 
 
+@pytest.mark.feature("torch.compile")
+@pytest.mark.feature("eager mode")
 def test_compiled_equals_eager(tiny_model, engine, subprocess_env, tmp_path):
     """torch.compile and its cache keep the two models apart."""
     base, memory = tiny_model("llama", layers=1), tiny_model("llama", seed=1, hidden=96, layers=1)

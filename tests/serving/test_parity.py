@@ -38,6 +38,7 @@ def requests(alphas, rng, prompt_share=0.7):
     ]
 
 
+@pytest.mark.feature("V1 model runner")
 @pytest.mark.parametrize("pair", PAIRS)
 def test_mixture(pair, tiny_model, engine):
     (base_kind, base_options), (memory_kind, memory_options), options = PAIRS[pair]

@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 import oracle
+import pytest
 
 DEFAULT = 0.37
 ALPHAS = (0.0, 0.3, 0.6, 1.0, None)  # None: the server's default
 
 
+@pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
 def test_mixture(tiny_model, subprocess_env):
     """One mixed batch, prefilled in chunks, with a memory of other width, depth and vocabulary."""
     base = tiny_model("qwen2")
