@@ -54,6 +54,9 @@ SIGNATURES = {
     "vllm.v1.attention.backend:AttentionMetadataBuilder": (
         "kv_cache_spec layer_names vllm_config device"
     ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.update_block_table": (
+        "self metadata blk_table slot_mapping"
+    ),
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),
@@ -304,6 +307,9 @@ def _narrow_backend(backend: type, number: int, batch: state.Batch, memory: Any)
     from vllm.v1.attention.backend import subclass_attention_backend
 
     class NarrowBuilder(backend.get_builder_cls()):
+        # It would put the whole batch's block table into metadata of a part of it.
+        supports_update_block_table = False
+
         def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any):
             # What the running engine has, but the memory's heads, dtype and KV-cache dtype.
             own = copy.copy(vllm_config)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 VOCAB = 1000
-ALPHAS = {"law": 0.6, "bio": 0.4, "tax": 0.25}
+ALPHAS = {"law": 0.6, "bio": 0.4, "tax": 0.25, "sea": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -22,11 +22,12 @@ def base(tiny_model):
 
 @pytest.fixture(scope="module")
 def folders(tiny_model):
-    """Three memories of different architecture, width, depth and vocabulary."""
+    """Four memories of different architecture, width, depth, vocabulary and window."""
     return {
         "law": tiny_model("llama", seed=1, hidden=96, layers=3),
         "bio": tiny_model("gpt2", seed=2, layers=1),
         "tax": tiny_model("qwen2", seed=3, hidden=128, vocab=1024),
+        "sea": tiny_model("mistral", seed=4),
     }
 
 
@@ -37,7 +38,7 @@ def block(folders, default="law"):
 
 def random_choice(rng):
     """Return extra_args and the (memory's name, weight) that they stand for."""
-    name = rng.choice((None, "law", "bio", "tax", "none"))
+    name = rng.choice((None, *ALPHAS, "none"))
     alpha = rng.choice((None, 0, 0.3, 1.0))
     extra = {"memdec_memory": name, "memdec_alpha": alpha}
     extra = {key: value for key, value in extra.items() if value is not None}
@@ -60,9 +61,14 @@ def params(extra, rng, **options):
     return SamplingParams(**defaults | options, extra_args=extra)
 
 
-@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 32}], ids=["whole", "chunked"])
-def test_mixed_batches(options, base, folders, engine):
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("llama", {}), ("llama", {"max_num_batched_tokens": 32}), ("mistral", {})],
+    ids=["whole", "chunked", "windows"],
+)
+def test_mixed_batches(kind, options, tiny_model, folders, engine):
     """Every request gets its own memory's mixture, whoever else is in the batch."""
+    base = tiny_model(kind)
     rng = random.Random(1)
     with engine(base, block(folders), block_size=32, **options) as llm:
         for size in (1, 2, 16, 16):
@@ -150,7 +156,7 @@ def test_v2_runner(base, folders, subprocess_env):
         "llm": {
             "model": base,
             "model_impl": "memdec",
-            "additional_config": {"memdec": block(folders)},
+            "additional_config": {"memdec": block({n: folders[n] for n in ("law", "bio")})},
             "dtype": "float32",
             "enforce_eager": True,
             "max_num_seqs": 4,
