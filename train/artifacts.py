@@ -142,6 +142,7 @@ def build_artifact(
     else:
         if work.exists():
             say(f"{stage}: starting over, the unfinished work was for other settings or inputs")
+            (work / PLAN).unlink(missing_ok=True)  # first: what is half removed is nobody's work
             shutil.rmtree(work)
         work.mkdir(parents=True)
         write_json(work / PLAN, plan)

@@ -41,7 +41,7 @@ class TargetSettings:
 @dataclass(frozen=True)
 class MemorySettings:
     init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
-    layers: int = 4  # kept of the base
+    layers: int | None = None  # kept of the base; None: 4, or all of a base with fewer
     beta: float = 0.5  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
     epochs: float = 20.0
     learning_rate: float = 1e-3

@@ -21,7 +21,9 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import corpus_files, read_documents
 
 SPLITS = ("train", "validation")
-TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once
+TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
+TOKENIZER_CHARACTERS = 2**22  # or fewer, if they are long
+LARGEST_SHARE = 3  # of the fraction to hold out, taken by documents that are longer than others
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -45,10 +47,13 @@ def load_config(folder: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"{folder} has no usable config.json: {what}.") from None
+    if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
+        raise ValueError(f"{folder} is {config.model_type}, no text decoder: give another model.")
+    return config
 
 
 def check_positions(config: Any, folder: str, block_tokens: int) -> None:
@@ -77,10 +82,15 @@ def build_corpus(
 
     tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {base} has no end-of-text token: set eos_token.")
+        raise ValueError(
+            f"the tokenizer of {base} has no end-of-text token: set eos_token "
+            "in its tokenizer_config.json."
+        )
     config = load_config(base)
     check_positions(config, base, settings.block_tokens)
     documents = tokenise(tokenizer, corpus)
+    if not documents:
+        raise ValueError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
     if validation is not None:
         splits = {"train": documents, "validation": tokenise(tokenizer, validation)}
     else:
@@ -126,12 +136,14 @@ def tokenise(tokenizer: Any, path: Path) -> list[np.ndarray]:
                 documents.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
 
     texts: list[str] = []
+    characters = 0
     for file in corpus_files(path)[0]:
         for text in read_documents(file):
             texts.append(text)
-            if len(texts) == TOKENIZER_BATCH:
+            characters += len(text)
+            if len(texts) == TOKENIZER_BATCH or characters >= TOKENIZER_CHARACTERS:
                 flush(texts)
-                texts = []
+                texts, characters = [], 0
     flush(texts)
     return documents
 
@@ -142,7 +154,9 @@ def split_documents(
     """Hold out every n-th document, or the tail of the text if documents are too few or long."""
     every = max(2, round(1 / fraction))
     held_out = documents[every - 1 :: every]
-    if sum(len(d) for d in held_out) > block_tokens:
+    # A few long documents among them must not take the corpus away.
+    most = min(LARGEST_SHARE * fraction, 0.6) * sum(len(d) for d in documents)
+    if block_tokens < sum(len(d) for d in held_out) <= most:
         kept = [d for i, d in enumerate(documents) if i % every != every - 1]
         return {"train": kept, "validation": held_out}
     stream = np.concatenate(documents)

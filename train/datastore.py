@@ -42,7 +42,8 @@ def load_model(
         model, report = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    # ImportError: of what a quantised model would need
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise ValueError(f"no causal LM could be loaded from {folder}: {what}.") from None
     if report["missing_keys"]:  # transformers would go on with random numbers

@@ -10,18 +10,27 @@ from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.datastore import check_isolation, load_model
 
+DEFAULT_LAYERS = 4
 WEIGHT_FILES = ("*.safetensors", "*.bin")
 
 
-def truncated_config(base: str, layers: int) -> Any:
+def truncated_config(base: str, layers: int | None) -> Any:
     """Return the base's config cut to its first `layers` transformer blocks."""
     config = load_config(base)
+    if getattr(config, "quantization_config", None):
+        raise ValueError(
+            f"{base} is quantised, so it cannot be trained from: set memory.init to a plain model."
+        )
+    if layers is None:
+        layers = min(DEFAULT_LAYERS, config.num_hidden_layers)
     if layers > config.num_hidden_layers:
         raise ValueError(
             f"memory.layers is {layers}, but {base} has only {config.num_hidden_layers} layers: "
             "lower it."
         )
     for name, value in vars(config).items():  # per-layer lists, such as layer_types
+        if name.endswith("_token_id"):  # may be a list of as many, by chance
+            continue
         if isinstance(value, list) and len(value) == config.num_hidden_layers:
             setattr(config, name, value[:layers])
     config.num_hidden_layers = layers

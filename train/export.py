@@ -48,6 +48,11 @@ def export_memory(
         f"validation perplexity: base {found['base']:.2f}, memory {found['memory']:.2f}, "
         f"mixture {found['mixture']:.2f} at alpha {alpha:.2f}"
     )
+    if alpha == 0:
+        progress.say(
+            "the memory does not help on the validation text: at alpha 0 it serves only requests "
+            "that ask for it"
+        )
     model.to(torch.device("cpu")).save_pretrained(work)
     load_tokenizer(base).save_pretrained(work)
     corpus_facts = json.loads((corpus / "corpus.json").read_text())

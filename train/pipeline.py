@@ -37,8 +37,25 @@ def build(
     Raises ValueError, in one sentence, for input or settings that cannot work.
     """
     progress = progress or Progress()
+    check_places(corpus, validation, output)
     with locked(output):
         return _build(base, corpus, output, settings, validation, progress)
+
+
+def check_places(corpus: Path, validation: Path | None, output: Path) -> None:
+    """Refuse an output that would become corpus, and validation text that would be trained on."""
+    files = corpus_files(corpus)[0]
+    for option, path in (("--corpus", corpus), ("--validation", validation)):
+        if path and path.is_dir() and output.resolve().is_relative_to(path.resolve()):
+            raise ValueError(
+                f"--output {output} lies inside {option} {path}: choose a folder outside."
+            )
+    if validation is not None and validation.resolve() != corpus.resolve():
+        held_out = {path.resolve() for path in corpus_files(validation)[0]}
+        if shared := sorted(held_out & {path.resolve() for path in files}):
+            raise ValueError(
+                f"{shared[0]} is in both --corpus and --validation: move it out of one."
+            )
 
 
 def _build(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+PARQUET_BATCH = 256  # rows read at once; one may be a book
 
 
 def corpus_files(path: Path) -> tuple[list[Path], int]:
@@ -36,7 +37,8 @@ def read_documents(path: Path) -> Iterator[str]:
 
 
 def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
-    yield str(path), _decode(path.read_bytes(), str(path))
+    # A memory of Windows line ends would never see them in a prompt.
+    yield str(path), _decode(path.read_bytes(), str(path)).replace("\r\n", "\n")
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
@@ -62,10 +64,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 raise ValueError(f"{path}: a parquet corpus needs a string column `text`.")
-            for batch in file.iter_batches(columns=["text"]):
+            number = 0
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=["text"]):
                 for text in batch.column(0).to_pylist():
-                    yield str(path), text
-    except (pyarrow.ArrowException, OSError) as error:  # the latter for a broken page
+                    number += 1
+                    yield f"{path}, row {number}", text
+    except PermissionError:
+        raise
+    # OSError for a broken page, UnicodeDecodeError for a string column that is none
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())
         raise ValueError(
             f"{path} is not a readable parquet file ({what}): copy it again."

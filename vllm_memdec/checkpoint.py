@@ -47,18 +47,24 @@ def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | 
 
     Raises ValueError if the folder or its config.json is missing, or the block is unusable.
     """
-    path = Path(model) / "config.json"
-    if not Path(model).is_dir() and (cached := _hub_file(str(model), revision)):
-        path = Path(cached)
     try:
+        path = Path(model) / "config.json"
+        if not Path(model).is_dir() and (cached := _hub_file(str(model), revision)):
+            path = Path(cached)
         config = json.loads(path.read_text())
-    except FileNotFoundError:
+    except OSError:
+        at = f" at revision {revision}" if revision else ""
         raise ValueError(
-            f"{model} is not a model folder: it has no config.json. "
+            f"{model} is not a model folder: it has no config.json that can be read, and no "
+            f"repository of that name{at} can be had from the Hugging Face hub. "
             "Give the `export` folder of a `memdec build`, or a Hugging Face causal-LM folder."
         ) from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}): copy the memory again.") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{model}: config.json is not valid JSON ({error}): copy the memory again."
+        ) from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} is not a JSON object: copy the memory again.")
     return parse_block(config.get("memdec"), str(path))
 
 

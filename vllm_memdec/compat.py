@@ -1,7 +1,7 @@
-"""The only file that names private symbols of vLLM: what we touch, and how.
+"""The only file that wraps or exchanges parts of vLLM: what we touch, and how.
 
-Checked by running vLLM 0.32.0; 0.33 was not run. Seven methods are wrapped, two classes are derived
-from and one global is exchanged. SIGNATURES and ATTRIBUTES record what that relies on;
+Checked by running vLLM 0.32.0; 0.33 was not run. Seven methods are wrapped, three classes are
+derived from and one global is exchanged. SIGNATURES and ATTRIBUTES record what that relies on;
 tests/serving/test_compat.py compares them with the vLLM that is installed.
 
 - EngineArgs.create_model_config (front end): the checks have to run before workers start, and where
@@ -33,6 +33,19 @@ import torch
 
 from vllm_memdec import config, state
 
+# Fields of vLLM's CommonAttentionMetadata: of requests or tokens, and those that stay or
+# belong to what is refused at start (context parallelism, fast prefill, encoders, images, Mamba).
+NARROWED = (
+    "query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens",
+    "max_query_len", "block_table_tensor", "slot_mapping", "positions", "is_prefilling",
+    "seq_lens_cpu_upper_bound", "req_idx", "rswa_prefix_lens", "_num_computed_tokens_cache",
+    "_token_to_req_indices_cache",
+)  # fmt: skip
+NOT_NARROWED = (
+    "max_seq_len", "causal", "logits_indices_padded", "num_logits_indices", "max_logits_per_req",
+    "encoder_seq_lens", "encoder_seq_lens_cpu", "dcp_local_seq_lens",
+    "dcp_local_seq_lens_cpu_upper_bound", "mm_req_doc_ranges", "replayssm_decode_base_cpu",
+)  # fmt: skip
 SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
@@ -54,9 +67,10 @@ SIGNATURES = {
     "vllm.v1.attention.backend:AttentionMetadataBuilder": (
         "kv_cache_spec layer_names vllm_config device"
     ),
-    "vllm.v1.attention.backend:AttentionMetadataBuilder.update_block_table": (
-        "self metadata blk_table slot_mapping"
+    "vllm.v1.attention.backend:subclass_attention_backend": (
+        "name_prefix attention_backend_cls builder_cls"
     ),
+    "vllm.forward_context:override_forward_context": "forward_context",
     "vllm.v1.attention.backend:AttentionMetadataBuilder.build": (
         "self common_prefix_len common_attn_metadata fast_build"
     ),
@@ -82,9 +96,10 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": (
-        "additional_config convert decode_context_parallel_size enable_dbo enable_lora "
+        "additional_config convert decode_context_parallel_size enable_dbo "
         "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
-        "prefill_context_parallel_size runner spec_method speculative_config ubatch_size"
+        "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
+        "kv_sharing_fast_prefill tensor_parallel_size"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "_dummy_run input_batch query_start_loc requests"
@@ -93,6 +108,9 @@ ATTRIBUTES = {
     "vllm.v1.metrics.stats:FinishedRequestStats": (
         "num_generation_tokens num_prompt_tokens request_id"
     ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder": "supports_update_block_table",
+    # All of it: what vLLM keeps for each request or token has to be narrowed.
+    "vllm.v1.attention.backend:CommonAttentionMetadata": " ".join((*NARROWED, *NOT_NARROWED)),
     "vllm.forward_context:ForwardContext": "slot_mapping",
     "vllm.v1.engine:EngineCoreRequest": "cache_salt external_req_id",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "num_reqs req_ids",
@@ -119,7 +137,7 @@ def unwrap(owner: type, name: str) -> None:
 
 
 def install_front_end() -> None:
-    """Hook the two places every start and every request passes through."""
+    """Hook the places that every start and every request pass through."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.input_processor import InputProcessor
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MODEL_IMPL = "memdec"
 NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
+MOST = 256  # memories: bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block")
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
 # A drafter outside this set reads the target's hidden states; ours are two models' side by side.
@@ -47,17 +48,19 @@ class MemoryConfig:
     def parse(cls, name: str, settings: Any) -> "MemoryConfig":
         """Return the configuration for one memory's settings, or raise ValueError."""
         known = {field.name: field.type for field in fields(cls) if field.name not in NOT_SETTINGS}
-        if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
-            raise ValueError(f"memdec needs the folder of a memory: {EXAMPLE}.")
-        if unknown := sorted(set(settings) - set(known)):
+        which = "" if name == ONLY else f" of {name!r}"
+        model = settings.get("model") if isinstance(settings, dict) else None
+        if not isinstance(model, str) or not model:
+            raise ValueError(f"memdec needs the folder of a memory{which}: {EXAMPLE}.")
+        if unknown := sorted(set(settings) - set(known), key=str):
             raise ValueError(
-                f"Unknown memdec setting {unknown[0]!r}: the settings are {sorted(known)}."
+                f"Unknown memdec setting {unknown[0]!r}{which}: the settings are {sorted(known)}."
             )
         for key, value in settings.items():
             kind = int if key == "tensor_parallel_size" else str
             if key != "alpha" and value is not None and type(value) is not kind:
                 raise ValueError(
-                    f"memdec setting {key!r} must be of type {kind.__name__}, got {value!r}."
+                    f"memdec setting {key!r}{which} must be of type {kind.__name__}, got {value!r}."
                 )
         block = read_block(settings["model"], settings.get("revision"))
         alpha = settings.get("alpha")
@@ -68,7 +71,7 @@ class MemoryConfig:
                     'give one between 0 and 1, e.g. {"memdec": {"model": ..., "alpha": 0.5}}.'
                 )
             alpha = block.alpha
-        alpha = check_alpha(alpha, "memdec alpha")
+        alpha = check_alpha(alpha, f"memdec alpha{which}")
         return cls(**settings | {"name": name, "alpha": alpha, "block": block})
 
 
@@ -89,7 +92,7 @@ class MemDecConfig:
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
             return cls((memory,), ONLY)
-        if unknown := sorted(set(settings) - {"memories", "default"}):
+        if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
                 "the settings there are ['default', 'memories']."
@@ -98,12 +101,16 @@ class MemDecConfig:
         if not names:
             raise ValueError('memdec "memories" must be an object of at least one named memory.')
         for name in names:
-            if name == NONE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+            if name == NONE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(name)):
                 raise ValueError(
                     f"A memory cannot be called {name!r}: use letters, digits, '_', '-' and '.', "
                     f"and not {NONE!r}, which means the base alone."
                 )
-        default = settings.get("default", names[0] if len(names) == 1 else None)
+        if len(names) > MOST:
+            raise ValueError(f"memdec serves at most {MOST} memories, got {len(names)}.")
+        default = settings.get("default")
+        if default is None and len(names) == 1:
+            default = names[0]
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
@@ -145,7 +152,8 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     for memory in config.memories:
-        model = memory_model_config(memory, base)
+        check_kv_cache_dtype(memory)
+        model = build_memory(memory, base)
         check_model(model, "The memory")
         check_tokenizers(base, memory)
         check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
@@ -154,6 +162,31 @@ def create_model_config(
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
     return base
+
+
+def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
+    """Return vLLM's ModelConfig of a memory, or one sentence that says why it has none."""
+    from pydantic import ValidationError
+
+    try:
+        return memory_model_config(memory, base)
+    except (ValueError, OSError) as error:
+        errors = error.errors() if isinstance(error, ValidationError) else ()
+        reason = errors[0]["msg"].removeprefix("Value error, ") if errors else str(error)
+        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason}") from error
+
+
+def check_kv_cache_dtype(memory: MemoryConfig) -> None:
+    """Refuse what vLLM's KV cache does not know: in a worker it would be a KeyError."""
+    from typing import get_args
+
+    from vllm.config.cache import CacheDType
+
+    known = get_args(CacheDType)
+    if memory.kv_cache_dtype not in (None, *known):
+        raise ValueError(
+            f"memdec kv_cache_dtype must be one of {[*known]}, got {memory.kv_cache_dtype!r}."
+        )
 
 
 def memory_model_config(
@@ -180,9 +213,13 @@ def memory_model_config(
 
 def check_arguments(args: "EngineArgs") -> None:
     """Refuse what the composite cannot serve yet."""
+    from vllm import envs
+
     speculation = args.speculative_config or {}
     method = speculation.get("method", args.spec_method)
     refused = {
+        "vLLM's Rust front end": getattr(envs, "VLLM_USE_RUST_FRONTEND", False),  # has no hooks
+        "fast prefill with shared KV": args.kv_sharing_fast_prefill,
         "pipeline parallelism": args.pipeline_parallel_size > 1,
         "prefill context parallelism": args.prefill_context_parallel_size > 1,
         "decode context parallelism": args.decode_context_parallel_size > 1,
@@ -254,7 +291,7 @@ def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # tokenizers raises that very class
         raise ValueError(
             f"{name} has no readable tokenizer, so nothing shows that base and memory share one "
             f"({type(error).__name__}): copy the tokenizer files into it."

@@ -4,6 +4,7 @@ The worker logs the same when it starts (model.py), from the loaded models; here
 files and configurations, because the front end has no model.
 """
 
+import math
 from collections import OrderedDict
 from functools import cache
 from pathlib import Path
@@ -16,25 +17,24 @@ from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_memdec import compat
-from vllm_memdec.config import MemDecConfig, memdec_block, memory_model_config
-from vllm_memdec.state import NONE
+from vllm_memdec.config import NONE, MemDecConfig, memdec_block, memory_model_config
 
-RECENT = 100_000  # requests whose memory is remembered until they finish; aborted ones never do
+RECENT = 100_000  # requests whose memory is remembered: by age, because aborted ones do not finish
 
 
 def describe(vllm_config: VllmConfig) -> dict[str, Any]:
     """Return base and memories: alpha, parameters, share of the KV cache (None where unknown)."""
     settings = MemDecConfig.from_vllm(vllm_config)
     base = vllm_config.model_config
+    ranks = vllm_config.parallel_config.tensor_parallel_size
     models = [base]
-    dtypes = [vllm_config.cache_config.cache_dtype]
+    sizes = [kv_bytes_per_token(base, vllm_config, vllm_config.cache_config.cache_dtype)]
     for memory in settings.memories:
         models.append(memory_model_config(memory, base, base.max_model_len))
-        dtypes.append(memory.kv_cache_dtype or dtypes[0])
-    sizes = [
-        kv_bytes_per_token(model, dtype, vllm_config)
-        for model, dtype in zip(models, dtypes, strict=True)
-    ]
+        dtype = memory.kv_cache_dtype or vllm_config.cache_config.cache_dtype
+        copies = ranks if memory.tensor_parallel_size == 1 else 1
+        size = kv_bytes_per_token(models[-1], vllm_config, dtype)
+        sizes.append(size and size * copies)
     parts = [
         {
             "model": model.model,
@@ -50,7 +50,7 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
     return {"base": parts[0], "memories": memories, "default": settings.default}
 
 
-def kv_bytes_per_token(model: ModelConfig, dtype: str, vllm_config: VllmConfig) -> int | None:
+def kv_bytes_per_token(model: ModelConfig, vllm_config: VllmConfig, dtype: str) -> int | None:
     """Return the bytes of keys and values of one token; None for compressed ones (MLA)."""
     if model.use_mla:
         return None
@@ -62,19 +62,18 @@ def kv_bytes_per_token(model: ModelConfig, dtype: str, vllm_config: VllmConfig) 
 
 def parameters(model: ModelConfig) -> int | None:
     """Return the elements of all tensors in a model's safetensors files; None if it has none."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers.utils import cached_file
 
-    config = cached_file(model.model, "config.json", revision=model.revision)
-    files = sorted(Path(config).parent.glob("*.safetensors"))
     total = 0
-    for path in files:
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118, not a dict
-                size = 1
-                for extent in tensors.get_slice(name).get_shape():
-                    size *= extent
-                total += size
+    try:
+        config = cached_file(model.model, "config.json", revision=model.revision)
+        for path in Path(config).parent.glob("*.safetensors"):
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118, not a dict
+                    total += math.prod(tensors.get_slice(name).get_shape())
+    except (OSError, ValueError, SafetensorError):
+        return None  # the model is loaded all the same
     return total or None
 
 

@@ -50,7 +50,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         model_config = vllm_config.model_config
         architectures = model_config.architectures
         assert ARCHITECTURE not in architectures, "the base would be the composite again"
-        check_speculation(vllm_config)
+        self.loaded: set[str] = set()
 
         # The base keeps its usual layer names (no prefix): quantisation settings refer to them.
         self.base = initialize_model(
@@ -58,6 +58,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         )
         configs = [memory_vllm_config(vllm_config, memory) for memory in memories]
         models = [config.model_config for config in configs]
+        check_speculation(vllm_config, [model_config, *models])
         self.memory_sizes = [model.get_hidden_size() for model in models]
         self.vocab_sizes = [model.get_vocab_size() for model in (model_config, *models)]
         base_size, memory_size = model_config.get_hidden_size(), max(self.memory_sizes)
@@ -211,8 +212,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             context = nullcontext if source is None else self.tensor_parallel[source]
             with context():
                 loaded |= {f"{part}.{name}" for name in getattr(self, part).load_weights(names)}
+        self.loaded |= loaded  # later calls may update the base alone
         for number in range(len(self.memories)):
-            if not any(name.startswith(f"memory{number}.") for name in loaded):
+            if not any(name.startswith(f"memory{number}.") for name in self.loaded):
                 raise ValueError(
                     "This --load-format does not bring the memory's weights: "
                     "use --load-format auto."
@@ -301,11 +303,22 @@ def uniform_sliding_window(model_config: ModelConfig) -> int | None:
     return model_config.get_sliding_window()
 
 
-def check_speculation(vllm_config: VllmConfig) -> None:
-    """Refuse a drafter that vLLM resolved to a method which reads hidden states."""
+def check_speculation(vllm_config: VllmConfig, models: list[ModelConfig]) -> None:
+    """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
     speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.method not in SPECULATION:
+    if speculation is None:
+        return
+    if speculation.method not in SPECULATION:
         raise ValueError(
             f"vllm-memdec does not support speculation by {speculation.method!r} yet: "
             "use the method draft_model."
         )
+    # The V1 runner gives a draft model the block table of the first KV-cache group, and windows
+    # make several groups.
+    if speculation.method == "draft_model" and not vllm_config.use_v2_model_runner:
+        models = [*models, speculation.draft_model_config]
+        if any(model.get_sliding_window() for model in models):
+            raise ValueError(
+                "vLLM's V1 runner cannot draft with a model beside sliding windows: "
+                "start without speculation."
+            )

@@ -35,7 +35,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) ->
     `names` are those of the server's memories; none means that it runs without.
     """
     for key, value in (extra_args or {}).items():
-        if not key.startswith(PREFIX):
+        if not str(key).startswith(PREFIX):
             continue
         if key not in (ALPHA, MEMORY):
             raise ValueError(

@@ -39,3 +39,11 @@ def test_attributes(path):
         assert name in known or f"self.{name}" in sources, (
             f"{path} has no {name} in this vLLM: read it and adapt compat.py"
         )
+
+
+def test_every_field_of_the_attention_metadata_is_known():
+    """A field that vLLM adds may be one that a memory's part must narrow."""
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    assert fields == {*compat.NARROWED, *compat.NOT_NARROWED}

@@ -62,6 +62,18 @@ def test_bad_alpha(alpha, start, pair):
         ({"model": "MEMORY", "alpa": 0.5}, {}, "Unknown memdec setting 'alpa'"),
         ({"model": "MEMORY", "alpha": 0.5, "dtype": 16}, {}, "'dtype' must be of type str, got 16"),
         ({"model": "MEMORY", "alpha": 0.5, "tensor_parallel_size": 2}, {}, "must be 1 or the"),
+        ({"model": "MEMORY", "alpha": 0.5, "dtype": "int7"}, {}, "vLLM refuses the memory .*int7"),
+        ({"model": "MEMORY", "alpha": 0.5, "quantization": "x"}, {}, "vLLM refuses the memory"),
+        (
+            {"model": "MEMORY", "alpha": 0.5, "kv_cache_dtype": "x"},
+            {},
+            "kv_cache_dtype must be one",
+        ),
+        ({"model": "MEMORY/config.json", "alpha": 0.5}, {}, "is not a model folder"),
+        ({"model": ""}, {}, "memdec needs the folder of a memory"),
+        ({"model": "some/one", "revision": "v9", "alpha": 0.5}, {}, "at revision v9 can be had"),
+        ({"memories": {"law": {"model": 3}}}, {}, "needs the folder of a memory of 'law'"),
+        ({"memories": {f"m{i}": {} for i in range(257)}}, {}, "at most 256 memories, got 257"),
         ({"memories": {}}, {}, "at least one named memory"),
         ({"memories": [1]}, {}, "at least one named memory"),
         ({"memories": {"law": 3}}, {}, "memdec needs the folder of a memory"),
@@ -203,3 +215,22 @@ def test_multimodal_and_recurrent_models(start, pair, tmp_path):
 def test_plain_vllm_is_left_alone(start, pair):
     config = start(pair[0], model_impl="auto", additional_config={"other": 1})
     assert config.model_config.hf_config.architectures == ["LlamaForCausalLM"]
+
+
+def test_default_null_means_the_only_memory(start, pair):
+    block = {"memories": {"law": {"model": pair[1], "alpha": 0.5}}, "default": None}
+    assert MemDecConfig.from_vllm(start(pair[0], block)).default == "law"
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\udcff"], ids=["cut off", "a list", "not UTF-8"])
+def test_broken_config_of_a_memory(text, start, pair, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=r"(not valid JSON|not a JSON object).*copy the memory"):
+        start(pair[0], {"model": str(tmp_path), "alpha": 0.5})
+
+
+def test_rust_front_end(start, pair, monkeypatch):
+    """It would let requests through unchecked and unsalted."""
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="vLLM's Rust front end"):
+        start(pair[0], {"model": pair[1], "alpha": 0.5})

@@ -75,6 +75,13 @@ CORPORA = {
     "parquet without text": (
         write("a.parquet", pa.table({"body": [TEXT]})), "needs a string column `text`",
     ),
+    "parquet of bytes": (
+        write("a.parquet", pa.table({"text": pa.array([b"\xff"]).view(pa.string())})),
+        "is not a readable parquet file", "copy it again",
+    ),
+    "parquet with a hole": (
+        write("a.parquet", pa.table({"text": [TEXT, None]})), "row 2", "string field `text`",
+    ),
     "parquet of numbers": (write("a.parquet", pa.table({"text": [3]})), "string field `text`"),
 }  # fmt: skip
 
@@ -249,3 +256,44 @@ def test_a_full_disk_in_a_build(pipeline, command, quick, tmp_path, hashes):
     assert "memory" not in left and {"memory.partial", "targets"} <= set(left)
     assert code == 0 and "memory: resuming" in second
     assert hashes(tmp_path / "result") == hashes(pipeline.output)
+
+
+def test_output_inside_the_corpus(tiny_model, tmp_path, command):
+    """The second run would take what the first one wrote for text."""
+    (tmp_path / "a.txt").write_text(TEXT * 20)
+    build = command(tiny_model("llama"), tmp_path, SMALL)  # writes to tmp_path/command/out
+    code, err = build.run()
+    assert_one_sentence(code, err, "lies inside --corpus", "choose a folder outside")
+    assert no_artifact(build.output)
+
+
+def test_validation_file_inside_the_corpus(tiny_model, tmp_path, command):
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for name in ("a.txt", "b.txt"):
+        (folder / name).write_text(TEXT * 20)
+    build = command(tiny_model("llama"), folder, SMALL)
+    code, err = build.run(validation=folder / "b.txt")
+    assert_one_sentence(code, err, "b.txt is in both --corpus and --validation", "move it")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
+        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "decoder"),
+    ],
+    ids=["quantised", "multimodal"],
+)
+def test_base_that_cannot_be_trained_from(
+    changes, part, tiny_model, tmp_path, command, english, jsonl
+):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model("llama"), base)
+    config = json.loads((base / "config.json").read_text())
+    if "model_type" in changes:
+        config = {}
+    (base / "config.json").write_text(json.dumps(config | changes))
+    build = command(str(base), jsonl(tmp_path / "corpus.jsonl", english(40)), SMALL)
+    code, err = build.run()
+    assert_one_sentence(code, err, part)

@@ -151,3 +151,16 @@ def test_a_base_that_cannot_take_the_corpus_is_refused(tiny_model, tmp_path, jso
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
     refused(str(base), "200 vocabulary rows, but its tokenizer gives token")
+
+
+def test_a_long_last_document_does_not_take_the_corpus_away():
+    notes = [np.arange(50, dtype=np.int32) for _ in range(19)]
+    book = np.arange(100_000, dtype=np.int32)
+    splits = split_documents([*notes, book], fraction=0.05, block_tokens=64)
+    sizes = {name: sum(len(d) for d in documents) for name, documents in splits.items()}
+    assert sizes["train"] > 0.9 * (19 * 50 + len(book)) and sizes["validation"] > 64
+
+
+def test_windows_line_ends(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\n")
+    assert list(read_documents(tmp_path / "a.txt")) == ["one\ntwo\n"]

@@ -85,3 +85,10 @@ def test_lost_weights_are_refused_not_made_up(tiny_model, tmp_path):
     deeper = with_config(tiny_model("llama"), tmp_path, num_hidden_layers=5)
     refused(MemorySettings(layers=5), deeper, "lacks the weight model.layers.2")
     assert memory_config(MemorySettings(layers=5), deeper, BLOCK).num_hidden_layers == 5
+
+
+@pytest.mark.parametrize(("has", "kept"), [(2, 2), (6, 4)])
+def test_default_number_of_layers(has, kept, tiny_model):
+    """Four, or all of a base that has fewer."""
+    base = tiny_model("llama", layers=has)
+    assert build_memory(MemorySettings(), base, BLOCK).config.num_hidden_layers == kept

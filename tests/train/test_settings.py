@@ -47,7 +47,7 @@ def test_defaults_are_within_their_ranges_and_every_number_has_one():
         ({"memory": {"epochs": "many"}}, "memory.epochs must be a number, got 'many'."),
         ({"memory": {"epochs": True}}, "memory.epochs must be a number, got True."),
         ({"memory": {"layers": 2.5}}, "memory.layers must be an integer, got 2.5."),
-        ({"memory": {"layers": None}}, "memory.layers must be an integer, got None."),
+        ({"memory": {"beta": None}}, "memory.beta must be a number, got None."),
         ({"memory": {"layers": [2]}}, "memory.layers must be an integer, got [2]."),
         ({"memory": {"beta": 1.5}}, "memory.beta must be between 0 and 1, got 1.5."),
         ({"memory": {"beta": float("nan")}}, "memory.beta must be a number, got nan."),
