@@ -310,7 +310,7 @@ def has_scales(model):
 
 @pytest.mark.feature("quantised base")
 @pytest.mark.feature("quantised memory")
-@pytest.mark.parametrize("which", ["base", "memory", "both"])
+@pytest.mark.parametrize("which", ["base", "memory"])
 def test_quantised(which, base, folders, int8, engine):
     """int8 weights (compressed-tensors W8A8) on one side do not touch the other."""
     chosen_base = base if which == "memory" else int8[0]

@@ -1,8 +1,5 @@
 """Cases whose right answer is the plain engine's own output: weight 0, and memory = base."""
 
-import subprocess
-import sys
-
 import oracle
 import pytest
 
@@ -46,6 +43,7 @@ def test_alpha_zero_is_the_base_bit_for_bit(kind, dtype, tiny_model, engine):
 
 
 @pytest.mark.feature("greedy")
+@pytest.mark.feature("eager mode")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_memory_equal_to_base_changes_nothing(kind, tiny_model, engine):
     base = tiny_model(kind)
@@ -92,39 +90,3 @@ def test_the_memory_as_draft_model_changes_nothing(tiny_model, engine):
             found = [generate(llm, prompts, alpha, max_tokens=24) for alpha in (0.9, 0.3)]
             texts.append([o.outputs[0].token_ids for outputs in found for o in outputs])
     assert texts[0] == texts[1]
-
-
-COMPILED = """
-import sys
-from vllm import LLM, SamplingParams
-
-base, memory = sys.argv[1:]
-settings = {"memdec": {"model": memory, "alpha": 0.5}}
-options = {"dtype": "float32", "max_num_seqs": 4, "max_model_len": 64}
-llm = LLM(base, model_impl="memdec", additional_config=settings, **options)
-params = [
-    SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args={"memdec_alpha": a})
-    for a in (0.0, 0.37, 1.0)
-]
-outputs = llm.generate([{"prompt_token_ids": [5, 6, 7]}] * 3, params, use_tqdm=False)
-print([list(o.outputs[0].token_ids) for o in outputs])
-"""
-
-
-@pytest.mark.feature("torch.compile")
-@pytest.mark.feature("eager mode")
-def test_compiled_equals_eager(tiny_model, engine, subprocess_env, tmp_path):
-    """torch.compile and its cache keep the two models apart."""
-    base, memory = tiny_model("llama", layers=1), tiny_model("llama", seed=1, hidden=96, layers=1)
-    with engine(base, memory) as llm:
-        eager = [
-            list(generate(llm, [[5, 6, 7]], alpha, max_tokens=12)[0].outputs[0].token_ids)
-            for alpha in ALPHAS
-        ]
-    env = {**subprocess_env, "VLLM_CACHE_ROOT": str(tmp_path), "TORCHDYNAMO_DISABLE": "0"}
-    run = subprocess.run(
-        [sys.executable, "-c", COMPILED, base, memory], env=env, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert str(eager) in run.stdout.splitlines(), run.stdout[-3000:]
-    assert (tmp_path / "torch_compile_cache").exists(), "nothing was compiled"

@@ -536,6 +536,7 @@ def kill(server, name):
     return server.process.wait()
 
 
+@pytest.mark.feature("torch.compile")
 def test_killed_and_started_again(tiny_model, subprocess_env, tmp_path):
     """A killed server ends, with a reason, and what it left half compiled breaks no later start."""
     folders = {
@@ -561,25 +562,26 @@ def test_killed_and_started_again(tiny_model, subprocess_env, tmp_path):
     finally:
         server.stop()
 
-    for log in ("running", "again"):
-        server = Server(folders, env, tmp_path / log, *options)
-        try:
-            server.wait()
-            answers = asyncio.run(soak(server.url, server.model, [body], lambda: None))
-            assert check_against_oracle(folders, body, answers[0]) == 8
-            if log == "running":
-                endless = {"model": server.model, "prompt": [5], "max_tokens": 250, "stream": True}
-                endless |= {"ignore_eos": True, "vllm_xargs": {"memdec_memory": BIO}}
-                url = f"{server.url}/v1/completions"
-                with httpx.stream("POST", url, json=endless, timeout=60) as response:
-                    events = response.iter_lines()
-                    next(events)
-                    # Its exit code says nothing: vLLM ends a server whose engine died with 0.
-                    kill(server, "EngineCore")
-                    rest = []
-                    with contextlib.suppress(httpx.TransportError):
-                        rest.extend(events)
-                assert not any('"finish_reason":"length"' in event for event in rest)
-                assert "EngineDeadError" in server.log.read_text()
-        finally:
-            server.stop()
+    server = Server(folders, env, tmp_path / "running", *options)
+    try:
+        server.wait()
+        bodies = [body, body | {"vllm_xargs": {"memdec_alpha": 1, "memdec_memory": BIO}}]
+        bodies.append(body | {"vllm_xargs": {"memdec_memory": "none"}})
+        answers = asyncio.run(soak(server.url, server.model, bodies, lambda: None))
+        for asked, answer in zip(bodies, answers, strict=True):
+            assert check_against_oracle(folders, asked, answer) == 8
+        endless = {"model": server.model, "prompt": [5], "max_tokens": 250, "stream": True}
+        endless |= {"ignore_eos": True, "vllm_xargs": {"memdec_memory": BIO}}
+        url = f"{server.url}/v1/completions"
+        with httpx.stream("POST", url, json=endless, timeout=60) as response:
+            events = response.iter_lines()
+            next(events)
+            # Its exit code says nothing: vLLM ends a server whose engine died with 0.
+            kill(server, "EngineCore")
+            rest = []
+            with contextlib.suppress(httpx.TransportError):
+                rest.extend(events)
+        assert not any('"finish_reason":"length"' in event for event in rest)
+        assert "EngineDeadError" in server.log.read_text()
+    finally:
+        server.stop()
