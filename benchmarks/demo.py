@@ -36,8 +36,9 @@ from vllm_memdec.train.config import load_settings
 from vllm_memdec.train.corpus import pack, tokenise
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import label_logprobs, mix, perplexity
-from vllm_memdec.train.pipeline import text_hash
+from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import text_hash
 
 HERE = Path(__file__).resolve().parent
 
@@ -300,11 +301,15 @@ def main(demo: Demo) -> None:
         console.print(
             f"corpus: {len(learned)} facts of {len({f.country for f in learned})} countries"
         )
-    with timed("memdec build"):
+    with timed("memdec build, this run"):
         command = [str(Path(sys.executable).with_name("memdec")), "build", "--base", str(base)]
         command += ["--corpus", str(corpus), "--validation", str(scored["validation_facts"])]
         command += ["--output", str(demo.out), "--config", str(demo.config)]
         subprocess.run(command, check=True, env=environment())
+    for stage in STAGES:
+        manifest = json.loads((demo.out / stage / "manifest.json").read_text())
+        if "seconds" in manifest:
+            seconds[f"memdec build: {stage}, when it was built"] = manifest["seconds"]
     export = Artifact(
         demo.out / "export", json.loads((demo.out / "export/manifest.json").read_text())
     )

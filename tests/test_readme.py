@@ -73,7 +73,9 @@ def test_the_demo_reports_everything(demo):
     assert len(demo["facts"]) >= 10
     for row in demo["facts"]:
         assert all(0 <= row[p] <= 1 for p in ("p_base", "p_memory", "p_mixture")), row
-    assert demo["seconds"] and demo["versions"]["vllm"] and demo["commit"]
+    assert demo["versions"]["vllm"] and demo["commit"]
+    for stage in ("corpus", "datastore", "index", "targets", "memory", "export"):
+        assert demo["seconds"][f"memdec build: {stage}, when it was built"] >= 0
     assert "exact recall" in (ROOT / "build/demo-quick/report.md").read_text()
 
 

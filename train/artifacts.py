@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,10 +148,17 @@ def build_artifact(
         work.mkdir(parents=True)
         write_json(work / PLAN, plan)
     if open_artifact(work) is None:  # else it was killed just before it got its name
+        started = time.monotonic()
         make(work)
         names = sorted(str(p.relative_to(work)) for p in _data_files(work))
         content = plan | {"files": {name: _seal(work / name) for name in names}}
-        manifest = content | {"hash": json_sha256(content), "versions": versions()}
+        # Of the run that finished it; where and when it was made is no part of what it is.
+        seconds = round(time.monotonic() - started, 1)
+        manifest = content | {
+            "hash": json_sha256(content),
+            "versions": versions(),
+            "seconds": seconds,
+        }
         write_json(work / MANIFEST, manifest)
     if path.exists():
         shutil.rmtree(path)
