@@ -171,8 +171,12 @@ def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
     try:
         return memory_model_config(memory, base)
     except (ValueError, OSError) as error:
-        errors = error.errors() if isinstance(error, ValidationError) else ()
-        reason = errors[0]["msg"].removeprefix("Value error, ") if errors else str(error)
+        reason = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            reason = first["msg"].removeprefix("Value error, ")
+            if first["loc"]:  # one setting, not the whole
+                reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
         raise ValueError(f"vLLM refuses the memory {memory.model}: {reason}") from error
 
 
