@@ -241,6 +241,15 @@ def soak_requests(count, seeded):
     return bodies
 
 
+def crowd():
+    """Return requests that fill the KV cache with prompts and then all need one more block."""
+    prompts = oracle.prompts(20, 4 * BLOCK - 2, 4 * BLOCK - 2, VOCAB, seed=1)
+    return [
+        {"prompt": prompt, "max_tokens": 12, "temperature": 0, "stream": False, "abort": None}
+        for prompt in prompts
+    ]
+
+
 def is_greedy(body):
     return body["temperature"] == 0 or body.get("top_k") == 1
 
@@ -358,8 +367,9 @@ def same(found, wanted, key_TV):
 
 def test_soak(server, folders, engine):
     """500 requests of every kind, 32 at a time, preempted and hung up on, disturb no other."""
-    waves = soak_requests(100, seeded=True), soak_requests(400, seeded=False)
+    waves = soak_requests(100, seeded=True), soak_requests(380, seeded=False) + crowd()
     bodies = sum(waves, [])
+    again = soak_requests(len(bodies), seeded=False)  # to see the memory of a warm server
     samples, done, over, answers = [], [], threading.Event(), []
 
     def watch():
@@ -371,6 +381,7 @@ def test_soak(server, folders, engine):
     try:
         for wave in waves:
             answers += asyncio.run(soak(server.url, server.model, wave, lambda: done.append(None)))
+        asyncio.run(soak(server.url, server.model, again, lambda: done.append(None)))
     finally:
         over.set()
         watcher.join()
@@ -384,14 +395,17 @@ def test_soak(server, folders, engine):
     assert server.metric("vllm:kv_cache_usage_perc") == 0
     preempted = server.metric("vllm:num_preemptions_total")
     hits = server.metric("vllm:prefix_cache_hits_total")
-    hung_up = sum(b.get("n", 1) for b in bodies) - server.metric("vllm:request_success_total")
+    hung_up = sum(b.get("n", 1) for b in bodies + again) - server.metric(
+        "vllm:request_success_total"
+    )
     assert preempted > 0 and hits > 0 and hung_up > 20
 
-    # With oneDNN's cache of kernels held small (see server()) the last half takes 1 to 6 MB, as
-    # vLLM without memories does; with 100 kB left behind by each request it would be 25 MB.
-    halfway = statistics.median(rss for count, rss in samples if 240 <= count <= 260)
+    # With oneDNN's cache of kernels held small (see server()) 250 to 500 more requests took 0.5 to
+    # 15 MB, as in vLLM without memories; 100 kB left behind by each request would be 50 MB.
+    nearest = sorted(samples, key=lambda sample: abs(sample[0] - len(bodies)))[:5]
+    halfway = statistics.median(rss for _, rss in nearest)
     growth = statistics.median(rss for count, rss in samples[-5:]) - halfway
-    assert growth < 15, f"{growth:.0f} MB more in the last half"
+    assert growth < 25, f"{growth:.0f} MB more in the last half"
 
     compared = sum(check_against_oracle(folders, *x) for x in zip(bodies, answers, strict=True))
     greedy = [
@@ -566,7 +580,7 @@ def test_killed_and_started_again(tiny_model, subprocess_env, tmp_path):
     try:
         server.wait()
         bodies = [body, body | {"vllm_xargs": {"memdec_alpha": 1, "memdec_memory": BIO}}]
-        bodies.append(body | {"vllm_xargs": {"memdec_memory": "none"}})
+        bodies.append(body | {"vllm_xargs": {"memdec_alpha": 0, "memdec_memory": BIO}})
         answers = asyncio.run(soak(server.url, server.model, bodies, lambda: None))
         for asked, answer in zip(bodies, answers, strict=True):
             assert check_against_oracle(folders, asked, answer) == 8

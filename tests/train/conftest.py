@@ -97,6 +97,8 @@ class Command:
             text=True,
             env=ENVIRONMENT,
             start_new_session=True,
+            # A suite started in the background may have ctrl-C switched off, and hand that on.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, *prefix: str, **options) -> tuple[int, str]:

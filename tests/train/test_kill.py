@@ -100,8 +100,7 @@ def test_killed_in_every_stage(tiny_model, tmp_path, command, english, jsonl, ha
 def test_ctrl_c_stops_with_a_word_and_the_next_run_goes_on(
     tiny_model, tmp_path, command, english, jsonl
 ):
-    # Python acts on ctrl-C later than a process dies of kill -9, so the middle must be longer.
-    memdec = command(tiny_model("llama"), jsonl(tmp_path / "corpus.jsonl", english(200)), SETTINGS)
+    memdec = command(tiny_model("llama"), jsonl(tmp_path / "corpus.jsonl", english(60)), SETTINGS)
     err = kill_in_the_middle(memdec, "datastore", signal.SIGINT)
     assert err.splitlines()[-1] == "Stopped. Run the same command again to go on."
     assert "Traceback" not in err
