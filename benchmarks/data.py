@@ -25,7 +25,7 @@ WIKI = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p00003
 
 
 class Wheel(NamedTuple):
-    """A package whose wheel ships data; member is what must be found in it."""
+    """A package whose wheel ships data."""
 
     requirement: str
     sha256: str | None  # None where the wheel differs by platform

@@ -112,7 +112,7 @@ ATTRIBUTES = {
     # All of it: what vLLM keeps for each request or token has to be narrowed.
     "vllm.v1.attention.backend:CommonAttentionMetadata": " ".join((*NARROWED, *NOT_NARROWED)),
     "vllm.forward_context:ForwardContext": "slot_mapping",
-    "vllm.v1.engine:EngineCoreRequest": "cache_salt external_req_id",
+    "vllm.v1.engine:EngineCoreRequest": "cache_salt",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "num_reqs req_ids",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params",
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np query_start_loc_np",

@@ -47,12 +47,12 @@ class MemoryConfig:
     @classmethod
     def parse(cls, name: str, settings: Any) -> "MemoryConfig":
         """Return the configuration for one memory's settings, or raise ValueError."""
-        known = {field.name: field.type for field in fields(cls) if field.name not in NOT_SETTINGS}
+        known = {field.name for field in fields(cls)} - {*NOT_SETTINGS}
         which = "" if name == ONLY else f" of {name!r}"
         model = settings.get("model") if isinstance(settings, dict) else None
         if not isinstance(model, str) or not model:
             raise ValueError(f"memdec needs the folder of a memory{which}: {EXAMPLE}.")
-        if unknown := sorted(set(settings) - set(known), key=str):
+        if unknown := sorted(set(settings) - known, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r}{which}: the settings are {sorted(known)}."
             )

@@ -241,7 +241,9 @@ def test_n(llm, models):
     assert found == [one(llm, choice, seed=11 + i, **options).token_ids for i in range(4)]
 
 
-@feature("beam search", note="with the server's default memory and weight: vLLM drops a request's")
+@feature(
+    "beam search", note="with the server's default memory and weight: vLLM drops the request's own"
+)
 @usual
 def test_beam_search(llm, models):
     from vllm.sampling_params import BeamSearchParams

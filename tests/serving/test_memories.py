@@ -3,8 +3,6 @@
 import json
 import math
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import oracle
@@ -143,47 +141,6 @@ def test_bad_memory_in_python(base, folders, engine):
             with pytest.raises(ValueError, match="^memdec_memory must be one of"):
                 llm.generate(prompt, params({"memdec_memory": name}, random))
         assert llm.generate(prompt, params({"memdec_memory": "tax"}, random), use_tqdm=False)
-
-
-def test_v2_runner(base, folders, subprocess_env):
-    """The same mixed batch on CUDA's default runner, interpreted here."""
-    rng = random.Random(3)
-    chosen = [({}, ("law", 0.6)), ({"memdec_memory": "bio"}, ("bio", 0.4))]
-    chosen += [({"memdec_memory": "none"}, ("law", 0.0)), ({"memdec_alpha": 1}, ("law", 1.0))]
-    prompts = oracle.prompts(len(chosen), 2, 14, VOCAB)
-    options = {"temperature": 0, "max_tokens": 3, "logprobs": 5, "ignore_eos": True}
-    job = {
-        "llm": {
-            "model": base,
-            "model_impl": "memdec",
-            "additional_config": {"memdec": block({n: folders[n] for n in ("law", "bio")})},
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 16,
-            "max_model_len": 64,
-            "disable_log_stats": True,
-        },
-        "requests": [
-            (
-                ids,
-                options
-                | {"extra_args": extra, "prompt_logprobs": 5 if rng.random() < 0.5 else None},
-            )
-            for ids, (extra, _) in zip(prompts, chosen, strict=True)
-        ],
-    }
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("run_v2.py")), json.dumps(job)],
-        env=subprocess_env,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = json.loads(run.stdout.strip().splitlines()[-1])
-    for (prompt, sampled, *rows), (_, (name, alpha)) in zip(results, chosen, strict=True):
-        error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
-        assert error < oracle.TOLERANCE, f"{name}, alpha {alpha}"
 
 
 # -- memories unlike the base ---------------------------------------------------------------------

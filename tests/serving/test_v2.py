@@ -8,27 +8,38 @@ from pathlib import Path
 import oracle
 import pytest
 
-DEFAULT = 0.37
-ALPHAS = (0.0, 0.3, 0.6, 1.0, None)  # None: the server's default
+VOCAB = 1000
+LAW, BIO = 0.37, 0.4  # the server's weights
 
 
 @pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
 def test_mixture(tiny_model, subprocess_env):
-    """One mixed batch, prefilled in chunks, with a memory of other width, depth and vocabulary."""
+    """One batch of both memories and none, prefilled in chunks; no two models are alike."""
     base = tiny_model("qwen2")
-    memory = tiny_model("llama", seed=1, hidden=96, layers=1, vocab=1024)
-    prompts = oracle.prompts(len(ALPHAS), 2, 14, 1000)
-    requests = []
-    for ids, alpha in zip(prompts, ALPHAS, strict=True):
-        params = {"temperature": 0, "max_tokens": 3, "logprobs": 5, "prompt_logprobs": 5}
-        if alpha is not None:
-            params["extra_args"] = {"memdec_alpha": alpha}
-        requests.append((ids, {**params, "ignore_eos": True}))
+    folders = {
+        "law": tiny_model("llama", seed=1, hidden=96, layers=1, vocab=1024),
+        "bio": tiny_model("gpt2", seed=2, layers=1),
+    }
+    memories = {
+        "law": {"model": folders["law"], "alpha": LAW},
+        "bio": {"model": folders["bio"], "alpha": BIO},
+    }
+    chosen = [
+        ({}, ("law", LAW)),
+        ({"memdec_memory": "bio"}, ("bio", BIO)),
+        ({"memdec_memory": "none"}, ("law", 0.0)),
+        ({"memdec_alpha": 0}, ("law", 0.0)),
+        ({"memdec_alpha": 0.6}, ("law", 0.6)),
+        ({"memdec_alpha": 0.3, "memdec_memory": "bio"}, ("bio", 0.3)),
+        ({"memdec_alpha": 1}, ("law", 1.0)),
+    ]
+    params = {"temperature": 0, "max_tokens": 3, "logprobs": 5, "ignore_eos": True}
+    prompts = oracle.prompts(len(chosen), 2, 14, VOCAB)
     job = {
         "llm": {
             "model": base,
             "model_impl": "memdec",
-            "additional_config": {"memdec": {"model": memory, "alpha": DEFAULT}},
+            "additional_config": {"memdec": {"memories": memories, "default": "law"}},
             "dtype": "float32",
             "enforce_eager": True,
             "max_num_seqs": 4,
@@ -36,7 +47,11 @@ def test_mixture(tiny_model, subprocess_env):
             "max_model_len": 64,
             "disable_log_stats": True,
         },
-        "requests": requests,
+        # Every second request asks for its prompt's log-probabilities too.
+        "requests": [
+            (ids, params | {"extra_args": extra, "prompt_logprobs": None if row % 2 else 5})
+            for row, (ids, (extra, _)) in enumerate(zip(prompts, chosen, strict=True))
+        ],
     }
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("run_v2.py")), json.dumps(job)],
@@ -46,7 +61,6 @@ def test_mixture(tiny_model, subprocess_env):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     results = json.loads(run.stdout.strip().splitlines()[-1])
-    for (prompt, sampled, *rows), alpha in zip(results, ALPHAS, strict=True):
-        weight = DEFAULT if alpha is None else alpha
-        error = oracle.worst_error(prompt, sampled, *rows, base, memory, weight)
-        assert error < oracle.TOLERANCE, f"alpha {alpha}"
+    for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(results, chosen, strict=True):
+        error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
+        assert error < oracle.TOLERANCE, extra
