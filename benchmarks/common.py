@@ -65,7 +65,15 @@ def provenance(*packages: str) -> dict[str, str]:
 def interleaved_ms(
     functions: dict[str, Callable[[], Any]], seconds: float = 0.5, inner: int = 1
 ) -> dict[str, float]:
-    """Return the median milliseconds of each function, from rounds that call all of them in turn.
+    """Return the median milliseconds of each function, see interleaved_rounds."""
+    rounds = interleaved_rounds(functions, seconds, inner)
+    return {name: statistics.median(values) for name, values in rounds.items()}
+
+
+def interleaved_rounds(
+    functions: dict[str, Callable[[], Any]], seconds: float = 0.5, inner: int = 1
+) -> dict[str, list[float]]:
+    """Return the milliseconds of each function, from rounds that call all of them in turn.
 
     One round times `inner` calls in a row; on a GPU more than one keeps its queue full, so that
     kernels shorter than a launch are not timed as launches. There are 5 to 100 rounds, about
@@ -78,7 +86,7 @@ def interleaved_ms(
             break
         for name, function in functions.items():
             times[name].append(_time_ms(function, inner) / inner)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def _time_ms(function: Callable[[], Any], inner: int) -> float:

@@ -71,13 +71,16 @@ def interpolate(
 # -- Triton ---------------------------------------------------------------------------------------
 
 
-def _jit(function):
+def jit(function):
     return triton.jit(function) if triton is not None else function
 
 
-@_jit
-def _normaliser(row, width, BLOCK: tl.constexpr):
-    """Return (peak, log sum exp(x - peak)) of a row: kept apart, float32 resolves 1e4 + log 2."""
+@jit
+def normaliser(row, width, BLOCK: tl.constexpr, shift=None):
+    """Return (peak, log sum exp(x - peak)) of a row: kept apart, float32 resolves 1e4 + log 2.
+
+    shift: if given, what is added to each column first.
+    """
     # One running peak and sum per lane: no reduction across threads inside the loop. Starting at
     # the lowest finite number, not at -inf, keeps exp(-inf - peak) a plain 0.
     peak = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
@@ -85,6 +88,8 @@ def _normaliser(row, width, BLOCK: tl.constexpr):
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        if shift is not None:
+            x += tl.load(shift + columns, mask=columns < width, other=0.0)
         higher = tl.maximum(peak, x)
         total = total * tl.exp(peak - higher) + tl.exp(x - higher)
         peak = higher
@@ -95,7 +100,7 @@ def _normaliser(row, width, BLOCK: tl.constexpr):
     return tl.where(empty, 0.0, row_peak), tl.log(tl.where(empty, 1.0, row_total))
 
 
-@_jit
+@jit
 def _mixture_kernel(
     base,  # [N, V]
     memory,  # [N, W]
@@ -116,8 +121,8 @@ def _mixture_kernel(
     out += n * out_stride
     a = tl.load(alpha + n * alpha_stride)
 
-    base_peak, base_logsum = _normaliser(base, V, BLOCK)
-    memory_peak, memory_logsum = _normaliser(memory, shared, BLOCK)
+    base_peak, base_logsum = normaliser(base, V, BLOCK)
+    memory_peak, memory_logsum = normaliser(memory, shared, BLOCK)
     # log(1-a), log a. The zeros are replaced before the log: the interpreter warns of log(0).
     log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, 1 - a)))
     log_take = tl.where(a == 0, float("-inf"), tl.log(tl.where(a == 0, 1.0, a)))

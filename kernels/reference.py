@@ -1,7 +1,7 @@
 """Float64 oracle of each op in this folder, one row at a time: slow, and meant to be obvious.
 
 Tests and benchmarks compare against it; nothing in serving or training imports it.
-Shape suffixes: N rows, V vocabulary of the base, W width of the memory.
+Shape suffixes: N rows, V vocabulary (of the base), W width of the memory.
 """
 
 import torch
@@ -36,3 +36,27 @@ def interpolate_reference(
         if as_logits:
             out_NV[n] += base_lse
     return out_NV
+
+
+def sparse_kl_reference(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    target_NV: Tensor,
+    beta: float,
+    log_weight_V: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return KL [N], cross-entropy [N] and the gradient of L [N, V], for dense targets, float64."""
+    N, V = logits_NV.shape
+    kl_N, ce_N = (torch.empty(N, dtype=torch.float64) for _ in range(2))
+    grad_NV = torch.empty(N, V, dtype=torch.float64)
+    for n in range(N):
+        logits_V = logits_NV[n].double().requires_grad_()
+        target_V = target_NV[n].double()
+        weighted_V = logits_V if log_weight_V is None else logits_V + log_weight_V.double()
+        logp_V, _ = log_softmax_or_nothing(weighted_V)
+        some = target_V > 0
+        kl = (target_V[some] * (target_V[some].log() - logp_V[some])).sum()
+        ce = -logp_V[labels_N[n]]
+        (beta * kl + (1 - beta) * ce).backward()
+        kl_N[n], ce_N[n], grad_NV[n] = kl.detach(), ce.detach(), logits_V.grad
+    return kl_N, ce_N, grad_NV

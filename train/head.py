@@ -12,23 +12,22 @@ much by Adam, whatever the gradient's size.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-LOGITS = 1 << 25  # that exist at once: 512 rows of a 64k vocabulary
+from vllm_memdec.kernels.head_loss import LOGITS, Columns
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Columns of the vocabulary: ids ascending in S, then the sample; None stands for all."""
+    """Columns of the vocabulary: those of S ascending, then the sample; None stands for all."""
 
-    ids_C: torch.Tensor | None
-    log_weight_C: torch.Tensor | None  # 0 on S, log(|R| / |M|) on the sample
+    columns: Columns | None
     rank_V: torch.Tensor | None  # token id -> column, for tokens of S
-    exact: int = 0  # columns of S
 
     @classmethod
     def draw(
@@ -37,40 +36,29 @@ class Candidates:
         """Return all of `used` and `sampled` others, or everything if that is no fewer."""
         n_rest = vocabulary - len(used)
         if sampled is None or sampled >= n_rest:
-            return cls(None, None, None)
+            return ALL
         rest = np.delete(np.arange(vocabulary), used)
         chosen = np.random.default_rng(seed).choice(rest, size=sampled, replace=False)
         log_weight = np.zeros(len(used) + sampled, dtype=np.float32)
         log_weight[len(used) :] = math.log(n_rest / sampled)
         rank = np.full(vocabulary, -1)
         rank[used] = np.arange(len(used))
-        return cls(
-            torch.from_numpy(np.r_[used, chosen].astype(np.int64)),
-            torch.from_numpy(log_weight),
-            torch.from_numpy(rank),
-            len(used),
-        )
+        ids = torch.from_numpy(np.r_[used, chosen].astype(np.int64))
+        return cls(Columns(ids, torch.from_numpy(log_weight), len(used)), torch.from_numpy(rank))
 
     def to(self, where: torch.device) -> "Candidates":
         """Return the same columns on a device."""
-        if self.ids_C is None:
+        if self.columns is None:
             return self
-        ids_C, log_weight_C, rank_V = (
-            t.to(where) for t in (self.ids_C, self.log_weight_C, self.rank_V)
-        )
-        return Candidates(ids_C, log_weight_C, rank_V, self.exact)
+        ids, log_weight = self.columns.ids.to(where), self.columns.log_weight.to(where)
+        return Candidates(Columns(ids, log_weight, self.columns.trained), self.rank_V.to(where))
 
     def rank(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the columns of some tokens of S."""
         return tokens if self.rank_V is None else self.rank_V[tokens]
 
-    def rows(self, parameter: torch.Tensor) -> torch.Tensor:
-        """Return a parameter's rows of these columns; only those of S pass a gradient on."""
-        exact, sample = self.ids_C[: self.exact], self.ids_C[self.exact :]
-        return torch.cat([parameter[exact], parameter[sample].detach()])
 
-
-ALL = Candidates(None, None, None)
+ALL = Candidates(None, None)
 
 
 def rows_at_once(columns: int) -> int:
@@ -78,31 +66,23 @@ def rows_at_once(columns: int) -> int:
     return max(1, LOGITS // columns)
 
 
-def head(
-    model: Any,
-    h_ND: torch.Tensor,
-    candidates: Candidates = ALL,
-    weight_CD: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Return logits [N, V] or [N, C] of final hidden states, scaled as the architecture wants.
+def logits_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """Return what an architecture does to hidden states times head, None if nothing."""
+    scale = getattr(config, "logit_scale", None)  # Cohere
+    divisor = getattr(config, "logits_scaling", None)  # Granite
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    if not (scale or divisor or cap):
+        return None
 
-    weight_CD: the head's rows of the candidates, where the caller has them already.
-    """
-    layer = model.get_output_embeddings()
-    if candidates.ids_C is None:
-        logits_NC = layer(h_ND)
-    else:
-        bias = getattr(layer, "bias", None)
-        bias_C = None if bias is None else candidates.rows(bias)
-        logits_NC = torch.nn.functional.linear(h_ND, weight_CD, bias_C)
-    config = model.config
-    if getattr(config, "logit_scale", None):  # Cohere
-        logits_NC = logits_NC * config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits_NC = logits_NC / config.logits_scaling
-    if getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        cap = config.final_logit_softcapping
-        logits_NC = torch.tanh(logits_NC / cap) * cap
-    if candidates.ids_C is not None:
-        logits_NC = logits_NC + candidates.log_weight_C
-    return logits_NC
+    def transform(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits * (scale or 1) / (divisor or 1)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+    return transform
+
+
+def head(model: Any, h_ND: torch.Tensor) -> torch.Tensor:
+    """Return logits [N, V] of final hidden states, scaled as the architecture wants."""
+    logits_NV = model.get_output_embeddings()(h_ND)
+    transform = logits_transform(model.config)
+    return logits_NV if transform is None else transform(logits_NV)

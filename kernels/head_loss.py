@@ -1,0 +1,133 @@
+"""Backpropagate the loss of Memory Decoder through an output head, a chunk of rows at a time.
+
+    logits = transform(h W^T + bias),    L of sparse_kl.py,    L.backward()
+
+Neither logits nor their gradient ever exist for the whole batch: a chunk's gradient is written over
+its logits and multiplied out at once. What autograd would do for the head (a leaf per chunk, the
+weight's gradient made anew, widened and added each time) is one product added in place.
+
+Test: `pytest tests/kernels/test_head_loss.py`; measure: `python benchmarks/loss.py`.
+Shape suffixes: N rows, P rows of a chunk, V vocabulary, D hidden, C columns, S columns that learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vllm_memdec.kernels.sparse_kl import SparseRows, sparse_kl
+
+LOGITS = 1 << 25  # that exist at once: 512 rows of a 64k vocabulary
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Some columns of the vocabulary: ids [C], all different, and what their logits gain [C].
+
+    The head's rows of the first `trained` ids learn, those of the others are constants.
+    """
+
+    ids: Tensor
+    log_weight: Tensor
+    trained: int
+
+
+def backpropagate(
+    h_ND: Tensor,
+    weight_VD: Tensor,
+    labels_N: Tensor,
+    targets: SparseRows,
+    beta: float,
+    *,
+    bias_V: Tensor | None = None,
+    transform: Callable[[Tensor], Tensor] | None = None,
+    columns: Columns | None = None,
+    dtype: torch.dtype | None = None,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Add the gradient of scale * L, summed over rows, to .grad; return the sums of KL and CE.
+
+    Head weight and bias must be leaves; `h_ND` may have a history, which is gone through. With
+    `columns`, labels and targets count among them, not in the vocabulary. `dtype`: of the matrix
+    products, by default that of `h_ND`; sums over chunks are kept in each parameter's own.
+    """
+    dtype = dtype or h_ND.dtype
+    parameters = [weight_VD] if bias_V is None else [weight_VD, bias_V]
+    if not all(x.is_leaf and x.requires_grad for x in parameters):
+        raise ValueError("the head's weight and bias must be leaves that require a gradient.")
+    sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
+    grad_ND = torch.empty_like(h_ND)
+    with torch.no_grad():
+        chosen = [x if columns is None else x[columns.ids] for x in parameters]
+        trained = len(chosen[0]) if columns is None else columns.trained
+        if columns is None:
+            sinks = [_grad(x) for x in parameters]
+        else:
+            sinks = [torch.zeros_like(x[:trained]) for x in chosen]
+        weight_CD, bias_C = (*(x.to(dtype) for x in chosen), None)[:2]
+        scratch = torch.empty_like(weight_CD[:trained])
+        log_weight_C = None if columns is None else columns.log_weight
+        # Chunks of equal size: a small last one would cost as much as a whole one.
+        chunks = max(1, -(-len(h_ND) * len(weight_CD) // LOGITS))
+        P = max(1, -(-len(h_ND) // chunks))
+        buffer_PC = weight_CD.new_empty(min(P, len(h_ND)), len(weight_CD))
+        for start in range(0, len(h_ND), P):
+            part = slice(start, start + P)
+            h_PD = h_ND[part].to(dtype)
+            logits_PC = buffer_PC[: len(h_PD)]
+            if bias_C is None:
+                torch.mm(h_PD, weight_CD.t(), out=logits_PC)
+            else:
+                torch.addmm(bias_C, h_PD, weight_CD.t(), out=logits_PC)
+            rows = (labels_N[part], targets.slice(start, start + len(h_PD)), beta)
+            kl_P, ce_P = _gradient(logits_PC, transform, rows, log_weight_C)
+            sums += torch.stack([kl_P.sum(dtype=torch.float64), ce_P.sum(dtype=torch.float64)])
+            torch.mul((logits_PC @ weight_CD).to(h_ND.dtype), scale, out=grad_ND[part])
+            learning_PS = logits_PC[:, :trained]
+            _add_product(sinks[0], learning_PS, h_PD, scale, scratch)
+            for sink in sinks[1:]:
+                sink.add_(learning_PS.sum(0, dtype=sink.dtype), alpha=scale)
+        if columns is not None:
+            for parameter, sink in zip(parameters, sinks, strict=True):
+                _grad(parameter).index_add_(0, columns.ids[:trained], sink)
+    h_ND.backward(grad_ND)
+    kl, ce = sums
+    return kl, ce
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter, zeros if it has none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _gradient(
+    logits_PC: Tensor,
+    transform: Callable[[Tensor], Tensor] | None,
+    rows: tuple[Tensor, SparseRows, float],
+    log_weight_C: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Write the gradient with respect to h W^T + bias over it; return KL and CE [P]."""
+    if transform is None:
+        return sparse_kl(logits_PC, *rows, log_weight_V=log_weight_C, out=logits_PC)
+    with torch.enable_grad():
+        leaf_PC = logits_PC.to(torch.float32, copy=True).requires_grad_()
+        scaled_PC = transform(leaf_PC)
+    grad_PC = torch.empty_like(leaf_PC)
+    losses = sparse_kl(scaled_PC.detach(), *rows, log_weight_V=log_weight_C, out=grad_PC)
+    logits_PC.copy_(*torch.autograd.grad(scaled_PC, leaf_PC, grad_PC))
+    return losses
+
+
+def _add_product(
+    sink_SD: Tensor, grad_PS: Tensor, h_PD: Tensor, scale: float, scratch_SD: Tensor
+) -> None:
+    """Add scale * grad^T h to a sum of wider type than the product may have."""
+    if sink_SD.dtype == grad_PS.dtype:
+        sink_SD.addmm_(grad_PS.t(), h_PD, alpha=scale)
+    else:
+        sink_SD.add_(torch.mm(grad_PS.t(), h_PD, out=scratch_SD), alpha=scale)
