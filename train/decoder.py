@@ -1,5 +1,10 @@
-"""Build the untrained memory: a causal LM that shares the base's tokenizer."""
+"""Build the untrained memory: a causal LM that shares the base's tokenizer.
 
+A memory compiled for another tokenizer is adapted if memory.tokenizer says so: see vocabulary.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +14,16 @@ from vllm_memdec.checkpoint import tokenizer_fingerprint
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.datastore import check_isolation, load_model
+from vllm_memdec.train.vocabulary import exchange, spelling, transfer
 
 DEFAULT_LAYERS = 4
 WEIGHT_FILES = ("*.safetensors", "*.bin")
+TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "*.model")
+
+
+def has_any(folder: str, patterns: tuple[str, ...]) -> bool:
+    """Return whether a folder has a file of one of the patterns."""
+    return any(path for pattern in patterns for path in Path(folder).glob(pattern))
 
 
 def truncated_config(base: str, layers: int | None) -> Any:
@@ -39,17 +51,25 @@ def truncated_config(base: str, layers: int | None) -> Any:
 
 def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any:
     """Return the memory's config; ValueError if memory.init or memory.layers cannot work."""
+    adapting = other_vocabulary(settings, base)
     if settings.init == "base":
         return truncated_config(base, settings.layers)
     folder = settings.init
     config, tokenizer = load_config(folder), load_tokenizer(base)
+    vars(config).pop("memdec", None)  # what an export says of itself is not so of its descendant
     check_positions(config, folder, block_tokens)
-    if (Path(folder) / "tokenizer_config.json").exists() and tokenizer_fingerprint(
-        load_tokenizer(folder)
-    ) != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
-            f"memory.init: {folder} has another tokenizer than {base}: give a model of one family."
-        )
+    if adapting:
+        if getattr(config, "quantization_config", None):
+            raise ValueError(
+                f"memory.init: {folder} is quantised, so it cannot be adapted: give a plain model."
+            )
+        if not has_any(folder, WEIGHT_FILES):
+            raise ValueError(
+                f"memory.init: {folder} has no weights to adapt: copy the whole memory there."
+            )
+        for each in (load_tokenizer(folder), tokenizer):
+            spelling(each)
+        return config
     needed = min(len(tokenizer), load_config(base).vocab_size)
     if config.vocab_size < needed:
         raise ValueError(
@@ -59,18 +79,74 @@ def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any
     return config
 
 
+def other_vocabulary(settings: MemorySettings, base: str) -> bool:
+    """Return whether memory.init has to be adapted to the base's tokenizer; ValueError if unasked.
+
+    A folder without tokenizer files is taken to fit, unless it is to be adapted.
+    """
+    init, given = settings.init, settings.tokenizer
+    if init == "base":
+        if given is not None:
+            raise ValueError(
+                "--tokenizer adapts a memory that was compiled for another tokenizer: give that "
+                "memory with --init, or leave --tokenizer out."
+            )
+        return False
+    ours = tokenizer_fingerprint(load_tokenizer(base))
+    if given is not None and tokenizer_fingerprint(load_tokenizer(given)) != ours:
+        raise ValueError(
+            f"--tokenizer: {given} has another tokenizer than {base}, which the memory is to serve "
+            f"beside: give --tokenizer {base}."
+        )
+    if given is None and not has_any(init, TOKENIZER_FILES):
+        return False
+    differs = tokenizer_fingerprint(load_tokenizer(init)) != ours
+    if differs and given is None:
+        raise ValueError(
+            f"memory.init: {init} has another tokenizer than {base}: give --tokenizer {base} to "
+            "adapt it, or a model of one family."
+        )
+    return differs
+
+
+def training_budget(
+    settings: MemorySettings, base: str, say: Callable[[str], None]
+) -> MemorySettings:
+    """Return the settings to train with: fewer epochs where a memory is adapted; say what is done.
+
+    What a memory knows is in its trunk, so the rows it gets anew need a tenth of the training.
+    """
+    if not other_vocabulary(settings, base):
+        if settings.tokenizer is not None:
+            say(f"memory: {settings.init} has the tokenizer of {base} already, nothing to adapt")
+        return settings
+    old, new = load_tokenizer(settings.init), load_tokenizer(base)
+    sizes = (load_config(folder).vocab_size for folder in (settings.init, base))
+    how = transfer(old, new, *sizes)
+    epochs = settings.epochs * settings.transfer_fraction
+    say(f"memory: adapting {settings.init} to the tokenizer of {base}: {how}")
+    say(
+        f"memory: training {epochs:g} epochs, memory.transfer_fraction "
+        f"{settings.transfer_fraction:g} of memory.epochs {settings.epochs:g}"
+    )
+    return replace(settings, epochs=epochs)
+
+
 def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
     """Return the memory before training, float32, on the CPU; ValueError if init does not fit."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = memory_config(settings, base, block_tokens)
     folder = base if settings.init == "base" else settings.init
-    if any(path for pattern in WEIGHT_FILES for path in Path(folder).glob(pattern)):
+    if has_any(folder, WEIGHT_FILES):
         model = load_model(folder, where=torch.device("cpu"), config=config)
     else:
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if other_vocabulary(settings, base):
+        rows = load_config(base).vocab_size
+        exchange(model, load_tokenizer(folder), load_tokenizer(base), rows)
     check_isolation(model.eval())
     # The base's may be one that transformers reads but refuses to write, after all the training.
-    model.generation_config = GenerationConfig.from_model_config(config)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
