@@ -30,10 +30,11 @@ $(INSTALLED): setup.py
 	$(BIN)/pip install --quiet --no-deps ./build/vllm-name
 	touch $(INSTALLED)
 
+# Two processes, a file of tests at a time: most of it is engines that start, on one core each.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The README's table of features: only the tests of its rows.
 features: setup
