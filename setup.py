@@ -33,7 +33,9 @@ setup(
             "pyarrow>=18",
             "matplotlib>=3.9",
             "pyyaml>=6",
+            "ray[data,train]>=2.60,<3",
             "rich>=13",
+            "tensorboardX>=2.6",
             "typer>=0.12",
         ],
         "bench": [
@@ -42,7 +44,7 @@ setup(
             "mwparserfromhell>=0.6",
             "openai>=1.50",
         ],
-        "test": ["pytest>=8", "ruff>=0.12", "build>=1.2"],
+        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "build>=1.2"],
     },
     entry_points={
         "console_scripts": ["memdec = vllm_memdec.train.cli:main"],

@@ -38,7 +38,7 @@ from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import label_logprobs, mix, perplexity
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import text_hash
+from vllm_memdec.train.text import documents, text_hash
 
 HERE = Path(__file__).resolve().parent
 
@@ -122,7 +122,9 @@ def score(
     logprobs, neighbours = {}, {}
     for text, path in texts.items():
         blocks = pack(
-            tokenise(tokenizer, path), settings.corpus.block_tokens, tokenizer.eos_token_id
+            tokenise(tokenizer, documents(path)),
+            settings.corpus.block_tokens,
+            tokenizer.eos_token_id,
         )
         for name, model in models.items():
             logprobs[text, name] = label_logprobs(model, *blocks, 4, progress, f"{name}, {text}")

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from vllm_memdec.train.config import Settings
-from vllm_memdec.train.datastore import embed, shards
+from vllm_memdec.train.datastore import embed
 from vllm_memdec.train.evaluate import best_alpha, mix, perplexity
-from vllm_memdec.train.index import load_index
-from vllm_memdec.train.targets import neighbour_weights, search
+from vllm_memdec.train.index import Index
+from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.targets import neighbour_weights
 
 TEMPERATURES = np.geomspace(0.1, 10, 9)  # multiples of the one the targets were made with
 
@@ -40,14 +41,14 @@ def find_neighbours(
     build: Path, base: Any, settings: Settings, tokens: np.ndarray, positions: np.ndarray
 ) -> Neighbours:
     """Search the build's datastore for every valid row of blocks [B, T+1]."""
-    index = load_index(build / "index", settings.index.probes)
-    stored = np.concatenate(shards(build / "datastore", "labels"))
+    index = Index(build / "index", settings.index.probes, MEMORY_BUDGET)
+    k = min(settings.targets.neighbours, len(index.labels))
     found = []
     for keys, labels in embed(
         base, settings.datastore.key, tokens, positions, settings.datastore.batch_blocks
     ):
-        distances, ids = search(index, keys, min(settings.targets.neighbours, len(stored)))
-        found.append((distances, ids, stored[ids] == labels[:, None]))
+        distances, ids = index.search(keys, k)
+        found.append((distances, ids, index.labels[ids] == labels[:, None]))
     return Neighbours(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
 
 

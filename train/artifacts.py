@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def folder_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
 
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     """Call write(temporary path), then give the file its name: it is whole or absent."""
-    temporary = path.with_name(path.name + ".tmp")
+    # A name of its own: a lost worker that still lives may be writing the same file.
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:

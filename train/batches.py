@@ -9,45 +9,45 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.corpus import load_blocks, valid_rows
-from vllm_memdec.train.datastore import shards
+from vllm_memdec.train.corpus import load_blocks, load_rows, load_used, valid_rows
 from vllm_memdec.train.head import Candidates
-from vllm_memdec.train.loss import SparseRows
+from vllm_memdec.train.shards import load_shard
 
 
 class TargetReader:
-    """Reads the rows of a block from the target shards, memory-mapped."""
+    """Reads the rows of a block from the target shards, memory-mapped for the time of a read."""
 
-    def __init__(self, targets: Path, valid: np.ndarray) -> None:
-        """valid [blocks, T] is the corpus's mask of rows, in block order."""
-        self.row_start = np.r_[0, np.cumsum(valid.sum(axis=1))]
-        names = ("offsets", "ids", "probs", "labels")
-        self.shards = list(zip(*(shards(targets, name) for name in names), strict=True))
-        self.shard_start = np.r_[0, np.cumsum([len(labels) for *_, labels in self.shards])]
-        if self.shard_start[-1] != self.row_start[-1]:
-            raise ValueError(
-                f"{targets} holds {self.shard_start[-1]} rows, the corpus {self.row_start[-1]}: "
-                "delete the targets folder and build again."
-            )
+    def __init__(self, targets: Path, rows: np.ndarray, per_shard: int) -> None:
+        """rows [blocks]: the valid rows of each block of the corpus; per_shard: blocks."""
+        self.targets, self.per_shard = targets, per_shard
+        self.row_start = np.r_[0, np.cumsum(rows, dtype=np.int64)]
 
     def read(self, block: int, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return (row lengths, ids, probabilities) of a block, its labels checked against ours."""
-        shard = int(np.searchsorted(self.shard_start, self.row_start[block], side="right")) - 1
-        first = self.row_start[block] - self.shard_start[shard]
-        last = self.row_start[block + 1] - self.shard_start[shard]
-        offsets, ids, probs, stored = self.shards[shard]
-        if not np.array_equal(stored[first:last], labels):
+        shard = int(block) // self.per_shard
+        start = self.row_start[shard * self.per_shard]
+        first, last = self.row_start[block] - start, self.row_start[block + 1] - start
+        offsets, ids, probs, stored = (
+            load_shard(self.targets, name, shard) for name in ("offsets", "ids", "probs", "labels")
+        )
+        if len(offsets) != len(stored) + 1 or not np.array_equal(stored[first:last], labels):
             raise ValueError(
-                f"targets shard {shard} is not aligned with block {block} of the corpus: "
-                "delete the targets folder and build again."
+                f"shard {shard} of {self.targets} is not aligned with block {block} of the "
+                "corpus: delete the targets folder and build again."
             )
-        bounds = offsets[first : last + 1]
+        bounds = np.asarray(offsets[first : last + 1])
         part = slice(bounds[0], bounds[-1])
         lengths, p = np.diff(bounds), probs[part].astype(np.float32)
+        if len(p) != bounds[-1] - bounds[0]:
+            raise ValueError(
+                f"shard {shard} of {self.targets} is cut off: delete the targets folder and build "
+                "again."
+            )
         row = np.repeat(np.arange(len(lengths)), lengths)
         total = np.bincount(row, weights=p, minlength=len(lengths))  # 1, but for fp16's rounding
-        return lengths, ids[part], (p / total[row]).astype(np.float32)
+        return lengths, np.asarray(ids[part]), (p / total[row]).astype(np.float32)
 
 
 class Batches:
@@ -55,9 +55,9 @@ class Batches:
 
     def __init__(self, settings: MemorySettings, corpus: Path, targets: Path) -> None:
         self.tokens, self.positions = load_blocks(corpus, "train")
-        self.valid = valid_rows(self.positions)
-        self.used = np.unique(self.tokens)  # every label and every kNN target is one of these
-        self.reader = TargetReader(targets, self.valid)
+        self.rows = load_rows(corpus, "train")  # valid ones of each block
+        self.used = np.asarray(load_used(corpus, "train"))  # every label and kNN target is one
+        self.reader = TargetReader(targets, self.rows, self.tokens.per_shard)
         self.seed = settings.seed
         self.size = min(settings.batch_blocks, len(self.tokens))
         self.per_epoch = len(self.tokens) // self.size
@@ -82,18 +82,18 @@ class Batches:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseRows]:
         """Return tokens, positions, mask (all [B, T]), labels [rows] and targets of some blocks."""
         tokens = self.tokens[blocks].astype(np.int64)
-        mask = self.valid[blocks]
+        positions = self.positions[blocks].astype(np.int64)
+        mask = valid_rows(positions)
         pieces = [self.reader.read(int(b), tokens[i, 1:][mask[i]]) for i, b in enumerate(blocks)]
         lengths = np.concatenate([p[0] for p in pieces])
         targets = SparseRows(
-            torch.from_numpy(np.repeat(np.arange(len(lengths)), lengths)).to(where),
+            torch.from_numpy(np.r_[0, np.cumsum(lengths)]).to(where),
             torch.from_numpy(np.concatenate([p[1] for p in pieces]).astype(np.int64)).to(where),
             torch.from_numpy(np.concatenate([p[2] for p in pieces])).to(where),
         )
-        positions = self.positions[blocks][:, :-1].astype(np.int64)
         return (
             torch.from_numpy(tokens[:, :-1]).to(where),
-            torch.from_numpy(positions).to(where),
+            torch.from_numpy(positions[:, :-1].copy()).to(where),
             torch.from_numpy(mask).to(where),
             torch.from_numpy(tokens[:, 1:][mask]).to(where),
             targets,

@@ -4,9 +4,11 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shlex
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +16,7 @@ INSTALL = "is not installed: pip install 'vllm-memdec[train,cpu]', or [train,cud
 try:
     import typer
 
+    from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
     from vllm_memdec.train.progress import Progress
 except ModuleNotFoundError as error:  # installed for serving only
@@ -54,19 +57,60 @@ def build(
     validation: Annotated[
         Path | None, typer.Option(help="Text alpha is calibrated on; default: held-out documents.")
     ] = None,
+    ray_address: Annotated[
+        str,
+        typer.Option(help="Ray cluster: HOST:PORT or auto; local: this machine; none: no Ray."),
+    ] = "local",
+    memory_budget: Annotated[
+        str, typer.Option(help="Memory a process may take for what grows with the corpus.")
+    ] = "4GiB",
+    init: Annotated[
+        str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(help="Adapt --init to this tokenizer, the base's: a folder with its files."),
+    ] = None,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
     with explained(progress):
         settings = load_settings(config)
+        given = {"init": init, "tokenizer": tokenizer}
+        chosen = {name: value for name, value in given.items() if value is not None}
+        settings = replace(settings, memory=replace(settings.memory, **chosen))
         from vllm_memdec.train.pipeline import build as run
 
-        export = run(base, corpus, output, settings, validation, progress)
+        budget = parse_bytes(memory_budget, "--memory-budget")
+        cluster = choose_cluster(ray_address, output)
+        export = run(base, corpus, output, settings, validation, progress, cluster, budget)
         block = shlex.quote(json.dumps({"memdec": {"model": str(export.path)}}))
         progress.say(f"The memory is {export.path}. Serve it beside its base:")
         progress.say(
             f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
         )
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+LEAST_BUDGET = 64 * 2**20
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Return the number of bytes that a text such as 4GiB, 500MB or 1000000 stands for."""
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?", text.strip().lower())
+    if not found or found[2] not in UNITS:
+        raise ValueError(f"{option} must be a size such as 4GiB or 500MB, got {text!r}.")
+    size = int(float(found[1]) * UNITS[found[2]])
+    if size < LEAST_BUDGET:
+        raise ValueError(f"{option} must be at least 64MiB, got {text!r}.")
+    return size
+
+
+def choose_cluster(address: str, output: Path) -> Cluster:
+    """Return where the work runs: in this process, on this machine's Ray, or on a cluster."""
+    if address == "none":
+        return Here()
+    return RayCluster(None if address == "local" else address, shared=output.resolve())
 
 
 @contextlib.contextmanager

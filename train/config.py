@@ -14,19 +14,20 @@ from typing import Any, Literal, get_args, get_origin
 class CorpusSettings:
     block_tokens: int = 512  # predicted tokens a block
     validation_fraction: float = 0.05  # of the documents, unless a validation text is given
+    shard_blocks: int = 64  # blocks a file of every stage, and the most that is done twice
 
 
 @dataclass(frozen=True)
 class DatastoreSettings:
     key: Literal["last_mlp_input", "final_hidden"] = "last_mlp_input"  # the paper's: the former
+    keep_keys: bool = True  # on disk, 2 bytes a number; else computed again for the search
     batch_blocks: int = 4  # blocks a forward pass
-    shard_blocks: int = 256  # blocks a file, and a step of resuming
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
 
 
 @dataclass(frozen=True)
 class IndexSettings:
-    kind: Literal["auto", "flat", "sq8", "pq"] = "auto"  # auto: by the number of keys
+    kind: Literal["auto", "flat", "fp16", "sq8", "pq"] = "auto"  # auto: by the number of keys
     probes: int = 32  # inverted lists visited a query
     seed: int = 42
 
@@ -41,11 +42,16 @@ class TargetSettings:
 @dataclass(frozen=True)
 class MemorySettings:
     init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
+    tokenizer: str | None = None  # folder of the base's, if init is to be adapted to it
+    transfer_fraction: float = 0.1  # of the epochs, trained where init is adapted
     layers: int | None = None  # kept of the base; None: 4, or all of a base with fewer
     beta: float = 0.5  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
     epochs: float = 20.0
     learning_rate: float = 1e-3
     warmup_fraction: float = 0.05
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # to a tenth, to 0, or level
+    evaluate_steps: int | None = None  # steps between evaluations on validation text; None: none
+    early_stop: int | None = None  # evaluations without a better one that end the training
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     batch_blocks: int = 8  # blocks an optimiser step
@@ -75,18 +81,21 @@ class Settings:
 RANGES: dict[str, tuple[float, float]] = {
     "corpus.block_tokens": (8, 1 << 20),
     "corpus.validation_fraction": (1e-6, 0.5),
+    "corpus.shard_blocks": (1, 1 << 24),
     "datastore.batch_blocks": (1, 1 << 16),
-    "datastore.shard_blocks": (1, 1 << 24),
     "index.probes": (1, 1 << 20),
     "index.seed": (0, (1 << 31) - 1),
     "targets.neighbours": (1, 1 << 16),
     "targets.temperature": (1e-9, 1e9),
     "targets.min_probability": (0, 0.5),
+    "memory.transfer_fraction": (1e-6, 1),
     "memory.layers": (1, 1 << 10),
     "memory.beta": (0, 1),
     "memory.epochs": (1e-6, 1e6),
     "memory.learning_rate": (1e-9, 1),
     "memory.warmup_fraction": (0, 1),
+    "memory.evaluate_steps": (1, 1 << 30),
+    "memory.early_stop": (1, 1 << 20),
     "memory.weight_decay": (0, 1),
     "memory.gradient_clip": (1e-9, 1e9),
     "memory.batch_blocks": (1, 1 << 20),
@@ -123,7 +132,10 @@ def parse_settings(values: dict[str, Any]) -> Settings:
         _check_name(stage, list(stages), "stage")
         if not isinstance(entries, dict):
             raise ValueError(f"settings of stage {stage} must be a mapping, got {entries!r}.")
-    return Settings(**{s: _parse_stage(s, make, values.get(s, {})) for s, make in stages.items()})
+    parsed = {s: _parse_stage(s, make, values.get(s, {})) for s, make in stages.items()}
+    if parsed["memory"].early_stop and not parsed["memory"].evaluate_steps:
+        raise ValueError("memory.early_stop needs memory.evaluate_steps: set that as well.")
+    return Settings(**parsed)
 
 
 def _parse_stage(stage: str, make: Any, entries: dict[str, Any]) -> Any:
@@ -147,12 +159,16 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         if value not in get_args(kind):
             raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
         return value
-    if kind is str:
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, got {value!r}.")
+        return value
+    if value is None and kind in (float | None, int | None, str | None):
+        return None
+    if kind in (str, str | None):
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, got {value!r}.")
         return value
-    if value is None and kind in (float | None, int | None):
-        return None
     number = float if kind in (float, float | None) else int
     kind_name = "an integer" if number is int else "a number"
     wrong = ValueError(f"{name} must be {kind_name}, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Corpus stage: documents -> fixed-length token blocks.
+"""Corpus stage: documents -> fixed-length token blocks, in shards.
 
 Documents are tokenised, closed with the end-of-text token and packed one after another into
 blocks of T+1 tokens; neighbouring blocks share one token, so that every token but a document's
@@ -6,23 +6,33 @@ first is predicted once. Beside each token stands its position within its docume
 positions restart at 0 where a document starts, which is also what keeps documents from seeing
 each other in training. A pair (token, next token) counts iff the position rises by one; the last
 block is filled with one-token documents, which hold no such pair.
+
+Pieces of the text are tokenised side by side; one pass over the tokens then packs them, so that a
+block's content does not depend on how the text was divided.
 """
 
 import json
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import CorpusSettings
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import corpus_files, read_documents
+from vllm_memdec.train.shards import Sharded, load_array, load_shard, save_array, shard_path
+from vllm_memdec.train.text import Piece, pieces, read_documents
 
 SPLITS = ("train", "validation")
 TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
 TOKENIZER_CHARACTERS = 2**22  # or fewer, if they are long
+PACKED_AT_ONCE = 1024  # blocks
+PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
 LARGEST_SHARE = 3  # of the fraction to hold out, taken by documents that are longer than others
 
 
@@ -65,6 +75,27 @@ def check_positions(config: Any, folder: str, block_tokens: int) -> None:
         )
 
 
+@dataclass
+class Tokeniser:
+    """Writes the tokens and the documents' lengths of one piece of text."""
+
+    base: str
+    pieces: list[Piece]
+    work: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
+
+    def __call__(self, number: int) -> int:
+        documents = list(tokenise(self.tokenizer, read_documents(self.pieces[number])))
+        tokens = np.concatenate([np.zeros(0, np.int32), *documents])
+        save_array(shard_path(self.work, "tokens", number), tokens)
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        save_array(shard_path(self.work, "lengths", number), lengths)  # the last: both are whole
+        return 1
+
+
 def build_corpus(
     settings: CorpusSettings,
     base: str,
@@ -72,14 +103,19 @@ def build_corpus(
     validation: Path | None,
     work: Path,
     progress: Progress,
+    cluster: Cluster,
 ) -> None:
-    """Write tokens-SPLIT.i32 and positions-SPLIT.i32, each [blocks, T+1] int32, and corpus.json.
+    """Write tokens-SPLIT and positions-SPLIT in shards of blocks [blocks, T+1] int32.
 
-    Without a validation path every n-th document is held out; a corpus of too few documents
-    gives its last blocks instead.
+    Beside them rows-SPLIT.npy, the valid rows of each block, used-SPLIT.npy, the tokens that occur,
+    and corpus.json. Without a validation path every n-th document is held out; a corpus of too
+    few documents gives its last blocks instead.
     """
     from vllm_memdec.checkpoint import tokenizer_fingerprint
 
+    if (work / "corpus.json").exists():  # killed just before the end
+        shutil.rmtree(work / PIECES, ignore_errors=True)
+        return
     tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -88,107 +124,225 @@ def build_corpus(
         )
     config = load_config(base)
     check_positions(config, base, settings.block_tokens)
-    documents = tokenise(tokenizer, corpus)
-    if not documents:
+    texts = [corpus] if validation is None else [corpus, validation]
+    tokenised = tokenise_pieces(base, texts, work / PIECES, progress, cluster)
+    train, held_out = tokenised[0], tokenised[-1]
+    lengths = np.concatenate(list(train.lengths()))
+    if not len(lengths):
         raise ValueError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
-    if validation is not None:
-        splits = {"train": documents, "validation": tokenise(tokenizer, validation)}
-    else:
-        splits = split_documents(documents, settings.validation_fraction, settings.block_tokens)
-    highest = max(int(document.max()) for name in SPLITS for document in splits[name])
+    highest = max(text.highest() for text in tokenised)
     if highest >= config.vocab_size:
         raise ValueError(
             f"{base} has {config.vocab_size} vocabulary rows, but its tokenizer gives token "
             f"{highest}: give a model that belongs to this tokenizer."
         )
-    counts: dict[str, Any] = {}
-    for name in SPLITS:
-        n_tokens = sum(len(document) for document in splits[name])
-        if n_tokens < settings.block_tokens + 1:
-            raise ValueError(
-                f"the {name} text has {n_tokens} tokens, less than one block of "
-                f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
-            )
-        tokens, positions = pack(splits[name], settings.block_tokens, tokenizer.eos_token_id)
-        tokens.tofile(work / f"tokens-{name}.i32")
-        positions.tofile(work / f"positions-{name}.i32")
-        counts[name] = {
-            "blocks": len(tokens),
-            "tokens": n_tokens,
-            "documents": len(splits[name]),
-            "rows": int(valid_rows(positions).sum()),
+    if validation is None and lengths.sum() < 2 * (settings.block_tokens + 1):
+        raise ValueError(
+            f"{corpus} has {lengths.sum()} tokens, less than one block of {settings.block_tokens} "
+            "to train on and one to hold out: give more text or lower corpus.block_tokens."
+        )
+    if validation is None:
+        taken = split_lengths(lengths, settings.validation_fraction, settings.block_tokens)
+        documents = {
+            "train": train.parts(taken, first=True),
+            "validation": train.parts(taken, first=False),
         }
-        progress.say(f"corpus: {n_tokens:,} tokens of {name} text in {len(tokens):,} blocks")
-    counts["block_tokens"] = settings.block_tokens
-    counts["tokenizer_fingerprint"] = tokenizer_fingerprint(tokenizer)
+    else:
+        documents = {"train": train.documents(), "validation": held_out.documents()}
+    counts: dict[str, Any] = {
+        "block_tokens": settings.block_tokens,
+        "shard_blocks": settings.shard_blocks,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+    for name in SPLITS:
+        counts[name] = write_blocks(
+            documents[name], settings, tokenizer.eos_token_id, name, work, progress
+        )
     write_json(work / "corpus.json", counts)
+    shutil.rmtree(work / PIECES)
 
 
-def tokenise(tokenizer: Any, path: Path) -> list[np.ndarray]:
-    """Return each non-empty document's token ids, closed with the end-of-text token."""
-    documents: list[np.ndarray] = []
+def tokenise(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
+    """Yield each document's token ids, closed with the end-of-text token; empty ones are left out.
 
-    def flush(texts: list[str]) -> None:
-        for ids in tokenizer(texts, verbose=False)["input_ids"] if texts else []:
+    Documents are handed to the tokenizer in groups of a bounded size.
+    """
+
+    def flush(group: list[str]) -> Iterator[np.ndarray]:
+        for ids in tokenizer(group, verbose=False)["input_ids"] if group else []:
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
             if ids:  # a tokenizer may drop all of a text
-                documents.append(np.array([*ids, tokenizer.eos_token_id], dtype=np.int32))
+                yield np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
 
-    texts: list[str] = []
+    group: list[str] = []
     characters = 0
-    for file in corpus_files(path)[0]:
-        for text in read_documents(file):
-            texts.append(text)
-            characters += len(text)
-            if len(texts) == TOKENIZER_BATCH or characters >= TOKENIZER_CHARACTERS:
-                flush(texts)
-                texts, characters = [], 0
-    flush(texts)
-    return documents
+    for text in texts:
+        group.append(text)
+        characters += len(text)
+        if len(group) == TOKENIZER_BATCH or characters >= TOKENIZER_CHARACTERS:
+            yield from flush(group)
+            group, characters = [], 0
+    yield from flush(group)
 
 
-def split_documents(
-    documents: list[np.ndarray], fraction: float, block_tokens: int
-) -> dict[str, list[np.ndarray]]:
-    """Hold out every n-th document, or the tail of the text if documents are too few or long."""
+@dataclass(frozen=True)
+class Tokenised:
+    """The tokenised pieces of a text, read one after the other."""
+
+    folder: Path
+    numbers: range
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of each piece's documents."""
+        for number in self.numbers:
+            yield load_shard(self.folder, "lengths", number)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield every document's tokens."""
+        for number, lengths in zip(self.numbers, self.lengths(), strict=True):
+            tokens = load_shard(self.folder, "tokens", number)
+            ends = np.cumsum(lengths)
+            for end, length in zip(ends, lengths, strict=True):
+                yield tokens[end - length : end]
+
+    def highest(self) -> int:
+        """Return the highest token id."""
+        tokens = (load_shard(self.folder, "tokens", number) for number in self.numbers)
+        return max((int(t.max(initial=0)) for t in tokens), default=0)
+
+    def parts(self, taken: np.ndarray, first: bool) -> Iterator[np.ndarray]:
+        """Yield the first `taken` tokens of each document, or the rest, where there are any."""
+        for document, n in zip(self.documents(), taken, strict=True):
+            part = document[:n] if first else document[n:]
+            if len(part):
+                yield part
+
+
+def tokenise_pieces(
+    base: str, texts: list[Path], folder: Path, progress: Progress, cluster: Cluster
+) -> list[Tokenised]:
+    """Tokenise some texts piece by piece into a folder."""
+    folder.mkdir(exist_ok=True)
+    parts, found = [], []
+    for text in texts:
+        first = len(parts)
+        parts += pieces(text)
+        found.append(Tokenised(folder, range(first, len(parts))))
+    todo = [n for n in range(len(parts)) if not shard_path(folder, "lengths", n).exists()]
+    with progress.task("corpus: tokenising", len(parts), "pieces") as advance:
+        advance(len(parts) - len(todo), done_before=True)
+        for done in cluster.map(Tokeniser(base, parts, folder), todo):
+            advance(done)
+    return found
+
+
+def split_lengths(lengths: np.ndarray, fraction: float, block_tokens: int) -> np.ndarray:
+    """Return how many tokens of each document are trained on; the rest of it is held out.
+
+    Every n-th document is held out whole, or, where documents are too few or too long for that,
+    the tail of the text.
+    """
     every = max(2, round(1 / fraction))
-    held_out = documents[every - 1 :: every]
+    held_out = np.arange(len(lengths)) % every == every - 1
     # A few long documents among them must not take the corpus away.
-    most = min(LARGEST_SHARE * fraction, 0.6) * sum(len(d) for d in documents)
-    if block_tokens < sum(len(d) for d in held_out) <= most:
-        kept = [d for i, d in enumerate(documents) if i % every != every - 1]
-        return {"train": kept, "validation": held_out}
-    stream = np.concatenate(documents)
-    cut = len(stream) - max(block_tokens + 1, int(len(stream) * fraction))
-    train, taken = [], 0
-    validation = []
+    most = min(LARGEST_SHARE * fraction, 0.6) * lengths.sum()
+    if block_tokens < lengths[held_out].sum() <= most:
+        return np.where(held_out, 0, lengths)
+    total = int(lengths.sum())
+    cut = total - max(block_tokens + 1, int(total * fraction))
+    starts = np.cumsum(lengths) - lengths
+    taken = np.clip(cut - starts, 0, lengths)
+    # One token alone predicts nothing: it goes with the rest of its document.
+    return np.where(taken > 1, taken, 0)
+
+
+def write_blocks(
+    documents: Iterable[np.ndarray],
+    settings: CorpusSettings,
+    filler: int,
+    name: str,
+    work: Path,
+    progress: Progress,
+) -> dict[str, int]:
+    """Pack documents into shards of blocks; return counts for corpus.json."""
+    counts = {"tokens": 0, "documents": 0}
+
+    def counted() -> Iterator[np.ndarray]:
+        for document in documents:
+            counts["tokens"] += len(document)
+            counts["documents"] += 1
+            yield document
+
+    rows, used = [np.zeros(0, np.int32)], np.zeros(0, np.int32)
+    per_shard = settings.shard_blocks
+    for shard, (tokens, positions) in enumerate(
+        packed(counted(), settings.block_tokens, filler, per_shard)
+    ):
+        rows.append(valid_rows(positions).sum(axis=1, dtype=np.int32))
+        used = np.union1d(used, tokens)
+        if not shard_path(work, f"positions-{name}", shard).exists():  # the last to be written
+            save_array(shard_path(work, f"tokens-{name}", shard), tokens)
+            save_array(shard_path(work, f"positions-{name}", shard), positions)
+    if counts["tokens"] < settings.block_tokens + 1:
+        raise ValueError(
+            f"the {name} text has {counts['tokens']} tokens, less than one block of "
+            f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
+        )
+    row_counts = np.concatenate(rows)
+    save_array(work / f"rows-{name}.npy", row_counts)
+    save_array(work / f"used-{name}.npy", used)
+    n_blocks = len(row_counts)
+    progress.say(f"corpus: {counts['tokens']:,} tokens of {name} text in {n_blocks:,} blocks")
+    return counts | {"blocks": n_blocks, "rows": int(row_counts.sum())}
+
+
+def packed(
+    documents: Iterable[np.ndarray], block_tokens: int, filler: int, at_once: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield tokens and positions, both [blocks, T+1] int32, of `at_once` blocks; fewer at the end.
+
+    Neighbouring blocks share a token, across what is yielded at once too.
+    """
+    tokens: list[np.ndarray] = []
+    positions: list[np.ndarray] = []
+    held, begun = 0, False
+    size = at_once * block_tokens
+
+    def blocks(n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Cut n blocks off what is held, which keeps the token that the next one shares."""
+        nonlocal tokens, positions, held
+        stream, position = np.concatenate(tokens), np.concatenate(positions)
+        tokens, positions = [stream[n * block_tokens :]], [position[n * block_tokens :]]
+        held -= n * block_tokens
+        index = np.arange(n)[:, None] * block_tokens + np.arange(block_tokens + 1)[None, :]
+        t, p = stream[index], position[index]
+        # A document that runs on from the block before restarts at 0: its context is not here.
+        return t, p - np.where(np.minimum.accumulate(p, axis=1) > 0, p[:, :1], 0)
+
     for document in documents:
-        here = min(max(cut - taken, 0), len(document))
-        if here > 1:  # one token alone predicts nothing
-            train.append(document[:here])
-        if here < len(document):
-            validation.append(document[here:])
-        taken += len(document)
-    return {"train": train, "validation": validation}
+        tokens.append(np.asarray(document, dtype=np.int32))
+        positions.append(np.arange(len(document), dtype=np.int32))
+        held += len(document)
+        while held > size:
+            begun = True
+            yield blocks(at_once)
+    least = 1 if held and not begun else 0  # a text of one token fills a block, too
+    n_blocks = -(-max(held - 1, least) // block_tokens)
+    if n_blocks:
+        padding = n_blocks * block_tokens + 1 - held
+        tokens.append(np.full(padding, filler, dtype=np.int32))
+        positions.append(np.zeros(padding, dtype=np.int32))
+        held += padding
+        yield blocks(n_blocks)
 
 
 def pack(
     documents: Iterable[np.ndarray], block_tokens: int, filler: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and positions, both [blocks, T+1] int32, of documents packed in order."""
-    documents = list(documents)
-    stream = np.concatenate(documents)
-    position = np.concatenate([np.arange(len(d), dtype=np.int32) for d in documents])
-    n_blocks = -(-max(len(stream) - 1, 1) // block_tokens)
-    padding = n_blocks * block_tokens + 1 - len(stream)
-    stream = np.concatenate([stream, np.full(padding, filler, dtype=np.int32)])
-    position = np.concatenate([position, np.zeros(padding, dtype=np.int32)])
-    index = np.arange(n_blocks)[:, None] * block_tokens + np.arange(block_tokens + 1)[None, :]
-    tokens, positions = stream[index], position[index]
-    # A document that runs on from the block before restarts at 0: its context is not here.
-    carried = np.where(np.minimum.accumulate(positions, axis=1) > 0, positions[:, :1], 0)
-    return tokens, positions - carried
+    parts = list(packed(documents, block_tokens, filler, PACKED_AT_ONCE))
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
 
 
 def valid_rows(positions: np.ndarray) -> np.ndarray:
@@ -196,11 +350,29 @@ def valid_rows(positions: np.ndarray) -> np.ndarray:
     return positions[:, 1:] == positions[:, :-1] + 1
 
 
-def load_blocks(corpus: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return tokens and positions of a split, both [blocks, T+1], memory-mapped."""
-    width = json.loads((corpus / "corpus.json").read_text())["block_tokens"] + 1
+def load_blocks(corpus: Path, split: str) -> tuple[Sharded, Sharded]:
+    """Return tokens and positions of a split, both [blocks, T+1] in shards."""
+    facts = json.loads((corpus / "corpus.json").read_text())
     tokens, positions = (
-        np.memmap(corpus / f"{kind}-{split}.i32", dtype=np.int32, mode="r").reshape(-1, width)
+        Sharded(corpus, f"{kind}-{split}", facts[split]["blocks"], facts["shard_blocks"])
         for kind in ("tokens", "positions")
     )
     return tokens, positions
+
+
+def load_rows(corpus: Path, split: str) -> np.ndarray:
+    """Return how many valid rows each block of a split has [blocks] int32."""
+    return load_array(corpus / f"rows-{split}.npy")
+
+
+def load_used(corpus: Path, split: str) -> np.ndarray:
+    """Return the tokens that occur in the blocks of a split, ascending int32."""
+    return load_array(corpus / f"used-{split}.npy")
+
+
+def shard_rows(corpus: Path) -> np.ndarray:
+    """Return where each training shard's rows start, and where the last ones end [shards+1]."""
+    per_shard = json.loads((corpus / "corpus.json").read_text())["shard_blocks"]
+    rows = load_rows(corpus, "train")
+    counts = np.add.reduceat(rows, np.arange(0, len(rows), per_shard), dtype=np.int64)
+    return np.r_[0, np.cumsum(counts)]

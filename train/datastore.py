@@ -7,16 +7,19 @@ the index and in the targets.
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from vllm_memdec.train.artifacts import write_atomic
+from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import DatastoreSettings
-from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.shards import load_shard, save_array, shard_path
 
 
 class _KeyReached(Exception):
@@ -123,44 +126,78 @@ def embed(
         yield kept, block[:, 1:][valid].numpy().astype(np.int32)
 
 
-def build_datastore(
-    settings: DatastoreSettings, base: str, corpus: Path, work: Path, progress: Progress
-) -> None:
+@dataclass
+class Keys:
+    """The keys of a shard of blocks, by its number: read where they are kept, else computed."""
+
+    settings: DatastoreSettings
+    base: str
+    corpus: Path
+    datastore: Path
+
+    @cached_property
+    def model(self) -> Any:
+        return load_model(self.base, self.settings.dtype)
+
+    def __call__(self, shard: int) -> np.ndarray:
+        """Return keys [rows, D] fp16."""
+        if self.settings.keep_keys:
+            return load_shard(self.datastore, "keys", shard)
+        return self.compute(shard)[0]
+
+    def compute(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (keys [rows, D] fp16, labels [rows] int32) of a shard, from the base."""
+        tokens, positions = (array.shard(shard) for array in load_blocks(self.corpus, "train"))
+        batches = embed(
+            self.model, self.settings.key, tokens, positions, self.settings.batch_blocks
+        )
+        keys, labels = zip(*batches, strict=True)
+        return np.concatenate(keys), np.concatenate(labels)
+
+
+@dataclass
+class Embedder:
+    """Writes the keys and labels of one shard of blocks."""
+
+    gpu: ClassVar[bool] = True
+    keys: Keys
+    work: Path
+
+    @cached_property
+    def checked(self) -> bool:
+        check_isolation(self.keys.model, self.keys.settings.key)
+        return True
+
+    def __call__(self, shard: int) -> int:
+        assert self.checked
+        keys, labels = self.keys.compute(shard)
+        save_array(shard_path(self.work, "keys", shard), keys)
+        save_array(shard_path(self.work, "labels", shard), labels)  # the last: both are whole
+        return len(labels)
+
+
+@dataclass
+class Labeller:
+    """Writes the labels of one shard of blocks, where its keys are not kept."""
+
+    corpus: Path
+    work: Path
+
+    def __call__(self, shard: int) -> int:
+        tokens, positions = (array.shard(shard) for array in load_blocks(self.corpus, "train"))
+        labels = tokens[:, 1:][valid_rows(positions)]
+        save_array(shard_path(self.work, "labels", shard), labels)
+        return len(labels)
+
+
+def build_datastore(keys: Keys, work: Path, progress: Progress, cluster: Cluster) -> None:
     """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
-    tokens, positions = load_blocks(corpus, "train")
-    model = load_model(base, settings.dtype)
-    check_isolation(model, settings.key)
-    n_shards = -(-len(tokens) // settings.shard_blocks)
-    with progress.task("datastore", len(tokens), "blocks") as advance:
-        for shard in range(n_shards):
-            part = slice(shard * settings.shard_blocks, (shard + 1) * settings.shard_blocks)
-            n_blocks = len(tokens[part])
-            labels_file = work / f"labels-{shard:05d}.npy"
-            if labels_file.exists():  # written after the keys: both are whole
-                advance(n_blocks, done_before=True)
-                continue
-            keys, labels = [], []
-            for batch_keys, batch_labels in embed(
-                model, settings.key, tokens[part], positions[part], settings.batch_blocks
-            ):
-                keys.append(batch_keys)
-                labels.append(batch_labels)
-                advance(min(settings.batch_blocks, n_blocks))
-                n_blocks -= settings.batch_blocks
-            save_array(work / f"keys-{shard:05d}.npy", np.concatenate(keys))
-            save_array(labels_file, np.concatenate(labels))
-
-
-def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an .npy file that is whole or absent."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-
-    write_atomic(path, write)
-
-
-def shards(folder: Path, name: str) -> list[np.ndarray]:
-    """Return the shards NAME-*.npy of an artifact in order, memory-mapped."""
-    return [np.load(p, mmap_mode="r") for p in sorted(folder.glob(f"{name}-*.npy"))]
+    starts = shard_rows(keys.corpus)
+    n_shards = len(starts) - 1
+    todo = [n for n in range(n_shards) if not shard_path(work, "labels", n).exists()]
+    worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
+    with progress.task("datastore", int(starts[-1]), "rows") as advance:
+        done = sorted(set(range(n_shards)) - set(todo))
+        advance(int(np.diff(starts)[done].sum()), done_before=True)
+        for rows in cluster.map(worker, todo):
+            advance(rows)

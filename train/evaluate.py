@@ -1,11 +1,13 @@
 """Score text with a causal LM: log-probabilities of the true tokens, and what follows from them."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_memdec.train.corpus import valid_rows
+from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
 
@@ -18,13 +20,17 @@ def label_logprobs(
     tokens: np.ndarray,
     positions: np.ndarray,
     batch: int,
-    progress: Progress,
-    name: str,
+    progress: Progress | None = None,
+    name: str = "",
 ) -> np.ndarray:
     """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1]."""
     where = model.device
     found = []
-    with progress.task(f"scoring with {name}", len(tokens), "blocks") as advance:
+    with contextlib.ExitStack() as stack:
+        advance = None
+        if progress is not None:
+            task = progress.task(f"scoring with {name}", len(tokens), "blocks")
+            advance = stack.enter_context(task)
         for start in range(0, len(tokens), batch):
             block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(where)
             position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
@@ -38,8 +44,17 @@ def label_logprobs(
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
                 found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
-            advance(len(block))
+            if advance is not None:
+                advance(len(block))
     return np.concatenate(found)
+
+
+def sampled_validation(corpus: Path, most_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return tokens and positions of validation blocks, spread evenly if they are too many."""
+    tokens, positions = load_blocks(corpus, "validation")
+    most = max(1, most_tokens // (tokens.shape[1] - 1))
+    chosen = np.linspace(0, len(tokens) - 1, min(most, len(tokens))).astype(int)
+    return tokens[chosen], positions[chosen]
 
 
 def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float) -> np.ndarray:

@@ -12,12 +12,19 @@ import torch
 from vllm_memdec.checkpoint import MemoryBlock, write_block
 from vllm_memdec.train.artifacts import versions
 from vllm_memdec.train.config import ExportSettings
-from vllm_memdec.train.corpus import load_blocks, load_tokenizer
+from vllm_memdec.train.corpus import load_tokenizer
 from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import best_alpha, label_logprobs, mix, perplexity
+from vllm_memdec.train.evaluate import (
+    best_alpha,
+    label_logprobs,
+    mix,
+    perplexity,
+    sampled_validation,
+)
 from vllm_memdec.train.progress import Progress
 
 SCORE_BLOCKS = 4  # blocks a forward pass
+CALIBRATION_TOKENS = 2**18  # that alpha is calibrated on, at most
 
 
 def export_memory(
@@ -31,7 +38,7 @@ def export_memory(
     progress: Progress,
 ) -> None:
     """Write weights, tokenizer and config with the memdec block into work."""
-    tokens, positions = load_blocks(corpus, "validation")
+    tokens, positions = sampled_validation(corpus, CALIBRATION_TOKENS)
     model = load_model(str(memory), settings.dtype)
     scores = {
         "base": label_logprobs(

@@ -1,25 +1,39 @@
-"""Index stage: datastore keys -> a faiss index whose ids are row numbers.
+"""Index stage: datastore keys -> faiss indices over runs of rows, and the label of every row.
 
 Squared L2 distance, as in the paper. Small datastores are searched exactly; larger ones get
-inverted lists with 8-bit scalar quantisation, very large ones product quantisation.
+inverted lists with 8-bit scalar quantisation, very large ones product quantisation. The quantiser
+is trained once, on a sample; every part of the index is a copy of it filled with its own rows, so
+that the nearest of all parts, merged, are what one large index would have found.
 """
 
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
 
-from vllm_memdec.train.artifacts import write_atomic
+from vllm_memdec.train.artifacts import write_atomic, write_json
+from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import IndexSettings
-from vllm_memdec.train.datastore import shards
+from vllm_memdec.train.corpus import shard_rows
+from vllm_memdec.train.datastore import Keys
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.shards import load_shard
 
 FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
 PQ_ABOVE = 20_000_000  # keys: 8-bit scalars no longer fit in memory comfortably
 PQ_KEYS = 39 * 256  # faiss's minimum for sound codes of 8 bits
 PQ_BYTES = 64  # a key, as in the paper
 POINTS_PER_LIST = 256  # faiss samples no more for k-means
+SAMPLE_SHARDS = 64  # at least so many, evenly spread, give the sample
+PART_SHARE = 4  # a part of the index, or the sample, takes a fourth of the memory budget
+LABELS = "labels.i32"  # of all rows, in order
+GPU_LARGEST_K = 2048  # that faiss finds on a GPU
 
 
 def factory_string(kind: str, n_keys: int, width: int) -> str:
@@ -30,8 +44,8 @@ def factory_string(kind: str, n_keys: int, width: int) -> str:
         return "Flat"
     # About sqrt(n) lists; at least 40 keys each, faiss's minimum for a sound centroid.
     lists = max(1, min(int(n_keys**0.5), n_keys // 40))
-    if kind == "sq8":
-        return f"IVF{lists},SQ8"
+    if kind in ("sq8", "fp16"):
+        return f"IVF{lists},SQ{'8' if kind == 'sq8' else 'fp16'}"
     if n_keys < PQ_KEYS:
         raise ValueError(
             f"index.kind pq needs {PQ_KEYS} keys to train on, this corpus has {n_keys}: choose sq8."
@@ -40,12 +54,33 @@ def factory_string(kind: str, n_keys: int, width: int) -> str:
     return f"OPQ{codes},IVF{lists},PQ{codes}"
 
 
+def key_bytes(description: str, width: int) -> int:
+    """Return how many bytes an index holds a key, its row number among them."""
+    if description == "Flat":
+        return 4 * width
+    code = description.rsplit(",", 1)[1]
+    sizes = {"SQ8": width, "SQfp16": 2 * width}
+    return 8 + (sizes[code] if code in sizes else int(code.removeprefix("PQ")))
+
+
+def index_parts(starts: np.ndarray, width_bytes: int, budget: int) -> list[range]:
+    """Return runs of shards whose keys take at most a share of the budget; one shard at least."""
+    most = max(1, budget // PART_SHARE // width_bytes)
+    parts, first = [], 0
+    for stop in range(1, len(starts)):
+        if stop == len(starts) - 1 or starts[stop + 1] - starts[first] > most:
+            parts.append(range(first, stop))
+            first = stop
+    return parts
+
+
 def to_gpu(index: Any) -> Any:
     """Return the index on all GPUs if this faiss has any, else unchanged."""
     if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
         return index
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
+    options.useFloat16LookupTables = True  # 64-byte codes fit shared memory in no other way
     return faiss.index_cpu_to_all_gpus(index, options)
 
 
@@ -54,41 +89,188 @@ def to_cpu(index: Any) -> Any:
     return faiss.index_gpu_to_cpu(index) if hasattr(faiss, "index_gpu_to_cpu") else index
 
 
-def build_index(settings: IndexSettings, datastore: Path, work: Path, progress: Progress) -> None:
-    """Write index.faiss, trained on an even sample of the keys and filled with all of them."""
-    keys = shards(datastore, "keys")
-    n_keys, width = sum(len(k) for k in keys), keys[0].shape[1]
-    trained = work / "trained.faiss"
-    if (work / "index.faiss").exists():  # killed just before the end
-        trained.unlink(missing_ok=True)
+def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (row numbers, keys fp16) of about so many rows, evenly spread over the shards."""
+    n_shards, n_rows = len(starts) - 1, int(starts[-1])
+    shards = np.arange(n_shards)
+    if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
+        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
+        shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
+    available = int(np.diff(starts)[shards].sum())
+    stride = max(1, available // rows)
+    found, numbers = [], []
+    for shard in shards:
+        found.append(keys(int(shard))[::stride])
+        numbers.append(np.arange(starts[shard], starts[shard + 1])[::stride])
+    return np.concatenate(numbers), np.concatenate(found)
+
+
+def train_index(settings: IndexSettings, keys: Keys, budget: int, work: Path) -> dict[str, Any]:
+    """Write trained.faiss, empty and trained on a sample of the keys; return its description."""
+    starts = shard_rows(keys.corpus)
+    n_keys, width = int(starts[-1]), keys(0).shape[1]
+    description = factory_string(settings.kind, n_keys, width)
+    index = faiss.index_factory(width, description)
+    if not index.is_trained:
+        ivf = faiss.extract_index_ivf(index)
+        ivf.cp.seed = settings.seed
+        wanted = min(POINTS_PER_LIST * ivf.nlist, budget // PART_SHARE // (4 * width))
+        # faiss wants 39 points a centroid, whatever the budget.
+        sample = sample_rows(keys, starts, max(wanted, 40 * ivf.nlist))[1].astype(np.float32)
+        index = to_gpu(index)
+        index.train(sample)
+        index = to_cpu(index)
+    write_atomic(work / "trained.faiss", lambda p: faiss.write_index(index, str(p)))
+    return {"kind": description, "width": width, "keys": n_keys}
+
+
+def part_path(folder: Path, part: int) -> Path:
+    """Return the file of one part of the index."""
+    return folder / f"index-{part:05d}.faiss"
+
+
+@dataclass
+class Filler:
+    """Writes one part of the index: the trained quantiser, filled with the keys of its shards."""
+
+    gpu: ClassVar[bool] = True
+    keys: Keys
+    parts: list[range]
+    work: Path
+
+    def __call__(self, part: int) -> int:
+        index = to_gpu(faiss.read_index(str(self.work / "trained.faiss")))
+        rows = 0
+        for shard in self.parts[part]:
+            added = np.asarray(self.keys(shard), dtype=np.float32)
+            index.add(added)
+            rows += len(added)
+        index = to_cpu(index)
+        write_atomic(part_path(self.work, part), lambda p: faiss.write_index(index, str(p)))
+        return rows
+
+
+def build_index(
+    settings: IndexSettings,
+    keys: Keys,
+    budget: int,
+    work: Path,
+    progress: Progress,
+    cluster: Cluster,
+) -> None:
+    """Write index-N.faiss, each over a run of rows, labels.i32 [rows] and index.json.
+
+    budget: bytes a process may take for a part of the index.
+    """
+    if (work / "index.json").exists():  # killed just before the end
+        (work / "trained.faiss").unlink(missing_ok=True)
         return
-    if not trained.exists():
-        description = factory_string(settings.kind, n_keys, width)
-        index = faiss.index_factory(width, description)
-        if not index.is_trained:
-            ivf = faiss.extract_index_ivf(index)
-            ivf.cp.seed = settings.seed
-            stride = max(1, n_keys // (POINTS_PER_LIST * ivf.nlist))
-            sample = np.concatenate([k[::stride].astype(np.float32) for k in keys])
-            with progress.task(f"index: training {description}", 1, "pass") as advance:
-                index = to_gpu(index)
-                index.train(sample)
-                index = to_cpu(index)
-                advance(1)
-        write_atomic(trained, lambda p: faiss.write_index(index, str(p)))
-    index = to_gpu(faiss.read_index(str(trained)))
-    with progress.task("index: adding", n_keys, "keys") as advance:
-        for shard in keys:
-            index.add(shard.astype(np.float32))
-            advance(len(shard))
-    index = to_cpu(index)
-    write_atomic(work / "index.faiss", lambda p: faiss.write_index(index, str(p)))
-    trained.unlink()
+    starts = shard_rows(keys.corpus)
+    if not (work / "training.json").exists():
+        with progress.task("index: training", 1, "pass") as advance:
+            facts = cluster.call(train_index, settings, keys, budget, work)
+            parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget)
+            # Kept, so that a resumed run with another budget does not divide the rows anew.
+            facts["first_shards"] = [part.start for part in parts]
+            write_json(work / "training.json", facts)
+            advance(1)
+    facts = read_facts(work / "training.json")
+    bounds = [*facts.pop("first_shards"), len(starts) - 1]
+    parts = [range(a, b) for a, b in pairwise(bounds)]
+    todo = [n for n in range(len(parts)) if not part_path(work, n).exists()]
+    with progress.task(f"index: adding to {facts['kind']}", int(starts[-1]), "keys") as advance:
+        for n in set(range(len(parts))) - set(todo):
+            advance(int(starts[parts[n].stop] - starts[parts[n].start]), done_before=True)
+        for rows in cluster.map(Filler(keys, parts, work), todo):
+            advance(rows)
+
+    def write_labels(path: Path) -> None:
+        with open(path, "wb") as file:
+            for shard in range(len(starts) - 1):
+                load_shard(keys.datastore, "labels", shard).astype("<i4").tofile(file)
+
+    write_atomic(work / LABELS, write_labels)
+    facts["first_rows"] = [int(starts[part.start]) for part in parts]
+    write_json(work / "index.json", facts)
+    (work / "training.json").unlink()
+    (work / "trained.faiss").unlink()
 
 
-def load_index(folder: Path, probes: int) -> Any:
-    """Return the index of an artifact, on GPUs where there are any, visiting `probes` lists."""
-    index = faiss.read_index(str(folder / "index.faiss"))
-    if not isinstance(index, faiss.IndexFlat):
-        faiss.extract_index_ivf(index).nprobe = probes
-    return to_gpu(index)
+def read_facts(path: Path) -> dict[str, Any]:
+    """Return index.json."""
+    return json.loads(path.read_text())
+
+
+@dataclass
+class Index:
+    """The parts of an index, searched as one.
+
+    Parts are kept open as far as the budget goes; beyond it each is read for a search and let go,
+    which costs little beside the search where queries come by the thousand.
+    """
+
+    folder: Path
+    probes: int
+    budget: int
+    opened: dict[int, Any] = field(default_factory=dict)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        return read_facts(self.folder / "index.json")
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """Return the label of every row [rows] int32, memory-mapped."""
+        labels = np.memmap(self.folder / LABELS, dtype="<i4", mode="r")
+        if len(labels) != self.facts["keys"]:
+            raise ValueError(
+                f"{self.folder / LABELS} is cut off: delete the folder {self.folder} and build "
+                "again."
+            )
+        return labels
+
+    def _part(self, part: int) -> Any:
+        if part in self.opened:
+            return self.opened[part]
+        path = part_path(self.folder, part)
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ValueError(
+                f"{path} is damaged or missing: delete the folder {self.folder} and build again."
+            ) from error
+        if not isinstance(index, faiss.IndexFlat):
+            faiss.extract_index_ivf(index).nprobe = self.probes
+        index = to_gpu(index)
+        size = key_bytes(self.facts["kind"], self.facts["width"])
+        total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
+        if total * size <= self.budget // 2:
+            self.opened[part] = index
+        return index
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (squared distances, row ids), both [rows, k], nearest first; -1 where none."""
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        distances = np.full((len(queries), k), np.inf, dtype=np.float32)
+        ids = np.full((len(queries), k), -1, dtype=np.int64)
+        for part, first in enumerate(self.facts["first_rows"]):
+            index = self._part(part)
+            d, i = index.search(queries, k)
+            i = np.where(i < 0, -1, i + first)
+            if part == 0:
+                distances, ids = np.where(i < 0, np.inf, d).astype(np.float32), i
+                continue
+            distances = np.concatenate([distances, np.where(i < 0, np.inf, d)], axis=1)
+            ids = np.concatenate([ids, i], axis=1)
+            # By distance, then by row: as one index would, and the same however it is divided.
+            order = np.lexsort((ids, distances), axis=1)[:, :k]
+            distances = np.take_along_axis(distances, order, axis=1)
+            ids = np.take_along_axis(ids, order, axis=1)
+        return distances, ids
+
+    def blocks(self, queries: np.ndarray, k: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yield (rows, distances, ids) of as many queries at once as the budget allows."""
+        at_once = max(1, self.budget // 8 // (3 * 12 * k))
+        for start in range(0, len(queries), at_once):
+            rows = slice(start, min(start + at_once, len(queries)))
+            yield rows, *self.search(queries[rows], k)

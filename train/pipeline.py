@@ -4,16 +4,20 @@ Every stage is a function of its settings and of finished artifacts; what is up 
 """
 
 import functools
+import os
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
+from vllm_memdec.train.cluster import Cluster, Here
 from vllm_memdec.train.config import Settings
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import corpus_files, text_hash
 
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+MEMORY_BUDGET = 4 * 2**30
 STAGES = ("corpus", "datastore", "index", "targets", "memory", "export")
 
 
@@ -31,15 +35,24 @@ def build(
     settings: Settings,
     validation: Path | None = None,
     progress: Progress | None = None,
+    cluster: Cluster | None = None,
+    budget: int = MEMORY_BUDGET,
 ) -> Artifact:
     """Compile a corpus into a memory under output/; return the export artifact.
 
-    Raises ValueError, in one sentence, for input or settings that cannot work.
+    cluster: where the work runs, by default in this process; budget: bytes a process may take for
+    what grows with the corpus. Raises ValueError, in one sentence, for input or settings that
+    cannot work.
     """
     progress = progress or Progress()
+    # Workers have another working directory.
+    base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
+    validation = validation and validation.absolute()
     check_places(corpus, validation, output)
     with locked(output):
-        return _build(base, corpus, output, settings, validation, progress)
+        return _build(
+            base, corpus, output, settings, validation, progress, cluster or Here(), budget
+        )
 
 
 def check_places(corpus: Path, validation: Path | None, output: Path) -> None:
@@ -65,11 +78,26 @@ def _build(
     settings: Settings,
     validation: Path | None,
     progress: Progress,
+    cluster: Cluster,
+    budget: int,
 ) -> Artifact:
     base_hash = model_hash(base, "--base")
     memory_inputs = {"base": base_hash}
     if settings.memory.init != "base":
-        memory_inputs["init"] = model_hash(settings.memory.init, "memory.init")
+        init = Path(settings.memory.init)
+        if init.resolve().is_relative_to(output.resolve()):
+            raise ValueError(
+                f"--init {init} lies inside --output {output}, which is written anew: "
+                "choose another output."
+            )
+        memory_inputs["init"] = model_hash(str(init), "memory.init or --init")
+    if settings.memory.tokenizer is not None:
+        from vllm_memdec.checkpoint import tokenizer_fingerprint
+        from vllm_memdec.train.corpus import load_tokenizer
+
+        memory_inputs["tokenizer"] = tokenizer_fingerprint(
+            load_tokenizer(settings.memory.tokenizer)
+        )
     inputs = {"base": base_hash}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
@@ -98,14 +126,19 @@ def _build(
     def make_corpus(work: Path) -> None:
         from vllm_memdec.train.corpus import build_corpus
 
-        build_corpus(settings.corpus, base, corpus, validation, work, progress)
+        build_corpus(settings.corpus, base, corpus, validation, work, progress, cluster)
 
     blocks = stage("corpus", asdict(settings.corpus), inputs, make_corpus)
+
+    def keys(folder: Path) -> Any:
+        from vllm_memdec.train.datastore import Keys
+
+        return Keys(settings.datastore, base, blocks.path, folder)
 
     def make_datastore(work: Path) -> None:
         from vllm_memdec.train.datastore import build_datastore
 
-        build_datastore(settings.datastore, base, blocks.path, work, progress)
+        build_datastore(keys(work), work, progress, cluster)
 
     datastore = stage(
         "datastore",
@@ -117,16 +150,18 @@ def _build(
     def make_index(work: Path) -> None:
         from vllm_memdec.train.index import build_index
 
-        build_index(settings.index, datastore.path, work, progress)
+        build_index(settings.index, keys(datastore.path), budget, work, progress, cluster)
 
     index_settings = asdict(settings.index)
     probes = index_settings.pop("probes")  # of the search: another value needs no other index
     index = stage("index", index_settings, {"datastore": datastore.hash}, make_index)
 
     def make_targets(work: Path) -> None:
+        from vllm_memdec.train.index import Index
         from vllm_memdec.train.targets import build_targets
 
-        build_targets(settings.targets, probes, datastore.path, index.path, work, progress)
+        searched = Index(index.path, probes, budget)
+        build_targets(settings.targets, keys(datastore.path), searched, work, progress, cluster)
 
     targets = stage(
         "targets",
@@ -136,12 +171,20 @@ def _build(
     )
 
     def make_memory(work: Path) -> None:
+        from vllm_memdec.train.decoder import training_budget
         from vllm_memdec.train.trainer import train_memory
 
-        train_memory(settings.memory, base, blocks.path, targets.path, work, progress)
+        trained = training_budget(settings.memory, base, progress.say)
+        if trained.init != "base":
+            trained = replace(trained, init=os.path.abspath(trained.init))
+        if trained.tokenizer is not None:
+            trained = replace(trained, tokenizer=os.path.abspath(trained.tokenizer))
+        train_memory(trained, base, blocks.path, targets.path, work, progress, cluster)
 
     memory_settings = asdict(settings.memory)
     memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
+    if memory_settings.pop("tokenizer") is None:  # else its hash is an input
+        memory_settings.pop("transfer_fraction")
     memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}
     memory = stage("memory", memory_settings, memory_inputs, make_memory)
 

@@ -8,26 +8,26 @@ labels [rows] int32, which training checks against its batches.
 """
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import TargetSettings
-from vllm_memdec.train.datastore import save_array, shards
-from vllm_memdec.train.index import load_index
+from vllm_memdec.train.corpus import shard_rows
+from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.index import Index, sample_rows
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.shards import load_shard, save_array, shard_path
 
-SEARCH_ROWS = 2048  # queries a faiss call
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
 FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
-
-
-def search(index: Any, keys: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (squared distances, row ids), both [rows, k], of the k nearest keys; -1 where none."""
-    return index.search(np.ascontiguousarray(keys, dtype=np.float32), k)
 
 
 def neighbours_without_self(
@@ -91,59 +91,93 @@ def fit_temperature(distances: np.ndarray, ids: np.ndarray, hit: np.ndarray) -> 
     return float(min(grid, key=loss))
 
 
+@dataclass
+class Searcher:
+    """Writes the targets of one shard: its keys' neighbours, weighed and summed by token."""
+
+    gpu: ClassVar[bool] = True
+    settings: TargetSettings
+    keys: Keys
+    index: Index
+    work: Path
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        return shard_rows(self.keys.corpus)
+
+    @cached_property
+    def temperature(self) -> float:
+        return json.loads((self.work / "targets.json").read_text())["temperature"]
+
+    @property
+    def neighbours(self) -> int:
+        return min(self.settings.neighbours, int(self.starts[-1]) - 1)
+
+    def nearest(
+        self, keys: np.ndarray, rows: np.ndarray
+    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """Yield (part of the rows, distances, ids) of the nearest rows other than themselves."""
+        for part, distances, ids in self.index.blocks(keys, self.neighbours + 1):
+            yield part, *neighbours_without_self(distances, ids, rows[part])
+
+    def fit(self) -> float:
+        """Return the temperature that suits rows spread over the corpus."""
+        numbers, sample = sample_rows(self.keys, self.starts, FIT_ROWS)
+        chosen = np.linspace(0, len(numbers) - 1, min(FIT_ROWS, len(numbers))).astype(np.int64)
+        found = list(self.nearest(sample[chosen], numbers[chosen]))
+        distances, ids = (np.concatenate([f[n] for f in found]) for n in (1, 2))
+        labels = self.index.labels
+        hit = (ids >= 0) & (labels[ids] == labels[numbers[chosen]][:, None])
+        return fit_temperature(distances, ids, hit)
+
+    def __call__(self, shard: int) -> int:
+        labels = load_shard(self.keys.datastore, "labels", shard)
+        keys, rows = self.keys(shard), np.arange(self.starts[shard], self.starts[shard + 1])
+        if not len(keys) == len(labels) == len(rows):
+            raise ValueError(
+                f"shard {shard} of {self.keys.datastore} does not fit the corpus: delete the "
+                f"folder {self.keys.datastore} and build again."
+            )
+        found = []
+        for _, distances, ids in self.nearest(keys, rows):
+            weights = neighbour_weights(distances, ids, self.temperature)
+            tokens = self.index.labels[ids]
+            found.append(aggregate(weights, tokens, self.settings.min_probability))
+        lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in found])
+        files = {
+            "offsets": np.r_[0, np.cumsum(lengths)],
+            "labels": np.asarray(labels),
+            "ids": np.concatenate([f[1] for f in found]),
+            "probs": np.concatenate([f[2] for f in found]).astype(np.float16),
+        }
+        for name, array in files.items():  # probs last: all are whole then
+            save_array(shard_path(self.work, name, shard), array)
+        return len(rows)
+
+
 def build_targets(
     settings: TargetSettings,
-    probes: int,
-    datastore: Path,
-    index_folder: Path,
+    keys: Keys,
+    index: Index,
     work: Path,
     progress: Progress,
+    cluster: Cluster,
 ) -> None:
-    """Write offsets-N.npy, ids-N.npy, probs-N.npy for each datastore shard, and targets.json."""
-    keys = shards(datastore, "keys")
-    labels = np.concatenate(shards(datastore, "labels"))
-    index = load_index(index_folder, probes)
-    k = min(settings.neighbours, len(labels) - 1)
-
-    def neighbours(part: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return neighbours_without_self(*search(index, part, k + 1), rows)
-
-    temperature = settings.temperature
-    if (work / "targets.json").exists():  # the shards before a kill were made with it
-        temperature = json.loads((work / "targets.json").read_text())["temperature"]
-    elif temperature is None:
-        chosen = np.linspace(0, len(labels) - 1, min(FIT_ROWS, len(labels))).astype(np.int64)
-        starts = np.cumsum([0] + [len(s) for s in keys])
-        sample = np.concatenate(
-            [
-                s[chosen[(chosen >= a) & (chosen < a + len(s))] - a]
-                for s, a in zip(keys, starts, strict=False)
-            ]
-        )
-        distances, ids = neighbours(sample, chosen)
-        temperature = fit_temperature(distances, ids, labels[ids] == labels[chosen][:, None])
-    write_json(work / "targets.json", {"temperature": temperature, "neighbours": k})
-
-    first = 0
-    with progress.task("targets", len(labels), "rows") as advance:
-        for shard, part in enumerate(keys):
-            probs_file = work / f"probs-{shard:05d}.npy"
-            if probs_file.exists():  # the last of its shard to be written
-                advance(len(part), done_before=True)
-                first += len(part)
-                continue
-            pieces = []
-            for start in range(0, len(part), SEARCH_ROWS):
-                queries = part[start : start + SEARCH_ROWS]
-                rows = np.arange(first + start, first + start + len(queries))
-                distances, ids = neighbours(queries, rows)
-                weights = neighbour_weights(distances, ids, temperature)
-                pieces.append(aggregate(weights, labels[ids], settings.min_probability))
-                advance(len(queries))
-            lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in pieces])
-            save_array(work / f"offsets-{shard:05d}.npy", np.r_[0, np.cumsum(lengths)])
-            rows = np.arange(first, first + len(part))
-            save_array(work / f"labels-{shard:05d}.npy", labels[rows])
-            save_array(work / f"ids-{shard:05d}.npy", np.concatenate([p[1] for p in pieces]))
-            save_array(probs_file, np.concatenate([p[2] for p in pieces]).astype(np.float16))
-            first += len(part)
+    """Write offsets-N.npy, ids-N.npy, probs-N.npy, labels-N.npy of each shard, and targets.json."""
+    searcher = Searcher(settings, keys, index, work)
+    starts = searcher.starts
+    if not (work / "targets.json").exists():  # else shards were made with its temperature
+        temperature = settings.temperature
+        if temperature is None:
+            with progress.task("targets: fitting the temperature", 1, "fit") as advance:
+                temperature = cluster.call(searcher.fit)
+                advance(1)
+        facts = {"temperature": temperature, "neighbours": searcher.neighbours}
+        write_json(work / "targets.json", facts)
+    n_shards = len(starts) - 1
+    todo = [n for n in range(n_shards) if not shard_path(work, "probs", n).exists()]
+    with progress.task("targets", int(starts[-1]), "rows") as advance:
+        done = sorted(set(range(n_shards)) - set(todo))
+        advance(int(np.diff(starts)[done].sum()), done_before=True)
+        for rows in cluster.map(Searcher(settings, keys, index, work), todo):
+            advance(rows)

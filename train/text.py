@@ -1,16 +1,19 @@
 """Read text: .txt, .jsonl and .parquet files -> documents, checked.
 
-A .txt file is one document; a row of the others is one, in the field `text`.
+A .txt file is one document, a long one several; a row of the others is one, in the field `text`.
 """
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 256  # rows read at once; one may be a book
+PIECE_BYTES = 8 * 2**20  # of a file, read and tokenised as one
 
 
 def corpus_files(path: Path) -> tuple[list[Path], int]:
@@ -24,10 +27,32 @@ def corpus_files(path: Path) -> tuple[list[Path], int]:
     return kept, len(files) - len(kept)
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Yield the documents with text in one file: a .txt is one, a .jsonl or .parquet row is one."""
+@dataclass(frozen=True)
+class Piece:
+    """A part of a corpus file: row groups of a .parquet, else the lines that start in its bytes."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None  # None: to the end
+
+
+def pieces(path: Path) -> list[Piece]:
+    """Return a corpus in pieces, in order: each is read by itself and holds whole documents."""
+    found = []
+    for file in corpus_files(path)[0]:
+        if file.suffix.lower() == ".parquet":
+            with _parquet(file) as table:
+                found += [Piece(file, n, n + 1) for n in range(table.num_row_groups)]
+        else:
+            starts = range(0, max(file.stat().st_size, 1), PIECE_BYTES)
+            found += [Piece(file, start, start + PIECE_BYTES) for start in starts]
+    return found
+
+
+def read_documents(piece: Piece) -> Iterator[str]:
+    """Yield the documents with text in a piece: of a .txt one, of the others each row."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for where, text in readers[path.suffix.lower()](path):
+    for where, text in readers[piece.path.suffix.lower()](piece):
         if not isinstance(text, str):
             raise ValueError(f"{where}: every row needs a string field `text`.")
         if "\0" in text or not _encodable(text):
@@ -36,27 +61,51 @@ def read_documents(path: Path) -> Iterator[str]:
             yield text
 
 
-def _read_txt(path: Path) -> Iterator[tuple[str, Any]]:
-    # A memory of Windows line ends would never see them in a prompt.
-    yield str(path), _decode(path.read_bytes(), str(path)).replace("\r\n", "\n")
+def documents(path: Path) -> Iterator[str]:
+    """Yield every document of a corpus, in order."""
+    for piece in pieces(path):
+        yield from read_documents(piece)
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            where = f"{path}, line {number}"
-            text = _decode(line, where)
-            if not text.strip():
-                continue
-            try:
-                row = json.loads(text)
-            except (ValueError, RecursionError) as error:
-                what = str(error).split(":")[0]
-                raise ValueError(f"{where} is not valid JSON ({what}): mend the line.") from None
-            yield where, row.get("text") if isinstance(row, dict) else None
+def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yield (place in the file, line) of the lines that start in the piece."""
+    with open(piece.path, "rb") as lines:
+        place = piece.start
+        if piece.start:  # the line that the piece before ends in is its own
+            lines.seek(piece.start - 1)
+            place += len(lines.readline()) - 1
+        for line in lines:
+            if piece.stop is not None and place >= piece.stop:
+                return
+            yield place, line
+            place += len(line)
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_txt(piece: Piece) -> Iterator[tuple[str, Any]]:
+    found = list(_lines(piece))
+    if found:
+        text = _decode(b"".join(line for _, line in found), str(piece.path), found[0][0])
+        # A memory of Windows line ends would never see them in a prompt.
+        yield str(piece.path), text.replace("\r\n", "\n")
+
+
+def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Any]]:
+    for number, (place, line) in enumerate(_lines(piece), 1):
+        # text_hash reads a file whole and first, and meets all errors where lines can be counted.
+        where = f"{piece.path}, {f'byte {place}' if piece.start else f'line {number}'}"
+        text = _decode(line, where)
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            what = str(error).split(":")[0]
+            raise ValueError(f"{where} is not valid JSON ({what}): mend the line.") from None
+        yield where, row.get("text") if isinstance(row, dict) else None
+
+
+@contextlib.contextmanager
+def _parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
 
@@ -64,11 +113,7 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
                 raise ValueError(f"{path}: a parquet corpus needs a string column `text`.")
-            number = 0
-            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield f"{path}, row {number}", text
+            yield file
     except PermissionError:
         raise
     # OSError for a broken page, UnicodeDecodeError for a string column that is none
@@ -79,12 +124,24 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-def _decode(data: bytes, where: str) -> str:
+def _read_parquet(piece: Piece) -> Iterator[tuple[str, Any]]:
+    with _parquet(piece.path) as file:
+        groups = range(file.num_row_groups)[piece.start : piece.stop]
+        number = sum(file.metadata.row_group(n).num_rows for n in range(piece.start))
+        for batch in file.iter_batches(
+            batch_size=PARQUET_BATCH, row_groups=list(groups), columns=["text"]
+        ):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield f"{piece.path}, row {number}", text
+
+
+def _decode(data: bytes, where: str, place: int = 0) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{where} is not UTF-8 text (byte {error.start}): convert it or leave it out."
+            f"{where} is not UTF-8 text (byte {place + error.start}): convert it or leave it out."
         ) from None
 
 
@@ -99,8 +156,12 @@ def _encodable(text: str) -> bool:
 def text_hash(path: Path) -> str:
     """Return a hash over the documents at a path, each of them read and checked."""
     digest, documents = hashlib.sha256(), 0
-    for file in corpus_files(path)[0]:
-        for text in read_documents(file):
+    for piece in pieces(path):
+        if piece.path.suffix.lower() == ".jsonl":
+            if piece.start:
+                continue
+            piece = Piece(piece.path)
+        for text in read_documents(piece):
             data = text.encode()
             digest.update(len(data).to_bytes(8) + data)
             documents += 1

@@ -9,22 +9,30 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from vllm_memdec.kernels.head_loss import backpropagate
+from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.artifacts import LOGS, write_atomic
 from vllm_memdec.train.batches import Batches
+from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.datastore import device
 from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.head import Candidates, head, rows_at_once
-from vllm_memdec.train.loss import SparseRows, sparse_loss
+from vllm_memdec.train.evaluate import label_logprobs, sampled_validation
+from vllm_memdec.train.head import Candidates, logits_transform
 from vllm_memdec.train.progress import Progress
 
 CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"  # weights of the best evaluation, where training may stop early
+EVALUATION_TOKENS = 2**15
+METRICS, CURVE = "metrics.jsonl", "loss.png"  # in logs/; the curve is drawn last
 
 
 def warmup_steps(steps: int, fraction: float) -> int:
@@ -32,13 +40,26 @@ def warmup_steps(steps: int, fraction: float) -> int:
     return max(1, round(steps * fraction))
 
 
-def learning_rate_factor(step: int, steps: int, warmup_fraction: float) -> float:
-    """Return the factor of the peak rate: linear warm-up, then cosine decay to a tenth."""
+def learning_rate_factor(
+    step: int, steps: int, warmup_fraction: float, schedule: str = "cosine"
+) -> float:
+    """Return the factor of the peak rate: linear warm-up, then as the schedule says."""
     warmup = warmup_steps(steps, warmup_fraction)
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return 1 - progress
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def autocast_to(dtype: str, where: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which matrix products are of a dtype."""
+    if dtype == "bfloat16":
+        return torch.autocast(where.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def add_gradients(
@@ -52,36 +73,197 @@ def add_gradients(
     """Backpropagate one micro-batch, scaled by 1/rows; return its summed [KL, cross-entropy]."""
     where = next(model.parameters()).device
     tokens, positions, mask, labels, targets = batches.load(blocks, where)
-    autocast = (
-        torch.autocast(where.type, dtype=torch.bfloat16)
-        if settings.dtype == "bfloat16"
-        else contextlib.nullcontext()
-    )
-    labels = candidates.rank(labels)
-    targets = SparseRows(targets.row, candidates.rank(targets.token), targets.probability)
-    sums = torch.zeros(2, dtype=torch.float64)
-    # The head runs on leaves, chunk by chunk; trunk and embedding get the collected gradients once.
-    weight_CD = leaf_CD = None
-    if candidates.ids_C is not None:
-        weight_CD = candidates.rows(model.get_output_embeddings().weight)
-        leaf_CD = weight_CD.detach().requires_grad_()
-    chunk = rows_at_once(model.config.vocab_size if leaf_CD is None else len(leaf_CD))
-    with autocast:
+    dtype = getattr(torch, settings.dtype)
+    with autocast_to(settings.dtype, where):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-        h_ND = trunk.last_hidden_state[mask]
-        leaf_ND = h_ND.detach().requires_grad_()
-        for start in range(0, len(leaf_ND), chunk):
-            part = slice(start, start + chunk)
-            logits_NC = head(model, leaf_ND[part], candidates, leaf_CD)
-            total, kl, ce = sparse_loss(
-                logits_NC, labels[part], targets.slice(start, start + chunk), settings.beta
-            )
-            (total / rows).backward()
-            sums += torch.stack([kl, ce]).double().cpu()
-    h_ND.backward(leaf_ND.grad)
-    if leaf_CD is not None:
-        weight_CD.backward(leaf_CD.grad)
-    return sums.numpy()
+    layer = model.get_output_embeddings()
+    sums = backpropagate(
+        trunk.last_hidden_state[mask],
+        layer.weight,
+        candidates.rank(labels),
+        SparseRows(targets.offsets, candidates.rank(targets.token), targets.probability),
+        settings.beta,
+        bias_V=getattr(layer, "bias", None),
+        transform=logits_transform(model.config),
+        columns=candidates.columns,
+        dtype=dtype,
+        scale=1 / max(rows, 1),
+    )
+    return torch.stack(sums).cpu().numpy()
+
+
+def reduce_gradients(model: Any, sums: np.ndarray, world: World) -> np.ndarray:
+    """Sum the gradients of all training processes, in place, and return the sum of the losses."""
+    if world.size == 1:
+        return sums
+    import torch.distributed as dist
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.grad is None:  # this process had no block
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    # One message, not hundreds: a small model's are mostly latency.
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    dist.all_reduce(flat)
+    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(part.view_as(gradient))
+    total = torch.from_numpy(sums).to(flat.device, torch.float64)
+    dist.all_reduce(total)
+    return total.cpu().numpy()
+
+
+@dataclass
+class Training:
+    """The training loop, run by one process or, on the same batches, by several side by side."""
+
+    settings: MemorySettings
+    base: str
+    corpus: Path
+    targets: Path
+    work: Path
+
+    def __call__(self, world: World) -> None:
+        """Train from the last checkpoint to the end; rank 0 writes weights, config and logs/."""
+        settings, logs = self.settings, self.work / LOGS
+        batches = Batches(settings, self.corpus, self.targets)
+        model = build_memory(settings, self.base, batches.tokens.shape[1] - 1)
+        model = model.to(device()).train()
+        optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        step = 0
+        if (self.work / CHECKPOINT).exists():
+            state = torch.load(self.work / CHECKPOINT, weights_only=True, map_location=device())
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            step = state["step"]
+
+        def save_checkpoint() -> None:
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+            }
+            write_atomic(self.work / CHECKPOINT, lambda p: torch.save(state, p))
+
+        saved = time.monotonic()
+        with metrics_file(logs, step, world) as (write, evaluations):
+            while step < batches.steps and not stopped_early(evaluations, settings.early_stop):
+                began = time.monotonic()
+                row = self.step(model, optimizer, batches, step, world)
+                step += 1
+                row = {"step": step, **row, "rows_per_second": row["rows"] / seconds_since(began)}
+                if not math.isfinite(row["kl"] + row["ce"]):
+                    raise ValueError(
+                        f"the loss is no longer finite at step {step}: lower memory.learning_rate."
+                    )
+                if settings.evaluate_steps and step % settings.evaluate_steps == 0:
+                    row["validation_ce"] = self.evaluate(model)
+                    best = row["validation_ce"] < min(evaluations, default=math.inf)
+                    evaluations.append(row["validation_ce"])
+                    if best and settings.early_stop and world.rank == 0:
+                        write_atomic(self.work / BEST, lambda p: torch.save(model.state_dict(), p))
+                write(row)
+                if world.rank == 0 and seconds_since(saved) >= settings.checkpoint_seconds:
+                    save_checkpoint()
+                    saved = time.monotonic()
+        if world.rank == 0:
+            if (self.work / BEST).exists():
+                model.load_state_dict(torch.load(self.work / BEST, weights_only=True))
+            model.to(torch.float32).save_pretrained(self.work)
+
+    def evaluate(self, model: Any) -> float:
+        """Return the cross-entropy on validation blocks, nats a token; all processes compute it."""
+        tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
+        model.eval()
+        batch = self.settings.micro_batch_blocks
+        autocast = autocast_to(self.settings.dtype, model.device)
+        with autocast:
+            found = -label_logprobs(model, tokens, positions, batch).mean()
+        model.train()
+        return float(found)
+
+    def step(
+        self, model: Any, optimizer: Any, batches: Batches, step: int, world: World
+    ) -> dict[str, float]:
+        """Take one step of the optimiser; return KL and cross-entropy, means over its rows."""
+        settings = self.settings
+        # Of dropout, which some models have.
+        torch.manual_seed(batches.step_seed(step) + world.rank)
+        blocks = batches.blocks(step)
+        rows = int(batches.rows[blocks].sum())
+        factor = learning_rate_factor(
+            step, batches.steps, settings.warmup_fraction, settings.schedule
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        # An untrained memory puts its mass anywhere: warm-up pushes all of it down.
+        warm = step < warmup_steps(batches.steps, settings.warmup_fraction)
+        sampled = None if warm else settings.sampled_negatives
+        candidates = batches.candidates(step, model.config.vocab_size, sampled).to(device())
+        sums = np.zeros(2)
+        mine = blocks[world.rank :: world.size]
+        for start in range(0, len(mine), settings.micro_batch_blocks):
+            micro = mine[start : start + settings.micro_batch_blocks]
+            sums += add_gradients(model, batches, micro, rows, candidates, settings)
+        sums = reduce_gradients(model, sums, world)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        kl, ce = (sums / max(rows, 1)).tolist()
+        return {"kl": kl, "ce": ce, "rows": rows}
+
+
+def seconds_since(moment: float) -> float:
+    """Return the seconds since a moment of time.monotonic()."""
+    return time.monotonic() - moment
+
+
+def stopped_early(evaluations: list[float], patience: int | None) -> bool:
+    """Tell whether the last `patience` evaluations brought none better than those before."""
+    if patience is None or len(evaluations) <= patience:
+        return False
+    return min(evaluations[-patience:]) >= min(evaluations[:-patience])
+
+
+def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, float]]:
+    """Return the metrics of the first steps, or of all; a line that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")[:-1]  # a whole line has its end
+    return [json.loads(line) for line in lines[:steps]]
+
+
+@contextlib.contextmanager
+def metrics_file(
+    logs: Path, step: int, world: World
+) -> Iterator[tuple[Callable[[dict], None], list[float]]]:
+    """Yield (a function that records a step's metrics, evaluations so far), from `step` on.
+
+    They go to metrics.jsonl, a line a step, and to TensorBoard. What is recorded of later steps,
+    which a killed run did after its last checkpoint, is dropped.
+    """
+    rows = read_metrics(logs / METRICS, step)
+    evaluations = [row["validation_ce"] for row in rows if "validation_ce" in row]
+    if world.rank != 0:
+        yield lambda row: None, evaluations
+        return
+    from tensorboardX import SummaryWriter
+
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_atomic(logs / METRICS, lambda p: p.write_text(text))
+    board = SummaryWriter(str(logs / "tensorboard"), purge_step=step + 1)
+    with open(logs / METRICS, "a", buffering=1) as file, contextlib.closing(board):
+
+        def write(row: dict) -> None:
+            file.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step"}:
+                board.add_scalar(name, row[name], row["step"])
+
+        yield write, evaluations
 
 
 def train_memory(
@@ -91,87 +273,33 @@ def train_memory(
     targets: Path,
     work: Path,
     progress: Progress,
+    cluster: Cluster,
 ) -> None:
     """Write the trained memory (weights and config), and logs/ with metrics and a loss curve."""
     logs = work / LOGS
     logs.mkdir(exist_ok=True)
-    if (logs / "metrics.jsonl").exists() and not (work / CHECKPOINT).exists():
-        return  # killed just before the end
-    batches = Batches(settings, corpus, targets)
-    model = build_memory(settings, base, batches.tokens.shape[1] - 1).to(device()).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    metrics: list[dict[str, float]] = []
-    step = 0
+    if (logs / CURVE).exists():  # killed just before the end
+        for name in (CHECKPOINT, BEST):
+            (work / name).unlink(missing_ok=True)
+        return
+    steps = Batches(settings, corpus, targets).steps
+    done = 0
     if (work / CHECKPOINT).exists():
-        state = torch.load(work / CHECKPOINT, weights_only=True, map_location=device())
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, metrics = state["step"], state["metrics"]
-        progress.say(f"memory: resuming at step {step} of {batches.steps}")
-
-    def save_checkpoint() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-            "metrics": metrics,
-        }
-        write_atomic(work / CHECKPOINT, lambda p: torch.save(state, p))
-
-    saved = time.monotonic()
-    started_at = step
-    with progress.task("memory: training", batches.steps, "steps") as advance:
-        advance(started_at, done_before=True)
-        while step < batches.steps:
-            began = time.monotonic()
-            torch.manual_seed(batches.step_seed(step))  # of dropout, which some models have
-            blocks = batches.blocks(step)
-            rows = int(batches.valid[blocks].sum())
-            factor = learning_rate_factor(step, batches.steps, settings.warmup_fraction)
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * factor
-            # An untrained memory puts its mass anywhere: warm-up pushes all of it down.
-            warm = step < warmup_steps(batches.steps, settings.warmup_fraction)
-            sampled = None if warm else settings.sampled_negatives
-            candidates = batches.candidates(step, model.config.vocab_size, sampled).to(device())
-            sums = np.zeros(2)
-            for start in range(0, len(blocks), settings.micro_batch_blocks):
-                micro = blocks[start : start + settings.micro_batch_blocks]
-                sums += add_gradients(model, batches, micro, rows, candidates, settings)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            step += 1
-            kl, ce = (sums / max(rows, 1)).tolist()
-            metrics.append(
-                {
-                    "step": step,
-                    "kl": kl,
-                    "ce": ce,
-                    "rows": rows,
-                    "rows_per_second": rows / (time.monotonic() - began),
-                }
-            )
-            if not math.isfinite(kl + ce):
-                raise ValueError(
-                    f"the loss is no longer finite at step {step}: lower memory.learning_rate."
-                )
-            advance(1)
-            if time.monotonic() - saved >= settings.checkpoint_seconds:
-                save_checkpoint()
-                saved = time.monotonic()
-    model.to(torch.float32).save_pretrained(work)
-    plot_loss(metrics, settings.beta, logs / "loss.png")
-    write_atomic(
-        logs / "metrics.jsonl",
-        lambda p: p.write_text("".join(json.dumps(row) + "\n" for row in metrics)),
-    )
-    (work / CHECKPOINT).unlink(missing_ok=True)
+        done = torch.load(work / CHECKPOINT, weights_only=True, mmap=True)["step"]
+        progress.say(f"memory: resuming at step {done} of {steps}")
+    # Steps after the checkpoint are done again: they are not to be counted twice.
+    with metrics_file(logs, done, World()):
+        pass
+    with progress.task("memory: training", steps, "steps") as advance:
+        advance(done, done_before=True)
+        with followed(logs / METRICS, advance):
+            cluster.train(Training(settings, base, corpus, targets, work), work)
+    metrics = read_metrics(logs / METRICS)
+    if len(metrics) < steps:
+        progress.say(f"memory: stopped early after step {len(metrics)} of {steps}")
+    write_atomic(logs / CURVE, lambda p: plot_loss(metrics, settings.beta, p))
+    for name in (CHECKPOINT, BEST):
+        (work / name).unlink(missing_ok=True)
 
 
 def plot_loss(metrics: list[dict[str, float]], beta: float, path: Path) -> None:
@@ -185,8 +313,12 @@ def plot_loss(metrics: list[dict[str, float]], beta: float, path: Path) -> None:
     steps = [row["step"] for row in metrics]
     axes.plot(steps, [row["kl"] for row in metrics], label="KL(kNN || memory)")
     axes.plot(steps, [row["ce"] for row in metrics], label="cross-entropy")
+    evaluated = [row for row in metrics if "validation_ce" in row]
+    if evaluated:
+        values = [row["validation_ce"] for row in evaluated]
+        axes.plot([row["step"] for row in evaluated], values, label="cross-entropy, validation")
     axes.set(xlabel="step", ylabel="nats per token", title=f"memory training, beta = {beta:g}")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     plt.close(figure)

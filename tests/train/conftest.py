@@ -16,18 +16,29 @@ import pytest
 import torch
 import yaml
 
+from vllm_memdec.kernels import sparse_kl
+
 ROOT = Path(__file__).parents[2]
 MEMDEC = Path(sys.executable).with_name("memdec")
 # Tiny models lose by a second thread, and far more where cores are shared.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+ENVIRONMENT.pop("TRITON_INTERPRET", None)  # of tests/kernels; users have the loss in PyTorch here
 
 QUICK = {
-    "corpus": {"block_tokens": 32},
-    "datastore": {"dtype": "float32", "batch_blocks": 8, "shard_blocks": 16},
+    "corpus": {"block_tokens": 32, "shard_blocks": 16},
+    "datastore": {"dtype": "float32", "batch_blocks": 8},
     "targets": {"neighbours": 16},
     "memory": {"layers": 1, "epochs": 2, "dtype": "float32"},
     "export": {"dtype": "float32"},
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def users_loss():
+    """Train with the loss in PyTorch: Triton's interpreter takes milliseconds a row."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sparse_kl, "INTERPRETED", False)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +95,7 @@ class Command:
         config.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
         self.options = {
             "--base": base, "--corpus": corpus, "--output": self.output, "--config": config,
+            "--ray-address": "none",  # but where Ray is what is tested: it takes seconds to start
         }  # fmt: skip
 
     def start(self, *prefix: str, **options) -> subprocess.Popen:

@@ -10,17 +10,22 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from vllm_memdec.train import text
+from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import CorpusSettings
 from vllm_memdec.train.corpus import (
     build_corpus,
     load_blocks,
+    load_rows,
+    load_used,
     pack,
-    split_documents,
+    packed,
+    split_lengths,
     tokenise,
     valid_rows,
 )
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import corpus_files, read_documents, text_hash
+from vllm_memdec.train.text import Piece, corpus_files, pieces, read_documents, text_hash
 
 FILLER = -7
 # Lengths of documents: shorter and longer than a block of 8, ending on its edge, of one token.
@@ -76,7 +81,8 @@ def test_end_of_text_is_added_once(tiny_model, tmp_path, jsonl, adds_itself):
             single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
         )
     texts = ["one text", "another", " \n ", "the last"]
-    documents = tokenise(tokenizer, jsonl(tmp_path / "a.jsonl", texts))
+    path = jsonl(tmp_path / "a.jsonl", texts)
+    documents = list(tokenise(tokenizer, read_documents(Piece(path))))
     assert [tokenizer.decode(d, skip_special_tokens=True) for d in documents] == [
         "one text", "another", "the last",
     ]  # fmt: skip
@@ -97,7 +103,8 @@ def test_all_formats_give_the_same_documents(tmp_path, jsonl):
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), table)
     for path in (folder, lines, table):
-        assert [t for f in corpus_files(path)[0] for t in read_documents(f)] == texts
+        assert [t for f in corpus_files(path)[0] for t in read_documents(Piece(f))] == texts
+        assert [t for piece in pieces(path) for t in read_documents(piece)] == texts
     assert corpus_files(folder)[1] == 1
     assert text_hash(folder) == text_hash(lines) == text_hash(table)
     assert text_hash(jsonl(tmp_path / "b.jsonl", texts[::-1])) != text_hash(lines)
@@ -107,18 +114,20 @@ def test_all_formats_give_the_same_documents(tmp_path, jsonl):
 @pytest.mark.parametrize("lengths", [[20] * 40, [3] * 12, [5, 400, 5], [200], [50, 50]])
 def test_split_is_disjoint_and_complete(lengths):
     documents = numbered(lengths)
-    splits = split_documents(documents, 0.1, block_tokens=16)
-    tokens = {name: np.concatenate(part).tolist() for name, part in splits.items()}
+    taken = split_lengths(np.array(lengths), 0.1, block_tokens=16)
+    parts = {
+        "train": [d[:n] for d, n in zip(documents, taken, strict=True)],
+        "validation": [d[n:] for d, n in zip(documents, taken, strict=True)],
+    }
+    tokens = {name: np.concatenate(part).tolist() for name, part in parts.items()}
     assert len(tokens["validation"]) >= 17  # a whole block
-    lost = sum(lengths) - len(tokens["train"]) - len(tokens["validation"])
-    assert 0 <= lost <= 1  # one token alone, left by the cut, predicts nothing
-    assert len(set(tokens["train"]) | set(tokens["validation"])) == sum(lengths) - lost
+    assert sorted(tokens["train"] + tokens["validation"]) == list(range(sum(lengths)))
+    assert 1 not in taken  # one token alone predicts nothing
 
 
 def test_whole_documents_are_held_out_where_there_are_many():
-    splits = split_documents(numbered([20] * 40), 0.1, block_tokens=16)
-    assert [len(d) for d in splits["validation"]] == [20] * 4
-    assert len(splits["train"]) == 36
+    taken = split_lengths(np.full(40, 20), 0.1, block_tokens=16)
+    assert sorted(taken.tolist()) == [0] * 4 + [20] * 36
 
 
 def test_stage_writes_what_it_counts(tiny_model, tmp_path, jsonl, english):
@@ -126,15 +135,18 @@ def test_stage_writes_what_it_counts(tiny_model, tmp_path, jsonl, english):
     held_out = jsonl(tmp_path / "held_out.jsonl", english(5, seed=1))
     work = tmp_path / "work"
     work.mkdir()
-    settings = CorpusSettings(block_tokens=16)
-    build_corpus(settings, tiny_model("gpt2"), train, held_out, work, Progress())
+    settings = CorpusSettings(block_tokens=16, shard_blocks=3)
+    build_corpus(settings, tiny_model("gpt2"), train, held_out, work, Progress(), Here())
     facts = json.loads((work / "corpus.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("gpt2"))
     for name, path in (("train", train), ("validation", held_out)):
-        documents = tokenise(tokenizer, path)
+        documents = list(tokenise(tokenizer, read_documents(Piece(path))))
         tokens, positions = load_blocks(work, name)
-        packed = pack(documents, 16, tokenizer.eos_token_id)
-        assert np.array_equal(tokens, packed[0]) and np.array_equal(positions, packed[1])
+        whole = pack(documents, 16, tokenizer.eos_token_id)
+        assert tokens.n_shards > 1
+        assert np.array_equal(tokens[:], whole[0]) and np.array_equal(positions[:], whole[1])
+        assert np.array_equal(load_rows(work, name), valid_rows(whole[1]).sum(axis=1))
+        assert np.array_equal(load_used(work, name), np.unique(whole[0]))
         assert facts[name]["documents"] == len(documents)
         assert facts[name]["rows"] == sum(len(d) - 1 for d in documents)
 
@@ -144,7 +156,8 @@ def test_a_base_that_cannot_take_the_corpus_is_refused(tiny_model, tmp_path, jso
 
     def refused(base, match):
         with pytest.raises(ValueError, match=match):
-            build_corpus(CorpusSettings(block_tokens=64), base, path, None, tmp_path, Progress())
+            settings = CorpusSettings(block_tokens=64)
+            build_corpus(settings, base, path, None, tmp_path, Progress(), Here())
 
     refused(tiny_model("gpt2", positions=32), "32 positions: lower corpus.block_tokens from 64")
     base = shutil.copytree(tiny_model("llama"), tmp_path / "base")
@@ -154,13 +167,40 @@ def test_a_base_that_cannot_take_the_corpus_is_refused(tiny_model, tmp_path, jso
 
 
 def test_a_long_last_document_does_not_take_the_corpus_away():
-    notes = [np.arange(50, dtype=np.int32) for _ in range(19)]
-    book = np.arange(100_000, dtype=np.int32)
-    splits = split_documents([*notes, book], fraction=0.05, block_tokens=64)
-    sizes = {name: sum(len(d) for d in documents) for name, documents in splits.items()}
-    assert sizes["train"] > 0.9 * (19 * 50 + len(book)) and sizes["validation"] > 64
+    lengths = np.array([50] * 19 + [100_000])
+    trained = split_lengths(lengths, fraction=0.05, block_tokens=64).sum()
+    assert trained > 0.9 * lengths.sum() and lengths.sum() - trained > 64
 
 
 def test_windows_line_ends(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\n")
-    assert list(read_documents(tmp_path / "a.txt")) == ["one\ntwo\n"]
+    assert list(read_documents(Piece(tmp_path / "a.txt"))) == ["one\ntwo\n"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_pieces_hold_every_line_once(tmp_path, jsonl, english, monkeypatch, size):
+    """However a file is divided, a line is in the piece it starts in."""
+    monkeypatch.setattr(text, "PIECE_BYTES", size)
+    texts = [*english(20), "é" * 300, "x"]
+    found = [list(read_documents(p)) for p in pieces(jsonl(tmp_path / "a.jsonl", texts))]
+    assert len(found) > 3 or size == 1000
+    assert [t for piece in found for t in piece] == texts
+    lines = "\n".join(texts) + "\n\nthe end"
+    (tmp_path / "a.txt").write_text(lines)
+    assert "".join(t for p in pieces(tmp_path / "a.txt") for t in read_documents(p)) == "".join(
+        line for line in lines.splitlines(keepends=True) if size > 1 or line.strip()
+    )
+    table = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": texts}), table, row_group_size=5)
+    assert [list(read_documents(p)) for p in pieces(table)] == [
+        texts[i : i + 5] for i in range(0, len(texts), 5)
+    ]
+
+
+@pytest.mark.parametrize("at_once", [1, 3, 1000])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_blocks_do_not_depend_on_how_many_are_packed_at_once(lengths, at_once):
+    parts = list(packed(iter(numbered(lengths)), 8, FILLER, at_once))
+    assert all(len(tokens) == at_once for tokens, _ in parts[:-1])
+    for n, whole in enumerate(pack(numbered(lengths), 8, FILLER)):
+        assert np.array_equal(np.concatenate([part[n] for part in parts]), whole)

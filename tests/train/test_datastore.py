@@ -7,19 +7,22 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
+from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import CorpusSettings, DatastoreSettings
 from vllm_memdec.train.corpus import build_corpus, load_blocks, valid_rows
 from vllm_memdec.train.datastore import (
+    Keys,
     build_datastore,
     check_isolation,
     last_mlp,
     load_model,
-    shards,
 )
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.shards import shards
 
 TOLERANCE = 2e-3  # of the largest entry: keys are stored in fp16
-SETTINGS = {"batch_blocks": 3, "shard_blocks": 4, "dtype": "float32"}  # neither divides the blocks
+SHARD_BLOCKS = 4  # neither this nor
+SETTINGS = {"batch_blocks": 3, "dtype": "float32"}  # divides the blocks
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,13 @@ def corpus(tiny_model, tmp_path_factory, jsonl, english):
     work = tmp_path_factory.mktemp("corpus")
     texts = [t for i in range(1, 4) for t in english(8, sentences_each=i, seed=i)]
     path = jsonl(work / "text.jsonl", texts)
-    build_corpus(CorpusSettings(block_tokens=32), tiny_model("llama"), path, None, work, Progress())
+    settings = CorpusSettings(block_tokens=32, shard_blocks=SHARD_BLOCKS)
+    build_corpus(settings, tiny_model("llama"), path, None, work, Progress(), Here())
     return work
+
+
+def embed_all(settings, base, corpus, work):
+    build_datastore(Keys(settings, base, corpus, work), work, Progress(), Here())
 
 
 @torch.inference_mode()
@@ -55,11 +63,11 @@ def keys_one_document_at_a_time(folder, key, tokens, positions):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_keys_are_those_of_each_document_alone(tiny_model, corpus, tmp_path, kind, key):
     base = tiny_model(kind)
-    build_datastore(DatastoreSettings(key=key, **SETTINGS), base, corpus, tmp_path, Progress())
-    tokens, positions = load_blocks(corpus, "train")
+    embed_all(DatastoreSettings(key=key, **SETTINGS), base, corpus, tmp_path)
+    tokens, positions = (array[:] for array in load_blocks(corpus, "train"))
     expected, labels = keys_one_document_at_a_time(base, key, tokens, positions)
     found = shards(tmp_path, "keys")
-    assert len(found) == -(-len(tokens) // SETTINGS["shard_blocks"]) > 1
+    assert len(found) == -(-len(tokens) // SHARD_BLOCKS) > 1
     stored = np.concatenate(found)
     assert stored.dtype == np.float16
     assert np.array_equal(np.concatenate(shards(tmp_path, "labels")), labels)
@@ -75,10 +83,8 @@ def test_keys_are_those_of_each_document_alone(tiny_model, corpus, tmp_path, kin
 
 
 def test_row_numbers_count_valid_pairs_through_all_blocks(tiny_model, corpus, tmp_path):
-    build_datastore(
-        DatastoreSettings(**SETTINGS), tiny_model("llama"), corpus, tmp_path, Progress()
-    )
-    tokens, positions = load_blocks(corpus, "train")
+    embed_all(DatastoreSettings(**SETTINGS), tiny_model("llama"), corpus, tmp_path)
+    tokens, positions = (array[:] for array in load_blocks(corpus, "train"))
     rows_of_block = valid_rows(positions).sum(axis=1)
     assert sum(rows_of_block) == json.loads((corpus / "corpus.json").read_text())["train"]["rows"]
     lengths = [len(labels) for labels in shards(tmp_path, "labels")]
@@ -120,6 +126,21 @@ def test_keys_beyond_fp16_are_refused(tiny_model, corpus, tmp_path):
     model.model.layers[-1].post_attention_layernorm.weight.data *= 1e5
     model.save_pretrained(tmp_path / "huge")
     with pytest.raises(ValueError, match="too large for fp16"):
-        build_datastore(
-            DatastoreSettings(**SETTINGS), str(tmp_path / "huge"), corpus, tmp_path, Progress()
-        )
+        embed_all(DatastoreSettings(**SETTINGS), str(tmp_path / "huge"), corpus, tmp_path)
+
+
+def test_keys_that_are_not_kept_are_computed_again(tiny_model, corpus, tmp_path):
+    base = tiny_model("qwen2")
+    kept, none = (DatastoreSettings(keep_keys=keep, **SETTINGS) for keep in (True, False))
+    folders = tmp_path / "kept", tmp_path / "none"
+    for folder, settings in zip(folders, (kept, none), strict=True):
+        folder.mkdir()
+        embed_all(settings, base, corpus, folder)
+    assert not list(folders[1].glob("keys-*"))
+    again, stored = Keys(none, base, corpus, folders[1]), shards(folders[0], "keys")
+    assert len(stored) > 1
+    for n, keys in enumerate(stored):
+        assert np.array_equal(again(n), keys)
+    for path in folders[1].iterdir():
+        assert path.read_bytes() == (folders[0] / path.name).read_bytes()
+    assert len(list(folders[1].iterdir())) == len(stored)

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 SETTINGS = {
-    "corpus": {"block_tokens": 32, "validation_fraction": 0.02},
-    "datastore": {"dtype": "float32", "batch_blocks": 1, "shard_blocks": 4},
+    "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 4},
+    "datastore": {"dtype": "float32", "batch_blocks": 1},
     "index": {"kind": "sq8"},
     "targets": {"neighbours": 32},
     "memory": {"layers": 1, "epochs": 0.7, "dtype": "float32", "checkpoint_seconds": 0},
@@ -106,3 +106,19 @@ def test_ctrl_c_stops_with_a_word_and_the_next_run_goes_on(
     assert "Traceback" not in err
     assert len(list(memdec.output.glob("datastore.partial/labels-*.npy"))) >= 5
     assert "datastore: resuming" in kill_in_the_middle(memdec, "targets")
+
+
+def test_killed_while_adapting_a_memory(tiny_model, tmp_path, command, english, jsonl, hashes):
+    """The exchange of the vocabulary is made again by the next run, to the same numbers."""
+    corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
+    settings = SETTINGS | {"memory": SETTINGS["memory"] | {"transfer_fraction": 1.0}}
+    base, init = tiny_model("gpt2", tokenizer=3), tiny_model("gpt2", seed=5)
+    undisturbed, broken = (command(base, corpus, settings, name) for name in ("whole", "broken"))
+    for memdec in (undisturbed, broken):
+        memdec.options |= {"--init": init, "--tokenizer": base}
+    code, err = undisturbed.run()
+    assert code == 0, err
+    kill_in_the_middle(broken, "memory")
+    code, err = broken.run()
+    assert code == 0 and "memory: resuming at step" in err, err
+    assert hashes(broken.output) == hashes(undisturbed.output)

@@ -183,7 +183,7 @@ def test_export_is_a_checkpoint_with_a_calibrated_weight(two_domains):
     same = AutoTokenizer.from_pretrained(base_folder)
     assert tokenizer("some text")["input_ids"] == same("some text")["input_ids"]
     assert block.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
-    tokens, positions = load_blocks(output / "corpus", "validation")
+    tokens, positions = (a[:] for a in load_blocks(output / "corpus", "validation"))
     base, memory = (label_logprobs(f, tokens, positions) for f in (base_folder, export))
     grid = np.linspace(0.001, 0.999, 999)
     mixed = [np.log((1 - a) * np.exp(base) + a * np.exp(memory)).mean() for a in grid]

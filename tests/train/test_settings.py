@@ -55,8 +55,10 @@ def test_defaults_are_within_their_ranges_and_every_number_has_one():
         ({"memory": {"epochs": float("inf")}}, "memory.epochs must be between 1e-06 and 1e+06,"),
         ({"memory": {"seed": -1}}, "memory.seed must be between 0 and 2.14748e+09, got -1."),
         ({"memory": {"layers": 10**400}}, "memory.layers must be between 1 and 1024, got 1000"),
+        ({"memory": {"early_stop": 3}}, "memory.early_stop needs memory.evaluate_steps: set that"),
+        ({"datastore": {"keep_keys": 1}}, "datastore.keep_keys must be true or false, got 1."),
         ({"memory": {"init": 3}}, "memory.init must be text, got 3."),
-        ({"index": {"kind": "hnsw"}}, "index.kind must be one of auto, flat, sq8, pq, got 'hnsw'."),
+        ({"index": {"kind": "hnsw"}}, "index.kind must be one of auto, flat, fp16, sq8, pq, got"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(settings, sentence):

@@ -6,20 +6,23 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from vllm_memdec.train.config import IndexSettings, TargetSettings
-from vllm_memdec.train.datastore import save_array, shards
-from vllm_memdec.train.index import PQ_KEYS, build_index, factory_string, load_index
+from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.cluster import Here
+from vllm_memdec.train.config import DatastoreSettings, IndexSettings, TargetSettings
+from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.index import PQ_KEYS, Index, build_index, factory_string, key_bytes
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.shards import save_array, shards
 from vllm_memdec.train.targets import (
     aggregate,
     build_targets,
     fit_temperature,
     neighbour_weights,
     neighbours_without_self,
-    search,
 )
 
 WIDTH, VOCABULARY = 16, 50
+BUDGET = 2**30
 FP16 = 1e-3  # relative: probabilities are stored in fp16
 
 
@@ -35,27 +38,26 @@ def clustered(rows, seed=0, centres=60, spread=0.3):
 
 
 def store(folder, keys, labels, per_shard=400):
-    """Write keys and labels as datastore shards."""
-    for n, start in enumerate(range(0, len(keys), per_shard)):
+    """Write keys and labels as datastore shards, one block of a corpus each."""
+    starts = range(0, len(keys), per_shard)
+    for n, start in enumerate(starts):
         save_array(folder / f"keys-{n:05d}.npy", keys[start : start + per_shard])
         save_array(folder / f"labels-{n:05d}.npy", labels[start : start + per_shard])
+    rows = np.array([len(keys[start : start + per_shard]) for start in starts], dtype=np.int32)
+    save_array(folder / "rows-train.npy", rows)
+    write_json(folder / "corpus.json", {"shard_blocks": 1})
+    return Keys(DatastoreSettings(), "", folder, folder)
 
 
-def run(tmp_path, keys, labels, index=None, probes=10_000, **settings):
+def run(tmp_path, keys, labels, index=None, probes=10_000, budget=BUDGET, **settings):
     """Build index and targets of a datastore; return (list of rows {token: p}, temperature)."""
     for name in ("datastore", "index", "targets"):
         (tmp_path / name).mkdir()
-    store(tmp_path / "datastore", keys, labels)
-    build_index(index or IndexSettings(), tmp_path / "datastore", tmp_path / "index", Progress())
-    work = tmp_path / "targets"
-    build_targets(
-        TargetSettings(**settings),
-        probes,
-        tmp_path / "datastore",
-        tmp_path / "index",
-        work,
-        Progress(),
-    )
+    source = store(tmp_path / "datastore", keys, labels)
+    folder, work = tmp_path / "index", tmp_path / "targets"
+    build_index(index or IndexSettings(), source, budget, folder, Progress(), Here())
+    searched = Index(folder, probes, budget)
+    build_targets(TargetSettings(**settings), source, searched, work, Progress(), Here())
     rows = []
     parts = (shards(work, name) for name in ("offsets", "ids", "probs", "labels"))
     for offsets, ids, probs, stored in zip(*parts, strict=True):
@@ -141,7 +143,7 @@ def test_own_label_never_leaks_where_codes_are_coarse(tmp_path):
     labels = np.arange(len(keys), dtype=np.int32)
     found, _ = run(tmp_path, keys, labels, IndexSettings(kind="pq"), neighbours=8, temperature=9.0)
     assert not any(row in target for row, target in enumerate(found))
-    ids = search(load_index(tmp_path / "index", 10_000), keys[:500], 9)[1]
+    ids = Index(tmp_path / "index", 10_000, BUDGET).search(keys[:500], 9)[1]
     assert ((ids[:, 0] != np.arange(500)) & (ids == np.arange(500)[:, None]).any(1)).mean() > 0.02
 
 
@@ -163,7 +165,7 @@ def test_missing_neighbours_have_no_mass(tmp_path):
     keys, labels = clustered(400)
     sq8 = IndexSettings(kind="sq8")
     found, _ = run(tmp_path, keys, labels, sq8, probes=1, neighbours=300, temperature=1.0)
-    ids = search(load_index(tmp_path / "index", 1), keys, 301)[1]
+    ids = Index(tmp_path / "index", 1, BUDGET).search(keys, 301)[1]
     assert (ids == -1).any()
     for row, target in enumerate(found):
         others = set(labels[[i for i in ids[row] if i not in (-1, row)]].tolist())
@@ -207,9 +209,11 @@ def test_sq8_recall_on_real_keys(pipeline):
     keys = np.concatenate(shards(pipeline.output / "datastore", "keys")).astype(np.float32)
     folder = pipeline.output.parent / "sq8"
     folder.mkdir()
-    build_index(IndexSettings(kind="sq8"), pipeline.output / "datastore", folder, Progress())
-    index = load_index(folder, IndexSettings().probes)
-    assert index.nlist > 32
+    out = pipeline.output
+    source = Keys(DatastoreSettings(), pipeline.base, out / "corpus", out / "datastore")
+    build_index(IndexSettings(kind="sq8"), source, BUDGET, folder, Progress(), Here())
+    index = Index(folder, IndexSettings().probes, BUDGET)
+    assert int(index.facts["kind"].split(",")[0].removeprefix("IVF")) > 32
     queries, k = keys[::97], 32
     found = index.search(queries, k)[1]
     distances = ((queries[:, None] - keys[None]) ** 2).sum(-1)
@@ -227,3 +231,29 @@ def test_kinds_of_index():
     assert factory_string("sq8", 400, 64) == "IVF10,SQ8"
     with pytest.raises(ValueError, match="needs 9984 keys .* has 9983: choose sq8"):
         factory_string("pq", 9_983, 768)
+
+
+@pytest.mark.parametrize("kind", ["flat", "sq8", "fp16"])
+def test_parts_of_an_index_merge_to_the_whole(tmp_path, kind):
+    """A budget for two shards a part, and for few queries at once: the same rows are found."""
+    keys, labels = clustered(3000)
+    size = key_bytes(factory_string(kind, len(keys), WIDTH), WIDTH)
+    settings = {"neighbours": 20, "temperature": 2.0, "min_probability": 0.0}
+    found = {}
+    for name, budget in (("whole", BUDGET), ("parts", 4 * 900 * size)):
+        (tmp_path / name).mkdir()
+        found[name], _ = run(
+            tmp_path / name, keys, labels, IndexSettings(kind=kind), 8, budget, **settings
+        )
+    assert len(list((tmp_path / "whole/index").glob("index-*"))) == 1
+    assert len(list((tmp_path / "parts/index").glob("index-*"))) == 4
+    assert found["whole"] == found["parts"]
+
+
+def test_a_damaged_part_of_the_index_is_named(tmp_path):
+    keys, labels = clustered(900)
+    run(tmp_path, keys, labels, neighbours=5)
+    part = tmp_path / "index/index-00000.faiss"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="index-00000.faiss is damaged or missing: delete"):
+        Index(tmp_path / "index", 1, BUDGET).search(keys[:3], 2)

@@ -10,11 +10,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from vllm_memdec.kernels.head_loss import Columns
 from vllm_memdec.train import trainer
 from vllm_memdec.train.artifacts import write_atomic
 from vllm_memdec.train.batches import Batches
+from vllm_memdec.train.cluster import Here, World
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.head import ALL, Candidates
 from vllm_memdec.train.progress import Progress
 
@@ -36,7 +39,7 @@ def dense_gradients(model, batches, blocks, rows):
             torch.from_numpy(batches.tokens[b].astype(np.int64)),
             batches.positions[b],
         )
-        labels = tokens[1:][torch.from_numpy(batches.valid[b])].numpy()
+        labels = tokens[1:][torch.from_numpy(valid_rows(positions[None])[0])].numpy()
         lengths, ids, probs = out.read(int(b), labels)
         targets = np.zeros((len(labels), model.config.vocab_size))
         targets[np.repeat(np.arange(len(labels)), lengths), ids] = probs
@@ -56,12 +59,12 @@ def dense_gradients(model, batches, blocks, rows):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])  # the last two tie their embeddings
 def test_gradient_equals_plain_autograd_of_the_dense_loss(pipeline, tiny_model, kind, monkeypatch):
-    monkeypatch.setattr("vllm_memdec.train.head.LOGITS", 50_000)  # chunks of 50 rows
+    monkeypatch.setattr("vllm_memdec.kernels.head_loss.LOGITS", 50_000)  # chunks of 50 rows
     settings, batches = batches_of(pipeline)
     # Two blocks with the start of a document in their middle, and the last, which has filler.
-    packed = np.flatnonzero((batches.positions[:, 8:24] == 0).any(axis=1))[:2]
+    packed = np.flatnonzero((batches.positions[:][:, 8:24] == 0).any(axis=1))[:2]
     blocks = np.array([*packed, len(batches.tokens) - 1])
-    rows = int(batches.valid[blocks].sum())
+    rows = int(batches.rows[blocks].sum())
     assert len(packed) == 2 and rows > 50
     ours, plain = (AutoModelForCausalLM.from_pretrained(tiny_model(kind)).eval() for _ in range(2))
     for part in (blocks[:2], blocks[2:]):  # two micro-batches
@@ -77,16 +80,12 @@ def test_gradient_equals_plain_autograd_of_the_dense_loss(pipeline, tiny_model, 
 def test_gradient_over_all_candidates_is_the_full_one_where_it_is_passed_on(pipeline, tiny_model):
     """Columns of S exactly, every other token sampled: the same loss, in another order."""
     settings, batches = batches_of(pipeline)
-    blocks, rows = np.arange(4), int(batches.valid[:4].sum())
+    blocks, rows = np.arange(4), int(batches.rows[:4].sum())
     rest = np.setdiff1d(np.arange(1000), batches.used)
     rank = torch.full((1000,), -1)
     rank[batches.used] = torch.arange(len(batches.used))
-    every = Candidates(
-        torch.from_numpy(np.r_[batches.used, rest]).long(),
-        torch.zeros(1000),
-        rank,
-        len(batches.used),
-    )
+    ids = torch.from_numpy(np.r_[batches.used, rest]).long()
+    every = Candidates(Columns(ids, torch.zeros(1000), len(batches.used)), rank)
     assert len(rest) > 100
     full, part = (
         AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval() for _ in range(2)
@@ -130,18 +129,16 @@ def test_targets_of_another_corpus_are_refused(pipeline, tmp_path):
     with pytest.raises(ValueError, match="not aligned with block"):
         batches.load(np.array([0]), torch.device("cpu"))
     (shifted / "labels-00001.npy").unlink()
-    (shifted / "offsets-00001.npy").unlink()
-    (shifted / "ids-00001.npy").unlink()
-    (shifted / "probs-00001.npy").unlink()
-    with pytest.raises(ValueError, match="rows, the corpus"):
-        Batches(MemorySettings(), pipeline.output / "corpus", shifted)
+    with pytest.raises(ValueError, match="labels-00001.npy is damaged or missing: delete"):
+        batches.load(np.array([20]), torch.device("cpu"))
 
 
 def test_stored_targets_are_distributions(pipeline):
     """fp16 rounds what is stored; what training reads sums to one in float32."""
     _, batches = batches_of(pipeline)
     *_, targets = batches.load(np.arange(6), torch.device("cpu"))
-    mass = torch.zeros(int(batches.valid[:6].sum())).index_add_(0, targets.row, targets.probability)
+    row, _, probability = targets.entries()
+    mass = torch.zeros(int(batches.rows[:6].sum())).index_add_(0, row, probability)
     assert (mass - 1).abs().max() < 1e-6
 
 
@@ -164,7 +161,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
         monkeypatch.setattr(trainer, "write_atomic", save)
         work.mkdir(exist_ok=True)
         trainer.train_memory(
-            settings, tiny_model(kind), out / "corpus", out / "targets", work, Progress()
+            settings, tiny_model(kind), out / "corpus", out / "targets", work, Progress(), Here()
         )
 
     train(tmp_path / "whole")
@@ -197,14 +194,101 @@ def test_a_resumed_run_equals_an_undisturbed_one(
 def test_finished_work_is_not_done_again(pipeline, tiny_model, tmp_path):
     """Killed after the last file, before the folder has its name: nothing is trained again."""
     out, settings = pipeline.output, MemorySettings(layers=1, epochs=0.1, checkpoint_seconds=0)
-    args = (settings, tiny_model("llama"), out / "corpus", out / "targets", tmp_path, Progress())
-    trainer.train_memory(*args)
+    args = (settings, tiny_model("llama"), out / "corpus", out / "targets", tmp_path)
+    trainer.train_memory(*args, Progress(), Here())
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    trainer.train_memory(*args)
+    trainer.train_memory(*args, Progress(), Here())
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
 
 
 def test_valid_rows_of_the_corpus_are_those_of_the_batches(pipeline):
     _, batches = batches_of(pipeline)
     _, positions = load_blocks(pipeline.output / "corpus", "train")
-    assert np.array_equal(batches.valid, valid_rows(positions))
+    assert np.array_equal(batches.rows, valid_rows(positions[:]).sum(axis=1))
+
+
+def train(pipeline, tiny_model, work, **changes):
+    """Train here; return what was said and the recorded metrics."""
+    out = pipeline.output
+    settings = MemorySettings(
+        **{"layers": 1, "epochs": 1.0, "batch_blocks": 4, "dtype": "float32"} | changes
+    )
+    work.mkdir(exist_ok=True)
+    progress = Progress()
+    progress.say = (lines := []).append
+    args = settings, tiny_model("llama"), out / "corpus", out / "targets", work, progress
+    trainer.train_memory(*args, Here())
+    return lines, trainer.read_metrics(work / "logs/metrics.jsonl")
+
+
+def test_evaluation_is_the_cross_entropy_on_validation_text(pipeline, tiny_model, tmp_path):
+    _, rows = train(pipeline, tiny_model, tmp_path / "a", evaluate_steps=3)
+    found = {row["step"]: row["validation_ce"] for row in rows if "validation_ce" in row}
+    assert list(found) == [row["step"] for row in rows if row["step"] % 3 == 0]
+    last = len(rows) - len(rows) % 3
+    # To the last evaluation and no further: the weights it was made with.
+    blocks = len(
+        Batches(MemorySettings(), pipeline.output / "corpus", pipeline.output / "targets").tokens
+    )
+    epochs = last * 4 / blocks
+    train(pipeline, tiny_model, tmp_path / "b", epochs=epochs, schedule="constant")
+    train(
+        pipeline,
+        tiny_model,
+        tmp_path / "c",
+        epochs=epochs,
+        schedule="constant",
+        evaluate_steps=last,
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
+    tokens, positions = (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
+    log_p = label_logprobs(model, tokens, positions, 2)
+    value = trainer.read_metrics(tmp_path / "c/logs/metrics.jsonl")[-1]["validation_ce"]
+    assert value == pytest.approx(-log_p.mean(), abs=1e-5)
+    b, c = (load_file(tmp_path / n / "model.safetensors") for n in "bc")
+    assert all(torch.equal(b[name], c[name]) for name in b)  # looking changes nothing
+
+
+def test_early_stop_keeps_the_best_weights(pipeline, tiny_model, tmp_path):
+    """A rate far too high: validation gets worse, and what is kept is the best that was seen."""
+    changes = {"evaluate_steps": 1, "early_stop": 2, "learning_rate": 0.5, "schedule": "constant"}
+    lines, rows = train(pipeline, tiny_model, tmp_path, **changes)
+    seen = [row["validation_ce"] for row in rows]
+    best = int(np.argmin(seen))
+    assert len(seen) == best + 3  # two without a better one
+    assert any("stopped early after step" in line for line in lines)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    tokens, positions = (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
+    assert -label_logprobs(model, tokens, positions, 2).mean() == pytest.approx(min(seen), abs=1e-5)
+    assert not (tmp_path / trainer.BEST).exists()
+
+
+def test_schedules():
+    for schedule, last in (("linear", 1 / 90), ("constant", 1.0)):
+        rates = [trainer.learning_rate_factor(s, 100, 0.1, schedule) for s in range(100)]
+        assert rates[9] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
+        assert rates[-1] == pytest.approx(last)
+
+
+def two_processes(rank, training, folder):
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    training(World(rank, 2))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_train_as_one(pipeline, tiny_model, tmp_path):
+    """The same batches, divided: gradients summed, losses of all rows."""
+    _, one = train(pipeline, tiny_model, tmp_path / "one", batch_blocks=3)
+    out, work = pipeline.output, tmp_path / "two"
+    (work / "logs").mkdir(parents=True)
+    settings = MemorySettings(layers=1, epochs=1.0, batch_blocks=3, dtype="float32")
+    training = trainer.Training(
+        settings, tiny_model("llama"), out / "corpus", out / "targets", work
+    )
+    torch.multiprocessing.spawn(two_processes, (training, tmp_path), nprocs=2)
+    two = trainer.read_metrics(work / "logs/metrics.jsonl")
+    assert [row["rows"] for row in one] == [row["rows"] for row in two] and len(one) > 4
+    for name in ("kl", "ce"):
+        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)

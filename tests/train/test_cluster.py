@@ -1,0 +1,139 @@
+"""On Ray: a cluster of two nodes on this machine loses one in each long stage, and finishes."""
+
+import json
+import re
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+SETTINGS = {
+    "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 2},
+    "datastore": {"dtype": "float32", "batch_blocks": 1},
+    "index": {"kind": "sq8"},
+    "targets": {"neighbours": 32},
+    "memory": {
+        "layers": 1, "epochs": 6, "dtype": "float32", "checkpoint_seconds": 0.2, "batch_blocks": 4,
+    },
+    "export": {"dtype": "float32"},
+}  # fmt: skip
+CHECKED = "checkpoint.pt"
+LOSS = 0.01  # relative: two processes sum in another order, and a lost step is done again
+
+
+@pytest.fixture
+def ray_cluster(monkeypatch):
+    """Yield a cluster of a head without CPUs and two nodes of one CPU, as processes here."""
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1)
+        yield cluster
+    finally:
+        cluster.shutdown()
+
+
+def wait_for(path, pattern, count, process, seconds=120):
+    """Wait until a folder holds so many files; fail if the command ends before."""
+    until = time.monotonic() + seconds
+    while len(list(path.glob(pattern))) < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < until, f"{path} never had {count} {pattern}"
+        time.sleep(0.005)
+
+
+def lose_a_node(cluster):
+    """Kill all processes of a node at once, as a power cut would, and add a fresh node."""
+    cluster.remove_node(sorted(cluster.worker_nodes, key=id)[0], allow_graceful=False)
+    cluster.add_node(num_cpus=1)
+
+
+def last_loss(output, steps=5):
+    rows = [json.loads(r) for r in (output / "memory/logs/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return sum(row["kl"] + row["ce"] for row in rows[-steps:]) / steps
+
+
+def test_a_node_is_lost_in_each_long_stage(
+    tiny_model, tmp_path, command, english, jsonl, hashes, ray_cluster
+):
+    base = tiny_model("llama")
+    corpus = jsonl(tmp_path / "corpus.jsonl", english(120))
+    alone = command(base, corpus, SETTINGS, "alone")
+    code, err = alone.run(**{"ray-address": "none"})
+    assert code == 0, err
+    on_ray = command(base, corpus, SETTINGS, "on_ray")
+    process = on_ray.start(**{"ray-address": ray_cluster.address})
+    for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*")):
+        partial = on_ray.output / f"{stage}.partial"
+        wait_for(partial, pattern, 5, process)
+        assert not (on_ray.output / stage).exists()
+        lose_a_node(ray_cluster)
+        assert not (on_ray.output / stage).exists(), "the stage ended before the node was lost"
+    wait_for(on_ray.output / "memory.partial", "checkpoint.pt", 1, process)
+    lose_a_node(ray_cluster)
+    assert not (on_ray.output / "memory").exists()
+    err = process.communicate(timeout=600)[1]
+    assert process.returncode == 0, err
+    one, two = hashes(alone.output), hashes(on_ray.output)
+    for stage in ("corpus", "datastore", "index", "targets"):
+        assert one[stage] == two[stage], stage
+    assert last_loss(on_ray.output) == pytest.approx(last_loss(alone.output), rel=LOSS)
+    assert not list(on_ray.output.rglob("*.tmp")) and not (on_ray.output / "memory/ray").exists()
+
+
+def test_the_driver_is_killed(tiny_model, tmp_path, command, english, jsonl, hashes):
+    """kill -9, or ctrl-C, on this machine's own Ray: at most one shard a worker is lost."""
+    base = tiny_model("llama")
+    corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
+    alone = command(base, corpus, SETTINGS, "alone")
+    code, err = alone.run(**{"ray-address": "none"})
+    assert code == 0, err
+    killed = command(base, corpus, SETTINGS, "killed")
+    kept = {}
+    for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*"), ("memory", CHECKED)):
+        process = killed.start(**{"ray-address": "local"})
+        partial = killed.output / f"{stage}.partial"
+        wait_for(partial, pattern, 1 if stage == "memory" else 5, process)
+        number = signal.SIGINT if stage == "targets" else signal.SIGKILL
+        said = killed.kill(process, number)
+        if stage == "targets":
+            assert process.returncode == 130 and "Traceback" not in said, said
+            assert said.splitlines()[-1] == "Stopped. Run the same command again to go on."
+        assert not (killed.output / stage).exists()
+        if stage != "memory":
+            kept[stage] = {p.name: p.stat().st_mtime_ns for p in partial.glob(pattern)}
+    step = torch.load(killed.output / "memory.partial" / CHECKED)["step"]
+    code, err = killed.run(**{"ray-address": "local"})
+    assert code == 0, err
+    resumed = int(re.search(r"resuming at step (\d+) of", err)[1])
+    assert 1 <= step <= resumed  # what Ray's processes still saved while they ended is not lost
+    for stage, files in kept.items():
+        for name, when in files.items():  # what was whole is not made again
+            assert (killed.output / stage / name).stat().st_mtime_ns == when
+    assert hashes(killed.output) == hashes(alone.output)
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("127.0.0.1:1", "no Ray cluster answers at 127.0.0.1:1"),
+        ("somewhere", "--ray-address must be HOST:PORT, auto, local or none"),
+    ],
+)
+def test_an_address_that_does_not_answer(
+    tiny_model, tmp_path, command, english, jsonl, address, says
+):
+    memdec = command(tiny_model("llama"), jsonl(tmp_path / "corpus.jsonl", english(40)), SETTINGS)
+    code, err = memdec.run(**{"ray-address": address})
+    assert code == 1 and err.splitlines()[-1].startswith(f"memdec: {says}")
+    assert "Traceback" not in err
+    # Nothing half-written is taken for whole: the next run, elsewhere, finishes.
+    shutil.rmtree(memdec.output / "memory", ignore_errors=True)
+    code, err = memdec.run(**{"ray-address": "none"})
+    assert code == 0, err

@@ -1,0 +1,309 @@
+"""Where work runs: in this process, or on Ray. The only module that imports Ray.
+
+A stage hands over a worker, a picklable callable that takes a shard's number, does the shard and
+writes its files; what it needs, a model or an index, it opens at its first call and keeps. One
+with `gpu = True` gets a GPU to itself, where there are any. Ray
+Data runs one actor a worker and gives a lost actor's shards to others; Ray Train starts the
+processes of the training, and starts them again, fewer if need be, when one is lost.
+"""
+
+import logging
+import os
+import pickle
+import shutil
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+CONNECT_SECONDS = 10.0
+OBJECT_STORE_BYTES = 128 * 2**20  # data goes through files, results are numbers
+TRAINING_RESTARTS = 8  # of the group of training processes
+LARGEST_WORKER = 8  # CPUs: a worker scales no further
+
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no call leaves the machine
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """A training process among its fellows."""
+
+    rank: int = 0
+    size: int = 1
+
+
+class Cluster(Protocol):
+    """Runs workers over shards, and the training loop."""
+
+    def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
+        """Yield the worker's result of every item, in any order."""
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Return function(*args), run on one machine of the cluster."""
+
+    def train(self, loop: Callable[[World], None], work: Path) -> None:
+        """Run a training loop on one process or several; work is on storage all of them share."""
+
+
+class Here:
+    """Everything in this process, one after the other: for tests and debuggers."""
+
+    def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
+        yield from map(worker, items)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    def train(self, loop: Callable[[World], None], work: Path) -> None:
+        loop(World())
+
+
+class _Carried:
+    """A worker inside Ray: what it raises travels home as a value, not wrapped and not retried."""
+
+    def __init__(self, worker: Callable[[int], int], shared: str) -> None:
+        self.worker, self.shared = worker, shared
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        result, error = _attempt(self.worker, self.shared, row["item"])
+        return {"result": -1 if error else result, "error": error}
+
+
+def _attempt(function: Callable[..., Any], shared: str, *args: Any) -> tuple[Any, bytes]:
+    """Return (function(*args), b""), or (None, the pickled error)."""
+    try:
+        if shared and not Path(shared).exists():
+            raise ValueError(
+                f"a node of the cluster does not see {shared}: give an --output on storage that "
+                "all nodes share."
+            )
+        return function(*args), b""
+    except Exception as error:
+        try:
+            carried = pickle.dumps(error)
+            pickle.loads(carried)
+        except Exception:  # an error that cannot travel
+            carried = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
+        return None, carried
+
+
+def _open(error: bytes) -> None:
+    if error:
+        raise pickle.loads(error)
+
+
+class RayCluster:
+    """Runs work on Ray: by default a local one of this machine, started when it is first needed."""
+
+    def __init__(self, address: str | None = None, shared: Path | None = None) -> None:
+        """address: HOST:PORT of a cluster, or "auto"; shared: a folder that all nodes must see."""
+        self.address = address
+        self.shared = str(shared) if shared else ""
+        self.started = False
+
+    def start(self) -> None:
+        """Start or join Ray, once; ValueError in one sentence if it does not answer."""
+        if self.started:
+            return
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        try:
+            import ray.data
+            import ray.train
+        except ModuleNotFoundError:
+            raise ValueError(
+                "Ray is not installed: pip install 'vllm-memdec[train]', or use --ray-address none."
+            ) from None
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        for name in ("ray.data", "ray.train"):  # we tell the progress
+            logging.getLogger(name).setLevel(logging.ERROR)
+        options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if not ray.is_initialized():
+            if self.address is None:
+                # address="local": never join a cluster by chance, as RAY_ADDRESS would have it.
+                with _muted():
+                    ray.init(
+                        address="local",
+                        include_dashboard=False,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        **options,
+                    )
+            else:
+                _check_answers(self.address)
+                try:
+                    with _muted():
+                        ray.init(address=self.address, **options)
+                except Exception as error:
+                    what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                    raise ValueError(
+                        f"no Ray cluster at {self.address} ({what}): check --ray-address."
+                    ) from None
+        self.started = True
+
+    def _resources(self) -> tuple[int, int, int]:
+        """Return (CPUs a worker, workers, GPUs) of the machines that are alive."""
+        import ray
+
+        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        cpus = [int(n["CPU"]) for n in nodes if n.get("CPU", 0) >= 1]
+        if not cpus:
+            raise ValueError("the Ray cluster has no CPU: add a node to it.")
+        each = min(*cpus, LARGEST_WORKER)
+        return each, sum(n // each for n in cpus), int(sum(n.get("GPU", 0) for n in nodes))
+
+    def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
+        items = list(items)
+        if not items:
+            return
+        self.start()
+        import ray
+
+        cpus, workers, gpus = self._resources()
+        if not getattr(worker, "gpu", False):
+            gpus = 0
+        place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+        workers = min(gpus or workers, len(items))
+        rows = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
+        done = rows.map(
+            _Carried,
+            fn_constructor_args=(worker, self.shared),
+            # Two shards in flight hide the scheduling; one at least may stay when nodes are lost.
+            compute=ray.data.ActorPoolStrategy(
+                min_size=1,
+                max_size=workers,
+                initial_size=workers,
+                max_tasks_in_flight_per_actor=2,
+            ),
+            **place,
+        )
+        for row in done.iter_rows():
+            _open(row["error"])
+            yield row["result"]
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        self.start()
+        import ray
+
+        cpus, _, gpus = self._resources()
+        place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+        task = ray.remote(**place, max_retries=-1)(_attempt)
+        result, error = ray.get(task.remote(function, self.shared, *args))
+        _open(error)
+        return result
+
+    def train(self, loop: Callable[[World], None], work: Path) -> None:
+        self.start()
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+
+        cpus, workers, gpus = self._resources()
+        workers = gpus or workers
+        storage = work / "ray"
+        trainer = TorchTrainer(
+            _train,
+            train_loop_config={"loop": loop, "shared": self.shared},
+            scaling_config=ScalingConfig(
+                num_workers=(1, workers) if workers > 1 else 1,
+                use_gpu=bool(gpus),
+                resources_per_worker={"GPU": 1} if gpus else {"CPU": cpus},
+            ),
+            run_config=RunConfig(
+                name=f"memory-{os.getpid()}-{time.time_ns()}",
+                storage_path=str(storage),
+                failure_config=FailureConfig(max_failures=TRAINING_RESTARTS),
+            ),
+        )
+        try:
+            result = trainer.fit()
+            _open(result.return_value or b"")
+        except TrainingFailedError as error:
+            failures = list(getattr(error, "worker_failures", {}).values())
+            for failure in failures:
+                if isinstance(failure, (ValueError, OSError)):
+                    raise failure from None
+            what = str(failures[0] if failures else error).strip().splitlines()[0]
+            raise ValueError(
+                f"training processes were lost more than {TRAINING_RESTARTS} times ({what}): run "
+                "again to go on from the last checkpoint."
+            ) from error
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Drop what Ray's C++ side prints as it starts; what goes wrong is raised."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _check_answers(address: str) -> None:
+    """Raise ValueError unless something listens at HOST:PORT; "auto" is Ray's to find."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address == "auto":
+        return
+    if not host or not port.isdigit():
+        raise ValueError(f"--ray-address must be HOST:PORT, auto, local or none, got {address!r}.")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"no Ray cluster answers at {address} ({error}): check --ray-address."
+        ) from None
+
+
+def _train(config: dict[str, Any]) -> bytes:
+    """Run the loop in one of Ray Train's processes; return what rank 0 raised."""
+    import ray.train
+
+    context = ray.train.get_context()
+    world = World(context.get_world_rank(), context.get_world_size())
+    _, error = _attempt(config["loop"], config["shared"], world)
+    if error and world.rank != 0:  # only rank 0's value goes home
+        _open(error)
+    return error
+
+
+@contextmanager
+def followed(path: Path, advance: Callable[[int], None], seconds: float = 0.5) -> Iterator[None]:
+    """Call advance(lines added) now and then while another process appends lines to a file."""
+    stop = threading.Event()
+    seen = path.read_bytes().count(b"\n") if path.exists() else 0
+
+    def look() -> None:
+        nonlocal seen
+        lines = path.read_bytes().count(b"\n") if path.exists() else 0
+        if lines > seen:  # fewer after a restart from a checkpoint: wait until they are done again
+            advance(lines - seen)
+            seen = lines
+
+    def watch() -> None:
+        while not stop.wait(seconds):
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        look()
