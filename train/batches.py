@@ -4,6 +4,7 @@ Which blocks, candidate columns and random numbers a step sees depends on seed a
 resumed run sees what an undisturbed one would have.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,12 @@ class Batches:
     def blocks(self, step: int) -> np.ndarray:
         """Return the block numbers of a step; each epoch is a new permutation."""
         epoch, place = divmod(step, self.per_epoch)
-        order = np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens))
-        return order[place * self.size : (place + 1) * self.size]
+        return self.order(epoch)[place * self.size : (place + 1) * self.size]
+
+    @functools.lru_cache(maxsize=1)  # noqa: B019, one object a training
+    def order(self, epoch: int) -> np.ndarray:
+        """Return the permutation of the blocks of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens))
 
     def step_seed(self, step: int) -> int:
         """Return the seed of a step's random numbers, so that a resumed run draws the same."""

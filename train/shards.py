@@ -82,8 +82,12 @@ class Sharded:
             yield from self.shard(number)
 
     def __getitem__(self, index: Any) -> np.ndarray:
-        """Return the rows of a slice or of an array of row numbers, copied."""
-        rows = np.arange(self.length)[index]
+        """Return a row, or the rows of a slice or of an array of row numbers, copied."""
+        rows = (
+            np.arange(*index.indices(len(self))) if isinstance(index, slice) else np.asarray(index)
+        )
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"rows must be from 0 to {len(self) - 1}, got {index}.")
         if rows.ndim == 0:
             return self.shard(int(rows) // self.per_shard)[int(rows) % self.per_shard]
         like = self.shard(0)

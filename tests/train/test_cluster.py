@@ -9,13 +9,15 @@ import time
 import pytest
 import torch
 
+from vllm_memdec.train.cluster import QUIET
+
 SETTINGS = {
     "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 2},
     "datastore": {"dtype": "float32", "batch_blocks": 1},
     "index": {"kind": "sq8"},
     "targets": {"neighbours": 32},
     "memory": {
-        "layers": 1, "epochs": 6, "dtype": "float32", "checkpoint_seconds": 0.2, "batch_blocks": 4,
+        "layers": 1, "epochs": 1, "dtype": "float32", "checkpoint_seconds": 0.2, "batch_blocks": 4,
     },
     "export": {"dtype": "float32"},
 }  # fmt: skip
@@ -28,7 +30,8 @@ def ray_cluster(monkeypatch):
     """Yield a cluster of a head without CPUs and two nodes of one CPU, as processes here."""
     from ray.cluster_utils import Cluster
 
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         for _ in range(2):
@@ -38,7 +41,7 @@ def ray_cluster(monkeypatch):
         cluster.shutdown()
 
 
-def wait_for(path, pattern, count, process, seconds=120):
+def wait_for(path, pattern, count, process, seconds=300):
     """Wait until a folder holds so many files; fail if the command ends before."""
     until = time.monotonic() + seconds
     while len(list(path.glob(pattern))) < count:
