@@ -32,6 +32,7 @@ def ray_cluster(monkeypatch):
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         for _ in range(2):
