@@ -70,16 +70,21 @@ def interleaved_ms(
     return {name: statistics.median(values) for name, values in rounds.items()}
 
 
+def spread(values: list[float]) -> dict[str, float]:
+    """Return median, minimum and maximum under the suffixes their columns get."""
+    return {"": statistics.median(values), "_min": min(values), "_max": max(values)}
+
+
 def interleaved_rounds(
-    functions: dict[str, Callable[[], Any]], seconds: float = 0.5, inner: int = 1
-) -> dict[str, list[float]]:
+    functions: dict[Any, Callable[[], Any]], seconds: float = 0.5, inner: int = 1
+) -> dict[Any, list[float]]:
     """Return the milliseconds of each function, from rounds that call all of them in turn.
 
     One round times `inner` calls in a row; on a GPU more than one keeps its queue full, so that
     kernels shorter than a launch are not timed as launches. There are 5 to 100 rounds, about
     `seconds` in all. Callers warm the functions up.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[Any, list[float]] = {name: [] for name in functions}
     started = time.perf_counter()
     for done in range(100):
         if done >= 5 and time.perf_counter() - started > seconds:

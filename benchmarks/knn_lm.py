@@ -45,7 +45,7 @@ def find_neighbours(
     k = min(settings.targets.neighbours, len(index.labels))
     found = []
     for keys, labels in embed(
-        base, settings.datastore.key, tokens, positions, settings.datastore.batch_blocks
+        base, settings.datastore.key_layer, tokens, positions, settings.datastore.batch_blocks
     ):
         distances, ids = index.search(keys, k)
         found.append((distances, ids, index.labels[ids] == labels[:, None]))

@@ -79,9 +79,19 @@ def test_the_demo_reports_everything(demo):
     assert "exact recall" in (ROOT / "build/demo-quick/report.md").read_text()
 
 
-def test_compile_command(demo, tmp_path):
+def test_plan_command(demo):
+    printed = run(block("memdec plan"))
+    assert all(stage in printed for stage in ("datastore", "targets", "memory", "1e+10"))
+
+
+def test_compile_and_verify_commands(demo, tmp_path):
     run(block("memdec build").replace("build/my-memory", str(tmp_path / "memory")))
     assert json.loads((tmp_path / "memory/export/config.json").read_text())["memdec"]["alpha"] >= 0
+    verify = block("memdec verify").strip().replace("build/my-memory", str(tmp_path / "memory"))
+    run(f"{verify} --json {tmp_path}/found.json || test $? = 1")
+    checks = json.loads((tmp_path / "found.json").read_text())["checks"]
+    # The small demo's memory learns nothing, see above, and that is said.
+    assert [check["name"] for check in checks if check["status"] == "FAILED"] == ["fidelity"]
 
 
 def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:

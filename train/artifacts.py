@@ -152,7 +152,7 @@ def build_artifact(
     if open_artifact(work) is None:  # else it was killed just before it got its name
         started = time.monotonic()
         make(work)
-        names = sorted(str(p.relative_to(work)) for p in _data_files(work))
+        names = sorted(str(p.relative_to(work)) for p in data_files(work))
         content = plan | {"files": {name: _seal(work / name) for name in names}}
         # Of the run that finished it; where and when it was made is no part of what it is.
         seconds = round(time.monotonic() - started, 1)
@@ -184,7 +184,8 @@ def _seal(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _data_files(folder: Path) -> Iterator[Path]:
+def data_files(folder: Path) -> Iterator[Path]:
+    """Yield the files of an artifact, or of its working folder, that its manifest lists."""
     for p in folder.rglob("*"):
         relative = p.relative_to(folder)
         if p.is_file() and relative.parts[0] != LOGS and p.name not in (MANIFEST, PLAN):

@@ -1,4 +1,4 @@
-"""The `memdec` command. `memdec build` compiles a corpus into a memory."""
+"""The `memdec` command: plan what a build costs, build a memory, verify what came out."""
 
 import contextlib
 import errno
@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import signal
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated
 INSTALL = "is not installed: pip install 'vllm-memdec[train,cpu]', or [train,cuda]."
 try:
     import typer
+    from rich.console import Console
 
     from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
@@ -111,6 +113,74 @@ def choose_cluster(address: str, output: Path) -> Cluster:
     if address == "none":
         return Here()
     return RayCluster(None if address == "local" else address, shared=output.resolve())
+
+
+@app.command()
+def plan(
+    base: Annotated[str, typer.Option(help="Folder of the base model (Hugging Face).")],
+    corpus: Annotated[
+        Path | None, typer.Option(help="Text of the kind, a sample will do with --tokens.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1000, help="Size of the corpus; default: that of --corpus.")
+    ] = None,
+    validation: Annotated[
+        Path | None, typer.Option(help="Text alpha is calibrated on, as for build.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    ray_address: Annotated[str, typer.Option(help="As for build.")] = "local",
+    memory_budget: Annotated[str, typer.Option(help="As for build.")] = "4GiB",
+    gpu: Annotated[
+        str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+) -> None:
+    """Tell what a build will cost: measures about a minute, then counts time, disk and memory."""
+    progress = Progress()
+    with explained(progress), tempfile.TemporaryDirectory(prefix="memdec-plan-") as work:
+        from vllm_memdec.train import plan as planning
+        from vllm_memdec.train.artifacts import write_json
+
+        found = planning.plan(
+            base,
+            corpus,
+            validation,
+            tokens,
+            load_settings(config),
+            Path(work),
+            progress,
+            choose_cluster(ray_address, Path(work)),
+            parse_bytes(memory_budget, "--memory-budget"),
+            gpu,
+            gpus,
+        )
+        planning.show(found, Console())
+        if json_file is not None:
+            write_json(json_file, planning.report(found))
+
+
+@app.command()
+def verify(
+    artifact: Annotated[Path, typer.Argument(help="Output folder of a build, or a stage in it.")],
+    sample: Annotated[int, typer.Option(min=1, help="Rows searched and scored, at most.")] = 1024,
+    base: Annotated[
+        Path | None, typer.Option(help="The build's base, to compare its answers with.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+) -> None:
+    """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
+    progress = Progress()
+    with explained(progress):
+        from vllm_memdec.train import verify as checking
+        from vllm_memdec.train.artifacts import write_json
+
+        found = checking.verify(artifact, sample, base, progress)
+        checking.show(found, Console())
+        if json_file is not None:
+            write_json(json_file, checking.report(artifact, found))
+        if failed := [check for check in found if check.status == checking.FAILED]:
+            raise ValueError(f"{failed[0].name} failed: {failed[0].fix}")
 
 
 @contextlib.contextmanager

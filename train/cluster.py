@@ -53,6 +53,9 @@ class Cluster(Protocol):
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Return function(*args), run on one machine of the cluster."""
 
+    def workers(self) -> int:
+        """Return how many workers run side by side."""
+
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         """Run a training loop on one process or several; work is on storage all of them share."""
 
@@ -65,6 +68,9 @@ class Here:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
+
+    def workers(self) -> int:
+        return 1
 
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         loop(World())
@@ -202,6 +208,11 @@ class RayCluster:
         result, error = ray.get(task.remote(function, self.shared, *args))
         _open(error)
         return result
+
+    def workers(self) -> int:
+        self.start()
+        _, workers, gpus = self._resources()
+        return gpus or workers
 
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         self.start()

@@ -19,10 +19,16 @@ class CorpusSettings:
 
 @dataclass(frozen=True)
 class DatastoreSettings:
-    key: Literal["last_mlp_input", "final_hidden"] = "last_mlp_input"  # the paper's: the former
+    key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"  # the paper's
+    layer_fraction: float = 0.7  # of the base's depth, where key is layer
     keep_keys: bool = True  # on disk, 2 bytes a number; else computed again for the search
     batch_blocks: int = 4  # blocks a forward pass
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
+
+    @property
+    def key_layer(self) -> str | float:
+        """Return the name of the key, or the share of the layers it is the output of."""
+        return self.layer_fraction if self.key == "layer" else self.key
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "corpus.block_tokens": (8, 1 << 20),
     "corpus.validation_fraction": (1e-6, 0.5),
     "corpus.shard_blocks": (1, 1 << 24),
+    "datastore.layer_fraction": (1e-3, 1),
     "datastore.batch_blocks": (1, 1 << 16),
     "index.probes": (1, 1 << 20),
     "index.seed": (0, (1 << 31) - 1),

@@ -6,6 +6,7 @@ the index and in the targets.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,33 +57,48 @@ def load_model(
     return model.eval().to(where or device())
 
 
+def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the transformer blocks."""
+    lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    return max(lists, key=len)
+
+
 def last_mlp(model: torch.nn.Module) -> torch.nn.Module:
     """Return the MLP of the last transformer block, whatever the architecture calls it."""
-    layers = max(
-        (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList)), key=len
-    )
+    last = layers_of(model)[-1]
     for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe"):
-        if hasattr(layers[-1], name):
-            return getattr(layers[-1], name)
+        if hasattr(last, name):
+            return getattr(last, name)
     raise ValueError(
         f"{type(model).__name__} has no MLP module known here: set datastore.key to final_hidden."
     )
 
 
 def hidden_keys(
-    model: torch.nn.Module, key: str, tokens: torch.Tensor, positions: torch.Tensor
+    model: torch.nn.Module, key: str | float, tokens: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """Return keys [B, T, D] of blocks [B, T]: the last MLP's input, or the final hidden state."""
+    """Return keys [B, T, D] of blocks [B, T], the forward pass stopped where they are known.
+
+    key: the last MLP's input, the final hidden state, or what a share of the layers puts out.
+    """
     if key == "final_hidden":
         out = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
         return out.last_hidden_state
     reached = []
 
-    def stop(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+    def stop_before(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         reached.append(args[0] if args else kwargs["hidden_states"])
         raise _KeyReached
 
-    handle = last_mlp(model).register_forward_pre_hook(stop, with_kwargs=True)
+    def stop_after(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        reached.append(output[0] if isinstance(output, tuple) else output)
+        raise _KeyReached
+
+    if key == "last_mlp_input":
+        handle = last_mlp(model).register_forward_pre_hook(stop_before, with_kwargs=True)
+    else:
+        layers = layers_of(model)
+        handle = layers[math.ceil(key * len(layers)) - 1].register_forward_hook(stop_after)
     try:
         with contextlib.suppress(_KeyReached):
             model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -92,7 +108,7 @@ def hidden_keys(
 
 
 @torch.inference_mode()
-def check_isolation(model: torch.nn.Module, key: str = "final_hidden") -> None:
+def check_isolation(model: torch.nn.Module, key: str | float = "final_hidden") -> None:
     """Raise ValueError unless documents packed into a block leave each other alone.
 
     Not every architecture of transformers takes the restart of positions for a boundary.
@@ -111,7 +127,7 @@ def check_isolation(model: torch.nn.Module, key: str = "final_hidden") -> None:
 
 @torch.inference_mode()
 def embed(
-    model: torch.nn.Module, key: str, tokens: np.ndarray, positions: np.ndarray, batch: int
+    model: torch.nn.Module, key: str | float, tokens: np.ndarray, positions: np.ndarray, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1]."""
     for start in range(0, len(tokens), batch):
@@ -149,7 +165,7 @@ class Keys:
         """Return (keys [rows, D] fp16, labels [rows] int32) of a shard, from the base."""
         tokens, positions = (array.shard(shard) for array in load_blocks(self.corpus, "train"))
         batches = embed(
-            self.model, self.settings.key, tokens, positions, self.settings.batch_blocks
+            self.model, self.settings.key_layer, tokens, positions, self.settings.batch_blocks
         )
         keys, labels = zip(*batches, strict=True)
         return np.concatenate(keys), np.concatenate(labels)
@@ -165,7 +181,7 @@ class Embedder:
 
     @cached_property
     def checked(self) -> bool:
-        check_isolation(self.keys.model, self.keys.settings.key)
+        check_isolation(self.keys.model, self.keys.settings.key_layer)
         return True
 
     def __call__(self, shard: int) -> int:

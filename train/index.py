@@ -7,6 +7,7 @@ that the nearest of all parts, merged, are what one large index would have found
 """
 
 import json
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,14 +37,22 @@ LABELS = "labels.i32"  # of all rows, in order
 GPU_LARGEST_K = 2048  # that faiss finds on a GPU
 
 
-def factory_string(kind: str, n_keys: int, width: int) -> str:
-    """Return the faiss factory string for a kind of index, "auto" choosing by the key count."""
+def most_sampled(width: int, budget: int) -> int:
+    """Return how many keys may be sampled: they are held in fp16 and in float32."""
+    return budget // PART_SHARE // (6 * width)
+
+
+def factory_string(kind: str, n_keys: int, width: int, budget: int) -> str:
+    """Return the faiss factory string for a kind of index, "auto" choosing by the key count.
+
+    budget: bytes a process may take, which bounds the sample and by that the number of lists.
+    """
     if kind == "auto":
         kind = "flat" if n_keys < FLAT_BELOW else "sq8" if n_keys < PQ_ABOVE else "pq"
     if kind == "flat":
         return "Flat"
     # About sqrt(n) lists; at least 40 keys each, faiss's minimum for a sound centroid.
-    lists = max(1, min(int(n_keys**0.5), n_keys // 40))
+    lists = max(1, min(int(n_keys**0.5), min(n_keys, most_sampled(width, budget)) // 40))
     if kind in ("sq8", "fp16"):
         return f"IVF{lists},SQ{'8' if kind == 'sq8' else 'fp16'}"
     if n_keys < PQ_KEYS:
@@ -100,7 +109,7 @@ def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, 
     stride = max(1, available // rows)
     found, numbers = [], []
     for shard in shards:
-        found.append(keys(int(shard))[::stride])
+        found.append(keys(int(shard))[::stride].copy())  # what stays mapped counts as memory
         numbers.append(np.arange(starts[shard], starts[shard + 1])[::stride])
     return np.concatenate(numbers), np.concatenate(found)
 
@@ -109,14 +118,14 @@ def train_index(settings: IndexSettings, keys: Keys, budget: int, work: Path) ->
     """Write trained.faiss, empty and trained on a sample of the keys; return its description."""
     starts = shard_rows(keys.corpus)
     n_keys, width = int(starts[-1]), keys(0).shape[1]
-    description = factory_string(settings.kind, n_keys, width)
+    description = factory_string(settings.kind, n_keys, width, budget)
     index = faiss.index_factory(width, description)
     if not index.is_trained:
         ivf = faiss.extract_index_ivf(index)
         ivf.cp.seed = settings.seed
-        wanted = min(POINTS_PER_LIST * ivf.nlist, budget // PART_SHARE // (4 * width))
-        # faiss wants 39 points a centroid, whatever the budget.
-        sample = sample_rows(keys, starts, max(wanted, 40 * ivf.nlist))[1].astype(np.float32)
+        wanted = min(POINTS_PER_LIST * ivf.nlist, most_sampled(width, budget))
+        least = PQ_KEYS if "PQ" in description else 40 * ivf.nlist
+        sample = sample_rows(keys, starts, max(wanted, least))[1].astype(np.float32)
         index = to_gpu(index)
         index.train(sample)
         index = to_cpu(index)
@@ -274,3 +283,41 @@ class Index:
         for start in range(0, len(queries), at_once):
             rows = slice(start, min(start + at_once, len(queries)))
             yield rows, *self.search(queries[rows], k)
+
+
+@dataclass(frozen=True)
+class TimedSearch:
+    """Seconds of an index's training, filling and search, and what was found."""
+
+    train: float
+    add: float
+    search: float
+    compare: float  # of the search: finding the lists
+    lists: int
+    visited: int  # keys that queries were compared with
+    distances: np.ndarray
+    ids: np.ndarray
+
+
+def time_search(keys: np.ndarray, own: np.ndarray, kind: str, k: int, probes: int) -> TimedSearch:
+    """Build an index over a few keys, of the codes that a factory string names; search rows own."""
+
+    def timed(function: Any, *args: Any) -> tuple[float, Any]:
+        began = time.perf_counter()
+        found = function(*args)
+        return time.perf_counter() - began, found
+
+    data, code = np.asarray(keys, dtype=np.float32), kind.split(",")[-1]
+    lists = 1 if code == "Flat" else max(1, min(int(len(data) ** 0.5), len(data) // 40))
+    index = faiss.index_factory(data.shape[1], code if code == "Flat" else f"IVF{lists},{code}")
+    train, _ = timed(index.train, data)
+    add, _ = timed(index.add, data)
+    compare, queries = 0.0, data[own]
+    if code != "Flat":
+        index.nprobe = min(probes, lists)
+        index.quantizer.search(queries, index.nprobe)  # warms up
+        compare, _ = timed(index.quantizer.search, queries, index.nprobe)
+        faiss.cvar.indexIVF_stats.reset()
+    search, (distances, ids) = timed(index.search, queries, k)
+    visited = len(own) * len(data) if code == "Flat" else faiss.cvar.indexIVF_stats.ndis
+    return TimedSearch(train, add, search, compare, lists, visited, distances, ids)

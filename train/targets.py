@@ -8,13 +8,14 @@ labels [rows] int32, which training checks against its batches.
 """
 
 import json
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import torch
 
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
@@ -25,6 +26,7 @@ from vllm_memdec.train.index import Index, sample_rows
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard, save_array, shard_path
 
+CACHE_ROWS = 32  # rows whose neighbours stay in a core's cache
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
 FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
@@ -37,42 +39,97 @@ def neighbours_without_self(
 
     The query need not be rank 1 of a quantised index, so it is found by id, never by rank.
     """
-    drop = ids == own[:, None]
-    drop[~drop.any(axis=1), -1] = True
-    shape = (len(ids), ids.shape[1] - 1)
-    return distances[~drop].reshape(shape), ids[~drop].reshape(shape)
+    # Mostly it is the first: all but that, and where it is not, those before it moved up by one.
+    late = np.flatnonzero(ids[:, 0] != own)
+    if not len(late):
+        return distances[:, 1:], ids[:, 1:]
+    kept_distances, kept_ids = distances[:, 1:].copy(), ids[:, 1:].copy()
+    for row in late.tolist():
+        place = np.flatnonzero(ids[row] == own[row])
+        n = place[0] if len(place) else ids.shape[1] - 1
+        kept_distances[row, :n], kept_ids[row, :n] = distances[row, :n], ids[row, :n]
+    return kept_distances, kept_ids
 
 
 def neighbour_weights(distances: np.ndarray, ids: np.ndarray, temperature: float) -> np.ndarray:
     """Return softmax(-d / temperature) [rows, k] in float32; missing neighbours weigh nothing."""
-    scaled = np.where(ids < 0, -np.inf, -distances.astype(np.float64) / temperature)
-    top = scaled.max(axis=1, keepdims=True)
-    weights = np.exp(scaled - np.where(np.isfinite(top), top, 0))
-    total = weights.sum(axis=1, keepdims=True)
-    return (weights / np.where(total > 0, total, 1)).astype(np.float32)
+    d = torch.from_numpy(np.asarray(distances, np.float32))
+    if missing := ids.min(initial=0) < 0:
+        d = d.masked_fill(torch.from_numpy(ids) < 0, torch.inf)
+    # Less the nearest, so that float32 holds differences: those of any weight are small.
+    scaled = (d - d.amin(dim=1, keepdim=True)).div_(-temperature)
+    weights = scaled.softmax(dim=1)
+    return (weights.nan_to_num_(0) if missing else weights).numpy()  # nan: a row without any
 
 
 def aggregate(
-    weights: np.ndarray, tokens: np.ndarray, min_probability: float
+    weights: np.ndarray,
+    tokens: np.ndarray,
+    min_probability: float,
+    table: torch.Tensor | None = None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Sum weights [rows, k] of equal tokens: returns CSR (offsets int64, ids int32, probs fp32).
 
     Probabilities below min_probability are dropped and the rest renormalised; within a row ids
-    ascend.
+    ascend. The weights of a token meet at the place of one of its neighbours, which a table of
+    rows x span entries tells. All that is read in it was written just before, so it is never
+    cleared: neither are a row's neighbours sorted nor its vocabulary visited.
     """
     rows, k = weights.shape
     span = int(tokens.max(initial=0)) + 1
-    code = (np.arange(rows, dtype=np.int64)[:, None] * span + tokens).ravel()
-    order = np.argsort(code, kind="stable")
-    code = code[order]
-    first = np.flatnonzero(np.r_[True, code[1:] != code[:-1]])
-    probs = np.add.reduceat(weights.ravel()[order], first, dtype=np.float32)
-    row, token = np.divmod(code[first], span)
-    kept = probs >= max(min_probability, SMALLEST)
-    row, token, probs = row[kept], token[kept], probs[kept]
+    if table is None:
+        table = torch.empty(rows * span, dtype=torch.int32)
+    weights_NK = torch.from_numpy(weights)
+    tokens_NK = torch.from_numpy(tokens.astype(np.int32, copy=False))
+    table_NS = table[: rows * span].view(rows, span)
+    places_NK = torch.arange(k, dtype=torch.int32).expand(rows, k)
+    table_NS.scatter_(1, tokens_NK, places_NK)  # of equal tokens any wins
+    sums_NK = torch.zeros(rows, k).scatter_add_(1, table_NS.gather(1, tokens_NK), weights_NK)
+    sums = sums_NK.numpy().ravel()
+    place = np.flatnonzero(sums >= max(min_probability, SMALLEST))  # 0 where no token is summed
+    code = place // k * span + tokens_NK.numpy().ravel()[place]
+    if rows * span < 1 << 31:
+        code = code.astype(np.int32)  # sorts twice as fast
+    code.sort()
+    row = code // span
+    token = code - row * span
+    probs = sums[row * np.int64(k) + table.numpy()[code]]
     total = np.bincount(row, weights=probs, minlength=rows)
     offsets = np.r_[0, np.cumsum(np.bincount(row, minlength=rows))].astype(np.int64)
     return offsets, token.astype(np.int32), (probs / total[row]).astype(np.float32)
+
+
+def sparse_targets(
+    distances: np.ndarray,
+    ids: np.ndarray,
+    own: np.ndarray,
+    labels: np.ndarray,
+    span: int,
+    temperature: float,
+    min_probability: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the targets of rows `own` as CSR, see aggregate(), of k+1 neighbours found for each.
+
+    labels: of all rows, each below span. Few rows at a time, so that all that is made of them stays
+    in cache, on all threads.
+    """
+    starts = np.arange(0, len(own), CACHE_ROWS)
+
+    def work(starts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        table, found = torch.empty(CACHE_ROWS * span, dtype=torch.int32), []
+        for start in starts.tolist():
+            part = slice(start, start + CACHE_ROWS)
+            d, i = neighbours_without_self(distances[part], ids[part], own[part])
+            weights = neighbour_weights(d, i, temperature)
+            found.append(aggregate(weights, labels[i], min_probability, table))
+        return found
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads) as pool:
+        found = pool.map(work, np.array_split(starts, threads))
+        pieces = [(np.diff(o), i, p) for part in found for o, i, p in part]
+    lengths, tokens, probs = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
+    return np.r_[0, np.cumsum(lengths)], tokens, probs
 
 
 def fit_temperature(distances: np.ndarray, ids: np.ndarray, hit: np.ndarray) -> float:
@@ -113,19 +170,18 @@ class Searcher:
     def neighbours(self) -> int:
         return min(self.settings.neighbours, int(self.starts[-1]) - 1)
 
-    def nearest(
-        self, keys: np.ndarray, rows: np.ndarray
-    ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yield (part of the rows, distances, ids) of the nearest rows other than themselves."""
-        for part, distances, ids in self.index.blocks(keys, self.neighbours + 1):
-            yield part, *neighbours_without_self(distances, ids, rows[part])
+    @cached_property
+    def span(self) -> int:
+        """Return how many token ids there are up to the highest that occurs."""
+        return int(self.index.labels.max()) + 1
 
     def fit(self) -> float:
         """Return the temperature that suits rows spread over the corpus."""
         numbers, sample = sample_rows(self.keys, self.starts, FIT_ROWS)
         chosen = np.linspace(0, len(numbers) - 1, min(FIT_ROWS, len(numbers))).astype(np.int64)
-        found = list(self.nearest(sample[chosen], numbers[chosen]))
+        found = list(self.index.blocks(sample[chosen], self.neighbours + 1))
         distances, ids = (np.concatenate([f[n] for f in found]) for n in (1, 2))
+        distances, ids = neighbours_without_self(distances, ids, numbers[chosen])
         labels = self.index.labels
         hit = (ids >= 0) & (labels[ids] == labels[numbers[chosen]][:, None])
         return fit_temperature(distances, ids, hit)
@@ -139,10 +195,10 @@ class Searcher:
                 f"folder {self.keys.datastore} and build again."
             )
         found = []
-        for _, distances, ids in self.nearest(keys, rows):
-            weights = neighbour_weights(distances, ids, self.temperature)
-            tokens = self.index.labels[ids]
-            found.append(aggregate(weights, tokens, self.settings.min_probability))
+        for part, distances, ids in self.index.blocks(keys, self.neighbours + 1):
+            neighbours = (distances, ids, rows[part], self.index.labels)
+            least = self.settings.min_probability
+            found.append(sparse_targets(*neighbours, self.span, self.temperature, least))
         lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in found])
         files = {
             "offsets": np.r_[0, np.cumsum(lengths)],

@@ -62,6 +62,16 @@ def autocast_to(dtype: str, where: torch.device) -> contextlib.AbstractContextMa
     return contextlib.nullcontext()
 
 
+def new_optimizer(model: Any, settings: MemorySettings) -> torch.optim.Optimizer:
+    """Return AdamW over all weights of a model."""
+    return torch.optim.AdamW(
+        model.parameters(),
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
 def add_gradients(
     model: Any,
     batches: Batches,
@@ -128,12 +138,7 @@ class Training:
         batches = Batches(settings, self.corpus, self.targets)
         model = build_memory(settings, self.base, batches.tokens.shape[1] - 1)
         model = model.to(device()).train()
-        optimizer = torch.optim.AdamW(
-            model.parameters(),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        optimizer = new_optimizer(model, settings)
         step = 0
         if (self.work / CHECKPOINT).exists():
             state = torch.load(self.work / CHECKPOINT, weights_only=True, map_location=device())

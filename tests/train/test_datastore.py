@@ -53,17 +53,22 @@ def keys_one_document_at_a_time(folder, key, tokens, positions):
         for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
             run = torch.from_numpy(row[start:stop].astype(np.int64))
             out = model(run[None], output_hidden_states=True)
-            found = {"last_mlp_input": seen[-1], "final_hidden": out.hidden_states[-1][0]}[key]
+            found = {
+                "last_mlp_input": seen[-1],
+                "final_hidden": out.hidden_states[-1][0],
+                "layer": out.hidden_states[1][0],  # hidden_states[0] is the embedding
+            }[key]
             keys.append(found[:-1])
             labels.append(run[1:])
     return torch.cat(keys).numpy(), torch.cat(labels).numpy()
 
 
-@pytest.mark.parametrize("key", ["last_mlp_input", "final_hidden"])
+@pytest.mark.parametrize("key", ["last_mlp_input", "final_hidden", "layer"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_keys_are_those_of_each_document_alone(tiny_model, corpus, tmp_path, kind, key):
     base = tiny_model(kind)
-    embed_all(DatastoreSettings(key=key, **SETTINGS), base, corpus, tmp_path)
+    settings = DatastoreSettings(key=key, layer_fraction=0.5, **SETTINGS)  # the first of two
+    embed_all(settings, base, corpus, tmp_path)
     tokens, positions = (array[:] for array in load_blocks(corpus, "train"))
     expected, labels = keys_one_document_at_a_time(base, key, tokens, positions)
     found = shards(tmp_path, "keys")

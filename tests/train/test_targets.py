@@ -6,6 +6,7 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from vllm_memdec.train import index as index_stage
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import DatastoreSettings, IndexSettings, TargetSettings
@@ -224,20 +225,24 @@ def test_sq8_recall_on_real_keys(pipeline):
 
 def test_kinds_of_index():
     """Lists have at least 40 keys each; codes divide the width; too few keys for codes are said."""
-    assert factory_string("auto", 9_999, 768) == "Flat"
-    assert factory_string("auto", 10_000, 768) == "IVF100,SQ8"
-    assert factory_string("auto", 30_000_000, 768) == "OPQ64,IVF5477,PQ64"
-    assert factory_string("sq8", 30, 64) == "IVF1,SQ8"
-    assert factory_string("sq8", 400, 64) == "IVF10,SQ8"
+    assert factory_string("auto", 9_999, 768, 2**32) == "Flat"
+    assert factory_string("auto", 10_000, 768, 2**32) == "IVF100,SQ8"
+    assert factory_string("auto", 30_000_000, 768, 2**32) == "OPQ64,IVF5477,PQ64"
+    assert factory_string("sq8", 30, 64, 2**32) == "IVF1,SQ8"
+    assert factory_string("sq8", 400, 64, 2**32) == "IVF10,SQ8"
+    # 40 keys a list have to be sampled, whatever the number of keys.
+    assert factory_string("sq8", 10**9, 512, 2**28) == "IVF546,SQ8"
     with pytest.raises(ValueError, match="needs 9984 keys .* has 9983: choose sq8"):
-        factory_string("pq", 9_983, 768)
+        factory_string("pq", 9_983, 768, 2**32)
 
 
 @pytest.mark.parametrize("kind", ["flat", "sq8", "fp16"])
-def test_parts_of_an_index_merge_to_the_whole(tmp_path, kind):
+def test_parts_of_an_index_merge_to_the_whole(tmp_path, kind, monkeypatch):
     """A budget for two shards a part, and for few queries at once: the same rows are found."""
     keys, labels = clustered(3000)
-    size = key_bytes(factory_string(kind, len(keys), WIDTH), WIDTH)
+    # So small a budget would give fewer lists as well, which is another index.
+    monkeypatch.setattr(index_stage, "most_sampled", lambda width, budget: len(keys))
+    size = key_bytes(factory_string(kind, len(keys), WIDTH, 2**32), WIDTH)
     settings = {"neighbours": 20, "temperature": 2.0, "min_probability": 0.0}
     found = {}
     for name, budget in (("whole", BUDGET), ("parts", 4 * 900 * size)):

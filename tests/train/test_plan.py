@@ -1,0 +1,122 @@
+"""`memdec plan` against the build it predicts: counts and sizes, times on tiny models loosely.
+
+How close times come on a real model is measured by benchmarks/plan.py.
+"""
+
+import dataclasses
+import json
+import subprocess
+
+import pytest
+from conftest import ENVIRONMENT, MEMDEC
+
+from vllm_memdec.train.calibrate import Rates
+from vllm_memdec.train.config import parse_settings
+from vllm_memdec.train.pipeline import STAGES
+from vllm_memdec.train.plan import GPUS, TABLE, UTILISATION, Job, on_gpu
+
+MB = 2**20
+
+
+@pytest.fixture
+def run_plan(tmp_path, quick):
+    """Return a function that runs the command: exit code, what it printed, its report if any."""
+    config, report = tmp_path / "settings.yaml", tmp_path / "plan.json"
+    config.write_text(json.dumps(quick()))
+
+    def run(base, *options):
+        words = [str(MEMDEC), "plan", "--base", str(base), "--config", str(config)]
+        words += ["--ray-address", "none", "--json", str(report), *map(str, options)]
+        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+        found = json.loads(report.read_text()) if report.exists() else None
+        return done.returncode, done.stdout + done.stderr, found
+
+    return run
+
+
+def test_it_predicts_a_build(pipeline, run_plan):
+    code, said, found = run_plan(pipeline.base, "--corpus", pipeline.corpus)
+    assert code == 0, said
+    counts = json.loads((pipeline.output / "corpus/corpus.json").read_text())
+    tokens = sum(counts[split]["tokens"] for split in ("train", "validation"))
+    assert found["tokens"] == pytest.approx(tokens, rel=0.01)
+    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert tuple(stages) == STAGES
+    # Small files have headers that nobody plans.
+    for name, within in (("corpus", 0.15), ("datastore", 0.1), ("index", 0.15), ("targets", 0.4)):
+        files = json.loads((pipeline.output / name / "manifest.json").read_text())["files"]
+        assert stages[name]["disk"] == pytest.approx(
+            sum(entry["bytes"] for entry in files.values()), rel=within
+        ), name
+    seconds = sum(stage["seconds"] for stage in stages.values())
+    # Where everything takes fractions of a second, only the magnitude can be told.
+    assert 0.05 < seconds < 60 and all(s["memory"] > 50 * MB for s in stages.values())
+    assert [int(n) for n in found["sizes"]] == list(TABLE)
+    for name in STAGES:
+        assert name in said
+    assert "measured" in said and "1e+10" in said
+
+
+def test_a_size_without_text(pipeline, run_plan):
+    code, said, found = run_plan(pipeline.base, "--tokens", 5_000_000, "--gpu", "h100", "--gpus", 8)
+    assert code == 0, said
+    assert found["tokens"] == 5_000_000 and found["workers"] == found["gpus"] == 8
+    assert "GPU-hours" in said and "not measured" in said
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        ((), "memdec plan needs --corpus or --tokens: give the text or its size."),
+        (("--tokens", "2000", "--gpu", "abacus"), "--gpu must be one of a100"),
+        (("--corpus", "nowhere.txt"), "nowhere.txt does not exist"),
+    ],
+)
+def test_bad_input(pipeline, run_plan, options, sentence):
+    code, said, found = run_plan(pipeline.base, *options)
+    assert code == 1 and found is None
+    assert sentence in " ".join(said.split()) and "Traceback" not in said
+
+
+RATES = Rates(
+    **{f.name: 1e-3 for f in dataclasses.fields(Rates)}
+    | {"width": 64, "vocabulary": 1000, "used": 500, "sample_tokens": 10_000}
+    | {"rows_per_token": 1.0, "entries": 10.0, "imbalance": 1.0, "memory_parameters": 1000}
+    | {"process_bytes": 0, "embed_bytes": 0, "train_bytes": 0}
+)
+
+
+def job(tokens, budget=1024 * MB, workers=1, rates=RATES, **changes):
+    return Job(rates, parse_settings(changes), tokens, None, budget, workers)
+
+
+def test_memory_is_bounded_by_the_budget():
+    small, large = (job(n, budget=64 * MB) for n in (10**6, 10**9))
+    assert large.parts > 100 * small.parts
+    assert large.index().memory < 64 * MB and large.targets().memory < 64 * MB
+    assert job(10**9).index().memory > large.index().memory
+
+
+def test_keys_that_are_not_kept_cost_time_and_no_disk():
+    kept, computed = job(10**6), job(10**6, datastore={"keep_keys": False})
+    assert computed.datastore().disk < kept.datastore().disk / 20
+    assert computed.targets().seconds > kept.targets().seconds + 900  # a ms a key
+
+
+def test_workers_divide_what_can_be_divided():
+    alone, four = job(10**6), job(10**6, workers=4)
+    for name in ("datastore", "targets", "memory"):
+        one, part = (getattr(j, name)().seconds for j in (alone, four))
+        assert part == pytest.approx(one / 4, rel=0.05), name
+
+
+def test_steps_of_the_training():
+    epochs = [job(10**6, memory={"epochs": n}).memory().seconds for n in (1, 2)]
+    assert epochs[1] == pytest.approx(2 * epochs[0], rel=0.01)
+
+
+def test_a_gpu_from_its_figures():
+    gpu = on_gpu(RATES, GPUS["a100"], base_parameters=10**9)
+    assert gpu.key == pytest.approx(2e9 / (312e12 * UTILISATION))
+    assert gpu.step == pytest.approx(6 * 1000 / (312e12 * UTILISATION))
+    assert gpu.tokenise == RATES.tokenise
