@@ -52,7 +52,8 @@ class Rates:
     call: float  # of one process
     train: float  # of the training's processes
     tokenise: float  # a token
-    load: float  # the base
+    load: float  # the base, in a process that has loaded no model
+    reload: float  # the base, in one that has
     key: float  # a row, the base up to the key
     train_index: float  # a key of the sample and list, all passes of k-means
     compare: float  # a key and list
@@ -155,6 +156,7 @@ class StageProbe:
         model = load_model(self.base, settings.datastore.dtype)
         check_isolation(model, settings.datastore.key_layer)
         found["load"] = time.perf_counter() - began
+        found["reload"] = seconds(load_model, self.base, settings.datastore.dtype)
         keys, labels, blocks, found["key"] = self.embed(model)
         found["embed_bytes"] = peak_bytes()
         found |= measure_index(keys, labels, settings, self.n_keys, self.budget)
@@ -219,9 +221,8 @@ def sparse_sample(
     k = min(settings.targets.neighbours + 1, len(keys))
     distances, ids = nearest([keys], keys[rows], k)
     temperature = settings.targets.temperature or float(np.median(distances)) / 10 or 1.0
-    span = int(labels.max()) + 1
-    least = settings.targets.min_probability
-    offsets, tokens, probs = sparse_targets(distances, ids, rows, labels, span, temperature, least)
+    used, least = np.unique(labels), settings.targets.min_probability
+    offsets, tokens, probs = sparse_targets(distances, ids, rows, labels, used, temperature, least)
     return offsets, tokens, probs.astype(np.float16)
 
 
@@ -245,8 +246,8 @@ def measure_index(
     hit = labels[ids[:, 1:]] == labels[own][:, None]
     found["fit"] = seconds(fit_temperature, timed.distances[:, 1:], ids[:, 1:], hit)
     temperature = float(np.median(timed.distances)) / 10 or 1.0
-    span, least = int(labels.max()) + 1, settings.targets.min_probability
-    arguments = (timed.distances, ids, own, labels, span, temperature, least)
+    used, least = np.unique(labels), settings.targets.min_probability
+    arguments = (timed.distances, ids, own, labels, used, temperature, least)
     found["aggregate"] = seconds(sparse_targets, *arguments) / ids.size
     return found
 
@@ -294,7 +295,8 @@ class TrainingProbe:
         found["checkpoint"] = seconds(torch.save, state, self.work / "checkpoint.pt")
         (self.work / "checkpoint.pt").unlink()
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(corpus, "train"))
-        scored = seconds(label_logprobs, model.eval(), tokens, positions, SCORE_BLOCKS)
+        label_logprobs(model.eval(), tokens[:1], positions[:1], 1)  # warms up
+        scored = seconds(label_logprobs, model, tokens, positions, SCORE_BLOCKS)
         found["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)
         found["memory_parameters"] = sum(p.numel() for p in model.parameters())
         found |= {"train_bytes": peak_bytes(), "inside": time.perf_counter() - began}

@@ -20,13 +20,13 @@ import torch
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import TargetSettings
-from vllm_memdec.train.corpus import shard_rows
+from vllm_memdec.train.corpus import load_used, shard_rows
 from vllm_memdec.train.datastore import Keys
 from vllm_memdec.train.index import Index, sample_rows
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard, save_array, shard_path
 
-CACHE_ROWS = 32  # rows whose neighbours stay in a core's cache
+CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
 FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
@@ -104,32 +104,34 @@ def sparse_targets(
     ids: np.ndarray,
     own: np.ndarray,
     labels: np.ndarray,
-    span: int,
+    used: np.ndarray,
     temperature: float,
     min_probability: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the targets of rows `own` as CSR, see aggregate(), of k+1 neighbours found for each.
 
-    labels: of all rows, each below span. Few rows at a time, so that all that is made of them stays
-    in cache, on all threads.
+    labels: of all rows; used: the tokens among them, ascending. Tokens are counted by their place
+    in `used`, and few rows at a time, so that all that is made of them stays in cache.
     """
     starts = np.arange(0, len(own), CACHE_ROWS)
+    rank = np.zeros(int(used[-1]) + 1, np.int32)
+    rank[used] = np.arange(len(used), dtype=np.int32)
 
     def work(starts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        table, found = torch.empty(CACHE_ROWS * span, dtype=torch.int32), []
+        table, found = torch.empty(CACHE_ROWS * len(used), dtype=torch.int32), []
         for start in starts.tolist():
             part = slice(start, start + CACHE_ROWS)
             d, i = neighbours_without_self(distances[part], ids[part], own[part])
             weights = neighbour_weights(d, i, temperature)
-            found.append(aggregate(weights, labels[i], min_probability, table))
+            found.append(aggregate(weights, rank[labels[i]], min_probability, table))
         return found
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
         found = pool.map(work, np.array_split(starts, threads))
-        pieces = [(np.diff(o), i, p) for part in found for o, i, p in part]
+        pieces = [(np.diff(o), used[i], p) for part in found for o, i, p in part]
     lengths, tokens, probs = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
-    return np.r_[0, np.cumsum(lengths)], tokens, probs
+    return np.r_[0, np.cumsum(lengths)], tokens.astype(np.int32, copy=False), probs
 
 
 def fit_temperature(distances: np.ndarray, ids: np.ndarray, hit: np.ndarray) -> float:
@@ -171,9 +173,9 @@ class Searcher:
         return min(self.settings.neighbours, int(self.starts[-1]) - 1)
 
     @cached_property
-    def span(self) -> int:
-        """Return how many token ids there are up to the highest that occurs."""
-        return int(self.index.labels.max()) + 1
+    def used(self) -> np.ndarray:
+        """Return the tokens that occur, ascending."""
+        return np.asarray(load_used(self.keys.corpus, "train"))
 
     def fit(self) -> float:
         """Return the temperature that suits rows spread over the corpus."""
@@ -198,7 +200,7 @@ class Searcher:
         for part, distances, ids in self.index.blocks(keys, self.neighbours + 1):
             neighbours = (distances, ids, rows[part], self.index.labels)
             least = self.settings.min_probability
-            found.append(sparse_targets(*neighbours, self.span, self.temperature, least))
+            found.append(sparse_targets(*neighbours, self.used, self.temperature, least))
         lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in found])
         files = {
             "offsets": np.r_[0, np.cumsum(lengths)],

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import time
 
@@ -140,7 +139,4 @@ def test_an_address_that_does_not_answer(
     code, err = memdec.run(**{"ray-address": address})
     assert code == 1 and err.splitlines()[-1].startswith(f"memdec: {says}")
     assert "Traceback" not in err
-    # Nothing half-written is taken for whole: the next run, elsewhere, finishes.
-    shutil.rmtree(memdec.output / "memory", ignore_errors=True)
-    code, err = memdec.run(**{"ray-address": "none"})
-    assert code == 0, err
+    assert not list(memdec.output.glob("*/manifest.json"))  # nothing is taken for whole
