@@ -47,6 +47,7 @@ def store(folder, keys, labels, per_shard=400):
     rows = np.array([len(keys[start : start + per_shard]) for start in starts], dtype=np.int32)
     save_array(folder / "rows-train.npy", rows)
     write_json(folder / "corpus.json", {"shard_blocks": 1})
+    save_array(folder / "used-train.npy", np.unique(labels))
     return Keys(DatastoreSettings(), "", folder, folder)
 
 
