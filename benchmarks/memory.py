@@ -1,6 +1,6 @@
 """Peak memory of every stage on a corpus and on one ten times as large.
 
-    python benchmarks/memory.py          # 0.3 M and 3 M tokens, hours on two cores
+    python benchmarks/memory.py          # 0.3 M and 3 M tokens, half an hour on two cores
 
 The text is Wikipedia's and the World Factbook's, repeated with its sentences shuffled where there
 is too little of it. The base is SmolLM2-135M cut to its first layer, whose keys are as wide as the
@@ -36,8 +36,8 @@ CHARACTERS = 4.2  # a token, about
 SETTINGS = {
     "corpus": {"block_tokens": 512, "shard_blocks": 16},
     "datastore": {"key": "final_hidden"},
-    "index": {"kind": "sq8", "probes": 2},
-    "targets": {"neighbours": 64},
+    "index": {"kind": "sq8", "probes": 1},
+    "targets": {"neighbours": 32},
     "memory": {"layers": 1, "batch_blocks": 4, "checkpoint_seconds": 3600},
 }
 STEPS = 12
@@ -117,7 +117,7 @@ def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs=2, default=[300_000, 3_000_000])
-    parser.add_argument("--memory-budget", default="256MiB")
+    parser.add_argument("--memory-budget", default="1GiB")
     parser.add_argument("--ray-address", default="local")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

@@ -98,6 +98,21 @@ def to_cpu(index: Any) -> Any:
     return faiss.index_gpu_to_cpu(index) if hasattr(faiss, "index_gpu_to_cpu") else index
 
 
+def inverted_lists(index: Any, queries: np.ndarray) -> tuple[np.ndarray, Any]:
+    """Return (queries as its lists hold keys, the IVF index) of an index, None if it has no such.
+
+    One on GPUs finds its lists by itself.
+    """
+    index = faiss.downcast_index(index)
+    if isinstance(index, faiss.IndexPreTransform):
+        inner = faiss.downcast_index(index.index)
+        if isinstance(inner, faiss.IndexIVF):
+            for n in range(index.chain.size()):
+                queries = faiss.downcast_VectorTransform(index.chain.at(n)).apply(queries)
+            return queries, inner
+    return queries, index if isinstance(index, faiss.IndexIVF) else None
+
+
 def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (row numbers, keys fp16) of about so many rows, evenly spread over the shards."""
     n_shards, n_rows = len(starts) - 1, int(starts[-1])
@@ -249,7 +264,8 @@ class Index:
                 f"{path} is damaged or missing: delete the folder {self.folder} and build again."
             ) from error
         if not isinstance(index, faiss.IndexFlat):
-            faiss.extract_index_ivf(index).nprobe = self.probes
+            ivf = faiss.extract_index_ivf(index)
+            ivf.nprobe = min(self.probes, ivf.nlist)
         index = to_gpu(index)
         size = key_bytes(self.facts["kind"], self.facts["width"])
         total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
@@ -262,9 +278,15 @@ class Index:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         distances = np.full((len(queries), k), np.inf, dtype=np.float32)
         ids = np.full((len(queries), k), -1, dtype=np.int64)
+        lists = None
         for part, first in enumerate(self.facts["first_rows"]):
             index = self._part(part)
-            d, i = index.search(queries, k)
+            transformed, ivf = inverted_lists(index, queries)
+            if ivf is None:
+                d, i = index.search(queries, k)
+            else:  # every part has the same lists: which are near is found once
+                lists = lists or ivf.quantizer.search(transformed, ivf.nprobe)
+                d, i = ivf.search_preassigned(transformed, k, lists[1], lists[0])
             i = np.where(i < 0, -1, i + first)
             if part == 0:
                 distances, ids = np.where(i < 0, np.inf, d).astype(np.float32), i

@@ -189,7 +189,7 @@ class Job:
         visited = float(self.rows)
         if self.lists:
             visited *= min(1.0, self.settings.index.probes / self.lists * rates.imbalance)
-        search = rates.compare * self.lists * self.parts + rates.scan * visited
+        search = rates.compare * self.lists + rates.scan * visited
         search += rates.aggregate * k
         seconds = rates.map + (search * self.rows + self.keys_again) / self.side_by_side
         if self.settings.targets.temperature is None:

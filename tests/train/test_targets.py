@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 
+import faiss
 import numpy as np
 import pytest
 
@@ -254,6 +255,21 @@ def test_parts_of_an_index_merge_to_the_whole(tmp_path, kind, monkeypatch):
     assert len(list((tmp_path / "whole/index").glob("index-*"))) == 1
     assert len(list((tmp_path / "parts/index").glob("index-*"))) == 4
     assert found["whole"] == found["parts"]
+
+
+@pytest.mark.parametrize("kind", ["sq8", "pq"])
+def test_lists_found_once_serve_every_part(tmp_path, kind):
+    """What faiss's own search of the one part finds, whatever stands before its lists."""
+    keys, labels = clustered(PQ_KEYS)
+    folder = tmp_path / "index"
+    folder.mkdir()
+    source = store(tmp_path, keys, labels)
+    build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
+    distances, ids = Index(folder, 8, BUDGET).search(keys[:200], 5)
+    index = faiss.read_index(str(folder / "index-00000.faiss"))
+    faiss.extract_index_ivf(index).nprobe = 8
+    expected = index.search(keys[:200].astype(np.float32), 5)
+    assert np.array_equal(ids, expected[1]) and np.array_equal(distances, expected[0])
 
 
 def test_a_damaged_part_of_the_index_is_named(tmp_path):
