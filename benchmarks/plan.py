@@ -2,6 +2,7 @@
 
     make demo && python benchmarks/plan.py     # about a minute
     python benchmarks/plan.py --again          # builds the demo's memory anew, into build/plan
+    python benchmarks/plan.py --build build/plan   # against that build
 
 Compares the time of each stage, as its manifest tells it, and the size of each artifact. Appends to
 results/plan.csv; the last line is JSON.
@@ -27,13 +28,14 @@ MEMDEC = str(Path(sys.executable).with_name("memdec"))
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--again", action="store_true", help="build anew and compare with that")
+    parser.add_argument("--build", type=Path, default=FULL.out, help="the build to compare with")
     arguments = parser.parse_args()
     text = FULL.out / "text"
     common = ["--base", str(data.smollm2()), "--corpus", str(text / "corpus.jsonl")]
     common += ["--validation", str(text / "validation_facts.jsonl"), "--config", str(FULL.config)]
     report = data.BUILD / "plan.json"
     subprocess.run([MEMDEC, "plan", *common, "--json", str(report)], check=True, env=environment())
-    output = FULL.out
+    output = arguments.build
     if arguments.again:
         output = data.BUILD / "plan"
         subprocess.run(["rm", "-rf", str(output)], check=True)

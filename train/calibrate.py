@@ -295,7 +295,8 @@ class TrainingProbe:
         found["checkpoint"] = seconds(torch.save, state, self.work / "checkpoint.pt")
         (self.work / "checkpoint.pt").unlink()
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(corpus, "train"))
-        label_logprobs(model.eval(), tokens[:1], positions[:1], 1)  # warms up
+        model = model.eval().to(getattr(torch, self.settings.export.dtype))  # as it is exported
+        label_logprobs(model, tokens[:1], positions[:1], 1)  # warms up
         scored = seconds(label_logprobs, model, tokens, positions, SCORE_BLOCKS)
         found["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)
         found["memory_parameters"] = sum(p.numel() for p in model.parameters())
