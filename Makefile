@@ -31,12 +31,11 @@ $(INSTALLED): setup.py
 	$(BIN)/pip install --quiet --no-deps ./build/vllm-name
 	touch $(INSTALLED)
 
-# Three processes, a file of tests at a time: most of it is engines that start on one core each, and
-# some of it waits, for Ray above all.
+# Two processes, a file of tests at a time: most of it is engines that start, on one core each.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The README's table of features: only the tests of its rows.
 features: setup

@@ -45,7 +45,7 @@ setup(
             "openai>=1.50",
             "psutil>=6",
         ],
-        "test": ["pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "build>=1.2"],
+        "test": ["psutil>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "build>=1.2"],
     },
     entry_points={
         "console_scripts": ["memdec = vllm_memdec.train.cli:main"],

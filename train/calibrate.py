@@ -48,6 +48,7 @@ class Rates:
 
     prepare: float  # the command's own reading of tokenizer and configs
     start: float  # of the cluster
+    first: float  # of its first process, which imports what stages do
     map: float  # of the workers of a stage
     call: float  # of one process
     train: float  # of the training's processes
@@ -329,7 +330,8 @@ def calibrate(
 
     with progress.task("calibrating", 4, "probes") as advance:
         found: dict[str, float] = {"prepare": seconds(prepare), "start": seconds(cluster.workers)}
-        found["call"] = seconds(cluster.call, nothing)  # imports what the stages do
+        found["first"] = seconds(cluster.call, nothing)
+        found["call"] = seconds(cluster.call, nothing)
         read = total = 1
         if corpus is None:
             sample = random_text(base, work)

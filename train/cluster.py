@@ -4,7 +4,9 @@ A stage hands over a worker, a picklable callable that takes a shard's number, d
 writes its files; what it needs, a model or an index, it opens at its first call and keeps. One
 with `gpu = True` gets a GPU to itself, where there are any. Ray
 Data runs one actor a worker and gives a lost actor's shards to others; Ray Train starts the
-processes of the training, and starts them again, fewer if need be, when one is lost.
+processes of the training, and starts them again, fewer if need be, when one is lost. Where there
+is room for one worker only, as on a laptop, one actor does everything, stage after stage: a process
+that imports torch and opens a model takes seconds to start.
 """
 
 import logging
@@ -23,7 +25,7 @@ from typing import Any, Protocol
 
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20  # data goes through files, results are numbers
-TRAINING_RESTARTS = 8  # of the group of training processes
+RESTARTS = 8  # of the group of training processes, or of the only worker
 LARGEST_WORKER = 8  # CPUs: a worker scales no further
 
 QUIET = {
@@ -87,6 +89,24 @@ class _Carried:
         return {"result": -1 if error else result, "error": error}
 
 
+class _Hand:
+    """The only worker of a cluster that has room for no other, kept through all stages."""
+
+    def __init__(self) -> None:
+        self.key, self.worker = -1, None
+
+    def work(self, key: int, pickled: bytes, shared: str, item: int) -> tuple[Any, bytes]:
+        """Do an item; the worker that came with the key is kept, with all it has opened."""
+        if key != self.key:
+            self.worker = None  # what the one before held is given back first
+            self.key, self.worker = key, pickle.loads(pickled)
+        return _attempt(self.worker, shared, item)
+
+    def call(self, function: Callable[..., Any], shared: str, args: tuple) -> tuple[Any, bytes]:
+        self.key, self.worker = -1, None
+        return _attempt(function, shared, *args)
+
+
 def _attempt(function: Callable[..., Any], shared: str, *args: Any) -> tuple[Any, bytes]:
     """Return (function(*args), b""), or (None, the pickled error)."""
     try:
@@ -118,6 +138,8 @@ class RayCluster:
         self.address = address
         self.shared = str(shared) if shared else ""
         self.started = False
+        self.hand: Any = None
+        self.maps = 0
 
     def start(self) -> None:
         """Start or join Ray, once; ValueError in one sentence if it does not answer."""
@@ -169,6 +191,33 @@ class RayCluster:
         each = min(*cpus, LARGEST_WORKER)
         return each, sum(n // each for n in cpus), int(sum(n.get("GPU", 0) for n in nodes))
 
+    def _only_hand(self) -> Any:
+        """Return the actor that does everything where one worker finds room, else None."""
+        import ray
+
+        if self.hand is None:
+            cpus, workers, gpus = self._resources()
+            if max(workers, gpus) == 1:
+                place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+                lives = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
+                self.hand = ray.remote(**lives, **place)(_Hand).remote()
+        return self.hand
+
+    def _done_by_hand(self, task: Any) -> Any:
+        """Return what a task of the only worker did; ValueError if it died too often."""
+        import ray
+
+        try:
+            result, error = ray.get(task)
+        except ray.exceptions.RayActorError as lost:
+            what = str(lost).strip().splitlines()[0]
+            raise ValueError(
+                f"the worker was lost more than {RESTARTS} times ({what}): free some memory and "
+                "run again, finished parts are kept."
+            ) from lost
+        _open(error)
+        return result
+
     def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
         items = list(items)
         if not items:
@@ -176,6 +225,12 @@ class RayCluster:
         self.start()
         import ray
 
+        if hand := self._only_hand():
+            self.maps += 1
+            pickled = pickle.dumps(worker)
+            for item in items:
+                yield self._done_by_hand(hand.work.remote(self.maps, pickled, self.shared, item))
+            return
         cpus, workers, gpus = self._resources()
         if not getattr(worker, "gpu", False):
             gpus = 0
@@ -202,6 +257,8 @@ class RayCluster:
         self.start()
         import ray
 
+        if hand := self._only_hand():
+            return self._done_by_hand(hand.call.remote(function, self.shared, args))
         cpus, _, gpus = self._resources()
         place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
         task = ray.remote(**place, max_retries=-1)(_attempt)
@@ -216,6 +273,9 @@ class RayCluster:
 
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         self.start()
+        if hand := self._only_hand():
+            self._done_by_hand(hand.call.remote(loop, self.shared, (World(),)))
+            return
         from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
         from ray.train.torch import TorchTrainer
 
@@ -233,7 +293,7 @@ class RayCluster:
             run_config=RunConfig(
                 name=f"memory-{os.getpid()}-{time.time_ns()}",
                 storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=TRAINING_RESTARTS),
+                failure_config=FailureConfig(max_failures=RESTARTS),
             ),
         )
         try:
@@ -246,7 +306,7 @@ class RayCluster:
                     raise failure from None
             what = str(failures[0] if failures else error).strip().splitlines()[0]
             raise ValueError(
-                f"training processes were lost more than {TRAINING_RESTARTS} times ({what}): run "
+                f"training processes were lost more than {RESTARTS} times ({what}): run "
                 "again to go on from the last checkpoint."
             ) from error
         finally:

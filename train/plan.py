@@ -159,8 +159,8 @@ class Job:
 
     def corpus(self) -> Stage:
         rates, tokens = self.rates, self.trained_on + self.held_out
-        # The driver imports, too, what workers do.
-        seconds = rates.call + rates.prepare + rates.start + rates.map
+        # The command itself imports, too, what its workers do.
+        seconds = rates.prepare + rates.start + 2 * rates.first + rates.map
         seconds += tokens * rates.tokenise / self.side_by_side
         return Stage("corpus", seconds, 8 * tokens, rates.process_bytes)
 

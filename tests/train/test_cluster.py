@@ -5,6 +5,7 @@ import re
 import signal
 import time
 
+import psutil
 import pytest
 import torch
 
@@ -59,6 +60,13 @@ def lose_a_node(cluster):
     cluster.add_node(num_cpus=1)
 
 
+def lose_the_worker(process):
+    """Kill the one worker of a local Ray."""
+    workers = psutil.Process(process.pid).children(recursive=True)
+    [hand] = [w for w in workers if any(word.startswith("ray::_Hand") for word in w.cmdline())]
+    hand.kill()
+
+
 def last_loss(output, steps=5):
     rows = [json.loads(r) for r in (output / "memory/logs/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
@@ -94,7 +102,10 @@ def test_a_node_is_lost_in_each_long_stage(
 
 
 def test_the_driver_is_killed(tiny_model, tmp_path, command, english, jsonl, hashes):
-    """kill -9, or ctrl-C, on this machine's own Ray: at most one shard a worker is lost."""
+    """kill -9, or ctrl-C, on this machine's own Ray: at most one shard is lost.
+
+    Before that its only worker is killed, and another goes on.
+    """
     base = tiny_model("llama")
     corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
     alone = command(base, corpus, SETTINGS, "alone")
@@ -105,6 +116,9 @@ def test_the_driver_is_killed(tiny_model, tmp_path, command, english, jsonl, has
     for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*"), ("memory", CHECKED)):
         process = killed.start(**{"ray-address": "local"})
         partial = killed.output / f"{stage}.partial"
+        if stage == "datastore":
+            wait_for(partial, pattern, 2, process)
+            lose_the_worker(process)
         wait_for(partial, pattern, 1 if stage == "memory" else 5, process)
         number = signal.SIGINT if stage == "targets" else signal.SIGKILL
         said = killed.kill(process, number)
