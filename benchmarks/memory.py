@@ -1,6 +1,6 @@
 """Peak memory of every stage on a corpus and on one ten times as large.
 
-    python benchmarks/memory.py          # 0.3 M and 3 M tokens, half an hour on two cores
+    python benchmarks/memory.py          # 0.3 M and 3 M tokens
 
 The text is Wikipedia's and the World Factbook's, repeated with its sentences shuffled where there
 is too little of it. The base is SmolLM2-135M cut to its first layer, whose keys are as wide as the

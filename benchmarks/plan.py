@@ -1,6 +1,6 @@
 """What `memdec plan` predicts for the demo, beside what its build then took.
 
-    make demo && python benchmarks/plan.py     # about a minute
+    make demo && python benchmarks/plan.py     # a minute or two
     python benchmarks/plan.py --again          # builds the demo's memory anew, into build/plan
     python benchmarks/plan.py --build build/plan   # against that build
 
@@ -10,6 +10,7 @@ results/plan.csv; the last line is JSON.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def main() -> None:
     output = arguments.build
     if arguments.again:
         output = data.BUILD / "plan"
-        subprocess.run(["rm", "-rf", str(output)], check=True)
+        shutil.rmtree(output, ignore_errors=True)
         subprocess.run(
             [MEMDEC, "build", *common, "--output", str(output)], check=True, env=environment()
         )

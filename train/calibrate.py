@@ -1,4 +1,4 @@
-"""Measure, in about a minute, what the stages cost on this machine: the rates `memdec plan` needs.
+"""Measure, in a minute or two, what the stages cost on this machine: the rates `memdec plan` needs.
 
 Every rate is taken from the stages' own code on a sample of the text, in the processes the build
 would use, so that what a process costs to start is measured with it.
@@ -344,11 +344,13 @@ def calibrate(
         blocks = work / "sample"
         blocks.mkdir()
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
-        spent = seconds(build_corpus, settings.corpus, base, sample, None, blocks, quiet, cluster)
+        try:
+            build_corpus(settings.corpus, base, sample, None, blocks, quiet, cluster)
+        except ValueError as error:  # of the text, which is the user's, not the sample's
+            raise ValueError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))
         found["tokenise"] /= counted
-        found["map"] = max(0.0, spent - counted * found["tokenise"])
         found["tokens_per_byte"] = counted / read
         found["rows_per_token"] = facts["train"]["rows"] / facts["train"]["tokens"]
         found["sample_tokens"] = counted

@@ -136,7 +136,7 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
-    """Tell what a build will cost: measures about a minute, then counts time, disk and memory."""
+    """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
     progress = Progress()
     with explained(progress), tempfile.TemporaryDirectory(prefix="memdec-plan-") as work:
         from vllm_memdec.train import plan as planning

@@ -28,11 +28,13 @@ from vllm_memdec.train.index import (
 )
 from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.targets import FIT_ROWS
+from vllm_memdec.train.text import corpus_files
 from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
 
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
 HEAPS = 0.5  # the vocabulary in use grows as this power of the text
 PLOT = 1.5  # seconds
+KMEANS_PASSES = 10  # faiss's own number for the lists of an index
 GPU_STAGES = ("datastore", "index", "targets", "memory")
 
 
@@ -76,7 +78,7 @@ def on_gpu(rates: Rates, gpu: Gpu, base_parameters: int) -> Rates:
         score_memory=2 * memory * flop,
         step=6 * memory * flop,
         sampled_step=6 * memory * flop,
-        train_index=20 * 2 * rates.width * flop,  # 20 passes of k-means
+        train_index=KMEANS_PASSES * 2 * rates.width * flop,
         compare=2 * rates.width * flop,
         encode=2 * rates.width * byte,
         scan=rates.width * byte,
@@ -259,6 +261,8 @@ def plan(
         raise ValueError("memdec plan needs --corpus or --tokens: give the text or its size.")
     if gpu is not None and gpu.lower() not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
+    if validation is not None:
+        corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
     rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster, budget)
     held_out = None if validation is None else count_tokens(base, validation, work)

@@ -70,12 +70,25 @@ def test_a_size_without_text(pipeline, run_plan):
         ((), "memdec plan needs --corpus or --tokens: give the text or its size."),
         (("--tokens", "2000", "--gpu", "abacus"), "--gpu must be one of a100"),
         (("--corpus", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("--tokens", "2000", "--validation", "nowhere.txt"), "nowhere.txt does not exist"),
     ],
 )
 def test_bad_input(pipeline, run_plan, options, sentence):
     code, said, found = run_plan(pipeline.base, *options)
     assert code == 1 and found is None
     assert sentence in " ".join(said.split()) and "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("", "corpus.txt: give other text."), ("a word", "tokens, less than one block of 32")],
+)
+def test_text_that_is_too_short_is_named(pipeline, run_plan, tmp_path, text, sentence):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(text)
+    code, said, found = run_plan(pipeline.base, "--corpus", corpus)
+    assert code == 1 and found is None
+    assert sentence in " ".join(said.split()) and "sample" not in said
 
 
 RATES = Rates(
