@@ -140,8 +140,7 @@ def build_artifact(
     work = path.with_name(path.name + ".partial")
     if _read_plan(work) == plan:
         say(f"{stage}: resuming")
-        for leftover in work.rglob("*.tmp"):
-            leftover.unlink()
+        _sweep(work)
     else:
         if work.exists():
             say(f"{stage}: starting over, the unfinished work was for other settings or inputs")
@@ -152,6 +151,7 @@ def build_artifact(
     if open_artifact(work) is None:  # else it was killed just before it got its name
         started = time.monotonic()
         make(work)
+        _sweep(work)
         names = sorted(str(p.relative_to(work)) for p in data_files(work))
         content = plan | {"files": {name: _seal(work / name) for name in names}}
         # Of the run that finished it; where and when it was made is no part of what it is.
@@ -167,6 +167,12 @@ def build_artifact(
     os.replace(work, path)
     (path / PLAN).unlink()
     return Artifact(path, json.loads((path / MANIFEST).read_text()))
+
+
+def _sweep(work: Path) -> None:
+    """Remove the half-written files of processes that were killed, or lost on the way."""
+    for leftover in work.rglob("*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def _read_plan(work: Path) -> dict[str, Any] | None:

@@ -142,6 +142,7 @@ def plan(
         from vllm_memdec.train import plan as planning
         from vllm_memdec.train.artifacts import write_json
 
+        check_report(json_file)
         found = planning.plan(
             base,
             corpus,
@@ -175,12 +176,19 @@ def verify(
         from vllm_memdec.train import verify as checking
         from vllm_memdec.train.artifacts import write_json
 
+        check_report(json_file)
         found = checking.verify(artifact, sample, base, progress)
         checking.show(found, Console())
         if json_file is not None:
             write_json(json_file, checking.report(artifact, found))
         if failed := [check for check in found if check.status == checking.FAILED]:
             raise ValueError(f"{failed[0].name} failed: {failed[0].fix}")
+
+
+def check_report(json_file: Path | None) -> None:
+    """Raise ValueError if a report could not be written there, before minutes are spent on it."""
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"{json_file.parent} is no folder: create it, or check --json.")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ import faiss
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 from vllm_memdec.kernels import sparse_kl
 
@@ -86,10 +88,30 @@ def jsonl():
     return write
 
 
+@pytest.fixture(scope="session")
+def memdec_here():
+    """Return a function that runs `memdec WORDS` in this process: (exit code, stdout, stderr).
+
+    Where nothing but the answer is tested, it saves the seconds that torch takes to import.
+    """
+    from vllm_memdec.train.cli import app
+
+    def run(*words: object) -> tuple[int, str, str]:
+        done = CliRunner().invoke(app, [str(w) for w in words], env={"COLUMNS": "200"})
+        if not isinstance(done.exception, (SystemExit, type(None))):
+            raise done.exception
+        return done.exit_code, done.stdout, done.stderr
+
+    return run
+
+
 class Command:
     """Runs `memdec build` as a user does, in a process group of its own."""
 
-    def __init__(self, folder: Path, base: str, corpus: Path, settings: dict | str) -> None:
+    def __init__(
+        self, folder: Path, base: str, corpus: Path, settings: dict | str, memdec_here: Callable
+    ) -> None:
+        self.memdec_here = memdec_here
         folder.mkdir(parents=True, exist_ok=True)
         self.output, config = folder / "out", folder / "settings.yaml"
         config.write_text(settings if isinstance(settings, str) else yaml.safe_dump(settings))
@@ -98,12 +120,16 @@ class Command:
             "--ray-address": "none",  # but where Ray is what is tested: it takes seconds to start
         }  # fmt: skip
 
+    def words(self, options: dict) -> list[str]:
+        """Return the command's words, with options changed; those that are None are left out."""
+        chosen = self.options | {f"--{name}": value for name, value in options.items()}
+        pairs = (pair for pair in chosen.items() if pair[1] is not None)
+        return ["build", *(str(word) for pair in pairs for word in pair)]
+
     def start(self, *prefix: str, **options) -> subprocess.Popen:
         """Start it, with options changed and perhaps under another command."""
-        chosen = self.options | {f"--{name}": value for name, value in options.items()}
-        words = [str(w) for pair in chosen.items() for w in pair]
         return subprocess.Popen(
-            [*prefix, str(MEMDEC), "build", *words],
+            [*prefix, str(MEMDEC), *self.words(options)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -120,6 +146,12 @@ class Command:
         assert out == ""
         return process.returncode, err
 
+    def here(self, **options) -> tuple[int, str]:
+        """Run it in this process; return exit code and what it printed on stderr."""
+        code, out, err = self.memdec_here(*self.words(options))
+        assert out == ""
+        return code, err
+
     @staticmethod
     def kill(process: subprocess.Popen, number: int = signal.SIGKILL) -> str:
         """Signal the whole process group; return what it had printed on stderr."""
@@ -129,11 +161,11 @@ class Command:
 
 
 @pytest.fixture
-def command(tmp_path):
+def command(tmp_path, memdec_here):
     """Return a function that prepares `memdec build` in a fresh folder."""
 
     def make(base, corpus, settings, folder="command") -> Command:
-        return Command(tmp_path / folder, base, corpus, settings)
+        return Command(tmp_path / folder, base, corpus, settings, memdec_here)
 
     return make
 

@@ -1,4 +1,7 @@
-"""What a user can get wrong ends with exit code 1 and one sentence: the problem and its mending."""
+"""What a user can get wrong ends with exit code 1 and one sentence: the problem and its mending.
+
+Most are run in this process, some of every kind as a command of their own.
+"""
 
 import json
 import shutil
@@ -91,7 +94,7 @@ CORPORA = {
 def test_corpus(tiny_model, tmp_path, command, name):
     make, *parts = CORPORA[name]
     memdec = command(tiny_model("llama"), make(tmp_path), {})
-    assert_one_sentence(*memdec.run(), *parts)
+    assert_one_sentence(*memdec.here(), *parts)
     assert no_artifact(memdec.output)
 
 
@@ -109,7 +112,7 @@ def test_corpus(tiny_model, tmp_path, command, name):
 def test_settings(tiny_model, tmp_path, command, settings, parts):
     corpus = write("a.txt", TEXT)(tmp_path)
     memdec = command(tiny_model("llama"), corpus, settings)
-    code, err = memdec.run()
+    code, err = memdec.here()
     assert_one_sentence(code, err.replace("?\n", "?.\n"), *parts)
     assert no_artifact(memdec.output)
 
@@ -122,12 +125,12 @@ def memdec(tiny_model, tmp_path, command):
 def test_paths(memdec, tmp_path):
     nowhere, occupied = tmp_path / "nowhere", write("file", "")(tmp_path)
     missing = "is not a model folder, it has no config.json: check --base"
-    assert_one_sentence(*memdec.run(base=nowhere), f"{nowhere} {missing}")
-    assert_one_sentence(*memdec.run(config=nowhere), "nowhere does not exist: check --config")
-    assert_one_sentence(*memdec.run(validation=nowhere), "nowhere does not exist", "--validation")
+    assert_one_sentence(*memdec.here(base=nowhere), f"{nowhere} {missing}")
+    assert_one_sentence(*memdec.here(config=nowhere), "nowhere does not exist: check --config")
+    assert_one_sentence(*memdec.here(validation=nowhere), "nowhere does not exist", "--validation")
     for output in (occupied, occupied / "deeper"):
         is_file = "is a file, not a folder: give another --output"
-        assert_one_sentence(*memdec.run(output=output), is_file)
+        assert_one_sentence(*memdec.here(output=output), is_file)
     # No user may create a folder there, not even root.
     writable = "choose a place you may read or write"
     assert_one_sentence(
@@ -152,7 +155,9 @@ def test_base_without_a_tokenizer(memdec, tiny_model, tmp_path):
     base = shutil.copytree(tiny_model("gpt2"), tmp_path / "base")  # transformers makes one up
     for path in base.glob("tokenizer*"):
         path.unlink()
-    assert_one_sentence(*memdec.run(base=base), "no readable tokenizer", "copy its tokenizer files")
+    assert_one_sentence(
+        *memdec.here(base=base), "no readable tokenizer", "copy its tokenizer files"
+    )
     assert no_artifact(memdec.output)
 
 
@@ -160,9 +165,9 @@ def test_memory_that_cannot_be(tiny_model, tmp_path, command):
     """Said before hours of work on the stages that come first."""
     corpus, base = write("a.txt", TEXT)(tmp_path), tiny_model("llama")
     nowhere = command(base, corpus, {"memory": {"init": str(tmp_path / "nowhere")}})
-    assert_one_sentence(*nowhere.run(), "nowhere is not a model folder", "check memory.init")
+    assert_one_sentence(*nowhere.here(), "nowhere is not a model folder", "check memory.init")
     deep = command(base, corpus, {"memory": {"layers": 3}})
-    assert_one_sentence(*deep.run(), "memory.layers is 3", "has only 2 layers: lower it")
+    assert_one_sentence(*deep.here(), "memory.layers is 3", "has only 2 layers: lower it")
     assert no_artifact(deep.output)
 
 
@@ -263,7 +268,7 @@ def test_output_inside_the_corpus(tiny_model, tmp_path, command):
     """The second run would take what the first one wrote for text."""
     (tmp_path / "a.txt").write_text(TEXT * 20)
     build = command(tiny_model("llama"), tmp_path, SMALL)  # writes to tmp_path/command/out
-    code, err = build.run()
+    code, err = build.here()
     assert_one_sentence(code, err, "lies inside --corpus", "choose a folder outside")
     assert no_artifact(build.output)
 
@@ -274,7 +279,7 @@ def test_validation_file_inside_the_corpus(tiny_model, tmp_path, command):
     for name in ("a.txt", "b.txt"):
         (folder / name).write_text(TEXT * 20)
     build = command(tiny_model("llama"), folder, SMALL)
-    code, err = build.run(validation=folder / "b.txt")
+    code, err = build.here(validation=folder / "b.txt")
     assert_one_sentence(code, err, "b.txt is in both --corpus and --validation", "move it")
 
 
@@ -296,5 +301,5 @@ def test_base_that_cannot_be_trained_from(
         config = {}
     (base / "config.json").write_text(json.dumps(config | changes))
     build = command(str(base), jsonl(tmp_path / "corpus.jsonl", english(40)), SMALL)
-    code, err = build.run()
+    code, err = build.here()
     assert_one_sentence(code, err, part)

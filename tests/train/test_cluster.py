@@ -74,13 +74,11 @@ def last_loss(output, steps=5):
 
 
 def test_a_node_is_lost_in_each_long_stage(
-    tiny_model, tmp_path, command, english, jsonl, hashes, ray_cluster
+    tiny_model, tmp_path, command, build, english, jsonl, hashes, ray_cluster
 ):
-    base = tiny_model("llama")
+    base, alone = tiny_model("llama"), tmp_path / "alone"
     corpus = jsonl(tmp_path / "corpus.jsonl", english(120))
-    alone = command(base, corpus, SETTINGS, "alone")
-    code, err = alone.run(**{"ray-address": "none"})
-    assert code == 0, err
+    build(base, corpus, alone, SETTINGS)
     on_ray = command(base, corpus, SETTINGS, "on_ray")
     process = on_ray.start(**{"ray-address": ray_cluster.address})
     for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*")):
@@ -94,23 +92,21 @@ def test_a_node_is_lost_in_each_long_stage(
     assert not (on_ray.output / "memory").exists()
     err = process.communicate(timeout=600)[1]
     assert process.returncode == 0, err
-    one, two = hashes(alone.output), hashes(on_ray.output)
+    one, two = hashes(alone), hashes(on_ray.output)
     for stage in ("corpus", "datastore", "index", "targets"):
         assert one[stage] == two[stage], stage
-    assert last_loss(on_ray.output) == pytest.approx(last_loss(alone.output), rel=LOSS)
+    assert last_loss(on_ray.output) == pytest.approx(last_loss(alone), rel=LOSS)
     assert not list(on_ray.output.rglob("*.tmp")) and not (on_ray.output / "memory/ray").exists()
 
 
-def test_the_driver_is_killed(tiny_model, tmp_path, command, english, jsonl, hashes):
+def test_the_driver_is_killed(tiny_model, tmp_path, command, build, english, jsonl, hashes):
     """kill -9, or ctrl-C, on this machine's own Ray: at most one shard is lost.
 
     Before that its only worker is killed, and another goes on.
     """
-    base = tiny_model("llama")
+    base, alone = tiny_model("llama"), tmp_path / "alone"
     corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
-    alone = command(base, corpus, SETTINGS, "alone")
-    code, err = alone.run(**{"ray-address": "none"})
-    assert code == 0, err
+    build(base, corpus, alone, SETTINGS)
     killed = command(base, corpus, SETTINGS, "killed")
     kept = {}
     for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*"), ("memory", CHECKED)):
@@ -136,7 +132,7 @@ def test_the_driver_is_killed(tiny_model, tmp_path, command, english, jsonl, has
     for stage, files in kept.items():
         for name, when in files.items():  # what was whole is not made again
             assert (killed.output / stage / name).stat().st_mtime_ns == when
-    assert hashes(killed.output) == hashes(alone.output)
+    assert hashes(killed.output) == hashes(alone)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +146,7 @@ def test_an_address_that_does_not_answer(
     tiny_model, tmp_path, command, english, jsonl, address, says
 ):
     memdec = command(tiny_model("llama"), jsonl(tmp_path / "corpus.jsonl", english(40)), SETTINGS)
-    code, err = memdec.run(**{"ray-address": address})
+    code, err = memdec.here(**{"ray-address": address})
     assert code == 1 and err.splitlines()[-1].startswith(f"memdec: {says}")
     assert "Traceback" not in err
     assert not list(memdec.output.glob("*/manifest.json"))  # nothing is taken for whole

@@ -69,17 +69,16 @@ def assert_in_the_middle(output, stage, whole):
     assert not (partial / "manifest.json").exists()
 
 
-def test_killed_in_every_stage(tiny_model, tmp_path, command, english, jsonl, hashes):
+def test_killed_in_every_stage(tiny_model, tmp_path, command, build, english, jsonl, hashes):
     corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
     base = tiny_model("gpt2")  # has dropout: its random numbers must resume too
-    undisturbed = command(base, corpus, SETTINGS, "undisturbed")
-    code, err = undisturbed.run()
-    assert code == 0, err
+    undisturbed = tmp_path / "undisturbed"
+    build(base, corpus, undisturbed, SETTINGS)
     broken = command(base, corpus, SETTINGS, "broken")
     said = {}
     for stage in MIDDLE:
         said[stage] = kill_in_the_middle(broken, stage)
-        assert_in_the_middle(broken.output, stage, undisturbed.output)
+        assert_in_the_middle(broken.output, stage, undisturbed)
         if stage == "memory":
             checkpoint = torch.load(broken.output / "memory.partial/checkpoint.pt")["step"]
     code, said["end"] = broken.run()
@@ -93,7 +92,7 @@ def test_killed_in_every_stage(tiny_model, tmp_path, command, english, jsonl, ha
     step, steps = map(int, re.search(r"resuming at step (\d+) of (\d+)", said["export"]).groups())
     assert 1 <= step < steps
     assert step == checkpoint  # what was saved is not lost; at most one interval was not saved
-    assert hashes(broken.output) == hashes(undisturbed.output)
+    assert hashes(broken.output) == hashes(undisturbed)
     assert not list(broken.output.glob("*.partial")) and not list(broken.output.rglob("*.tmp"))
 
 
@@ -116,7 +115,7 @@ def test_killed_while_adapting_a_memory(tiny_model, tmp_path, command, english, 
     undisturbed, broken = (command(base, corpus, settings, name) for name in ("whole", "broken"))
     for memdec in (undisturbed, broken):
         memdec.options |= {"--init": init, "--tokenizer": base}
-    code, err = undisturbed.run()
+    code, err = undisturbed.here()
     assert code == 0, err
     kill_in_the_middle(broken, "memory")
     code, err = broken.run()

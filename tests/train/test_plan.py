@@ -5,10 +5,8 @@ How close times come on a real model is measured by benchmarks/plan.py.
 
 import dataclasses
 import json
-import subprocess
 
 import pytest
-from conftest import ENVIRONMENT, MEMDEC
 
 from vllm_memdec.train.calibrate import Rates
 from vllm_memdec.train.config import parse_settings
@@ -19,17 +17,16 @@ MB = 2**20
 
 
 @pytest.fixture
-def run_plan(tmp_path, quick):
+def run_plan(tmp_path, quick, memdec_here):
     """Return a function that runs the command: exit code, what it printed, its report if any."""
     config, report = tmp_path / "settings.yaml", tmp_path / "plan.json"
     config.write_text(json.dumps(quick()))
 
     def run(base, *options):
-        words = [str(MEMDEC), "plan", "--base", str(base), "--config", str(config)]
-        words += ["--ray-address", "none", "--json", str(report), *map(str, options)]
-        done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, timeout=300)
+        words = ["plan", "--base", base, "--config", config, "--ray-address", "none"]
+        code, out, err = memdec_here(*words, "--json", report, *options)
         found = json.loads(report.read_text()) if report.exists() else None
-        return done.returncode, done.stdout + done.stderr, found
+        return code, out + err, found
 
     return run
 
@@ -71,6 +68,7 @@ def test_a_size_without_text(pipeline, run_plan):
         (("--tokens", "2000", "--gpu", "abacus"), "--gpu must be one of a100"),
         (("--corpus", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--tokens", "2000", "--validation", "nowhere.txt"), "nowhere.txt does not exist"),
+        (("--tokens", "2000", "--json", "nowhere/plan.json"), "nowhere is no folder: create it"),
     ],
 )
 def test_bad_input(pipeline, run_plan, options, sentence):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from vllm_memdec.train.artifacts import build_artifact
 from vllm_memdec.train.shards import Sharded, load_shard, save_array, shard_path, shards
 
 WHOLE = np.arange(46, dtype=np.int32).reshape(23, 2)
@@ -43,3 +44,14 @@ def test_a_cut_off_file_is_named(array, tmp_path, left):
     path.write_bytes(path.read_bytes()[:left])
     with pytest.raises(ValueError, match="a-00001.npy is damaged or missing: delete the folder"):
         load_shard(tmp_path, "a", 1)
+
+
+def test_what_a_lost_process_left_half_written_is_no_part_of_an_artifact(tmp_path):
+    def make(work):
+        (work / "whole").write_text("whole")
+        (work / "deeper").mkdir()
+        (work / "deeper/checkpoint.pt.01234567.tmp").write_text("ha")
+
+    found = build_artifact(tmp_path / "memory", "memory", {}, {}, make, lambda line: None)
+    assert list(found.manifest["files"]) == ["whole"]
+    assert not list(found.path.rglob("*.tmp"))

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
-from typer.testing import CliRunner
 
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.config import MemoryConfig, check_tokenizers
-from vllm_memdec.train.cli import app
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.decoder import build_memory, training_budget
 from vllm_memdec.train.pipeline import STAGES
@@ -230,11 +228,8 @@ def test_the_command(pipeline, bases, command, quick, tmp_path):
 
     def refused(match, **options):
         memdec = command(bases.base, pipeline.corpus, quick(), match)
-        chosen = memdec.options | {f"--{name}": value for name, value in options.items()}
-        words = [str(word) for pair in chosen.items() for word in pair]
-        done = CliRunner().invoke(app, ["build", *words])  # a process each would start for long
-        assert done.exit_code == 1 and len(done.output.splitlines()) == 1, done.output
-        assert match in done.output
+        code, err = memdec.here(**options)
+        assert code == 1 and len(err.splitlines()) == 1 and match in err, err
         assert not any((memdec.output / stage).exists() for stage in STAGES)
 
     refused("to adapt it, or a model of one family", init=init)
@@ -248,5 +243,5 @@ def test_the_command(pipeline, bases, command, quick, tmp_path):
     fingerprint = read_block(memdec.output / "export").tokenizer_fingerprint
     assert fingerprint == tokenizer_fingerprint(AutoTokenizer.from_pretrained(bases.base))
     inside = memdec.output / "export"
-    code, err = memdec.run(init=inside, tokenizer=bases.tokenizer)
+    code, err = memdec.here(init=inside, tokenizer=bases.tokenizer)
     assert code == 1 and "lies inside --output" in err and len(err.splitlines()) == 1, err

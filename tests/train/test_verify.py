@@ -5,11 +5,8 @@ the check that looks at this content has to fail.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import faiss
@@ -315,26 +312,16 @@ def test_one_stage_by_itself(whole):
     assert {check.status for check in found.values()} == {OK}
 
 
-def run(*words):
-    done = subprocess.run(
-        [str(Path(sys.executable).with_name("memdec")), "verify", *map(str, words)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "200"},
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
-def test_the_command(copy, tmp_path, foreign, tiny_model):
+def test_the_command(copy, tmp_path, foreign, tiny_model, memdec_here):
     report = tmp_path / "report.json"
-    code, out, err = run(copy, "--json", report, "--sample", 100)
+    code, out, err = memdec_here("verify", copy, "--json", report, "--sample", 100)
     assert code == 0, err
     lines = [line for line in out.splitlines() if line.startswith("│")]
     assert [line.split("│")[1].strip() for line in lines] == NAMES  # one line each
     said = json.loads(report.read_text())
     assert said["passed"] and [check["name"] for check in said["checks"]] == NAMES
     flipped(copy / "targets/probs-00001.npy")
-    code, out, err = run(copy, "--json", report)
+    code, out, err = memdec_here("verify", copy, "--json", report)
     assert code == 1 and "targets/probs-00001.npy" in out
     assert err.splitlines()[-1] == (
         "memdec: files failed: delete the targets folder and run the same memdec build again: "
@@ -344,6 +331,7 @@ def test_the_command(copy, tmp_path, foreign, tiny_model):
     for words, sentence in (
         ((tmp_path,), f"memdec: {tmp_path} is no build"),
         ((copy, "--base", tiny_model("llama", tokenizer=1)), "is not the base of this build"),
+        ((copy, "--json", tmp_path / "nowhere/report.json"), "nowhere is no folder: create it"),
     ):
-        code, out, err = run(*words)
+        code, out, err = memdec_here("verify", *words)
         assert code == 1 and sentence in err.splitlines()[-1] and "Traceback" not in err
