@@ -34,7 +34,7 @@ WORK = data.BUILD / "memory-benchmark"
 ACCEPTED = 1.15
 CHARACTERS = 4.2  # a token, about
 SETTINGS = {
-    "corpus": {"block_tokens": 512, "shard_blocks": 16},
+    "corpus": {"block_tokens": 512, "shard_blocks": 16, "validation_fraction": 0.01},
     "datastore": {"key": "final_hidden"},
     "index": {"kind": "sq8", "probes": 1},
     "targets": {"neighbours": 32},
@@ -117,7 +117,7 @@ def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs=2, default=[300_000, 3_000_000])
-    parser.add_argument("--memory-budget", default="1GiB")
+    parser.add_argument("--memory-budget", default="256MiB")
     parser.add_argument("--ray-address", default="local")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

@@ -68,7 +68,7 @@ def test_the_demo_reports_everything(demo):
         assert demo["perplexity"][key] > 1
     assert 0 <= demo["perplexity"]["alpha"] <= 1  # 0: the small demo's memory learns nothing
     assert {"base", "mixture"} <= set(demo["general_perplexity"])
-    assert demo["recall"]["facts"] >= 100
+    assert demo["recall"]["facts"] == 20  # the small demo's; the full one asks 120
     assert {"base", "mixture"} <= set(demo["recall"])
     assert len(demo["facts"]) >= 10
     for row in demo["facts"]:

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.train.heap import trim_heap
+
 SCHEMA = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a working folder: what it is to become
@@ -151,6 +153,7 @@ def build_artifact(
     if open_artifact(work) is None:  # else it was killed just before it got its name
         started = time.monotonic()
         make(work)
+        trim_heap()
         _sweep(work)
         names = sorted(str(p.relative_to(work)) for p in data_files(work))
         content = plan | {"files": {name: _seal(work / name) for name in names}}

@@ -23,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from vllm_memdec.train.heap import trim_heap
+
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20  # data goes through files, results are numbers
 RESTARTS = 8  # of the group of training processes, or of the only worker
@@ -98,13 +100,18 @@ class _Hand:
     def work(self, key: int, pickled: bytes, shared: str, item: int) -> tuple[Any, bytes]:
         """Do an item; the worker that came with the key is kept, with all it has opened."""
         if key != self.key:
-            self.worker = None  # what the one before held is given back first
+            self._let_go()
             self.key, self.worker = key, pickle.loads(pickled)
         return _attempt(self.worker, shared, item)
 
     def call(self, function: Callable[..., Any], shared: str, args: tuple) -> tuple[Any, bytes]:
-        self.key, self.worker = -1, None
+        self._let_go()
         return _attempt(function, shared, *args)
+
+    def _let_go(self) -> None:
+        """Give back what the worker before held."""
+        self.key, self.worker = -1, None
+        trim_heap()
 
 
 def _attempt(function: Callable[..., Any], shared: str, *args: Any) -> tuple[Any, bytes]:

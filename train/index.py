@@ -23,6 +23,7 @@ from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.corpus import shard_rows
 from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.heap import trim_heap
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard
 
@@ -280,6 +281,9 @@ class Index:
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         lists = None
         for part, first in enumerate(self.facts["first_rows"]):
+            index = ivf = None  # the part before, before the next is read
+            if part and part - 1 not in self.opened:
+                trim_heap()
             index = self._part(part)
             transformed, ivf = inverted_lists(index, queries)
             if ivf is None:

@@ -15,13 +15,13 @@ if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     llm = LLM(**job["llm"])
     params = [
-        SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, extra_args=extra)
-        for _, extra in job["requests"]
+        SamplingParams(**job["sampling"], extra_args=extra) for _, extra in job["requests"]
     ]
     prompts = [{"prompt_token_ids": ids} for ids, _ in job["requests"]]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
 """
+SAMPLING = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 CHOICES = (
     {},
     {"memdec_memory": "whole"},
@@ -34,36 +34,46 @@ CHOICES = (
 @pytest.mark.feature(
     "tensor parallel 2", note='a memory may be split or, `"tensor_parallel_size": 1`, whole'
 )
-def test_two_ranks_answer_like_one(tiny_model, subprocess_env):
+def test_two_ranks_answer_like_one(tiny_model, engine, subprocess_env):
+    from vllm import SamplingParams
+
     memories = {
         "split": {"model": tiny_model("llama", seed=1, hidden=128), "alpha": 0.6},
         # Three heads do not divide by two.
         "whole": {"model": tiny_model("llama", seed=2, hidden=96, layers=3), "alpha": 0.5},
     }
     memories["whole"]["tensor_parallel_size"] = 1
+    block = {"memories": memories, "default": "split"}
     prompts = oracle.prompts(50, 3, 40, 1000)
-    answers = {}
-    for ranks in (1, 2):
-        job = {
-            "llm": {
-                "model": tiny_model("llama"),
-                "model_impl": "memdec",
-                "additional_config": {"memdec": {"memories": memories, "default": "split"}},
-                "tensor_parallel_size": ranks,
-                "dtype": "float32",
-                "enforce_eager": True,
-                "max_num_seqs": 16,
-                "disable_log_stats": True,
-            },
-            "requests": [(ids, CHOICES[i % len(CHOICES)]) for i, ids in enumerate(prompts)],
-        }
-        run = subprocess.run(
-            [sys.executable, "-c", GENERATE, json.dumps(job)],
-            env=subprocess_env,
-            capture_output=True,
-            text=True,
+    requests = [(ids, CHOICES[i % len(CHOICES)]) for i, ids in enumerate(prompts)]
+    with engine(tiny_model("llama"), block) as llm:
+        one = llm.generate(
+            [{"prompt_token_ids": ids} for ids, _ in requests],
+            [SamplingParams(**SAMPLING, extra_args=extra) for _, extra in requests],
+            use_tqdm=False,
         )
-        assert run.returncode == 0, (run.stdout + run.stderr)[-20000:]
-        [line] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
-        answers[ranks] = json.loads(line)
-    assert len(answers[1]) == 50 and answers[2] == answers[1]
+    job = {
+        "llm": {
+            "model": tiny_model("llama"),
+            "model_impl": "memdec",
+            "additional_config": {"memdec": block},
+            "tensor_parallel_size": 2,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_num_seqs": 16,
+            "disable_log_stats": True,
+        },
+        "sampling": SAMPLING,
+        "requests": requests,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", GENERATE, json.dumps(job)],
+        # Each rank is a process anyhow; the scheduler of both need not be one more.
+        env=subprocess_env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, (run.stdout + run.stderr)[-20000:]
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
+    two = json.loads(line)
+    assert len(two) == 50 and two == [list(output.outputs[0].token_ids) for output in one]
