@@ -1,6 +1,6 @@
 """A memory taken to another tokenizer, against a fresh one given the same few steps.
 
-    python benchmarks/cross_vocabulary.py            # about ten minutes on two cores; resumes
+    python benchmarks/cross_vocabulary.py            # about a quarter of an hour on two cores; resumes
     python benchmarks/cross_vocabulary.py --quick    # every step of it in a minute or two, no CSV
 
 Source: a memory of Factbook facts compiled for SmolLM2 (byte-level BPE, 49,152 tokens). Target: the
@@ -162,11 +162,12 @@ def fidelity(model: Any, out: Path, settings: dict[str, Any]) -> dict[str, float
     tokens, positions, mask, labels, targets = batches.load(chosen, model.device)
     trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
     log_p_NV = head(model, trunk.last_hidden_state[mask]).float().log_softmax(-1)
-    log_p = log_p_NV[targets.row, targets.token]
+    row, token, p = targets.entries()
+    log_p = log_p_NV[row, token]
     knn_NV = torch.zeros_like(log_p_NV)
-    knn_NV[targets.row, targets.token] = targets.probability
-    kl = (targets.probability * (targets.probability.log() - log_p)).sum()
-    overlap = torch.minimum(targets.probability, log_p.exp()).sum()
+    knn_NV[row, token] = p
+    kl = (p * (p.log() - log_p)).sum()
+    overlap = torch.minimum(p, log_p.exp()).sum()
     rows = len(labels)
     return {
         "knn_top1": float((knn_NV.argmax(-1) == log_p_NV.argmax(-1)).float().mean()),

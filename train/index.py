@@ -23,7 +23,6 @@ from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.corpus import shard_rows
 from vllm_memdec.train.datastore import Keys
-from vllm_memdec.train.heap import trim_heap
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard
 
@@ -84,9 +83,14 @@ def index_parts(starts: np.ndarray, width_bytes: int, budget: int) -> list[range
     return parts
 
 
+def gpus() -> int:
+    """Return how many GPUs this faiss sees."""
+    return getattr(faiss, "get_num_gpus", lambda: 0)()
+
+
 def to_gpu(index: Any) -> Any:
     """Return the index on all GPUs if this faiss has any, else unchanged."""
-    if getattr(faiss, "get_num_gpus", lambda: 0)() == 0:
+    if not gpus():
         return index
     options = faiss.GpuMultipleClonerOptions()
     options.shard = True
@@ -230,8 +234,8 @@ def read_facts(path: Path) -> dict[str, Any]:
 class Index:
     """The parts of an index, searched as one.
 
-    Parts are kept open as far as the budget goes; beyond it each is read for a search and let go,
-    which costs little beside the search where queries come by the thousand.
+    Parts are mapped, and kept so as far as the budget goes: what is mapped counts as the process's
+    memory. Beyond it each is mapped for a search, which costs little where its file stays cached.
     """
 
     folder: Path
@@ -259,7 +263,7 @@ class Index:
             return self.opened[part]
         path = part_path(self.folder, part)
         try:
-            index = faiss.read_index(str(path))
+            index = faiss.read_index(str(path), 0 if gpus() else faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
             raise ValueError(
                 f"{path} is damaged or missing: delete the folder {self.folder} and build again."
@@ -281,9 +285,7 @@ class Index:
         ids = np.full((len(queries), k), -1, dtype=np.int64)
         lists = None
         for part, first in enumerate(self.facts["first_rows"]):
-            index = ivf = None  # the part before, before the next is read
-            if part and part - 1 not in self.opened:
-                trim_heap()
+            index = ivf = None  # the part before, before the next is mapped
             index = self._part(part)
             transformed, ivf = inverted_lists(index, queries)
             if ivf is None:
