@@ -1,6 +1,6 @@
 """A memory taken to another tokenizer, against a fresh one given the same few steps.
 
-    python benchmarks/cross_vocabulary.py            # about a quarter of an hour on two cores; resumes
+    python benchmarks/cross_vocabulary.py            # a quarter of an hour on two cores; resumes
     python benchmarks/cross_vocabulary.py --quick    # every step of it in a minute or two, no CSV
 
 Source: a memory of Factbook facts compiled for SmolLM2 (byte-level BPE, 49,152 tokens). Target: the
