@@ -1,6 +1,6 @@
 """Peak memory of every stage on a corpus and on one ten times as large.
 
-    python benchmarks/memory.py          # 0.3 M and 3 M tokens
+    python benchmarks/memory.py          # 0.3 M and 3 M tokens; resumes
 
 The text is Wikipedia's and the World Factbook's, repeated with its sentences shuffled where there
 is too little of it. The base is SmolLM2-135M cut to its first layer, whose keys are as wide as the
@@ -28,6 +28,7 @@ from demo import write_corpus
 from server import environment
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.pipeline import STAGES
 
 WORK = data.BUILD / "memory-benchmark"
@@ -91,9 +92,16 @@ def resident(process: psutil.Process) -> dict[str, int]:
 
 
 def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> dict[str, int]:
-    """Build a memory; return the peak resident bytes of the largest process in each stage."""
-    output = WORK / f"build-{tokens}"
-    shutil.rmtree(output, ignore_errors=True)
+    """Build a memory; return the peak resident bytes of the largest process in each stage.
+
+    They are kept in a file, so that a run that was stopped goes on.
+    """
+    output, kept = WORK / f"build-{tokens}", WORK / f"peaks-{tokens}-{budget}-{address}.json"
+    found: dict[str, int] = dict.fromkeys(STAGES, 0)
+    if kept.exists():
+        found = json.loads(kept.read_text())
+    else:
+        shutil.rmtree(output, ignore_errors=True)
     epochs = STEPS * SETTINGS["memory"]["batch_blocks"] * SETTINGS["corpus"]["block_tokens"]
     settings = SETTINGS | {"memory": SETTINGS["memory"] | {"epochs": epochs / tokens}}
     config = WORK / f"settings-{tokens}.yaml"
@@ -102,12 +110,12 @@ def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> d
     command += ["--corpus", str(corpus), "--output", str(output), "--config", str(config)]
     command += ["--memory-budget", budget, "--ray-address", address]
     build = psutil.Popen(command, env=environment())
-    found: dict[str, int] = dict.fromkeys(STAGES, 0)
     while build.poll() is None:
         stage = next((s for s in STAGES if not (output / s / "manifest.json").exists()), None)
         sizes = resident(build)
-        if stage and sizes:
-            found[stage] = max(found[stage], *sizes.values())
+        if stage and sizes and max(sizes.values()) > found[stage]:
+            found[stage] = max(sizes.values())
+            write_json(kept, found)
         time.sleep(0.1)
     if build.wait():
         raise subprocess.CalledProcessError(build.returncode, command)
@@ -117,7 +125,7 @@ def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs=2, default=[300_000, 3_000_000])
-    parser.add_argument("--memory-budget", default="256MiB")
+    parser.add_argument("--memory-budget", default="512MiB")
     parser.add_argument("--ray-address", default="local")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
@@ -147,6 +155,8 @@ def main() -> None:
     worst = max(row["ratio"] for row in results)
     print(f"largest growth: {worst - 1:.1%} (accepted: {ACCEPTED - 1:.0%})")
     append_csv(RESULTS / "memory.csv", results)
+    for kept in WORK.glob("peaks-*.json"):
+        kept.unlink()
     print(json.dumps({"benchmark": "memory", "growth": worst, "results": results}))
 
 

@@ -34,6 +34,7 @@ POINTS_PER_LIST = 256  # faiss samples no more for k-means
 SAMPLE_SHARDS = 64  # at least so many, evenly spread, give the sample
 PART_SHARE = 4  # a part of the index, or the sample, takes a fourth of the memory budget
 LABELS = "labels.i32"  # of all rows, in order
+OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned() has one thread
 GPU_LARGEST_K = 2048  # that faiss finds on a GPU
 
 
@@ -271,6 +272,7 @@ class Index:
         if not isinstance(index, faiss.IndexFlat):
             ivf = faiss.extract_index_ivf(index)
             ivf.nprobe = min(self.probes, ivf.nlist)
+            ivf.parallel_mode = OVER_QUERIES
         index = to_gpu(index)
         size = key_bytes(self.facts["kind"], self.facts["width"])
         total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
