@@ -26,10 +26,11 @@ BLOCKS, CHUNK = 40, 512  # of the soaked server: KV blocks, and tokens a step
 @pytest.fixture(scope="module")
 def folders(tiny_model):
     """Return the folders of the base (None) and of two memories of different sizes."""
+    long = {"positions": 1024, "spread": 0.15}  # of the weights: see tiny_config()
     return {
-        None: tiny_model("llama", positions=1024),
-        LAW: tiny_model("llama", seed=1, hidden=96, layers=3, positions=1024),
-        BIO: tiny_model("gpt2", seed=2, hidden=32, layers=1, positions=1024),
+        None: tiny_model("llama", **long),
+        LAW: tiny_model("llama", seed=1, hidden=96, layers=3, **long),
+        BIO: tiny_model("gpt2", seed=2, hidden=32, layers=1, **long),
     }
 
 
