@@ -189,6 +189,8 @@ def check_report(json_file: Path | None) -> None:
     """Raise ValueError if a report could not be written there, before minutes are spent on it."""
     if json_file is not None and not json_file.parent.is_dir():
         raise ValueError(f"{json_file.parent} is no folder: create it, or check --json.")
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"{json_file} is a folder: give --json a file.")
 
 
 @contextlib.contextmanager

@@ -332,6 +332,7 @@ def test_the_command(copy, tmp_path, foreign, tiny_model, memdec_here):
         ((tmp_path,), f"memdec: {tmp_path} is no build"),
         ((copy, "--base", tiny_model("llama", tokenizer=1)), "is not the base of this build"),
         ((copy, "--json", tmp_path / "nowhere/report.json"), "nowhere is no folder: create it"),
+        ((copy, "--json", tmp_path), "is a folder: give --json a file"),
     ):
         code, out, err = memdec_here("verify", *words)
         assert code == 1 and sentence in err.splitlines()[-1] and "Traceback" not in err
