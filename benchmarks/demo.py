@@ -68,7 +68,7 @@ class Demo:
 
 
 FULL = Demo(data.BUILD / "demo", HERE / "demo.yaml")
-QUICK = Demo(data.BUILD / "demo-quick", HERE / "demo-quick.yaml", 80, 16, 16, 2, 20)
+QUICK = Demo(data.BUILD / "demo-quick", HERE / "demo-quick.yaml", 80, 16, 16, 2, 8)
 
 
 def facts_of(regions: Iterable[str], count: int | None) -> list[data.Fact]:

@@ -18,6 +18,7 @@ from server import environment, free_port, run_server  # noqa: E402
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
 SMALL = {"build/demo": "build/demo-quick", "benchmarks/demo.yaml": "benchmarks/demo-quick.yaml"}
+BASE = "SmolLM2-135M-Instruct"
 BIN = Path(sys.executable).parent
 
 
@@ -68,7 +69,7 @@ def test_the_demo_reports_everything(demo):
         assert demo["perplexity"][key] > 1
     assert 0 <= demo["perplexity"]["alpha"] <= 1  # 0: the small demo's memory learns nothing
     assert {"base", "mixture"} <= set(demo["general_perplexity"])
-    assert demo["recall"]["facts"] == 20  # the small demo's; the full one asks 120
+    assert demo["recall"]["facts"] == 8  # the small demo's; the full one asks 120
     assert {"base", "mixture"} <= set(demo["recall"])
     assert len(demo["facts"]) >= 10
     for row in demo["facts"]:
@@ -105,7 +106,7 @@ def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:
     return answer["choices"][0]["text"], (folder / "log").read_text()
 
 
-SERVE = "vllm serve build/SmolLM2-135M-Instruct --model-impl memdec"
+SERVE = f"vllm serve build/{BASE} --model-impl memdec"
 
 
 def test_serve_and_curl(demo, tmp_path):
@@ -120,16 +121,18 @@ def test_several_memories(demo, tmp_path):
     assert answer and len(re.findall(r"memdec: memory '(?:countries|cautious)'", log)) == 2
 
 
-def test_python_example(demo):
-    code = block("from vllm").replace(
-        "additional_config", "enforce_eager=True, max_model_len=256, additional_config"
-    )
-    prelude = 'BASE, MEMORY = "build/SmolLM2-135M-Instruct", "build/demo-quick/export"\n'
-    # vLLM starts processes, which need an importable main module.
-    body = "".join(f"    {line}\n" for line in (prelude + code).splitlines())
-    script = ROOT / "build/demo-quick/example.py"
-    script.write_text(f'if __name__ == "__main__":\n{body}')
-    run(f"python {script}")
+def test_python_example(demo, monkeypatch):
+    """In this process: it has vLLM imported, three more that import it take half a minute."""
+    from vllm_memdec.kernels import interpolate
+
+    for name, value in (environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(interpolate, "INTERPRETED", False)  # users have the mixture in PyTorch
+    small = "enforce_eager=True, max_model_len=256, additional_config"
+    base, memory = (ROOT / "build" / name for name in (BASE, "demo-quick/export"))
+    names = {"BASE": str(base), "MEMORY": str(memory)}
+    exec(block("from vllm").replace("additional_config", small), names)
+    names["llm"].llm_engine.engine_core.shutdown()
 
 
 def test_the_tree_lists_every_module():

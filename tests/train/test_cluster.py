@@ -21,7 +21,7 @@ SETTINGS = {
     },
     "export": {"dtype": "float32"},
 }  # fmt: skip
-CHECKED = "checkpoint.pt"
+LABELS, CHECKED = "labels-*.npy", "checkpoint.pt"
 LOSS = 0.01  # relative: two processes sum in another order, and a lost step is done again
 
 
@@ -33,10 +33,14 @@ def ray_cluster(monkeypatch):
     # A lost node is noticed in a second instead of half a minute.
     impatient = {"period_ms": 500, "timeout_ms": 2000, "failure_threshold": 2}
     health = {f"RAY_health_check_{name}": str(value) for name, value in impatient.items()}
-    for name, value in (QUIET | health).items():
+    # Nor does a fresh node start processes before it has work for them.
+    idle = {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+    for name, value in (QUIET | health | idle).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+    )
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1)
@@ -54,9 +58,10 @@ def wait_for(path, pattern, count, process, seconds=300):
         time.sleep(0.005)
 
 
-def lose_a_node(cluster):
+def lose_a_node(cluster, done):
     """Kill all processes of a node at once, as a power cut would, and add a fresh node."""
     cluster.remove_node(sorted(cluster.worker_nodes, key=id)[0], allow_graceful=False)
+    assert not done.exists(), "the stage ended before the node was lost"
     cluster.add_node(num_cpus=1)
 
 
@@ -77,19 +82,15 @@ def test_a_node_is_lost_in_each_long_stage(
     tiny_model, tmp_path, command, build, english, jsonl, hashes, ray_cluster
 ):
     base, alone = tiny_model("llama"), tmp_path / "alone"
-    corpus = jsonl(tmp_path / "corpus.jsonl", english(120))
+    corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
     build(base, corpus, alone, SETTINGS)
     on_ray = command(base, corpus, SETTINGS, "on_ray")
     process = on_ray.start(**{"ray-address": ray_cluster.address})
-    for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*")):
-        partial = on_ray.output / f"{stage}.partial"
-        wait_for(partial, pattern, 5, process)
-        assert not (on_ray.output / stage).exists()
-        lose_a_node(ray_cluster)
-        assert not (on_ray.output / stage).exists(), "the stage ended before the node was lost"
-    wait_for(on_ray.output / "memory.partial", "checkpoint.pt", 1, process)
-    lose_a_node(ray_cluster)
-    assert not (on_ray.output / "memory").exists()
+    for stage, pattern, count in (
+        ("datastore", LABELS, 5), ("targets", "probs-*.npy", 5), ("memory", CHECKED, 1),
+    ):  # fmt: skip
+        wait_for(on_ray.output / f"{stage}.partial", pattern, count, process)
+        lose_a_node(ray_cluster, on_ray.output / stage)
     err = process.communicate(timeout=600)[1]
     assert process.returncode == 0, err
     one, two = hashes(alone), hashes(on_ray.output)
@@ -108,30 +109,30 @@ def test_the_driver_is_killed(tiny_model, tmp_path, command, build, english, jso
     corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
     build(base, corpus, alone, SETTINGS)
     killed = command(base, corpus, SETTINGS, "killed")
-    kept = {}
-    for stage, pattern in (("datastore", "labels-*"), ("targets", "probs-*"), ("memory", CHECKED)):
-        process = killed.start(**{"ray-address": "local"})
-        partial = killed.output / f"{stage}.partial"
-        if stage == "datastore":
-            wait_for(partial, pattern, 2, process)
-            lose_the_worker(process)
-        wait_for(partial, pattern, 1 if stage == "memory" else 5, process)
-        number = signal.SIGINT if stage == "targets" else signal.SIGKILL
-        said = killed.kill(process, number)
-        if stage == "targets":
-            assert process.returncode == 130 and "Traceback" not in said, said
-            assert said.splitlines()[-1] == "Stopped. Run the same command again to go on."
-        assert not (killed.output / stage).exists()
-        if stage != "memory":
-            kept[stage] = {p.name: p.stat().st_mtime_ns for p in partial.glob(pattern)}
-    step = torch.load(killed.output / "memory.partial" / CHECKED)["step"]
+    datastore, memory = (killed.output / f"{stage}.partial" for stage in ("datastore", "memory"))
+
+    process = killed.start(**{"ray-address": "local"})
+    wait_for(datastore, LABELS, 2, process)
+    lose_the_worker(process)
+    wait_for(datastore, LABELS, 5, process)
+    killed.kill(process)
+    assert not (killed.output / "datastore").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in datastore.glob(LABELS)}
+
+    process = killed.start(**{"ray-address": "local"})
+    wait_for(memory, CHECKED, 1, process)
+    said = killed.kill(process, signal.SIGINT)
+    assert process.returncode == 130 and "Traceback" not in said, said
+    assert said.splitlines()[-1] == "Stopped. Run the same command again to go on."
+    assert not (killed.output / "memory").exists()
+    for name, when in kept.items():  # what was whole is not made again
+        assert (killed.output / "datastore" / name).stat().st_mtime_ns == when
+    step = torch.load(memory / CHECKED)["step"]
+
     code, err = killed.run(**{"ray-address": "local"})
     assert code == 0, err
     resumed = int(re.search(r"resuming at step (\d+) of", err)[1])
     assert 1 <= step <= resumed  # what Ray's processes still saved while they ended is not lost
-    for stage, files in kept.items():
-        for name, when in files.items():  # what was whole is not made again
-            assert (killed.output / stage / name).stat().st_mtime_ns == when
     assert hashes(killed.output) == hashes(alone)
 
 
