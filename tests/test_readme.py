@@ -95,6 +95,12 @@ def test_compile_and_verify_commands(demo, tmp_path):
     assert [check["name"] for check in checks if check["status"] == "FAILED"] == ["fidelity"]
 
 
+def test_explain_command(demo):
+    printed = run(block("memdec explain"))
+    assert "P(mixture)" in printed and "written by the mixture" in printed
+    assert "<title>memdec explain</title>" in (ROOT / "build/explain.html").read_text()
+
+
 def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:
     """Run a server and a request as printed; return the answer's text and the server's log."""
     port = free_port()

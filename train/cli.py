@@ -1,4 +1,4 @@
-"""The `memdec` command: plan what a build costs, build a memory, verify what came out."""
+"""The `memdec` command: plan a build, build a memory, verify it, explain what it says."""
 
 import contextlib
 import errno
@@ -185,12 +185,41 @@ def verify(
             raise ValueError(f"{failed[0].name} failed: {failed[0].fix}")
 
 
-def check_report(json_file: Path | None) -> None:
+@app.command()
+def explain(
+    prompt: Annotated[str, typer.Argument(help="Any text.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base model (Hugging Face).")],
+    memory: Annotated[Path, typer.Option(help="Folder of the memory: a build's export/.")],
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the memory; default: its own.")
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
+    ] = 16,
+    html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+) -> None:
+    """Tell of each token what base, memory and mixture gave it, and which of them decided."""
+    with explained(Progress()):
+        from vllm_memdec.train import explain as explaining
+        from vllm_memdec.train.artifacts import write_json
+
+        check_report(html_file, "--html")
+        check_report(json_file)
+        found = explaining.explain(str(base), str(memory), prompt, alpha, tokens)
+        explaining.show(found, Console())
+        if html_file is not None:
+            html_file.write_text(explaining.page(found), encoding="utf-8")
+        if json_file is not None:
+            write_json(json_file, explaining.report(found))
+
+
+def check_report(path: Path | None, option: str = "--json") -> None:
     """Raise ValueError if a report could not be written there, before minutes are spent on it."""
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"{json_file.parent} is no folder: create it, or check --json.")
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"{json_file} is a folder: give --json a file.")
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"{path.parent} is no folder: create it, or check {option}.")
+    if path is not None and path.is_dir():
+        raise ValueError(f"{path} is a folder: give {option} a file.")
 
 
 @contextlib.contextmanager
@@ -202,14 +231,14 @@ def explained(progress: Progress) -> Iterator[None]:
         progress.say("Stopped. Run the same command again to go on.")
         raise typer.Exit(128 + signal.SIGINT) from None
     except Exception as error:
-        sentence = explain(error)
+        sentence = sentence_of(error)
         if sentence is None:
             raise
         progress.say(f"memdec: {sentence}")
         raise typer.Exit(1) from None
 
 
-def explain(error: Exception) -> str | None:
+def sentence_of(error: Exception) -> str | None:
     """Return one sentence for an error a user can mend, None for a defect of ours."""
     number = error.errno if isinstance(error, OSError) else None
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

@@ -34,6 +34,7 @@ from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
 HEAPS = 0.5  # the vocabulary in use grows as this power of the text
 PLOT = 1.5  # seconds
+FAISS = 0.5  # seconds until two processes have imported it and started its threads
 KMEANS_PASSES = 10  # faiss's own number for the lists of an index
 GPU_STAGES = ("datastore", "index", "targets", "memory")
 
@@ -176,7 +177,7 @@ class Job:
         rates, share = self.rates, self.budget // PART_SHARE
         wanted = min(POINTS_PER_LIST * self.lists, most_sampled(rates.width, self.budget))
         sample = min(self.rows, max(40 * self.lists, wanted))
-        seconds = rates.call + rates.train_index * sample * self.lists
+        seconds = FAISS + rates.call + rates.train_index * sample * self.lists
         seconds += self.keys_again * sample / self.rows
         fill = (rates.compare * self.lists + rates.encode) * self.rows + self.keys_again
         seconds += rates.map + fill / min(self.workers, self.parts)

@@ -9,12 +9,14 @@ import socket
 import statistics
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import oracle
 import psutil
 import pytest
 import torch
+import vllm.envs
 
 LAW, BIO = "law", "bio"
 ALPHAS = {LAW: 0.6, BIO: 0.4}
@@ -559,6 +561,11 @@ def test_killed_and_started_again(tiny_model, subprocess_env, tmp_path):
         BIO: tiny_model("gpt2", seed=2, hidden=32, layers=1),
     }
     cache = tmp_path / "cache"
+    cache.mkdir()
+    # What vLLM knows of model classes it finds out in a process for each; only compiling is new.
+    known = Path(vllm.envs.VLLM_CACHE_ROOT) / "modelinfos"
+    known.mkdir(parents=True, exist_ok=True)
+    (cache / "modelinfos").symlink_to(known)
     env = {**subprocess_env, "VLLM_CACHE_ROOT": str(cache), "TORCHDYNAMO_DISABLE": "0"}
     options = ["--max-num-seqs", "4", "--max-model-len", "256"]
     body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 8, "temperature": 0, "abort": None}

@@ -16,6 +16,7 @@ import faiss
 import pytest
 import torch
 import yaml
+from forked import Forked
 from typer.testing import CliRunner
 
 from vllm_memdec.kernels import sparse_kl
@@ -106,7 +107,7 @@ def memdec_here():
 
 
 class Command:
-    """Runs `memdec build` as a user does, in a process group of its own."""
+    """Runs `memdec build` in a process group of its own; see also here()."""
 
     def __init__(
         self, folder: Path, base: str, corpus: Path, settings: dict | str, memdec_here: Callable
@@ -126,10 +127,13 @@ class Command:
         pairs = (pair for pair in chosen.items() if pair[1] is not None)
         return ["build", *(str(word) for pair in pairs for word in pair)]
 
-    def start(self, *prefix: str, **options) -> subprocess.Popen:
+    def start(self, *prefix: str, **options) -> "subprocess.Popen | Forked":
         """Start it, with options changed and perhaps under another command."""
+        words = self.words(options)
+        if not prefix and "none" in words:  # Ray's processes start as their driver did
+            return Forked(words, self.output.parent, ENVIRONMENT)
         return subprocess.Popen(
-            [*prefix, str(MEMDEC), *self.words(options)],
+            [*prefix, str(MEMDEC), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -194,7 +194,7 @@ import io, pathlib, sys
 import faiss, numpy, torch
 from safetensors.torch import save_file
 from vllm_memdec.train.artifacts import write_atomic, write_json
-from vllm_memdec.train.cli import explain
+from vllm_memdec.train.cli import sentence_of
 from vllm_memdec.train.shards import save_array
 
 folder = pathlib.Path(sys.argv[1])
@@ -215,7 +215,7 @@ for name, write in writers.items():
         write(path)
         print(name, "was written")
     except Exception as error:
-        print(name, explain(error), path.exists() and name not in ("tofile", "safetensors"))
+        print(name, sentence_of(error), path.exists() and name not in ("tofile", "safetensors"))
     for left in folder.iterdir():
         left.unlink()
 """
