@@ -65,10 +65,11 @@ class Demo:
     held_out: int = 400
     articles: int = 40
     recall: int = 120  # facts drawn from the corpus at random, asked of base and mixture alike
+    ray_address: str = "local"
 
 
 FULL = Demo(data.BUILD / "demo", HERE / "demo.yaml")
-QUICK = Demo(data.BUILD / "demo-quick", HERE / "demo-quick.yaml", 80, 16, 16, 2, 8)
+QUICK = Demo(data.BUILD / "demo-quick", HERE / "demo-quick.yaml", 80, 16, 16, 2, 8, "none")
 
 
 def facts_of(regions: Iterable[str], count: int | None) -> list[data.Fact]:
@@ -307,6 +308,7 @@ def main(demo: Demo) -> None:
         command = [str(Path(sys.executable).with_name("memdec")), "build", "--base", str(base)]
         command += ["--corpus", str(corpus), "--validation", str(scored["validation_facts"])]
         command += ["--output", str(demo.out), "--config", str(demo.config)]
+        command += ["--ray-address", demo.ray_address]
         subprocess.run(command, check=True, env=environment())
     for stage in STAGES:
         manifest = json.loads((demo.out / stage / "manifest.json").read_text())

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +24,7 @@ from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
 
+SAYS = ("base says", "memory says")
 CHUNK = 128  # tokens read at once: logits of a long text would not fit in memory
 BASE_RGB, MEMORY_RGB = (66, 133, 244), (255, 145, 0)
 
@@ -172,8 +174,10 @@ def visible(text: str) -> str:
 def show(found: Explanation, console: Console) -> None:
     """Print a table, a token a line."""
     console.print(f"alpha {found.alpha:g}, base {found.base}, memory {found.memory}", markup=False)
-    columns = "token", "P(base)", "P(memory)", "P(mixture)", "decided", "base says", "memory says"
-    table = Table(*columns)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("token", "P(base)", "P(memory)", "P(mixture)", "decided", *SAYS):
+        is_text = name in ("token", *SAYS)
+        table.add_column(name, no_wrap=not is_text, overflow="ellipsis" if is_text else "fold")
     table.add_row(escape(visible(found.first)))
     for token in found.tokens:
         colour = "orange1" if token.decided == "memory" else "dodger_blue1"

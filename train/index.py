@@ -235,8 +235,9 @@ def read_facts(path: Path) -> dict[str, Any]:
 class Index:
     """The parts of an index, searched as one.
 
-    Parts are mapped, and kept so as far as the budget goes: what is mapped counts as the process's
-    memory. Beyond it each is mapped for a search, which costs little where its file stays cached.
+    Parts are mapped, and kept so up to a share of the budget: what is mapped counts as the
+    process's memory. Each of the others is mapped for a search, which costs little where its file
+    stays cached, and takes another share.
     """
 
     folder: Path
@@ -276,7 +277,7 @@ class Index:
         index = to_gpu(index)
         size = key_bytes(self.facts["kind"], self.facts["width"])
         total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
-        if total * size <= self.budget // 2:
+        if total * size <= self.budget // PART_SHARE:
             self.opened[part] = index
         return index
 
