@@ -39,7 +39,9 @@ setup(
             "typer>=0.12",
         ],
         "bench": [
+            "PyStemmer>=2.2",
             "accelerate>=1.0",  # transformers asks for it when it reads a GGUF file
+            "bm25s>=0.2",
             "gguf>=0.17",
             "mwparserfromhell>=0.6",
             "openai>=1.50",

