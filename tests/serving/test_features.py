@@ -1,31 +1,28 @@
 """The feature matrix: what vLLM offers its users works on the mixture, on a real engine.
 
 Each test is a row of the README's table, see the marker `feature`; some rows are tests of other
-files. The answer key is computed without vLLM: float64 mixtures of plain Hugging Face models.
+files, those over HTTP of test_http.py. The answer key is matrix.py's.
 """
 
-import json
-import subprocess
-import sys
 from collections import Counter
-from dataclasses import dataclass
-from pathlib import Path
 
-import openai
 import oracle
 import pytest
 import regex
 import torch
+from matrix import (
+    CHOICES,
+    EOS,
+    PLAIN,
+    PROMPT,
+    Choice,
+    beams,
+    greedy,
+    make_models,
+    memdec_block,
+    mixture,
+)
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from server import serve  # noqa: E402
-
-ALPHAS = {"law": 0.6, "bio": 0.4}
-DEFAULT = "law"
-EOS = 1
-PROMPT = [5, 6, 7, 8, 9]
 feature = pytest.mark.feature
 
 ENGINES = {
@@ -50,88 +47,14 @@ tight = pytest.mark.parametrize("llm", ["tight"], indirect=True)
 
 @pytest.fixture(scope="module")
 def models(tiny_model):
-    return {
-        "base": tiny_model("llama"),
-        "law": tiny_model("llama", seed=1, hidden=96, layers=3),
-        "bio": tiny_model("llama", seed=2),
-    }
+    return make_models(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def block(models):
-    memories = {name: {"model": models[name], "alpha": alpha} for name, alpha in ALPHAS.items()}
-    return {"memories": memories, "default": DEFAULT}
-
-
-@pytest.fixture(scope="module")
-def llm(request, engine, models, block):
+def llm(request, engine, models):
     """Yield one engine of ENGINES, shared by its tests."""
-    with engine(models["base"], block, **ENGINES[request.param]) as running:
+    with engine(models["base"], memdec_block(models), **ENGINES[request.param]) as running:
         yield running
-
-
-# -- The answer key -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a request asks for; None is the server's default."""
-
-    memory: str | None = None
-    alpha: float | None = None
-
-    @property
-    def extra_args(self):
-        given = {"memdec_memory": self.memory, "memdec_alpha": self.alpha}
-        return {key: value for key, value in given.items() if value is not None}
-
-    @property
-    def resolved(self):
-        """Return (memory whose folder is read, weight)."""
-        name = self.memory or DEFAULT
-        if name == "none":
-            return DEFAULT, 0.0
-        return name, ALPHAS[name] if self.alpha is None else self.alpha
-
-
-PLAIN = Choice()
-CHOICES = [PLAIN, Choice("bio"), Choice("none"), Choice("law", 0.3), Choice("bio", 1.0)]
-
-
-def mixture(models, choice, ids):
-    """Return the log-probabilities [T, V] of what follows each token."""
-    name, alpha = choice.resolved
-    return oracle.mixture(models["base"], models[name], alpha, ids)
-
-
-def logits(models, choice, ids):
-    """Return the logits form [V] after the last token: with the base's logsumexp added back."""
-    with torch.no_grad():
-        base_V = oracle.load(models["base"])(torch.tensor([ids])).logits[0, -1]
-    return mixture(models, choice, ids)[-1] + base_V.logsumexp(-1)
-
-
-def greedy(models, choice, prompt, steps, adjust=None):
-    """Return the chain of best tokens; adjust(logits [V], sampled so far) is applied to each."""
-    sampled = []
-    for _ in range(steps):
-        row_V = logits(models, choice, [*prompt, *sampled])
-        if adjust is not None:
-            row_V = adjust(row_V, sampled)
-        sampled.append(int(row_V.argmax()))
-    return sampled
-
-
-def beams(models, choice, prompt, width, steps):
-    """Return the best (log-probability, tokens) of a beam search over the whole vocabulary."""
-    found = [(0.0, [])]
-    for _ in range(steps):
-        longer = []
-        for total, ids in found:
-            row_V = mixture(models, choice, [*prompt, *ids])[-1]
-            longer += [(total + p, [*ids, token]) for token, p in enumerate(row_V.tolist())]
-        found = sorted(longer, reverse=True)[:width]
-    return found
 
 
 def constrained(models, choice, prompt, pattern, tokenizer):
@@ -585,118 +508,17 @@ def test_priority(llm, models):
         assert finished[number] == greedy(models, choice, prompt, 8), choice
 
 
-# -- HTTP -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def server(models, block, subprocess_env, tmp_path_factory):
-    """Yield the API address of a running `vllm serve`."""
-    log = tmp_path_factory.mktemp("features") / "log"
-    options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16")
-    with serve(models["base"], block, log, *options, env=subprocess_env) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server, api_key="none", max_retries=0)
-
-
-@feature("streaming")
-def test_streaming(client, models):
-    for choice in CHOICES:
-        stream = client.completions.create(
-            model=models["base"],
-            prompt=PROMPT,
-            max_tokens=12,
-            temperature=0,
-            stream=True,
-            extra_body={
-                "vllm_xargs": choice.extra_args,
-                "return_token_ids": True,
-                "ignore_eos": True,
-            },
-        )
-        parts = [chunk.choices[0].token_ids for chunk in stream if chunk.choices]
-        assert len(parts) > 2
-        assert [token for part in parts for token in part or ()] == greedy(
-            models, choice, PROMPT, 12
-        )
-
-
-@feature("chat completions")
-def test_chat_completions(client, models):
-    for choice in CHOICES:
-        answer = client.chat.completions.create(
-            model=models["base"],
-            messages=[{"role": "user", "content": "bagi duto mela"}],
-            max_tokens=8,
-            temperature=0,
-            logprobs=True,
-            extra_body={
-                "vllm_xargs": choice.extra_args,
-                "return_token_ids": True,
-                "ignore_eos": True,
-            },
-        ).model_dump()
-        prompt, found = answer["prompt_token_ids"], answer["choices"][0]
-        assert found["token_ids"] == greedy(models, choice, prompt, 8)
-        key_TV = mixture(models, choice, [*prompt, *found["token_ids"]])[len(prompt) - 1 : -1]
-        for entry, token, row_V in zip(
-            found["logprobs"]["content"], found["token_ids"], key_TV, strict=True
-        ):
-            assert entry["logprob"] == pytest.approx(row_V[token].item(), abs=oracle.TOLERANCE)
-
-
-@feature("beam search")
-def test_beam_search_over_http(client, models):
-    """The request's own memory and weight are dropped by vLLM: it gets the server's."""
-    asked = Choice("bio", 1.0)
-    answer = client.completions.create(
-        model=models["base"],
-        prompt=PROMPT,
-        max_tokens=4,
-        temperature=0,
-        n=2,
-        extra_body={
-            "use_beam_search": True,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "vllm_xargs": asked.extra_args,
-        },
-    )
-    found = [choice.token_ids for choice in answer.choices]
-    assert found == [ids for _, ids in beams(models, PLAIN, PROMPT, 2, 4)]
-    assert found != [ids for _, ids in beams(models, asked, PROMPT, 2, 4)]
-
-
-@feature("vllm bench serve")
-def test_bench_serve(server, models, subprocess_env, tmp_path):
-    command = ["vllm", "bench", "serve", "--backend", "openai", "--model", models["base"]]
-    options = (
-        f"--base-url {server.removesuffix('/v1')} --dataset-name random --random-input-len 24 "
-        "--random-output-len 8 --num-prompts 6 --ignore-eos --save-result "
-        f"--result-dir {tmp_path} --result-filename result.json"
-    )
-    run = subprocess.run(
-        [*command, *options.split()], env=subprocess_env, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["completed"], result["total_output_tokens"]) == (6, 48)
-
-
 # -- Refused --------------------------------------------------------------------------------------
 
 
 @feature("sleep and wake", refused="by vLLM itself on a CPU; not run on a GPU")
-def test_sleep(models, block):
+def test_sleep(models):
     from vllm import EngineArgs
 
     args = EngineArgs(
         models["base"],
         model_impl="memdec",
-        additional_config={"memdec": block},
+        additional_config={"memdec": memdec_block(models)},
         enable_sleep_mode=True,
     )
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform."):

@@ -3,61 +3,59 @@
 import json
 import math
 import re
-import socket
 import subprocess
-import time
+import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import openai
 import oracle
 import pytest
+from matrix import (
+    ALPHAS,
+    CHOICES,
+    PLAIN,
+    PROMPT,
+    Choice,
+    beams,
+    greedy,
+    make_models,
+    memdec_block,
+    mixture,
+)
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from server import serve  # noqa: E402
 
 SENTENCE = "memdec_alpha must be a number between 0 and 1"
-PROMPT = [5, 6, 7, 8, 9]
-
-
-def command(base, memory, alpha="0.6"):
-    settings = f'{{"memdec": {{"model": "{memory}", "alpha": {alpha}}}}}'
-    return ["vllm", "serve", base, "--model-impl", "memdec", "--additional-config", settings]
+feature = pytest.mark.feature
 
 
 @pytest.fixture(scope="module")
 def models(tiny_model):
-    return tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
+    return make_models(tiny_model)
 
 
 @pytest.fixture(scope="module")
-def server(models, subprocess_env, tmp_path_factory):
-    """Yield (base URL, path of the log) of a running server."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("http") / "log"
-    options = f"--host 127.0.0.1 --port {port} --dtype float32 --enforce-eager --max-num-seqs 16"
-    url = f"http://127.0.0.1:{port}"
-    with log.open("w") as out:
-        process = subprocess.Popen(
-            [*command(*models), *options.split()], env=subprocess_env, stdout=out, stderr=out
-        )
-        try:
-            while True:
-                assert process.poll() is None, log.read_text()[-3000:]
-                try:
-                    urllib.request.urlopen(f"{url}/health", timeout=1)
-                    break
-                except (urllib.error.URLError, OSError):
-                    time.sleep(0.5)
-            yield url, log
-        finally:
-            process.terminate()
-            process.wait(60)
+def log(tmp_path_factory):
+    return tmp_path_factory.mktemp("http") / "log"
+
+
+@pytest.fixture(scope="module")
+def server(models, subprocess_env, log):
+    """Yield the API address of a running `vllm serve`."""
+    options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16")
+    with serve(models["base"], memdec_block(models), log, *options, env=subprocess_env) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server[0]}/v1", api_key="none", max_retries=0)
+    return openai.OpenAI(base_url=server, api_key="none", max_retries=0)
 
 
 def complete(client, models, xargs=None, **options):
@@ -65,7 +63,7 @@ def complete(client, models, xargs=None, **options):
     if xargs is not None:
         body["vllm_xargs"] = xargs
     defaults = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 3}
-    return client.completions.create(model=models[0], extra_body=body, **defaults | options)
+    return client.completions.create(model=models["base"], extra_body=body, **defaults | options)
 
 
 def token_ids(names):
@@ -79,37 +77,94 @@ def test_completions(alpha, client, models):
     found = complete(client, models, xargs, echo=True).choices[0].logprobs
     ids = token_ids(found.tokens)
     assert ids[: len(PROMPT)] == PROMPT and len(ids) == len(PROMPT) + 4
-    key_TV = oracle.mixture(*models, 0.6 if alpha is None else alpha, ids)
+    key_TV = mixture(models, Choice("law", alpha), ids)
     for position in range(1, len(ids)):
         wanted = key_TV[position - 1, ids[position]].item()
         assert found.token_logprobs[position] == pytest.approx(wanted, abs=oracle.TOLERANCE)
 
 
-def test_chat(client, models):
-    """A chat request carries its weight the same way."""
-    answers = []
-    for alpha in (0.0, 0.3, 1.0):
+@feature("streaming")
+def test_streaming(client, models):
+    for choice in CHOICES:
+        stream = client.completions.create(
+            model=models["base"],
+            prompt=PROMPT,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            extra_body={
+                "vllm_xargs": choice.extra_args,
+                "return_token_ids": True,
+                "ignore_eos": True,
+            },
+        )
+        parts = [chunk.choices[0].token_ids for chunk in stream if chunk.choices]
+        assert len(parts) > 2
+        assert [token for part in parts for token in part or ()] == greedy(
+            models, choice, PROMPT, 12
+        )
+
+
+@feature("chat completions")
+def test_chat_completions(client, models):
+    for choice in CHOICES:
         answer = client.chat.completions.create(
-            model=models[0],
+            model=models["base"],
             messages=[{"role": "user", "content": "bagi duto mela"}],
-            max_tokens=4,
+            max_tokens=8,
             temperature=0,
             logprobs=True,
             extra_body={
-                "vllm_xargs": {"memdec_alpha": alpha},
+                "vllm_xargs": choice.extra_args,
                 "return_token_ids": True,
-                "return_tokens_as_token_ids": True,
+                "ignore_eos": True,
             },
-        )
-        found = answer.choices[0].logprobs.content
-        sampled = token_ids(entry.token for entry in found)
-        prompt = answer.model_dump()["prompt_token_ids"]
-        key_TV = oracle.mixture(*models, alpha, prompt + sampled)
-        for offset, entry in enumerate(found):
-            wanted = key_TV[len(prompt) + offset - 1, sampled[offset]].item()
-            assert entry.logprob == pytest.approx(wanted, abs=oracle.TOLERANCE)
-        answers.append(sampled)
-    assert answers[0] != answers[2]
+        ).model_dump()
+        prompt, found = answer["prompt_token_ids"], answer["choices"][0]
+        assert found["token_ids"] == greedy(models, choice, prompt, 8)
+        key_TV = mixture(models, choice, [*prompt, *found["token_ids"]])[len(prompt) - 1 : -1]
+        for entry, token, row_V in zip(
+            found["logprobs"]["content"], found["token_ids"], key_TV, strict=True
+        ):
+            assert entry["logprob"] == pytest.approx(row_V[token].item(), abs=oracle.TOLERANCE)
+
+
+@feature("beam search")
+def test_beam_search_over_http(client, models):
+    """The request's own memory and weight are dropped by vLLM: it gets the server's."""
+    asked = Choice("bio", 1.0)
+    answer = client.completions.create(
+        model=models["base"],
+        prompt=PROMPT,
+        max_tokens=4,
+        temperature=0,
+        n=2,
+        extra_body={
+            "use_beam_search": True,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "vllm_xargs": asked.extra_args,
+        },
+    )
+    found = [choice.token_ids for choice in answer.choices]
+    assert found == [ids for _, ids in beams(models, PLAIN, PROMPT, 2, 4)]
+    assert found != [ids for _, ids in beams(models, asked, PROMPT, 2, 4)]
+
+
+@feature("vllm bench serve")
+def test_bench_serve(server, models, subprocess_env, tmp_path):
+    command = ["vllm", "bench", "serve", "--backend", "openai", "--model", models["base"]]
+    options = (
+        f"--base-url {root(server)} --dataset-name random --random-input-len 24 "
+        "--random-output-len 8 --num-prompts 6 --ignore-eos --save-result "
+        f"--result-dir {tmp_path} --result-filename result.json"
+    )
+    run = subprocess.run(
+        [*command, *options.split()], env=subprocess_env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert (result["completed"], result["total_output_tokens"]) == (6, 48)
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, "0.3", "x", [0.3]])
@@ -118,7 +173,7 @@ def test_bad_weight_is_400(value, client, models):
         complete(client, models, {"memdec_alpha": value})
     with pytest.raises(openai.BadRequestError, match=SENTENCE):
         client.chat.completions.create(
-            model=models[0],
+            model=models["base"],
             messages=[{"role": "user", "content": "bagi"}],
             extra_body={"vllm_xargs": {"memdec_alpha": value}},
         )
@@ -131,9 +186,9 @@ def test_misspelt_weight_is_400(client, models):
 
 def test_nan_is_400(server, models):
     """JSON has no NaN, but Python's reader takes it."""
-    body = {"model": models[0], "prompt": PROMPT, "vllm_xargs": {"memdec_alpha": math.nan}}
+    body = {"model": models["base"], "prompt": PROMPT, "vllm_xargs": {"memdec_alpha": math.nan}}
     request = urllib.request.Request(
-        f"{server[0]}/v1/completions",
+        f"{server}/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
@@ -163,54 +218,68 @@ def test_bad_requests_harm_nobody(client, models):
             future.result()
 
 
-def test_log_says_that_the_memory_is_live(server, models):
-    base, memory = map(re.escape, models)
+def test_log_says_that_the_memory_is_live(server, models, log):
     parts = r"\(\S+ parameters, \d+% of the KV cache\)"
     for line in (
-        rf"memdec: base {base} {parts}\.",
-        rf"memdec: memory 'memory' {memory} {parts}, alpha 0\.6, the default\.",
+        rf"memdec: base {re.escape(models['base'])} {parts}\.",
+        rf"memdec: memory 'law' {re.escape(models['law'])} {parts}, alpha 0\.6, the default\.",
+        rf"memdec: memory 'bio' {re.escape(models['bio'])} {parts}, alpha 0\.4\.",
     ):
-        assert len(re.findall(line, server[1].read_text())) == 1
+        assert len(re.findall(line, log.read_text())) == 1, line
 
 
 def test_bad_start_ends_with_the_sentence(models, subprocess_env):
     """Other weights are refused alike, see test_config.py."""
+    settings = f'{{"memdec": {{"model": "{models["law"]}", "alpha": NaN}}}}'
+    command = ["vllm", "serve", models["base"], "--model-impl", "memdec"]
     run = subprocess.run(
-        command(*models, "NaN"), env=subprocess_env, capture_output=True, text=True, timeout=300
+        [*command, "--additional-config", settings],
+        env=subprocess_env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert run.returncode != 0
     last = (run.stdout + run.stderr).strip().splitlines()[-1]
     assert "memdec alpha must be a number between 0 and 1" in last
 
 
-def test_models_name_base_and_memories(server, models):
+def test_models_name_base_and_memories(server, models, log):
     """/v1/models and the log agree on parameters, shares of the KV cache and weights."""
-    [card] = json.load(urllib.request.urlopen(f"{server[0]}/v1/models"))["data"]
+    [card] = json.load(urllib.request.urlopen(f"{server}/models"))["data"]
     found = card["memdec"]
-    assert found["default"] == "memory" and list(found["memories"]) == ["memory"]
-    base, memory = found["base"], found["memories"]["memory"]
-    assert (base["model"], memory["model"], memory["alpha"]) == (*models, 0.6)
-    # Keys and values: 2 layers and 3 layers, of one head of 32 each.
-    assert (base["kv_cache_share"], memory["kv_cache_share"]) == (0.4, 0.6)
-    log = server[1].read_text()
-    for part, share in ((base, "40%"), (memory, "60%")):
-        assert f"({part['parameters'] / 1e6:.1f}M parameters, {share} of the KV cache)" in log
+    assert found["default"] == "law" and list(found["memories"]) == ["law", "bio"]
+    parts = {"base": found["base"], **found["memories"]}
+    assert {name: part["model"] for name, part in parts.items()} == models
+    assert {name: part["alpha"] for name, part in found["memories"].items()} == ALPHAS
+    # Keys and values: 2, 3 and 2 layers, of one head of 32 each.
+    for name, layers in (("base", 2), ("law", 3), ("bio", 2)):
+        assert parts[name]["kv_cache_share"] == pytest.approx(layers / 7, abs=1e-3)
+        size = f"{parts[name]['parameters'] / 1e6:.1f}M parameters"
+        assert f"({size}, {layers / 7:.0%} of the KV cache)" in log.read_text()
+
+
+def root(server):
+    """Return the address above the API's."""
+    return server.removesuffix("/v1")
 
 
 def counted(server):
     """Return (requests, prompt tokens, generated tokens) of each memory on the metrics endpoint."""
-    text = urllib.request.urlopen(f"{server[0]}/metrics").read().decode()
+    text = urllib.request.urlopen(f"{root(server)}/metrics").read().decode()
     pattern = r'^memdec:(\w+)_total{memory="(\w+)"} (\S+)$'
     found = {(w, m): float(v) for w, m, v in re.findall(pattern, text, re.MULTILINE)}
     kinds = ("requests", "prompt_tokens", "generation_tokens")
-    return {m: [found[k, m] for k in kinds] for m in ("memory", "none")}
+    return {m: [found[k, m] for k in kinds] for m in ("law", "bio", "none")}
 
 
 def test_metrics_count_by_memory(server, client, models):
     before = counted(server)
     complete(client, models)
     complete(client, models, {"memdec_alpha": 0.2}, max_tokens=3)
+    complete(client, models, {"memdec_memory": "bio"}, max_tokens=5)
     complete(client, models, {"memdec_memory": "none"}, max_tokens=2)
     after = counted(server)
     grown = {m: [b - a for a, b in zip(before[m], after[m], strict=True)] for m in before}
-    assert grown == {"memory": [2, 2 * len(PROMPT), 7], "none": [1, len(PROMPT), 2]}
+    length = len(PROMPT)
+    assert grown == {"law": [2, 2 * length, 7], "bio": [1, length, 5], "none": [1, length, 2]}
