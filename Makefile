@@ -40,7 +40,7 @@ test: setup
 # The README's table of features: only the tests of its rows.
 features: setup
 	$(BIN)/pytest tests/serving -m feature --features tests/serving/features.csv
-	$(BIN)/python benchmarks/features.py --readme
+	$(BIN)/python benchmarks/tables.py --readme
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py $(DEMO_OPTIONS)

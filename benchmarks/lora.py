@@ -1,0 +1,61 @@
+"""LoRA (arXiv 2106.09685) of the base with peft, on the batches that memories are trained on."""
+
+from pathlib import Path
+
+import torch
+
+from vllm_memdec.train.batches import Batches
+from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.datastore import device, load_model
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.trainer import autocast_to, learning_rate_factor
+
+# As in the paper: queries, keys, values and the MLP.
+MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def adapted(base: str, rank: int) -> torch.nn.Module:
+    """Return a base with LoRA adapters of a rank, scaled by 2, as peft's model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(MODULES), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(load_model(base, "float32"), config)
+
+
+def train_lora(
+    settings: MemorySettings,
+    rank: int,
+    base: str,
+    corpus: Path,
+    targets: Path,
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Write the base with its trained adapters merged into it; settings as a memory's, CE only."""
+    batches = Batches(settings, corpus, targets)
+    torch.manual_seed(settings.seed)
+    adapters = adapted(base, rank).to(device()).train()
+    model = adapters.get_base_model()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, weight_decay=settings.weight_decay, fused=True)
+    with progress.task("LoRA: training", batches.steps, "steps") as advance:
+        for step in range(batches.steps):
+            factor = learning_rate_factor(
+                step, batches.steps, settings.warmup_fraction, settings.schedule
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            tokens, positions, mask, labels, _ = batches.load(batches.blocks(step), device())
+            with autocast_to(settings.dtype, device()):
+                h_BTD = model.base_model(
+                    input_ids=tokens, position_ids=positions, use_cache=False
+                ).last_hidden_state
+                logits_NV = model.get_output_embeddings()(h_BTD[mask])
+            torch.nn.functional.cross_entropy(logits_NV.float(), labels).backward()
+            torch.nn.utils.clip_grad_norm_(learning, settings.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(1)
+    adapters.merge_and_unload().to("cpu").save_pretrained(work)

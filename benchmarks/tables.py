@@ -1,0 +1,134 @@
+"""Show the tables of the README, made from committed CSV files; --readme puts them into it.
+
+python benchmarks/tables.py [--readme]
+"""
+
+import argparse
+import csv
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks/results"
+FEATURES = ROOT / "tests/serving/features.csv"
+# arXiv 2508.09874: Qwen2.5-1.5B + 0.5B, teacher-forced tokens; GPU, batch, context not stated.
+PAPER = {"base + memory": 1.28, "RAG (BM25), every 4 tokens": 1.51, "kNN-LM": 2.17}
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file, none if it is not there."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def grid(titles: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [titles, ["---"] * len(titles), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def features() -> str:
+    """Return what `make features` found, what works first."""
+    rows = sorted(read(FEATURES), key=lambda row: row["status"] != "works")
+    return grid(
+        ["feature", "status", "note"], [[r["feature"], r["status"], r["note"]] for r in rows]
+    )
+
+
+def quality() -> str:
+    """Return perplexity by domain, what general text costs, and facts said by heart."""
+    rows = read(RESULTS / "quality.csv")
+    if not rows:
+        return "not measured\n"
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    systems = list(dict.fromkeys(row["system"] for row in rows))
+    found = {(row["domain"], row["system"]): row for row in rows}
+    base = {domain: found[domain, systems[0]] for domain in domains}
+
+    def own(row: dict[str, str]) -> str:
+        change = f" ({float(row['change']):+.0%})" if float(row["change"]) else ""
+        return f"{float(row['perplexity']):.2f}{change}"
+
+    def general(row: dict[str, str]) -> str:
+        changes = [
+            float(row[text]) / float(base[row["domain"]][text]) - 1 for text in ("wiki", "brown")
+        ]
+        return " / ".join(f"{change:+.0%}" for change in changes)
+
+    def recall(row: dict[str, str]) -> str:
+        return f"{float(row['recall']):.0%}" if row["recall"] else "-"
+
+    asked = [domain for domain in domains if base[domain]["facts"]]
+    parts = [
+        ("perplexity on unseen text of the domain", domains, own),
+        ("change on general text, Wikipedia / Brown", domains, general),
+        ("facts of the corpus said by heart", asked, recall),
+    ]
+    return "\n".join(
+        grid(
+            [title, *chosen],
+            [[system, *(cell(found[domain, system]) for domain in chosen)] for system in systems],
+        )
+        for title, chosen, cell in parts
+    )
+
+
+def latency() -> str:
+    """Return what a token costs, relative to the base, of the last run on each device."""
+    rows = read(RESULTS / "latency.csv")
+    last = {row["device"]: row["timestamp"] for row in rows}
+    lines = [] if rows else ["not measured\n"]
+    for device, timestamp in last.items():
+        chosen = [r for r in rows if (r["device"], r["timestamp"]) == (device, timestamp)]
+        regimes = list(dict.fromkeys(row["regime"] for row in chosen))
+        found = {(row["regime"], row["system"]): row for row in chosen}
+        systems = list(dict.fromkeys(row["system"] for row in chosen))
+
+        def cell(row: dict[str, str]) -> str:
+            between = f"{float(row['ratio_min']):.2f}-{float(row['ratio_max']):.2f}"
+            return f"{float(row['ratio']):.2f}x ({between}), {float(row['token_ms']):.1f} ms"
+
+        lines.append(
+            grid(
+                [f"time per token, {device}", *regimes, "the paper's"],
+                [
+                    [system, *(cell(found[regime, system]) for regime in regimes)]
+                    + [f"{PAPER[system]:.2f}x" if system in PAPER else ""]
+                    for system in systems
+                ],
+            )
+        )
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "features": features,
+    "quality": quality,
+    "latency": latency,
+}
+
+
+def block(name: str) -> re.Pattern:
+    """Return what matches a table between its marks in the README."""
+    return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--readme", action="store_true", help="replace the tables in README.md")
+    options = parser.parse_args()
+    text = README.read_text()
+    for name, make in TABLES.items():
+        table = make()
+        print(table)
+        text = block(name).sub(lambda _, table=table: table, text)
+    if options.readme:
+        README.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

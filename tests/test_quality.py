@@ -1,0 +1,160 @@
+"""benchmarks/quality.py on tiny models: what it draws, scores and trains is what it says."""
+
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_text
+from transformers import AutoTokenizer
+
+from vllm_memdec.kernels import sparse_kl
+from vllm_memdec.train.config import parse_settings
+from vllm_memdec.train.corpus import pack, tokenise, valid_rows
+from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.evaluate import label_logprobs
+from vllm_memdec.train.progress import Progress
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import data  # noqa: E402
+import domains  # noqa: E402
+import quality  # noqa: E402
+import rag  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def base(tiny_model):
+    return tiny_model("llama", positions=1024, spread=0.15)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(base):
+    return AutoTokenizer.from_pretrained(base)
+
+
+def test_near_duplicates_of_what_was_drawn_are_left_out(tokenizer):
+    rng = random.Random(0)
+    families = [tiny_text(seed, 80).split() for seed in range(40)]
+    copies = []
+    for words in families[:20]:
+        other = list(words)
+        other[rng.randrange(80)] = "changed"  # 13 of 68 shingles are new
+        copies.append(" ".join(other))
+    texts = [" ".join(words) for words in families] + copies
+    wanted = {"train": 6000, "validation": 1000, "test": 1000}
+    parts, left_out = domains.split(texts, tokenizer, wanted)
+    assert list(parts) == list(wanted) and left_out > 3
+    count = sum(map(len, parts.values()))
+    assert count + left_out <= len(texts)
+    for name in ("validation", "test"):
+        assert sum(len(tokenizer(text)["input_ids"]) for text in parts[name]) >= wanted[name]
+        others = {s for n, t in parts.items() if n != name for x in t for s in domains.shingles(x)}
+        for text in parts[name]:
+            mine = domains.shingles(text)
+            assert len(mine & others) <= domains.DUPLICATE * len(mine)
+
+
+def test_long_documents_are_cut(tokenizer):
+    parts, _ = domains.split([tiny_text(1, 3000)], tokenizer, {"train": 1000})
+    assert len(tokenizer(parts["train"][0])["input_ids"]) in range(290, 311)
+
+
+class ByQuery:
+    """Finds other passages for other queries."""
+
+    def search(self, queries, k):
+        return np.array([[(len(query) + n) % 5 for n in range(k)] for query in queries])
+
+
+@pytest.fixture(scope="module")
+def reader(tokenizer):
+    passages = [tiny_text(100 + seed, 20) for seed in range(5)]
+    return rag.Rag(ByQuery(), passages, tokenizer, k=2)
+
+
+@pytest.fixture(scope="module")
+def blocks(tokenizer):
+    texts = [tiny_text(50 + seed, words) for seed, words in enumerate([9, 40, 1, 70])]
+    return pack(tokenise(tokenizer, texts), 64, tokenizer.eos_token_id)
+
+
+def test_retrieval_scores_each_token_as_if_alone(base, reader, blocks):
+    """Against one forward pass a token: passages found with what was known at its chunk's start."""
+    model, interval = load_model(base, "float32"), 10
+    found = rag.label_logprobs(model, reader, *blocks, interval, Progress())
+    wanted, with_passages = [], 0
+    for tokens, positions in zip(*blocks, strict=True):
+        for t in np.flatnonzero(valid_rows(positions[None])[0]):
+            place = positions[t]  # in its document
+            document = tokens[t - place : t + 1].tolist()
+            known = 1 if place < 7 else 8 + (place - 7) // interval * interval
+            context = reader.contexts([document[:known]])[0] if known > 1 else []
+            with_passages += bool(context)
+            with torch.no_grad():
+                logits = model(torch.tensor([[*context, *document]])).logits[0, -1]
+            wanted.append(logits.double().log_softmax(-1)[int(tokens[t + 1])].item())
+    assert np.abs(found - wanted).max() < 1e-4
+    assert with_passages > 60 and len(found) == valid_rows(blocks[1]).sum()
+
+
+def test_without_passages_retrieval_changes_nothing(base, tokenizer, blocks):
+    model = load_model(base, "float32")
+    nothing = rag.Rag(ByQuery(), [""] * 5, tokenizer, k=0)
+    found = rag.label_logprobs(model, nothing, *blocks, 10, Progress())
+    assert np.abs(found - label_logprobs(model, *blocks, 2)).max() < 1e-4
+
+
+SETTINGS = {
+    "corpus": {"block_tokens": 64},
+    "datastore": {"dtype": "float32"},
+    "targets": {"neighbours": 8},
+    "memory": {"layers": 1, "batch_blocks": 2, "dtype": "float32", "epochs": 4},
+}
+
+
+@pytest.fixture
+def domain(base, monkeypatch, tmp_path):
+    monkeypatch.setattr(sparse_kl, "INTERPRETED", False)  # Triton's interpreter takes minutes here
+    facts = [data.Fact(f"{tiny_text(n, 1)}{n}", "size", tiny_text(900 + n, 2)) for n in range(200)]
+    monkeypatch.setattr(quality, "WORK", tmp_path)
+    documents = domains.pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
+    monkeypatch.setattr(domains, "DOMAINS", {"tiny": lambda: documents})
+    texts = {name: [tiny_text(seed, 60) for seed in (7, 8)] for name in domains.GENERAL}
+    monkeypatch.setattr(domains, "GENERAL", {n: lambda n=n: texts[n] for n in texts})
+    monkeypatch.setattr(domains, "FACTS", {"tiny": ()})
+    monkeypatch.setattr(domains, "facts", lambda sections: facts)
+    sizes = replace(quality.QUICK, validation=300, test=300, general=200)
+    settings = parse_settings(SETTINGS)
+    return quality.Domain("tiny", base, replace(sizes, epochs=None), settings, Progress())
+
+
+def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
+    rows = domain.rows()
+    assert [row["system"] for row in rows] == list(quality.TITLES.values())
+    for row in rows:
+        assert 1 < row["perplexity"] < 1e5 and 0 <= row["recall"] <= 1, row
+    assert len({row["perplexity"] for row in rows}) == len(rows)
+    assert rows[0]["change"] == 0 and rows[0]["facts"] == domain.sizes.facts
+    by_system = dict(zip(quality.TITLES, rows, strict=True))
+    for name, trained in quality.TRAINED.items():
+        row = by_system[name]
+        assert row["learning_rate"] in trained.rates
+        model = domain.train(name, row["learning_rate"])
+        before, token = domain.costs[name]
+        tokens = model.manifest["settings"]["epochs"] * domain.corpus_tokens
+        assert before + token * tokens == pytest.approx(domain.budget, rel=1e-3)
+    for name in ("dapt", "lora"):  # they learn: 4 epochs of so small a model's FLOPs are few
+        assert by_system[name]["perplexity"] < by_system["base"]["perplexity"]
+
+    def again(*args, **kwargs):
+        raise AssertionError("what is there is made again")
+
+    for name in ("train_memory", "train_lora", "label_logprobs", "find_neighbours"):
+        monkeypatch.setattr(quality, name, again)
+    same = quality.Domain("tiny", domain.base, domain.sizes, domain.settings, Progress())
+    assert same.rows() == rows
