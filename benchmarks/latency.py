@@ -250,6 +250,8 @@ def run(
             starts = [rng.randrange(len(ids) - regime.prompt) for _ in range(regime.batch)]
             prompts = [ids[start : start + regime.prompt] for start in starts]
             for system in order[:: 1 if turn % 2 else -1]:
+                if not regime.answer and system.endswith("every 4 tokens"):
+                    continue  # a prompt is read at once
                 workers[system].send((system, regime, prompts))
                 figures = workers[system].recv()
                 if turn:
@@ -317,10 +319,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     width = 0.8 / len(systems)
     for number, system in enumerate(systems):
         mine = {row["regime"]: row for row in rows if row["system"] == system}
-        x = [place + number * width for place in range(len(names))]
-        y = [mine[name]["ratio"] for name in names]
-        low = [mine[name]["ratio"] - mine[name]["ratio_min"] for name in names]
-        high = [mine[name]["ratio_max"] - mine[name]["ratio"] for name in names]
+        x = [place + number * width for place, name in enumerate(names) if name in mine]
+        y = [row["ratio"] for row in mine.values()]
+        low = [row["ratio"] - row["ratio_min"] for row in mine.values()]
+        high = [row["ratio_max"] - row["ratio"] for row in mine.values()]
         axes.bar(x, y, width, yerr=[low, high], capsize=2, label=system)
     axes.axhline(1, color="black", linewidth=0.8)
     axes.set_xticks([place + 0.4 - width / 2 for place in range(len(names))], names)

@@ -88,7 +88,9 @@ def latency() -> str:
         found = {(row["regime"], row["system"]): row for row in chosen}
         systems = list(dict.fromkeys(row["system"] for row in chosen))
 
-        def cell(row: dict[str, str]) -> str:
+        def cell(row: dict[str, str] | None) -> str:
+            if row is None:
+                return ""
             between = f"{float(row['ratio_min']):.2f}-{float(row['ratio_max']):.2f}"
             return f"{float(row['ratio']):.2f}x ({between}), {float(row['token_ms']):.1f} ms"
 
@@ -96,7 +98,7 @@ def latency() -> str:
             grid(
                 [f"time per token, {device}", *regimes, "the paper's"],
                 [
-                    [system, *(cell(found[regime, system]) for regime in regimes)]
+                    [system, *(cell(found.get((regime, system))) for regime in regimes)]
                     + [f"{PAPER[system]:.2f}x" if system in PAPER else ""]
                     for system in systems
                 ],
