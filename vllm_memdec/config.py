@@ -195,6 +195,10 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int) -> None:
         raise ValueError(
             f"memdec {SPECULATIVE!r} and --speculative-config are two ways to speculate: drop one."
         )
+    if args.tensor_parallel_size > 1:
+        raise ValueError(
+            f"A memory does not draft under tensor parallelism yet: leave {SPECULATIVE!r} out."
+        )
     args.speculative_config = wanted
 
 

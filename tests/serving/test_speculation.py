@@ -181,13 +181,20 @@ def test_bad_number_of_tokens_is_refused(models, tokens):
         args.create_engine_config()
 
 
-def test_two_ways_to_speculate_are_refused(models):
-    block = {"model": models["law"], "alpha": 0.5, "speculative_tokens": 2}
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "are two ways to speculate: drop one",
+        ),
+        ({"tensor_parallel_size": 2}, "does not draft under tensor parallelism yet"),
+    ],
+)
+def test_what_drafting_does_not_go_with_is_refused(models, options, sentence):
+    block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": 2}
     args = EngineArgs(
-        models["base"],
-        model_impl="memdec",
-        additional_config={"memdec": block},
-        speculative_config={"method": "ngram", "num_speculative_tokens": 2},
+        models["base"], model_impl="memdec", additional_config={"memdec": block}, **options
     )
-    with pytest.raises(ValueError, match="are two ways to speculate: drop one"):
+    with pytest.raises(ValueError, match=sentence):
         args.create_engine_config()
