@@ -6,7 +6,7 @@ import math
 import oracle
 import pytest
 import torch
-from matrix import CHOICES, PROMPT, make_models, memdec_block
+from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
 
 LENGTH = 12
@@ -19,7 +19,7 @@ def models(tiny_model):
 
 def answers(llm, prompts, choices, **options):
     defaults = {"temperature": 0, "ignore_eos": True, "max_tokens": LENGTH}
-    params = [SamplingParams(extra_args=c.extra_args, **defaults | options) for c in choices]
+    params = [SamplingParams(**{"extra_args": c.extra_args} | defaults | options) for c in choices]
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -86,6 +86,15 @@ def test_weights_and_cache_exist_once(engine, models):
                     v for v in vars(runner.drafter).values() if isinstance(v, torch.nn.Module)
                 ]
     assert blocks[0] == blocks[1]
+
+
+def test_a_batch_that_wants_no_memory(engine, models):
+    nobody = [Choice("none"), Choice("bio", 0.0)]
+    prompts = oracle.prompts(2, 5, 9, 1000)
+    with engine(models["base"]) as llm:
+        wanted = answers(llm, prompts, [PLAIN] * 2, extra_args=None)
+    with engine(models["base"], memdec_block(models) | {"speculative_tokens": 2}) as llm:
+        assert answers(llm, prompts, nobody) == wanted
 
 
 # -- Sampling -------------------------------------------------------------------------------------
