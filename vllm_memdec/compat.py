@@ -485,9 +485,12 @@ def _drafting_memory(original: Callable) -> Callable:
     proposer = _memory_proposer_cls()
 
     def load_model(self: Any, target_model: Any) -> None:
+        drafter = getattr(target_model, "drafter", None)
+        if drafter is None:  # another engine of this process, with a draft model of its own
+            return original(self, target_model)
         # The runner makes its drafter before there is a model to ask.
         self.__class__ = proposer
-        self.model = target_model.drafter()
+        self.model = drafter
         self._draft_attn_layer_names = {n for names in target_model.layers for n in names}
 
     return load_model

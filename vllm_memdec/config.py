@@ -191,7 +191,8 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int) -> None:
         # With it a draft is accepted with probability alpha + (1 - alpha) * overlap, or more.
         "draft_sample_method": "probabilistic",
     }
-    if args.speculative_config not in (None, wanted) or args.spec_method or args.spec_model:
+    given = args.speculative_config or wanted  # where these arguments are used again it is ours
+    if not wanted.items() <= given.items() or args.spec_method or args.spec_model:
         raise ValueError(
             f"memdec {SPECULATIVE!r} and --speculative-config are two ways to speculate: drop one."
         )

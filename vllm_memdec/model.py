@@ -119,9 +119,10 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         """Return the class through which the V2 runner tells us what its batch asks for."""
         return compat.v2_model_state_cls()
 
-    def drafter(self) -> "Drafter":
-        """Return the memories as a draft model."""
-        return Drafter(self)
+    @property
+    def drafter(self) -> "Drafter | None":
+        """The memories as a draft model, if they are to draft."""
+        return Drafter(self) if self.settings.speculative_tokens else None
 
     @property
     def memories(self) -> list[nn.Module]:

@@ -88,6 +88,22 @@ def test_weights_and_cache_exist_once(engine, models):
     assert blocks[0] == blocks[1]
 
 
+def test_a_draft_model_beside_it_stays_one(engine, models):
+    """In a process where a memory has drafted, and its arguments may be used twice."""
+    block = memdec_block(models) | {"speculative_tokens": 2}
+    args = EngineArgs(models["base"], model_impl="memdec", additional_config={"memdec": block})
+    assert args.create_engine_config().speculative_config.num_speculative_tokens == 2
+    assert args.create_engine_config().speculative_config.num_speculative_tokens == 2
+    with engine(models["base"], block):
+        pass
+    stock = {"method": "draft_model", "model": models["bio"], "num_speculative_tokens": 2}
+    with engine(models["base"], memdec_block(models), speculative_config=stock) as llm:
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        drafter = runner.model_runner.drafter
+        assert type(drafter).__name__ == "DraftModelProposer"
+        assert isinstance(drafter.model, torch.nn.Module)
+
+
 def test_a_batch_that_wants_no_memory(engine, models):
     nobody = [Choice("none"), Choice("bio", 0.0)]
     prompts = oracle.prompts(2, 5, 9, 1000)
