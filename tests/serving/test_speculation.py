@@ -1,5 +1,6 @@
 """The memory drafts, the mixture verifies: the answers stay those of the mixture alone."""
 
+import functools
 import itertools
 import math
 
@@ -123,8 +124,7 @@ def expected(models, temperature, top_p):
     """Return the probability of every answer of three tokens."""
 
     def following(ids):
-        row = oracle.mixture(*models, 0.5, ids)[-1] / temperature
-        p = row.softmax(-1)
+        p = (mixed(models, ids) / temperature).softmax(-1)
         order = p.argsort(descending=True)
         kept = p[order].cumsum(-1) - p[order] < top_p
         p[order[~kept]] = 0
@@ -132,9 +132,14 @@ def expected(models, temperature, top_p):
 
     found = {}
     for answer in itertools.product(range(SMALL), repeat=3):
-        rows = [following([*START, *answer[:n]]) for n in range(3)]
+        rows = [following((*START, *answer[:n])) for n in range(3)]
         found[answer] = math.prod(row[t].item() for row, t in zip(rows, answer, strict=True))
     return found
+
+
+@functools.cache
+def mixed(models, ids):
+    return oracle.mixture(*models, 0.5, list(ids))[-1]
 
 
 START = [2, 3, 5, 1]
@@ -142,37 +147,38 @@ START = [2, 3, 5, 1]
 
 def chi_square(counts, probabilities):
     """Return how many deviations the statistic is off, and how many answers are impossible."""
-    rare = [a for a, p in probabilities.items() if p * SAMPLES < 5]
+    samples = sum(counts.values())
+    rare = [a for a, p in probabilities.items() if p * samples < 5]
     cells = [(counts.get(a, 0), p) for a, p in probabilities.items() if a not in set(rare)]
     cells.append((sum(counts.get(a, 0) for a in rare), sum(probabilities[a] for a in rare)))
-    cells = [(n, p * SAMPLES) for n, p in cells if p > 0]
+    cells = [(n, p * samples) for n, p in cells if p > 0]
     statistic = sum((n - e) ** 2 / e for n, e in cells)
     freedom = len(cells) - 1
     impossible = sum(n for a, n in counts.items() if probabilities[a] == 0)
     return (statistic - freedom) / math.sqrt(2 * freedom), impossible
 
 
-def drawn(llm, temperature, top_p):
+def drawn(llm, temperature, top_p, samples=SAMPLES):
     """Return how often each answer of three tokens was drawn."""
     params = SamplingParams(
         temperature=temperature, top_p=top_p, max_tokens=3, ignore_eos=True, detokenize=False, n=500
     )
-    prompts = [{"prompt_token_ids": START}] * (SAMPLES // 500)
+    prompts = [{"prompt_token_ids": START}] * (samples // 500)
     counts = {}
     for output in llm.generate(prompts, params, use_tqdm=False):
         for sample in output.outputs:
             answer = tuple(sample.token_ids)
             counts[answer] = counts.get(answer, 0) + 1
-    assert sum(counts.values()) == SAMPLES
+    assert sum(counts.values()) == samples
     return counts
 
 
 def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
     from vllm.v1.sample import rejection_sampler
 
-    models = [tiny_model("llama", seed=s, vocab=SMALL, spread=0.6) for s in (3, 4)]
+    models = tuple(tiny_model("llama", seed=s, vocab=SMALL, spread=0.6) for s in (3, 4))
     block = {"model": models[1], "alpha": 0.5, "speculative_tokens": 2}
-    with engine(models[0], block, max_num_seqs=256) as llm:
+    with engine(models[0], block, max_num_seqs=512) as llm:
         for temperature, top_p in itertools.product((0.7, 1.0), (1.0, 0.8)):
             found = chi_square(drawn(llm, temperature, top_p), expected(models, temperature, top_p))
             assert found[0] < 4 and found[1] == 0, (temperature, top_p, found)
@@ -184,7 +190,7 @@ def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
             return original(*args[:4], None, *args[5:])
 
         monkeypatch.setattr(rejection_sampler, "sample_recovered_tokens", wrong_residual)
-        broken = chi_square(drawn(llm, 1.0, 1.0), expected(models, 1.0, 1.0))
+        broken = chi_square(drawn(llm, 1.0, 1.0, 5000), expected(models, 1.0, 1.0))
         assert broken[0] > 10, broken
 
 

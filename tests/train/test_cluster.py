@@ -25,6 +25,19 @@ LABELS, CHECKED = "labels-*.npy", "checkpoint.pt"
 LOSS = 0.01  # relative: two processes sum in another order, and a lost step is done again
 
 
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory, english, jsonl):
+    return jsonl(tmp_path_factory.mktemp("text") / "corpus.jsonl", english(60))
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model, tmp_path_factory, build, corpus):
+    """The same build by one process, without Ray."""
+    output = tmp_path_factory.mktemp("alone")
+    build(tiny_model("llama"), corpus, output, SETTINGS)
+    return output
+
+
 @pytest.fixture
 def ray_cluster(monkeypatch):
     """Yield a cluster of a head without CPUs and two nodes of one CPU, as processes here."""
@@ -77,13 +90,8 @@ def last_loss(output, steps=5):
     return sum(row["kl"] + row["ce"] for row in rows[-steps:]) / steps
 
 
-def test_a_node_is_lost_in_each_long_stage(
-    tiny_model, tmp_path, command, build, english, jsonl, hashes, ray_cluster
-):
-    base, alone = tiny_model("llama"), tmp_path / "alone"
-    corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
-    build(base, corpus, alone, SETTINGS)
-    on_ray = command(base, corpus, SETTINGS, "on_ray")
+def test_a_node_is_lost_in_each_long_stage(tiny_model, command, corpus, alone, hashes, ray_cluster):
+    on_ray = command(tiny_model("llama"), corpus, SETTINGS, "on_ray")
     process = on_ray.start(**{"ray-address": ray_cluster.address})
     for stage, pattern, count in (
         ("datastore", LABELS, 5), ("targets", "probs-*.npy", 5), ("memory", CHECKED, 1),
@@ -100,15 +108,12 @@ def test_a_node_is_lost_in_each_long_stage(
     assert not list(on_ray.output.rglob("*.tmp")) and not (on_ray.output / "memory/ray").exists()
 
 
-def test_the_driver_is_killed(tiny_model, tmp_path, command, build, english, jsonl, hashes):
+def test_the_driver_is_killed(tiny_model, command, corpus, alone, hashes):
     """kill -9, or ctrl-C, on this machine's own Ray: at most one shard is lost.
 
     Before that its only worker is killed, and another goes on.
     """
-    base, alone = tiny_model("llama"), tmp_path / "alone"
-    corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
-    build(base, corpus, alone, SETTINGS)
-    killed = command(base, corpus, SETTINGS, "killed")
+    killed = command(tiny_model("llama"), corpus, SETTINGS, "killed")
     datastore, memory = (killed.output / f"{stage}.partial" for stage in ("datastore", "memory"))
 
     process = killed.start(**{"ray-address": "local"})
@@ -129,7 +134,7 @@ def test_the_driver_is_killed(tiny_model, tmp_path, command, build, english, jso
         assert (killed.output / "datastore" / name).stat().st_mtime_ns == when
     step = torch.load(memory / CHECKED)["step"]
 
-    code, err = killed.run(**{"ray-address": "local"})
+    code, err = killed.run()  # without Ray: the artifacts are the same
     assert code == 0, err
     resumed = int(re.search(r"resuming at step (\d+) of", err)[1])
     assert 1 <= step <= resumed  # what Ray's processes still saved while they ended is not lost
