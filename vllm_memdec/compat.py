@@ -29,12 +29,14 @@ import contextlib
 import copy
 import functools
 import re
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from vllm_memdec import config, state
+from vllm_memdec.drafting import DraftLength
 
 # Fields of vLLM's CommonAttentionMetadata: of requests or tokens, and those that stay or
 # belong to what is refused at start (context parallelism, fast prefill, encoders, images, Mamba).
@@ -269,6 +271,7 @@ def _v1_inputs(original: Callable) -> Callable:
             memory_B, alpha_B = zip(*chosen, strict=True)
             starts = torch.from_numpy(self.query_start_loc.np[: len(requests) + 1])
             batch.write(torch.tensor(memory_B), torch.tensor(alpha_B), starts.diff())
+            batch.requests = requests
         return result
 
     return _prepare_inputs
@@ -485,13 +488,10 @@ def _drafting_memory(original: Callable) -> Callable:
     proposer = _memory_proposer_cls()
 
     def load_model(self: Any, target_model: Any) -> None:
-        drafter = getattr(target_model, "drafter", None)
-        if drafter is None:  # another engine of this process, with a draft model of its own
+        if getattr(target_model, "drafter", None) is None:
+            # Another engine of this process, with a draft model of its own.
             return original(self, target_model)
-        # The runner makes its drafter before there is a model to ask.
-        self.__class__ = proposer
-        self.model = drafter
-        self._draft_attn_layer_names = {n for names in target_model.layers for n in names}
+        proposer.adopt(self, target_model)
 
     return load_model
 
@@ -502,6 +502,17 @@ def _memory_proposer_cls() -> type:
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
     class MemoryProposer(DraftModelProposer):
+        def adopt(self, target_model: Any) -> None:
+            """Become this drafter: the runner makes its own before there is a model to ask."""
+            self.__class__ = MemoryProposer
+            self.model = target_model.drafter
+            self._draft_attn_layer_names = {n for names in target_model.layers for n in names}
+            # With asynchronous scheduling vLLM has planned the drafts before they are made.
+            self.ragged = not self.vllm_config.scheduler_config.async_scheduling
+            self.length = DraftLength(self.num_speculative_tokens) if target_model.adapts else None
+            self.drafted: dict[str, int] = {}  # by request, in the last step
+            self.ended = 0.0  # when that step's drafts were done, by time.perf_counter()
+
         def propose(
             self,
             num_speculative_tokens: int,
@@ -515,18 +526,72 @@ def _memory_proposer_cls() -> type:
             mm_embed_inputs: None = None,
             num_rejected_tokens_gpu: torch.Tensor | None = None,
             slot_mappings: Any = None,
-        ) -> torch.Tensor:
-            """Return drafts [B, K]. All but the newest token the memories have read already."""
+        ) -> torch.Tensor | list[list[int]]:
+            """Return drafts [B, K], or a list for each request, empty where it has no memory."""
+            began = time.perf_counter()
             self._last_draft_probs = None
-            B = common_attn_metadata.batch_size()
             last_B = token_indices_to_sample
             if last_B is None:
                 last_B = common_attn_metadata.query_start_loc[1:] - 1
-            positions_B = target_positions[last_B.long()]
-            common = common_attn_metadata.replace(
+            newest = (next_token_ids, target_positions[last_B.long()])
+            if not self.ragged:
+                return self.draft(
+                    num_speculative_tokens, *newest, common_attn_metadata, sampling_metadata
+                )
+            batch = self.model.composite.batch
+            names, has_memory = batch.requests, (batch.memory_B != state.NOBODY).tolist()
+            wanting = [name for name, has in zip(names, has_memory, strict=True) if has]
+            K = num_speculative_tokens
+            if self.length is not None:
+                self.learn(names, common_attn_metadata, num_rejected_tokens_gpu, began)
+                K = min(K, self.length.choose(wanting, len(names) - len(wanting))) if wanting else 0
+            lists: list[list[int]] = [[] for _ in names]
+            if wanting and K:
+                began = time.perf_counter()
+                drafts_BK = self.draft(K, *newest, common_attn_metadata, sampling_metadata)
+                lists = [
+                    row if has else []
+                    for row, has in zip(drafts_BK.tolist(), has_memory, strict=True)
+                ]
+                if self.length is not None:
+                    self.length.passes.add(len(wanting), (time.perf_counter() - began) / K)
+            self.drafted = {name: len(row) for name, row in zip(names, lists, strict=True)}
+            self.ended = time.perf_counter()
+            return lists
+
+        def learn(
+            self, names: list[str], common: Any, rejected_B: torch.Tensor | None, now: float
+        ) -> None:
+            """Take note of the step that has just verified the last drafts."""
+            lengths = common.query_start_loc_cpu.diff().tolist()
+            rejected = [0] * len(names) if rejected_B is None else rejected_B.tolist()
+            self.length.keep(names)
+            wanted = [self.drafted.get(name, -1) + 1 for name in names]
+            for name, length, planned, refused in zip(
+                names, lengths, wanted, rejected, strict=True
+            ):
+                if planned == length > 1:
+                    self.length.observe(name, length - 1, length - 1 - refused)
+            if lengths == wanted:  # the same requests, none of which read its prompt
+                self.length.step.add(sum(lengths), now - self.ended)
+
+        def draft(
+            self,
+            K: int,
+            newest_B: torch.Tensor,
+            positions_B: torch.Tensor,
+            common: Any,
+            sampling_metadata: Any,
+        ) -> torch.Tensor:
+            """Return drafts [B, K] that follow the newest tokens.
+
+            All before these, up to the given positions, the memories have read already.
+            """
+            B = len(newest_B)
+            common = common.replace(
                 query_start_loc=self.arange[: B + 1],
                 query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: B + 1]).clone(),
-                seq_lens=(positions_B + 1).to(common_attn_metadata.seq_lens.dtype),
+                seq_lens=(positions_B + 1).to(common.seq_lens.dtype),
                 num_actual_tokens=B,
                 max_query_len=1,
                 positions=None,
@@ -536,8 +601,8 @@ def _memory_proposer_cls() -> type:
             )
             self.model.composite.batch.write_drafting()
             mode, size, across = self._determine_batch_execution_and_padding(B)
-            drafts, probabilities = [next_token_ids], []
-            for number in range(num_speculative_tokens):
+            drafts, probabilities = [newest_B], []
+            for number in range(K):
                 positions_B = self._update_positions_dependent_metadata(
                     positions_B, common, B, size, self.block_size
                 )
@@ -559,9 +624,7 @@ def _memory_proposer_cls() -> type:
                 probabilities.append(p_BV)
             if probabilities and probabilities[0] is not None:
                 self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
-            if num_speculative_tokens == 0:
-                return next_token_ids.new_empty(B, 0, dtype=torch.int64)
-            return torch.stack(drafts[1:], dim=1)
+            return torch.stack(drafts, dim=1)[:, 1:]
 
     return MemoryProposer
 

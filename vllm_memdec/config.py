@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from vllm_memdec import drafting
 from vllm_memdec.checkpoint import MemoryBlock, check_alpha, read_block, tokenizer_fingerprint
 from vllm_memdec.plugin import ARCHITECTURE
 
@@ -27,6 +28,7 @@ MOST = 256  # memories: bfloat16, which carries their numbers, is exact up to th
 NOT_SETTINGS = ("name", "block")
 SPECULATIVE = "speculative_tokens"
 MOST_DRAFTED = 16  # tokens a step; even a memory that is always right gains little beyond
+AUTO = "auto"  # in place of their number
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
 # A drafter outside this set reads the target's hidden states; ours are two models' side by side.
 SPECULATION = (None, "draft_model", "ngram", "ngram_gpu", "suffix")
@@ -83,7 +85,8 @@ class MemDecConfig:
 
     memories: tuple[MemoryConfig, ...]
     default: str  # name of the memory of requests that do not name one, or "none"
-    speculative_tokens: int = 0  # that a memory drafts a step, for the mixture to verify
+    speculative_tokens: int = 0  # that a memory drafts a step at most, for the mixture to verify
+    adapts: bool = False  # whether fewer are drafted where that is faster
 
     @classmethod
     def parse(cls, settings: Any) -> "MemDecConfig":
@@ -96,14 +99,17 @@ class MemDecConfig:
         if isinstance(settings, dict):
             settings = dict(settings)
             tokens = settings.pop(SPECULATIVE, 0)
+        adapts = tokens == AUTO
+        if adapts:
+            tokens = drafting.MOST
         if type(tokens) is not int or not 0 <= tokens <= MOST_DRAFTED:
             raise ValueError(
-                f"memdec {SPECULATIVE!r} must be an integer from 0 to {MOST_DRAFTED}, "
+                f"memdec {SPECULATIVE!r} must be an integer from 0 to {MOST_DRAFTED} or {AUTO!r}, "
                 f"got {tokens!r}."
             )
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
-            return cls((memory,), ONLY, tokens)
+            return cls((memory,), ONLY, tokens, adapts)
         if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
@@ -126,7 +132,7 @@ class MemDecConfig:
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
-        return cls(tuple(memories), default, tokens)
+        return cls(tuple(memories), default, tokens, adapts)
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
@@ -175,11 +181,11 @@ def create_model_config(
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
     if config.speculative_tokens:
-        draft_with_memory(engine_args, base.model, config.speculative_tokens)
+        draft_with_memory(engine_args, base.model, config.speculative_tokens, config.adapts)
     return base
 
 
-def draft_with_memory(args: "EngineArgs", base: str, tokens: int) -> None:
+def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) -> None:
     """Ask vLLM for speculation with a draft model; the drafter's place is taken by the memory.
 
     vLLM wants the config of a draft model: the base's has the vocabulary that drafts have.
@@ -200,6 +206,13 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int) -> None:
         raise ValueError(
             f"A memory does not draft under tensor parallelism yet: leave {SPECULATIVE!r} out."
         )
+    if adapts:
+        if args.async_scheduling:
+            raise ValueError(
+                f"{SPECULATIVE!r}: {AUTO!r} decides after each step, and --async-scheduling plans "
+                "the next before that: drop one."
+            )
+        args.async_scheduling = False
     args.speculative_config = wanted
 
 

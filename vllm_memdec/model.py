@@ -125,6 +125,11 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         return Drafter(self) if self.settings.speculative_tokens else None
 
     @property
+    def adapts(self) -> bool:
+        """Whether the number of drafts is to be what is fastest."""
+        return self.settings.adapts
+
+    @property
     def memories(self) -> list[nn.Module]:
         """The memories, in the order of the settings."""
         return [getattr(self, f"memory{number}") for number in range(len(self.memory_sizes))]

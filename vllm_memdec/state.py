@@ -129,6 +129,7 @@ class Batch:
         # The head's GEMM wants rows that are a multiple of 8 elements long.
         width = PARTS + 1 + -(hidden_size + PARTS + 1) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
+        self.requests: list[str] = []  # their names, where the V1 runner drafts
         self.reset()
 
     def reset(self) -> None:

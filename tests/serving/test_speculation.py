@@ -9,6 +9,7 @@ import pytest
 import torch
 from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 LENGTH = 12
 
@@ -45,10 +46,10 @@ def plain(engine, models, requests):
 TIGHT = {"block_size": 32, "num_gpu_blocks_override": 12, "max_num_batched_tokens": 64}
 
 
-@pytest.mark.parametrize("tokens", range(1, 7))
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, "auto"])
 def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
     block = memdec_block(models) | {"speculative_tokens": tokens}
-    options = TIGHT | {"disable_log_stats": False} if tokens % 2 else {}
+    options = TIGHT | {"disable_log_stats": False} if tokens in (1, 3, 5, "auto") else {}
     with engine(models["base"], block, **options) as llm:
         assert answers(llm, *requests) == plain
         if options:
@@ -105,13 +106,34 @@ def test_a_draft_model_beside_it_stays_one(engine, models):
         assert isinstance(drafter.model, torch.nn.Module)
 
 
-def test_a_batch_that_wants_no_memory(engine, models):
+def test_a_request_without_memory_is_not_drafted_for(engine, models):
     nobody = [Choice("none"), Choice("bio", 0.0)]
     prompts = oracle.prompts(2, 5, 9, 1000)
     with engine(models["base"]) as llm:
         wanted = answers(llm, prompts, [PLAIN] * 2, extra_args=None)
-    with engine(models["base"], memdec_block(models) | {"speculative_tokens": 2}) as llm:
-        assert answers(llm, prompts, nobody) == wanted
+    block = memdec_block(models) | {"speculative_tokens": 2}
+    with engine(models["base"], block, disable_log_stats=False) as llm:
+
+        def drafted():
+            found = {metric.name: metric for metric in llm.get_metrics()}
+            return found["vllm:spec_decode_num_draft_tokens"].value
+
+        assert answers(llm, prompts, nobody) == wanted and drafted() == 0
+        [alone] = answers(llm, prompts[:1], [PLAIN], max_tokens=4)
+        before = drafted()
+        assert before > 0
+        [_, beside, _] = answers(
+            llm, [prompts[1], prompts[0], prompts[1]], [nobody[0], PLAIN, nobody[1]], max_tokens=4
+        )
+        assert beside == alone and drafted() == 2 * before
+
+
+def test_what_vllm_does_not_apply_to_drafts_is_refused(engine, models):
+    block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": 1}
+    with engine(models["base"], block) as llm:
+        for options in ({"min_p": 0.1}, {"logit_bias": {5: 1.0}}):
+            with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
+                answers(llm, [PROMPT], [PLAIN], temperature=1, **options)
 
 
 # -- Sampling -------------------------------------------------------------------------------------
@@ -204,7 +226,7 @@ def test_a_temperature_reaches_every_draft():
     assert expanded.tolist() == torch.tensor([0.7, 0.7, 1, 2, 2, 2]).tolist()
 
 
-@pytest.mark.parametrize("tokens", [-1, 17, 2.0, "3", True])
+@pytest.mark.parametrize("tokens", [-1, 17, 2.0, "3", "Auto", True, None])
 def test_bad_number_of_tokens_is_refused(models, tokens):
     block = {"model": models["law"], "alpha": 0.5, "speculative_tokens": tokens}
     args = EngineArgs(models["base"], model_impl="memdec", additional_config={"memdec": block})
@@ -220,10 +242,11 @@ def test_bad_number_of_tokens_is_refused(models, tokens):
             "are two ways to speculate: drop one",
         ),
         ({"tensor_parallel_size": 2}, "does not draft under tensor parallelism yet"),
+        ({"async_scheduling": True}, "'auto' decides after each step"),
     ],
 )
 def test_what_drafting_does_not_go_with_is_refused(models, options, sentence):
-    block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": 2}
+    block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": "auto"}
     args = EngineArgs(
         models["base"], model_impl="memdec", additional_config={"memdec": block}, **options
     )

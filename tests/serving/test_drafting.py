@@ -1,0 +1,80 @@
+"""How many tokens are drafted: the best of all lengths, by formulas on a machine that is known."""
+
+import random
+
+import pytest
+
+from vllm_memdec.drafting import EXPLORED, WARM_UP, DraftLength
+
+BASE, TOKEN, PASS = 30e-3, 2e-3, 8e-3  # seconds of a step, of each token in it, of a draft pass
+
+
+def best(beta, requests, most):
+    """Return the length of most tokens a second, by the geometric series of limits."""
+
+    def speed(k):
+        tokens = sum(beta**j for j in range(k + 1))
+        return requests * tokens / (BASE + TOKEN * requests * (k + 1) + k * PASS)
+
+    return max(range(most + 1), key=speed), speed
+
+
+def run(length, beta, names, steps, rng):
+    """Let a server draft for so many steps; return the lengths it chose, without trials."""
+    chosen = []
+    for _ in range(steps):
+        k = length.choose(names)
+        if length.steps > WARM_UP and length.steps % EXPLORED:
+            chosen.append(k)
+        for _ in range(k):
+            length.passes.add(len(names), PASS * rng.uniform(0.9, 1.1))
+        for name in names:
+            accepted = 0
+            while accepted < k and rng.random() < beta:
+                accepted += 1
+            if k:
+                length.observe(name, k, accepted)
+        tokens = len(names) * (k + 1)
+        length.step.add(tokens, (BASE + TOKEN * tokens) * rng.uniform(0.9, 1.1))
+    return chosen
+
+
+@pytest.mark.parametrize("requests", [1, 8, 64])
+@pytest.mark.parametrize("beta", [0.05, 0.5, 0.8, 0.97])
+def test_the_fastest_length_is_found(beta, requests):
+    rng = random.Random(1)
+    length = DraftLength(6)
+    chosen = run(length, beta, [str(n) for n in range(requests)], 400, rng)[-100:]
+    wanted, speed = best(beta, requests, 6)
+    reached = sum(map(speed, chosen)) / len(chosen)
+    assert reached > 0.95 * speed(wanted), (wanted, chosen)
+
+
+def test_it_follows_the_text():
+    rng = random.Random(2)
+    length = DraftLength(6)
+    assert run(length, 0.95, ["a"], 200, rng)[-1] >= 4
+    assert max(run(length, 0.02, ["b"], 200, rng)[-40:]) <= 1
+    assert run(length, 0.95, ["c"], 200, rng)[-1] >= 4
+
+
+def test_a_request_has_its_own_acceptance():
+    length = DraftLength(6)
+    for _ in range(50):
+        length.observe("good", 3, 3)
+        length.observe("bad", 3, 0)
+    assert length.acceptance("good") > 0.9 and length.acceptance("bad") < 0.1
+    assert 0.3 < length.acceptance("new") < 0.8
+    length.keep(["bad"])
+    assert length.acceptance("good") == length.acceptance("new")
+
+
+def test_requests_without_memory_make_drafting_dearer():
+    """They wait for the passes of a memory that gives them nothing."""
+    rng = random.Random(3)
+    length = DraftLength(6)
+    run(length, 0.6, ["a"], 200, rng)
+    length.steps = WARM_UP  # no trial next
+    alone = length.choose(["a"])
+    length.steps = WARM_UP
+    assert length.choose(["a"], others=60) < alone
