@@ -1,6 +1,6 @@
 """The only file that wraps or exchanges parts of vLLM: what we touch, and how.
 
-Checked by running vLLM 0.32.0; 0.33 was not run. Nine functions are wrapped, four classes are
+Checked by running vLLM 0.32.0; 0.33 was not run. Ten functions are wrapped, five classes are
 derived from and one global is exchanged. SIGNATURES and ATTRIBUTES record what that relies on;
 tests/serving/test_compat.py compares them with the vLLM that is installed.
 
@@ -20,8 +20,8 @@ tests/serving/test_compat.py compares them with the vLLM that is installed.
 - ForwardContext.slot_mapping: narrowed alike while a memory runs.
 - parallel_state._TP: exchanged for a group of one for a memory that every rank has whole.
 - LoRAModelRunnerMixin.load_lora_model (both workers): adapters go on the base alone.
-- DraftModelProposer.load_model (V1 worker): the drafter becomes a subclass that drafts with the
-  composite's own memories.
+- DraftModelProposer.load_model (V1 worker) and DraftModelSpeculator.load_model (V2): the drafter
+  becomes a subclass that drafts with the composite's own memories.
 - rejection_sampler.expand_batch_to_tokens (V1 worker on a CPU): mended, see mend_cpu_speculation().
 """
 
@@ -51,6 +51,7 @@ NOT_NARROWED = (
     "encoder_seq_lens", "encoder_seq_lens_cpu", "dcp_local_seq_lens",
     "dcp_local_seq_lens_cpu_upper_bound", "mm_req_doc_ranges", "replayssm_decode_base_cpu",
 )  # fmt: skip
+V2_DRAFTER = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
 SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
@@ -102,6 +103,24 @@ SIGNATURES = {
     "vllm.v1.spec_decode.draft_model:DraftModelProposer._get_slot_mapping": (
         "self num_tokens slot_mapping"
     ),
+    "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_model": (
+        "self target_model"
+    ),
+    f"{V2_DRAFTER}._prefill": (
+        "self input_batch num_rejected last_sampled num_reqs skip_attn num_tokens_across_dp"
+    ),
+    f"{V2_DRAFTER}._run_model": (
+        "self input_ids positions attn_metadata slot_mappings num_tokens_across_dp"
+    ),
+    f"{V2_DRAFTER}._accepted_last_indices": "self input_batch num_rejected num_reqs",
+    f"{V2_DRAFTER}._build_uniform_attn_metadata": (
+        "self batch_desc num_reqs num_query_per_req seq_lens_cpu_upper_bound step causal "
+        "dcp_local_seq_lens"
+    ),
+    f"{V2_DRAFTER}.sample_draft": (
+        "self hidden_states sample_src_positions idx_mapping temperature seeds draft_step "
+        "draft_logits spec_step_idx"
+    ),
     "vllm.v1.sample.rejection_sampler:expand_batch_to_tokens": (
         "x cu_num_tokens num_tokens replace_from replace_to"
     ),
@@ -124,8 +143,13 @@ ATTRIBUTES = {
     "vllm.v1.spec_decode.draft_model:DraftModelProposer": (
         "_draft_attn_layer_names _last_draft_probs arange block_size input_ids token_arange_np"
     ),
+    V2_DRAFTER: (
+        "arange_gpu block_tables current_draft_step draft_attn_layer_names draft_logits "
+        "draft_tokens expanded_input_ids expanded_positions idx_mapping input_buffers "
+        "kv_cache_config last_token_indices max_model_len seeds temperature"
+    ),
     "vllm.engine.arg_utils:EngineArgs": (
-        "additional_config convert decode_context_parallel_size enable_dbo "
+        "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
         "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
         "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
         "kv_sharing_fast_prefill tensor_parallel_size spec_model"
@@ -452,11 +476,16 @@ def _group_of_one() -> Any:
     )
 
 
-def install_drafter() -> None:
-    """Let the V1 runner's drafter become ours; called by the composite, before drafters load."""
-    from vllm.v1.spec_decode.draft_model import DraftModelProposer
+def install_drafter(v2: bool) -> None:
+    """Let the runner's drafter become ours; called by the composite, before drafters load."""
+    if v2:
+        from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-    wrap(DraftModelProposer, "load_model", _drafting_memory)
+        wrap(DraftModelSpeculator, "load_model", _speculating_memory)
+    else:
+        from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+        wrap(DraftModelProposer, "load_model", _drafting_memory)
 
 
 def mend_cpu_speculation() -> None:
@@ -627,6 +656,98 @@ def _memory_proposer_cls() -> type:
             return torch.stack(drafts, dim=1)[:, 1:]
 
     return MemoryProposer
+
+
+def _speculating_memory(original: Callable) -> Callable:
+    speculator = _memory_speculator_cls()
+
+    def load_model(self: Any, target_model: Any) -> None:
+        if getattr(target_model, "drafter", None) is None:
+            return original(self, target_model)
+        self.__class__ = speculator
+        self.model = target_model.drafter
+        self.draft_attn_layer_names = {n for names in target_model.layers for n in names}
+
+    return load_model
+
+
+def _memory_speculator_cls() -> type:
+    """Return vLLM's drafter of the V2 runner, with the composite's memories for a model."""
+    from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
+        CUDAGraphMode,
+        StandaloneARSpeculator,
+    )
+
+    class MemorySpeculator(StandaloneARSpeculator):
+        def propose(self, *args: Any, dummy_run: bool = False, **kwargs: Any) -> torch.Tensor:
+            """Return drafts [B, K], arbitrary ones for a request without a memory."""
+            if not dummy_run:
+                self.model.composite.batch.write_drafting()
+            return super().propose(*args, dummy_run=dummy_run, **kwargs)
+
+        def _prefill(
+            self,
+            input_batch: Any,
+            num_rejected: torch.Tensor,
+            last_sampled: torch.Tensor,
+            num_reqs: int,
+            skip_attn: bool,
+            num_tokens_across_dp: torch.Tensor | None,
+        ) -> None:
+            """Make the first draft. All but the newest token the memories have read already."""
+            if skip_attn:  # of a dummy run
+                super()._prefill(
+                    input_batch, num_rejected, last_sampled, num_reqs, True, num_tokens_across_dp
+                )
+                return
+            B, last = num_reqs, self.max_model_len
+            buffers = self.input_buffers
+            index_B = self._accepted_last_indices(input_batch, num_rejected, B)
+            # Where the later drafts, which are the parent's, look for what to go on from.
+            self.last_token_indices[:B] = torch.arange(B, device=self.device)
+            positions_B = self.expanded_positions[:B]
+            positions_B.copy_((input_batch.positions[index_B] + 1).clamp(max=last - 1))
+            tokens_B = self.expanded_input_ids[:B]
+            tokens_B.copy_(last_sampled.view(-1)[input_batch.idx_mapping])
+            buffers.positions[:B].copy_(positions_B)
+            buffers.seq_lens[:B].copy_(
+                (input_batch.seq_lens[:B] - num_rejected[:B].int() + 1).clamp(max=last)
+            )
+            starts = buffers.query_start_loc[: B + 1]
+            starts.copy_(self.arange_gpu[: B + 1])
+            slots = self.block_tables.compute_slot_mappings(
+                input_batch.idx_mapping, starts, positions_B, B
+            )
+            attention = self._build_uniform_attn_metadata(
+                batch_desc=BatchExecutionDescriptor(
+                    cg_mode=CUDAGraphMode.NONE, num_tokens=B, num_reqs=B, uniform_token_count=1
+                ),
+                num_reqs=B,
+                num_query_per_req=1,
+                seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
+                step=1,
+            )
+            h_BD = self._run_model(
+                tokens_B,
+                positions_B,
+                attention,
+                build_slot_mappings_by_layer(slots, self.kv_cache_config),
+                num_tokens_across_dp,
+            )
+            self.current_draft_step.fill_(0)
+            self.draft_tokens[:B, 0] = self.sample_draft(
+                h_BD[:B],
+                positions_B,
+                self.idx_mapping[:B],
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            )
+
+    return MemorySpeculator
 
 
 def install_lora() -> None:

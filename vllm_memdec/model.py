@@ -58,8 +58,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         )
         configs = [memory_vllm_config(vllm_config, memory) for memory in memories]
         models = [config.model_config for config in configs]
-        drafting = self.settings.speculative_tokens > 0
-        check_speculation(vllm_config, [model_config, *models], drafting)
+        check_speculation(vllm_config, [model_config, *models], self.settings.adapts)
         self.memory_sizes = [model.get_hidden_size() for model in models]
         self.vocab_sizes = [model.get_vocab_size() for model in (model_config, *models)]
         base_size, memory_size = model_config.get_hidden_size(), max(self.memory_sizes)
@@ -109,7 +108,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             self.prepare_lora()
         compat.install_v1_runner()
         if self.settings.speculative_tokens:
-            compat.install_drafter()
+            compat.install_drafter(vllm_config.use_v2_model_runner)
         if vllm_config.speculative_config is not None and torch.device(device).type == "cpu":
             compat.mend_cpu_speculation()
         self.log_start(vllm_config)
@@ -303,6 +302,10 @@ class Drafter:
         """Return [T, D_memory + A], as the composite's second half."""
         return self.composite.remember(input_ids, positions)
 
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield nothing: what there is belongs to the composite, which the V2 runner clears."""
+        yield from ()
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Return [N, V]: the logits of each row's memory; zeros where it has none."""
         composite = self.composite
@@ -354,17 +357,15 @@ def uniform_sliding_window(model_config: ModelConfig) -> int | None:
     return model_config.get_sliding_window()
 
 
-def check_speculation(
-    vllm_config: VllmConfig, models: list[ModelConfig], drafting: bool = False
-) -> None:
+def check_speculation(vllm_config: VllmConfig, models: list[ModelConfig], adapts: bool) -> None:
     """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
     speculation = vllm_config.speculative_config
     if speculation is None:
         return
-    if drafting and vllm_config.use_v2_model_runner:
+    if adapts and vllm_config.use_v2_model_runner:
         raise ValueError(
-            "A memory drafts on vLLM's V1 runner only, yet: set VLLM_USE_V2_MODEL_RUNNER=0, or "
-            "leave speculative_tokens out."
+            "vLLM's V2 runner drafts a fixed number of tokens: give speculative_tokens a number, "
+            "or set VLLM_USE_V2_MODEL_RUNNER=0."
         )
     if speculation.method not in SPECULATION:
         raise ValueError(

@@ -3,7 +3,8 @@
 V2 needs Triton, and the CPU wheel's Triton has no CPU back end. With an entry "cpu" among Triton's
 back ends, whose driver is never active, vLLM takes V2 and Triton runs its kernels interpreted.
 argv[1]: JSON of {"llm": LLM arguments, "requests": [[prompt ids, SamplingParams arguments], ...]}.
-Last line of stdout: JSON list, one [prompt ids, sampled ids, prompt rows, sampled rows] a request.
+Last line of stdout: JSON list, one [prompt ids, sampled ids, prompt rows, sampled rows] a request;
+with "metrics": true and speculation, then the numbers of drafted and of accepted tokens.
 """
 
 import json
@@ -16,6 +17,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from triton.backends import Backend, backends
 from triton.backends.driver import DriverBase
+from triton.runtime.interpreter import InterpreterBuilder
 
 
 class NeverActive(DriverBase):
@@ -38,6 +40,19 @@ class NeverActive(DriverBase):
 
 backends["cpu"] = Backend(compiler=None, driver=NeverActive)
 
+
+def with_bool_mask(function):
+    """Triton's interpreter makes an int32 of `mask & scalar`, which its own store then refuses."""
+
+    def call(self, pointers, value, mask, *rest):
+        mask.data = mask.data.astype(bool)
+        return function(self, pointers, value, mask, *rest)
+
+    return call
+
+
+InterpreterBuilder.create_masked_store = with_bool_mask(InterpreterBuilder.create_masked_store)
+
 from vllm import LLM, SamplingParams  # noqa: E402
 
 
@@ -59,4 +74,9 @@ if __name__ == "__main__":
         for o in outputs
         for s in o.outputs
     ]
+    metrics = {metric.name: metric for metric in llm.get_metrics()} if job.get("metrics") else {}
+    if "vllm:spec_decode_num_draft_tokens" in metrics:
+        result += [
+            metrics[f"vllm:spec_decode_num_{kind}_tokens"].value for kind in ("draft", "accepted")
+        ]
     print(json.dumps(result))

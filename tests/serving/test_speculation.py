@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import oracle
 import pytest
@@ -57,6 +58,7 @@ def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
             assert found["vllm:num_preemptions"].value > 0
 
 
+@pytest.mark.feature("speculation by the memory itself", note="both runners; not with TP yet")
 def test_a_memory_that_agrees_is_accepted_whole(engine, models):
     """memory = base: what it drafts is what the mixture says, so only the budget's end is left."""
     block = {"model": models["base"], "alpha": 0.4, "speculative_tokens": 3}
@@ -252,3 +254,11 @@ def test_what_drafting_does_not_go_with_is_refused(models, options, sentence):
     )
     with pytest.raises(ValueError, match=sentence):
         args.create_engine_config()
+
+
+def test_auto_is_for_the_v1_runner():
+    from vllm_memdec.model import check_speculation
+
+    settings = SimpleNamespace(speculative_config=SimpleNamespace(), use_v2_model_runner=True)
+    with pytest.raises(ValueError, match="V2 runner drafts a fixed number of tokens"):
+        check_speculation(settings, [], adapts=True)

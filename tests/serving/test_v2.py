@@ -7,9 +7,22 @@ from pathlib import Path
 
 import oracle
 import pytest
+from matrix import CHOICES, Choice, greedy, make_models, memdec_block
 
 VOCAB = 1000
 LAW, BIO = 0.37, 0.4  # the server's weights
+
+
+def run_v2(job, env):
+    """Return what run_v2.py prints."""
+    run = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("run_v2.py")), json.dumps(job)],
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 @pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
@@ -53,14 +66,46 @@ def test_mixture(tiny_model, subprocess_env):
             for row, (ids, (extra, _)) in enumerate(zip(prompts, chosen, strict=True))
         ],
     }
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("run_v2.py")), json.dumps(job)],
-        env=subprocess_env,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    results = json.loads(run.stdout.strip().splitlines()[-1])
+    results = run_v2(job, subprocess_env)
     for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(results, chosen, strict=True):
         error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
         assert error < oracle.TOLERANCE, extra
+
+
+@pytest.mark.feature("speculation by the memory itself")
+def test_drafting(tiny_model, subprocess_env):
+    """Greedy answers are the mixture's, prompts in chunks; what agrees is accepted."""
+    models = make_models(tiny_model)
+    block = memdec_block(models)
+    block["memories"]["same"] = {"model": models["base"], "alpha": 0.5}
+    choices = [*CHOICES, Choice("same"), Choice("same", 0.3)]
+    job = {
+        "llm": {
+            "model": models["base"],
+            "model_impl": "memdec",
+            "additional_config": {"memdec": block | {"speculative_tokens": 2}},
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_num_seqs": 4,
+            "max_num_batched_tokens": 32,
+            "max_model_len": 64,
+            "disable_log_stats": False,
+        },
+        "metrics": True,
+    }
+    greedy_params = {"temperature": 0, "max_tokens": 7, "ignore_eos": True}
+    prompts = oracle.prompts(len(choices), 2, 20, VOCAB)
+    job["requests"] = [
+        (ids, greedy_params | {"extra_args": choice.extra_args})
+        for ids, choice in zip(prompts, choices, strict=True)
+    ]
+    *results, drafted, accepted = run_v2(job, subprocess_env)
+    folders = models | {"same": models["base"]}
+    for (prompt, sampled, *_), choice in zip(results, choices, strict=True):
+        name, alpha = ("same", 0.5) if choice.memory == "same" else choice.resolved
+        key = greedy(
+            {"base": models["base"], "law": folders[name]}, Choice("law", alpha), prompt, 7
+        )
+        assert sampled == key, choice
+    # The two whose memory is the base have two rounds of two accepted drafts each.
+    assert 8 <= accepted < drafted
