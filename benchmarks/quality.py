@@ -68,10 +68,11 @@ class Sizes:
     general: int = 3_000
     facts: int = 150
     interval: int = 64  # tokens between retrievals
-    trial: float = 0.2
+    trial: float = 0.1
     epochs: float | None = None  # of the memory; None: the settings file's
 
 
+SMALLER = Sizes(train=20_000)  # of the control, from which nothing is to be learned
 QUICK = Sizes(3_000, 600, 600, 400, 8, 64, 0.5, 0.5)
 
 
@@ -546,10 +547,11 @@ def main() -> None:
     base = str(data.smollm2())
     settings = load_settings(HERE / "quality.yaml")
     progress = Progress()
-    sizes = QUICK if options.quick else Sizes()
     measured, rows = [], []
     where = provenance("torch", "transformers")
     for name in options.domains:
+        sizes = SMALLER if name == domains.CONTROL else Sizes()
+        sizes = QUICK if options.quick else sizes
         domain = Domain(name, base, sizes, settings, progress)
         found = [row | where for row in domain.rows()]
         measured.append(domain)

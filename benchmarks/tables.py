@@ -78,12 +78,13 @@ def quality() -> str:
 
 
 def latency() -> str:
-    """Return what a token costs, relative to the base, of the last run on each device."""
+    """Return what a token costs, relative to the base, by the last run on each device."""
     rows = read(RESULTS / "latency.csv")
-    last = {row["device"]: row["timestamp"] for row in rows}
+    last = {(row["device"], row["models"]): row["timestamp"] for row in rows}
     lines = [] if rows else ["not measured\n"]
-    for device, timestamp in last.items():
-        chosen = [r for r in rows if (r["device"], r["timestamp"]) == (device, timestamp)]
+    for (device, models), timestamp in last.items():
+        run = (device, models, timestamp)
+        chosen = [r for r in rows if (r["device"], r["models"], r["timestamp"]) == run]
         regimes = list(dict.fromkeys(row["regime"] for row in chosen))
         found = {(row["regime"], row["system"]): row for row in chosen}
         systems = list(dict.fromkeys(row["system"] for row in chosen))
@@ -96,7 +97,7 @@ def latency() -> str:
 
         lines.append(
             grid(
-                [f"time per token, {device}", *regimes, "the paper's"],
+                [f"time per token: {models}, {device}", *regimes, "the paper's"],
                 [
                     [system, *(cell(found.get((regime, system))) for regime in regimes)]
                     + [f"{PAPER[system]:.2f}x" if system in PAPER else ""]
@@ -107,10 +108,59 @@ def latency() -> str:
     return "\n".join(lines)
 
 
+def speculation() -> str:
+    """Return what drafting with the memory brings: greedy times, and what formulas say at T = 1."""
+    rows = read(RESULTS / "speculation.csv")
+    last = {row["device"]: row["timestamp"] for row in rows}
+    lines = [] if rows else ["not measured\n"]
+    for device, timestamp in last.items():
+        chosen = [r for r in rows if (r["device"], r["timestamp"]) == (device, timestamp)]
+        greedy = [r for r in chosen if not float(r["temperature"])]
+        found = {(f"{r['text']}, batch {r['batch']}", r["system"]): r for r in greedy}
+        columns = list(dict.fromkeys(column for column, _ in found))
+
+        def cell(row: dict[str, str]) -> str:
+            between = f"{float(row['ratio_min']):.2f}-{float(row['ratio_max']):.2f}"
+            return f"{float(row['ratio']):.2f}x ({between})"
+
+        lines.append(
+            grid(
+                [f"greedy, {device}", *columns],
+                [
+                    [system, *(cell(found[column, system]) for column in columns)]
+                    for system in dict.fromkeys(system for _, system in found)
+                ],
+            )
+        )
+        titles = ("alpha", "drafts", "accepted", "alpha + (1 - alpha) o", "by position",
+                  "tokens a step", "c", "v", "predicted", "measured", "off")  # fmt: skip
+        predicted = [row for row in chosen if row["predicted"]]
+        lines.append(
+            grid(
+                list(titles),
+                [
+                    [
+                        row["alpha"],
+                        row["system"].removesuffix(" drafts"),
+                        *(f"{float(row[name]):.2f}" for name in ("acceptance", "bound")),
+                        row["accepted_by_position"],
+                        *(f"{float(row[name]):.2f}" for name in ("tokens_a_step", "c", "v")),
+                        f"{float(row['predicted']):.2f}x",
+                        f"{float(row['ratio']):.2f}x",
+                        f"{float(row['ratio']) / float(row['predicted']) - 1:+.0%}",
+                    ]
+                    for row in predicted
+                ],
+            )
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "quality": quality,
     "latency": latency,
+    "speculation": speculation,
 }
 
 

@@ -1,10 +1,17 @@
 """How many tokens are drafted: the best of all lengths, by formulas on a machine that is known."""
 
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
 from vllm_memdec.drafting import EXPLORED, WARM_UP, DraftLength
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+import speculation  # noqa: E402
+from speculation import PLAIN, Found, Question, drafting  # noqa: E402
 
 BASE, TOKEN, PASS = 30e-3, 2e-3, 8e-3  # seconds of a step, of each token in it, of a draft pass
 
@@ -78,3 +85,30 @@ def test_requests_without_memory_make_drafting_dearer():
     alone = length.choose(["a"])
     length.steps = WARM_UP
     assert length.choose(["a"], others=60) < alone
+
+
+def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
+    """One overlap, times and counts that are given: the row they must make."""
+    monkeypatch.setattr(speculation, "overlap", lambda *_: 0.5)
+    steps = {1: 10.0, 2: 11.0, 4: 12.0, 6: 14.0}  # of the base, by tokens
+    found = {}
+    for question in speculation.questions():
+        for engine in (speculation.BASE, PLAIN, *map(drafting, (1, 3, 5)), speculation.AUTO):
+            wide = steps.get(question.batch, 20.0)
+            seconds = {speculation.BASE: wide, PLAIN: wide + 3}.get(engine, 8.0)
+            found[question, engine] = Found([seconds] * 3, [100.0, 80.0, 56.0, 42.0], [])
+    rows = speculation.table(found, "base", "memory")
+    [row] = [r for r in rows if (r["alpha"], r["system"]) == (0.6, drafting(3))]
+    beta = 0.6 + 0.4 * 0.5
+    assert row["bound"] == pytest.approx(beta)
+    assert row["acceptance"] == pytest.approx((80 + 56 + 42) / (100 + 80 + 56), abs=1e-4)
+    assert row["tokens_a_step"] == pytest.approx(1 + 1.78)
+    assert (row["c"], row["v"], row["m"]) == pytest.approx((0.3, 1.2, 1.5))
+    assert row["ratio"] == pytest.approx(0.8) and row["to_mixture"] == pytest.approx(
+        8 / 13, abs=1e-4
+    )
+    predicted = (3 * 0.3 + 1.5) / (1 + beta + beta**2 + beta**3)
+    assert row["predicted"] == pytest.approx(predicted, abs=1e-4)
+    greedy = [r for r in rows if r["temperature"] == 0]
+    assert len(greedy) == 4 * 5 and all(r["predicted"] == "" for r in greedy)
+    assert Question("general", 0.0, 8) in speculation.questions()

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import oracle
@@ -37,10 +38,33 @@ def requests():
     return prompts, [CHOICES[n % len(CHOICES)] for n in range(len(prompts))]
 
 
+NOBODY = Choice("none"), Choice("bio", 0.0)
+
+
+@dataclass
+class Plain:
+    """What the same server does without drafting."""
+
+    answers: list
+    long: list  # answers of the base to PROMPT and its beginning
+    nobody: list  # answers to requests without a memory
+    blocks: int  # of the KV cache
+
+
+def runner(llm):
+    core = llm.llm_engine.engine_core.engine_core
+    return core.model_executor.driver_worker.worker.model_runner
+
+
 @pytest.fixture(scope="module")
 def plain(engine, models, requests):
     with engine(models["base"], memdec_block(models)) as llm:
-        return answers(llm, *requests)
+        return Plain(
+            answers(llm, *requests),
+            answers(llm, [PROMPT, PROMPT[:2]], NOBODY, max_tokens=41),
+            answers(llm, requests[0][:2], NOBODY),
+            runner(llm).kv_cache_config.num_blocks,
+        )
 
 
 # Fewer blocks than sixteen requests need: some are preempted and computed again.
@@ -52,44 +76,50 @@ def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
     block = memdec_block(models) | {"speculative_tokens": tokens}
     options = TIGHT | {"disable_log_stats": False} if tokens in (1, 3, 5, "auto") else {}
     with engine(models["base"], block, **options) as llm:
-        assert answers(llm, *requests) == plain
+        assert answers(llm, *requests) == plain.answers
         if options:
             found = {metric.name: metric for metric in llm.get_metrics()}
             assert found["vllm:num_preemptions"].value > 0
 
 
 @pytest.mark.feature("speculation by the memory itself", note="both runners; not with TP yet")
-def test_a_memory_that_agrees_is_accepted_whole(engine, models):
+def test_a_memory_that_agrees_is_accepted_whole(engine, models, plain):
     """memory = base: what it drafts is what the mixture says, so only the budget's end is left."""
     block = {"model": models["base"], "alpha": 0.4, "speculative_tokens": 3}
-    with engine(models["base"]) as llm:
-        wanted = answers(llm, [PROMPT, PROMPT[:2]], CHOICES[:1] * 2, max_tokens=41)
     with engine(models["base"], block, disable_log_stats=False) as llm:
-        assert answers(llm, [PROMPT, PROMPT[:2]], CHOICES[:1] * 2, max_tokens=41) == wanted
+        assert answers(llm, [PROMPT, PROMPT[:2]], [PLAIN] * 2, max_tokens=41) == plain.long
         found = {metric.name: metric for metric in llm.get_metrics()}
         drafted = found["vllm:spec_decode_num_draft_tokens"].value
         assert drafted == found["vllm:spec_decode_num_accepted_tokens"].value == 2 * 30
 
 
-def test_weights_and_cache_exist_once(engine, models):
-    """As many blocks fit as without drafting, and the drafter has nothing of its own."""
-    blocks = []
-    for tokens in (0, 3):
-        block = memdec_block(models) | {"speculative_tokens": tokens}
-        with engine(models["base"], block) as llm:
-            core = llm.llm_engine.engine_core.engine_core
-            runner = core.model_executor.driver_worker.worker.model_runner
-            blocks.append(runner.kv_cache_config.num_blocks)
-            layers = {n for g in runner.kv_cache_config.kv_cache_groups for n in g.layer_names}
-            # Base and memories: 2 + 3 + 2 layers.
-            assert len(layers) == 7
-            if tokens:
-                assert runner.drafter.model.composite is runner.model
-                assert set(runner.drafter._draft_attn_layer_names) < layers
-                assert not [
-                    v for v in vars(runner.drafter).values() if isinstance(v, torch.nn.Module)
-                ]
-    assert blocks[0] == blocks[1]
+def test_weights_and_cache_exist_once(engine, models, requests, plain):
+    """As many blocks fit as without drafting; the drafter has nothing of its own.
+
+    Nor is anything drafted for requests without a memory.
+    """
+    block = memdec_block(models) | {"speculative_tokens": 3}
+    prompts = requests[0]
+    with engine(models["base"], block, disable_log_stats=False) as llm:
+        mine = runner(llm)
+        assert mine.kv_cache_config.num_blocks == plain.blocks
+        layers = {n for g in mine.kv_cache_config.kv_cache_groups for n in g.layer_names}
+        assert len(layers) == 7  # of base and memories: 2 + 3 + 2
+        assert mine.drafter.model.composite is mine.model
+        assert set(mine.drafter._draft_attn_layer_names) < layers
+        assert not [v for v in vars(mine.drafter).values() if isinstance(v, torch.nn.Module)]
+
+        def drafted():
+            found = {metric.name: metric for metric in llm.get_metrics()}
+            return found["vllm:spec_decode_num_draft_tokens"].value
+
+        assert answers(llm, prompts[:2], NOBODY) == plain.nobody and drafted() == 0
+        [alone] = answers(llm, prompts[2:3], [PLAIN])
+        before = drafted()
+        assert before > 0
+        choices = [NOBODY[0], PLAIN, NOBODY[1]]
+        [_, beside, _] = answers(llm, [prompts[0], prompts[2], prompts[1]], choices)
+        assert beside == alone and drafted() == 2 * before
 
 
 def test_a_draft_model_beside_it_stays_one(engine, models):
@@ -102,32 +132,9 @@ def test_a_draft_model_beside_it_stays_one(engine, models):
         pass
     stock = {"method": "draft_model", "model": models["bio"], "num_speculative_tokens": 2}
     with engine(models["base"], memdec_block(models), speculative_config=stock) as llm:
-        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
-        drafter = runner.model_runner.drafter
+        drafter = runner(llm).drafter
         assert type(drafter).__name__ == "DraftModelProposer"
         assert isinstance(drafter.model, torch.nn.Module)
-
-
-def test_a_request_without_memory_is_not_drafted_for(engine, models):
-    nobody = [Choice("none"), Choice("bio", 0.0)]
-    prompts = oracle.prompts(2, 5, 9, 1000)
-    with engine(models["base"]) as llm:
-        wanted = answers(llm, prompts, [PLAIN] * 2, extra_args=None)
-    block = memdec_block(models) | {"speculative_tokens": 2}
-    with engine(models["base"], block, disable_log_stats=False) as llm:
-
-        def drafted():
-            found = {metric.name: metric for metric in llm.get_metrics()}
-            return found["vllm:spec_decode_num_draft_tokens"].value
-
-        assert answers(llm, prompts, nobody) == wanted and drafted() == 0
-        [alone] = answers(llm, prompts[:1], [PLAIN], max_tokens=4)
-        before = drafted()
-        assert before > 0
-        [_, beside, _] = answers(
-            llm, [prompts[1], prompts[0], prompts[1]], [nobody[0], PLAIN, nobody[1]], max_tokens=4
-        )
-        assert beside == alone and drafted() == 2 * before
 
 
 def test_what_vllm_does_not_apply_to_drafts_is_refused(engine, models):
