@@ -601,7 +601,10 @@ def _memory_proposer_cls() -> type:
             ):
                 if planned == length > 1:
                     self.length.observe(name, length - 1, length - 1 - refused)
-            if lengths == wanted:  # the same requests, none of which read its prompt
+            # The time since then is this step's if there was no pause before it; of one that
+            # mostly reads prompts there is nothing to be learned.
+            went_on = any(name in self.drafted for name in names)
+            if went_on and sum(lengths) <= len(names) * (self.length.most + 1):
                 self.length.step.add(sum(lengths), now - self.ended)
 
         def draft(

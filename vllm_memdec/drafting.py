@@ -25,11 +25,14 @@ class Line:
         point = (1.0, tokens, seconds, tokens * tokens, tokens * seconds)
         self.sums = [MEMORY * old + new for old, new in zip(self.sums, point, strict=True)]
 
+    @property
+    def known(self) -> bool:
+        """Whether there is a point at all."""
+        return self.sums[0] > 0
+
     def __call__(self, tokens: int) -> float:
         """Return seconds; no more tokens take less time."""
         count, n, s, nn, ns = self.sums
-        if not count:
-            return 0.0
         mean_n, mean_s = n / count, s / count
         spread = nn / count - mean_n**2
         # Of one number of tokens alone no slope can be told.
@@ -67,9 +70,9 @@ class DraftLength:
     def choose(self, drafted: Sequence[str], others: int = 0) -> int:
         """Return a length for these requests, beside others that are not drafted for."""
         self.steps += 1
-        if self.steps <= WARM_UP or self.steps % EXPLORED == 0:
-            turn = self.steps if self.steps <= WARM_UP else self.steps // EXPLORED
-            return 1 + turn % self.most
+        trying = self.steps <= WARM_UP or not (self.step.known and self.passes.known)
+        if trying or self.steps % EXPLORED == 0:
+            return 1 + (self.steps if trying else self.steps // EXPLORED) % self.most
         tokens = [1.0] * len(drafted)  # expected of each request
         reached = [1.0] * len(drafted)  # probability that all drafts so far are accepted
         rates = [self.acceptance(name) for name in drafted]

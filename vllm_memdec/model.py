@@ -314,6 +314,8 @@ class Drafter:
         V = composite.vocab_sizes[0]
         out_NV = hidden_states.new_zeros(len(hidden_states), V, dtype=torch.float32)
         for rows, memory_NW in composite.memory_logits(memory_ND, columns_NA):
+            if composite.batch.shared and memory_NW.shape[1] == V:
+                return memory_NW
             shared = min(V, memory_NW.shape[1])
             out_NV[rows, :shared] = memory_NW[:, :shared].float()
             out_NV[rows, shared:] = -torch.inf

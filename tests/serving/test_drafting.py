@@ -112,3 +112,11 @@ def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
     greedy = [r for r in rows if r["temperature"] == 0]
     assert len(greedy) == 4 * 5 and all(r["predicted"] == "" for r in greedy)
     assert Question("general", 0.0, 8) in speculation.questions()
+
+
+def test_nothing_known_yet_is_no_reason_to_stop():
+    """On a server whose every step reads prompts no step's time is known."""
+    length = DraftLength(6)
+    for _ in range(100):
+        assert 1 <= length.choose(["a"]) <= 6
+        length.passes.add(1, PASS)
