@@ -42,6 +42,9 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
+    # What vLLM 0.32 compiles ahead of time does not load again with torch 2.13: each start would
+    # compile anew.
+    "VLLM_USE_AOT_COMPILE": "0",
     "HF_HUB_OFFLINE": "1",
 }
 LONGEST = 2048  # tokens of a context, passages included
