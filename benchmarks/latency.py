@@ -290,7 +290,7 @@ def run(
     if systems.memory is None:
         ids = held_out(systems.build, AutoTokenizer.from_pretrained(systems.base))
     else:
-        ids = [random.randrange(1000, SHAPE_VOCABULARY) for _ in range(100_000)]
+        ids = random.Random(0).choices(range(1000, SHAPE_VOCABULARY), k=100_000)
     context = multiprocessing.get_context("spawn")
     workers, order = {}, []
     for engine, names in systems.engines().items():

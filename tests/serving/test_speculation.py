@@ -13,6 +13,8 @@ from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_memdec.drafting import WARM_UP
+
 LENGTH = 12
 
 
@@ -77,6 +79,10 @@ def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
     options = TIGHT | {"disable_log_stats": False} if tokens in (1, 3, 5, "auto") else {}
     with engine(models["base"], block, **options) as llm:
         assert answers(llm, *requests) == plain.answers
+        if tokens == "auto":
+            length = runner(llm).drafter.length
+            assert length.steps > WARM_UP and length.step.known and length.passes.known
+            assert length.pool != [1, 1]
         if options:
             found = {metric.name: metric for metric in llm.get_metrics()}
             assert found["vllm:num_preemptions"].value > 0
