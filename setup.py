@@ -42,6 +42,7 @@ setup(
             "PyStemmer>=2.2",
             "accelerate>=1.0",  # transformers asks for it when it reads a GGUF file
             "bm25s>=0.2",
+            "filelock>=3",
             "gguf>=0.17",
             "mwparserfromhell>=0.6",
             "openai>=1.50",

@@ -93,17 +93,15 @@ def save_mistral_tokenizer(folder: Path) -> None:
 
 def target_base(source: Path, folder: Path) -> Path:
     """Return SmolLM2 with the rows of Mistral's vocabulary, made once."""
-    if not folder.exists():
-        work = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+
+    def make(work: Path) -> None:
         save_mistral_tokenizer(work)
         model, new = load_model(str(source)), load_tokenizer(str(work))
         exchange(model, load_tokenizer(str(source)), new, len(new))
         model.generation_config.eos_token_id = new.eos_token_id
         model.to(torch.bfloat16).save_pretrained(work)
-        work.rename(folder)
-    return folder
+
+    return data.made(folder, make)
 
 
 def compile_memory(

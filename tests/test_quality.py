@@ -2,6 +2,8 @@
 
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +37,22 @@ def base(tiny_model):
 @pytest.fixture(scope="module")
 def tokenizer(base):
     return AutoTokenizer.from_pretrained(base)
+
+
+def test_what_two_ask_for_at_once_is_made_once(tmp_path):
+    made = []
+
+    def make(work):
+        made.append(work)
+        time.sleep(0.2)
+        (work / "file").write_text("whole")
+
+    def ask(_):
+        return (data.made(tmp_path / "some/folder", make) / "file").read_text()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(4))) == ["whole"] * 4
+    assert len(made) == 1
 
 
 def test_near_duplicates_of_what_was_drawn_are_left_out(tokenizer):

@@ -23,6 +23,16 @@ ENGINE_ENV = {
 os.environ.update(ENGINE_ENV)  # before vllm is imported
 
 
+@pytest.fixture(scope="session", autouse=True)
+def inspect_here():
+    """Let vLLM look at a model class in this process: one of its own for each takes 10 s."""
+    from vllm.model_executor.models import registry
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+        yield
+
+
 @pytest.fixture(scope="session")
 def engine():
     """Return a context manager that yields an LLM and frees it: engine(base, memory, alpha).
@@ -74,6 +84,26 @@ def subprocess_env():
         del env[name]
     env["PATH"] = os.path.dirname(sys.executable) + os.pathsep + env["PATH"]
     return env
+
+
+@pytest.fixture(scope="session")
+def long_models(tiny_model):
+    """Return the folders of the server's models."""
+    import traffic
+
+    return traffic.long_models(tiny_model)
+
+
+@pytest.fixture(scope="session")
+def server(long_models, subprocess_env, tmp_path_factory):
+    """Yield the server that test_http.py asks and test_soak.py fills, and kills at its end."""
+    import traffic
+
+    server = traffic.Server(long_models, subprocess_env, tmp_path_factory.mktemp("server") / "log")
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
 
 
 # -- The table of features ------------------------------------------------------------------------

@@ -23,9 +23,10 @@ def make_models(tiny_model):
     }
 
 
-def memdec_block(models):
-    """Return what `--additional-config` says of the two memories."""
-    memories = {name: {"model": models[name], "alpha": alpha} for name, alpha in ALPHAS.items()}
+def memdec_block(models, **alphas):
+    """Return what `--additional-config` says of the two memories, perhaps with other weights."""
+    weights = ALPHAS | alphas
+    memories = {name: {"model": models[name], "alpha": alpha} for name, alpha in weights.items()}
     return {"memories": memories, "default": DEFAULT}
 
 

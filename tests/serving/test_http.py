@@ -4,11 +4,9 @@ import json
 import math
 import re
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import openai
 import oracle
@@ -21,41 +19,27 @@ from matrix import (
     Choice,
     beams,
     greedy,
-    make_models,
-    memdec_block,
     mixture,
 )
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from server import serve  # noqa: E402
 
 SENTENCE = "memdec_alpha must be a number between 0 and 1"
 feature = pytest.mark.feature
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model):
-    return make_models(tiny_model)
+def models(long_models):
+    return long_models
 
 
 @pytest.fixture(scope="module")
-def log(tmp_path_factory):
-    return tmp_path_factory.mktemp("http") / "log"
+def api(server):
+    """Return the API's address."""
+    return f"{server.url}/v1"
 
 
 @pytest.fixture(scope="module")
-def server(models, subprocess_env, log):
-    """Yield the API address of a running `vllm serve`."""
-    options = ("--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16")
-    with serve(models["base"], memdec_block(models), log, *options, env=subprocess_env) as url:
-        yield url
-
-
-@pytest.fixture(scope="module")
-def client(server):
-    return openai.OpenAI(base_url=server, api_key="none", max_retries=0)
+def client(api):
+    return openai.OpenAI(base_url=api, api_key="none", max_retries=0)
 
 
 def complete(client, models, xargs=None, **options):
@@ -155,7 +139,7 @@ def test_beam_search_over_http(client, models):
 def test_bench_serve(server, models, subprocess_env, tmp_path):
     command = ["vllm", "bench", "serve", "--backend", "openai", "--model", models["base"]]
     options = (
-        f"--base-url {root(server)} --dataset-name random --random-input-len 24 "
+        f"--base-url {server.url} --dataset-name random --random-input-len 24 "
         "--random-output-len 8 --num-prompts 6 --ignore-eos --save-result "
         f"--result-dir {tmp_path} --result-filename result.json"
     )
@@ -184,11 +168,11 @@ def test_misspelt_weight_is_400(client, models):
         complete(client, models, {"memdec_apha": 0.3})
 
 
-def test_nan_is_400(server, models):
+def test_nan_is_400(api, models):
     """JSON has no NaN, but Python's reader takes it."""
     body = {"model": models["base"], "prompt": PROMPT, "vllm_xargs": {"memdec_alpha": math.nan}}
     request = urllib.request.Request(
-        f"{server}/completions",
+        f"{api}/completions",
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
@@ -218,14 +202,14 @@ def test_bad_requests_harm_nobody(client, models):
             future.result()
 
 
-def test_log_says_that_the_memory_is_live(server, models, log):
+def test_log_says_that_the_memory_is_live(server, models):
     parts = r"\(\S+ parameters, \d+% of the KV cache\)"
     for line in (
         rf"memdec: base {re.escape(models['base'])} {parts}\.",
         rf"memdec: memory 'law' {re.escape(models['law'])} {parts}, alpha 0\.6, the default\.",
         rf"memdec: memory 'bio' {re.escape(models['bio'])} {parts}, alpha 0\.4\.",
     ):
-        assert len(re.findall(line, log.read_text())) == 1, line
+        assert len(re.findall(line, server.log.read_text())) == 1, line
 
 
 def test_bad_start_ends_with_the_sentence(models, subprocess_env):
@@ -244,29 +228,24 @@ def test_bad_start_ends_with_the_sentence(models, subprocess_env):
     assert "memdec alpha must be a number between 0 and 1" in last
 
 
-def test_models_name_base_and_memories(server, models, log):
+def test_models_name_base_and_memories(api, server, models):
     """/v1/models and the log agree on parameters, shares of the KV cache and weights."""
-    [card] = json.load(urllib.request.urlopen(f"{server}/models"))["data"]
+    [card] = json.load(urllib.request.urlopen(f"{api}/models"))["data"]
     found = card["memdec"]
     assert found["default"] == "law" and list(found["memories"]) == ["law", "bio"]
     parts = {"base": found["base"], **found["memories"]}
     assert {name: part["model"] for name, part in parts.items()} == models
     assert {name: part["alpha"] for name, part in found["memories"].items()} == ALPHAS
-    # Keys and values: 2, 3 and 2 layers, of one head of 32 each.
-    for name, layers in (("base", 2), ("law", 3), ("bio", 2)):
-        assert parts[name]["kv_cache_share"] == pytest.approx(layers / 7, abs=1e-3)
+    # Keys and values: 2, 3 and 1 layers, of one head of 32 each.
+    for name, layers in (("base", 2), ("law", 3), ("bio", 1)):
+        assert parts[name]["kv_cache_share"] == pytest.approx(layers / 6, abs=1e-3)
         size = f"{parts[name]['parameters'] / 1e6:.1f}M parameters"
-        assert f"({size}, {layers / 7:.0%} of the KV cache)" in log.read_text()
-
-
-def root(server):
-    """Return the address above the API's."""
-    return server.removesuffix("/v1")
+        assert f"({size}, {layers / 6:.0%} of the KV cache)" in server.log.read_text()
 
 
 def counted(server):
     """Return (requests, prompt tokens, generated tokens) of each memory on the metrics endpoint."""
-    text = urllib.request.urlopen(f"{root(server)}/metrics").read().decode()
+    text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     pattern = r'^memdec:(\w+)_total{memory="(\w+)"} (\S+)$'
     found = {(w, m): float(v) for w, m, v in re.findall(pattern, text, re.MULTILINE)}
     kinds = ("requests", "prompt_tokens", "generation_tokens")

@@ -1,11 +1,9 @@
-"""Long and hostile use of real servers: many requests at once, one prefix, bad input, kill -9."""
+"""Long and hostile use of a real server: many requests at once, one prefix, bad input, kill -9."""
 
 import asyncio
 import contextlib
 import json
-import random
 import re
-import socket
 import statistics
 import sys
 import threading
@@ -17,48 +15,32 @@ import httpx
 import oracle
 import psutil
 import pytest
-import torch
 import vllm.envs
-
-LAW, BIO = "law", "bio"
-ALPHAS = {LAW: 0.6, BIO: 0.4}
-BLOCK = 32  # tokens of a KV block, the fewest that the CPU attention takes
-VOCAB = 1000
-BLOCKS, CHUNK = 40, 512  # of the soaked server: KV blocks, and tokens a step
+from matrix import memdec_block
+from traffic import (
+    BIO,
+    BLOCK,
+    LAW,
+    VOCAB,
+    check_against_oracle,
+    chosen,
+    crowd,
+    is_greedy,
+    key_rows,
+    send,
+    soak,
+    soak_requests,
+)
 
 
 @pytest.fixture(scope="module")
-def folders(tiny_model):
-    """Return the folders of the base (None) and of two memories of different sizes."""
-    long = {"positions": 1024, "spread": 0.15}  # of the weights: see tiny_config()
-    return {
-        None: tiny_model("llama", **long),
-        LAW: tiny_model("llama", seed=1, hidden=96, layers=3, **long),
-        BIO: tiny_model("gpt2", seed=2, hidden=32, layers=1, **long),
-    }
+def models(long_models):
+    return long_models
 
 
-def settings(folders, **alphas):
-    memories = {
-        name: {"model": folders[name], "alpha": alpha}
-        for name, alpha in (ALPHAS | alphas).items()
-        if name in folders
-    }
-    return {"memories": memories, "default": LAW if LAW in folders else BIO}
-
-
-def chosen(xargs):
-    """Return the memory and weight that a request with these arguments should get."""
-    xargs = xargs or {}
-    name = xargs.get("memdec_memory", LAW)
-    if name == "none":
-        return LAW, 0.0
-    return name, xargs.get("memdec_alpha", ALPHAS[name])
-
-
-def start(engine, folders, alphas=None, **options):
+def start(engine, models, alphas=None, **options):
     """Return an engine with both memories, for requests of 1024 tokens."""
-    return engine(folders[None], settings(folders, **alphas or {}), block_size=BLOCK, **options)
+    return engine(models["base"], memdec_block(models, **alphas or {}), block_size=BLOCK, **options)
 
 
 def ask(llm, prompt, xargs, salt=None):
@@ -78,7 +60,7 @@ def values(output):
     return list(found.token_ids), rows
 
 
-def test_a_cached_prefix_belongs_to_its_memory(folders, engine):
+def test_a_cached_prefix_belongs_to_its_memory(models, engine):
     """One long prompt, asked with one memory after the other, is never read from the wrong one."""
     prompt = oracle.prompts(1, 5 * BLOCK + 3, 5 * BLOCK + 3, VOCAB)[0]
     full = 5 * BLOCK
@@ -100,16 +82,16 @@ def test_a_cached_prefix_belongs_to_its_memory(folders, engine):
         (none, "law", 0),
         (law, None, full),
     ]
-    with start(engine, folders, enable_prefix_caching=True) as llm:
+    with start(engine, models, enable_prefix_caching=True) as llm:
         found = [ask(llm, prompt, xargs, salt) for xargs, salt, _ in steps]
     assert [output.num_cached_tokens for output in found] == [cached for *_, cached in steps]
 
     for (xargs, _, _), output in zip(steps, found, strict=True):
         name, alpha = chosen(xargs)
-        assert oracle.gap(output, folders[None], folders[name], alpha) < oracle.TOLERANCE
+        assert oracle.gap(output, models["base"], models[name], alpha) < oracle.TOLERANCE
 
     for first in (0, 1, 2, 4):
-        with start(engine, folders, enable_prefix_caching=False) as llm:
+        with start(engine, models, enable_prefix_caching=False) as llm:
             tokens, rows = values(ask(llm, prompt, steps[first][0]))
         same = [o for (x, *_), o in zip(steps, found, strict=True) if x == steps[first][0]]
         for output in same:
@@ -118,232 +100,13 @@ def test_a_cached_prefix_belongs_to_its_memory(folders, engine):
                 assert row == pytest.approx(wanted, abs=oracle.TOLERANCE)
 
 
-def test_a_default_weight_of_zero_leaves_no_blocks_behind(folders, engine):
+def test_a_default_weight_of_zero_leaves_no_blocks_behind(models, engine):
     """A memory that did not run, its weight being 0, has no keys for a request that gives one."""
     prompt = oracle.prompts(1, 4 * BLOCK + 3, 4 * BLOCK + 3, VOCAB, seed=1)[0]
-    with start(engine, folders, {LAW: 0.0}, enable_prefix_caching=True) as llm:
+    with start(engine, models, {LAW: 0.0}, enable_prefix_caching=True) as llm:
         ask(llm, prompt, None)
         output = ask(llm, prompt, {"memdec_alpha": 0.7})
-    assert oracle.gap(output, folders[None], folders[LAW], 0.7) < oracle.TOLERANCE
-
-
-class Server:
-    """A running `vllm serve` with both memories."""
-
-    def __init__(self, folders, env, log, *options):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.url, self.log, self.model = f"http://127.0.0.1:{port}", log, folders[None]
-        given = [
-            "--additional-config",
-            json.dumps({"memdec": settings(folders)}),
-            "--port",
-            str(port),
-        ]
-        given += f"--host 127.0.0.1 --dtype float32 --block-size {BLOCK}".split()
-        with log.open("w") as out:
-            self.process = psutil.Popen(
-                ["vllm", "serve", self.model, "--model-impl", "memdec", *given, *options],
-                env=env,
-                stdout=out,
-                stderr=out,
-            )
-
-    def wait(self):
-        """Wait until it answers; fail if it ends instead."""
-        while True:
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health").status_code == 200:
-                    return self
-            time.sleep(0.2)
-
-    def tree(self):
-        """Return its processes."""
-        return [self.process, *self.process.children(recursive=True)]
-
-    def rss(self):
-        """Return the resident memory of all its processes, in MB."""
-        total = 0
-        for process in self.tree():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
-        return total / 1e6
-
-    def metric(self, name):
-        """Return the sum of a counter or gauge over its labels."""
-        page = httpx.get(f"{self.url}/metrics").text
-        found = re.findall(rf"^{re.escape(name)}(?:{{.*}})? (\S+)$", page, re.M)
-        assert found, f"no metric {name}"
-        return sum(map(float, found))
-
-    def stop(self):
-        """End it, whatever state it is in."""
-        left = self.tree() if self.process.is_running() else []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self.process.terminate()
-        psutil.wait_procs(left, 30)
-        for process in left:  # by the handle: a process id may be another's by now
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self.process.wait()
-
-
-@pytest.fixture(scope="module")
-def server(folders, subprocess_env, tmp_path_factory):
-    """Yield a server whose KV cache holds a handful of long requests, of the 32 at a time."""
-    # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
-    env = {**subprocess_env, "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
-    options = f"--enforce-eager --num-gpu-blocks-override {BLOCKS} --max-num-seqs 32"
-    options += f" --max-num-batched-tokens {CHUNK} --enable-prefix-caching"
-    log = tmp_path_factory.mktemp("soak") / "log"
-    server = Server(folders, env, log, *options.split())
-    try:
-        yield server.wait()
-    finally:
-        server.stop()
-
-
-def soak_requests(count, seeded):
-    """Return random /v1/completions bodies, with `abort`: after how many events to hang up.
-
-    If `seeded` their sampling has a seed, and 32 of their prompts fit into one step: vLLM on a CPU
-    dies ("CPU Generator does not use offset") when it cuts the prompt of a seeded request in two.
-    """
-    rng = random.Random(int(seeded))
-    longest = CHUNK // 32 if seeded else 700
-    pool = oracle.prompts(60, 700, 700, VOCAB)  # their prefixes, so that the cache has hits
-    bodies = []
-    for _ in range(count):
-        # Many short ones: a KV cache that is full to the last block makes vLLM preempt.
-        length = rng.randint(1, rng.choice([longest, longest, longest // 7]))
-        body = {"prompt": rng.choice(pool)[:length], "max_tokens": rng.randint(1, 24)}
-        xargs = {}
-        if rng.random() < 0.8:
-            xargs["memdec_alpha"] = rng.choice([0, 0.3, 0.6, 1, rng.random()])
-        if rng.random() < 0.75:
-            xargs["memdec_memory"] = rng.choice([LAW, BIO, "none"])
-        if xargs:
-            body["vllm_xargs"] = xargs
-        body |= rng.choice(
-            [
-                {"temperature": 0},
-                {"temperature": 0},
-                {"temperature": 1, "top_k": 1, "n": rng.randint(1, 3)},  # greedy, but several
-                {"temperature": 1, "n": rng.randint(1, 3)},
-            ]
-        )
-        if seeded:
-            body |= {"temperature": 1, "seed": rng.randrange(10**6)}
-        if rng.random() < 0.3:
-            body["stop_token_ids"] = rng.sample(range(VOCAB), 60)
-        if rng.random() < 0.3:
-            body["stop"] = [rng.choice(["a", "du", "mi"])]
-        body["stream"] = rng.random() < 0.4
-        body["abort"] = rng.choice([0, 1, 2, 4]) if body["stream"] and rng.random() < 0.5 else None
-        bodies.append(body)
-    return bodies
-
-
-def crowd():
-    """Return requests that fill the KV cache with prompts and then all need one more block."""
-    prompts = oracle.prompts(20, 4 * BLOCK - 2, 4 * BLOCK - 2, VOCAB, seed=1)
-    return [
-        {"prompt": prompt, "max_tokens": 12, "temperature": 0, "stream": False, "abort": None}
-        for prompt in prompts
-    ]
-
-
-def is_greedy(body):
-    return body["temperature"] == 0 or body.get("top_k") == 1
-
-
-async def send(client, model, body):
-    """Return {index: (tokens, log-probabilities, text, finish reason, stop reason)}; raise if bad.
-
-    What came before a hang-up is returned too.
-    """
-    body = {**body, "model": model, "logprobs": 0, "return_token_ids": True}
-    abort = body.pop("abort")
-    answers = {i: ([], [], [], None, None) for i in range(body.get("n", 1))}
-
-    def add(choice):
-        tokens, values, text, *_ = answers[choice["index"]]
-        tokens += choice["token_ids"] or []
-        values += (choice["logprobs"] or {}).get("token_logprobs") or []
-        text.append(choice["text"])
-        ended = choice["finish_reason"], choice["stop_reason"]
-        answers[choice["index"]] = (tokens, values, text, *ended)
-
-    if not body["stream"]:
-        response = await client.post("/v1/completions", json=body)
-        assert response.status_code == 200, response.text
-        for choice in response.json()["choices"]:
-            add(choice)
-    else:
-        async with client.stream("POST", "/v1/completions", json=body) as response:
-            assert response.status_code == 200, await response.aread()
-            events = 0
-            async for line in response.aiter_lines():
-                if events == abort:
-                    break
-                if line.startswith("data: {"):
-                    event = json.loads(line.removeprefix("data: "))
-                    assert "error" not in event, event
-                    for choice in event["choices"]:
-                        add(choice)
-                    events += 1
-    return {i: (t, v, "".join(x), *ended) for i, (t, v, x, *ended) in answers.items()}
-
-
-async def soak(url, model, bodies, on_done):
-    gate = asyncio.Semaphore(32)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=httpx.Limits()) as client:
-
-        async def one(body):
-            async with gate:
-                answer = await send(client, model, body)
-                on_done()
-                return answer
-
-        return await asyncio.gather(*map(one, bodies))
-
-
-@torch.no_grad()
-def key_rows(folders, name, alpha, prompt, sampled):
-    """Return the mixture's float64 log-probabilities for each sampled token [n, T, V].
-
-    What oracle.mixture() computes, for several continuations of a prompt and their rows only.
-    """
-    longest = max(map(len, sampled))
-    # Padded on the right, where no causal model looks.
-    ids = torch.tensor([[*prompt, *tokens, *[0] * (longest - len(tokens))] for tokens in sampled])
-    p_nTV = 0
-    for folder, weight in ((folders[None], 1 - alpha), (folders[name], alpha)):
-        if weight:
-            logits = oracle.load(folder)(ids, logits_to_keep=longest + 1).logits[:, :-1]
-            p_nTV = p_nTV + weight * logits.softmax(-1)
-    return p_nTV.log()
-
-
-def check_against_oracle(folders, body, answer):
-    """Compare all log-probabilities of an answer with the mixture that was asked for.
-
-    A neighbour's weight or memory, or keys of another prefix, would be far off. Returns the number
-    of tokens compared.
-    """
-    name, alpha = chosen(body.get("vllm_xargs"))
-    sampled = [tokens for tokens, *_ in answer.values()]
-    key_nTV = key_rows(folders, name, alpha, body["prompt"], sampled)
-    for key_TV, (tokens, values, *_) in zip(key_nTV, answer.values(), strict=True):
-        assert len(values) == len(tokens) <= body["max_tokens"]
-        wanted = [row[token].item() for row, token in zip(key_TV, tokens, strict=False)]
-        assert values == pytest.approx(wanted, abs=oracle.TOLERANCE), body
-        if is_greedy(body):
-            best = key_TV[: len(tokens)].max(-1).values.tolist()
-            assert wanted == pytest.approx(best, abs=oracle.TOLERANCE), body
-    return sum(map(len, sampled))
+    assert oracle.gap(output, models["base"], models[LAW], 0.7) < oracle.TOLERANCE
 
 
 def alone(llm, body):
@@ -370,12 +133,14 @@ def same(found, wanted, key_TV):
     return found == wanted
 
 
-def test_soak(server, folders, engine):
+def test_soak(server, models, engine):
     """500 requests of every kind, 32 at a time, preempted and hung up on, disturb no other."""
     waves = soak_requests(100, seeded=True), soak_requests(380, seeded=False) + crowd()
     bodies = sum(waves, [])
     again = soak_requests(len(bodies), seeded=False)  # to see the memory of a warm server
     samples, done, over, answers = [], [], threading.Event(), []
+    counters = ("num_preemptions", "prefix_cache_hits", "request_success")
+    before = [server.metric(f"vllm:{name}_total") for name in counters]
 
     def watch():
         while not over.wait(0.1):
@@ -398,11 +163,9 @@ def test_soak(server, folders, engine):
     assert server.metric("vllm:num_requests_running") == 0
     assert server.metric("vllm:num_requests_waiting") == 0
     assert server.metric("vllm:kv_cache_usage_perc") == 0
-    preempted = server.metric("vllm:num_preemptions_total")
-    hits = server.metric("vllm:prefix_cache_hits_total")
-    hung_up = sum(b.get("n", 1) for b in bodies + again) - server.metric(
-        "vllm:request_success_total"
-    )
+    after = [server.metric(f"vllm:{name}_total") for name in counters]
+    preempted, hits, ended = (b - a for a, b in zip(before, after, strict=True))
+    hung_up = sum(body.get("n", 1) for body in bodies + again) - ended
     assert preempted > 0 and hits > 0 and hung_up > 20
 
     # With oneDNN's cache of kernels held small (see server()) 250 to 500 more requests took 0.5 to
@@ -412,19 +175,17 @@ def test_soak(server, folders, engine):
     growth = statistics.median(rss for count, rss in samples[-5:]) - halfway
     assert growth < 25, f"{growth:.0f} MB more in the last half"
 
-    compared = sum(check_against_oracle(folders, *x) for x in zip(bodies, answers, strict=True))
+    compared = sum(check_against_oracle(models, *x) for x in zip(bodies, answers, strict=True))
     greedy = [
         (body, answer)
         for body, answer in zip(bodies, answers, strict=True)
         if is_greedy(body) and body["abort"] is None
     ]
     assert len(greedy) >= 100
-    with start(engine, folders, enable_prefix_caching=False) as llm:
+    with start(engine, models, enable_prefix_caching=False) as llm:
         for body, answer in greedy:
             wanted = alone(llm, body)
-            key_nTV = key_rows(
-                folders, *chosen(body.get("vllm_xargs")), body["prompt"], [wanted[0]]
-            )
+            key_nTV = key_rows(models, *chosen(body.get("vllm_xargs")), body["prompt"], [wanted[0]])
             for tokens, _, *rest in answer.values():
                 assert same((tokens, *rest), wanted, key_nTV[0]), body
     print(
@@ -503,7 +264,7 @@ MALFORMED = [  # JSON of vllm_xargs, and what the answer says
 ]
 
 
-def test_malformed_requests(server, folders):
+def test_malformed_requests(server, models):
     """Each is answered with 400 and a sentence, and the server goes on answering."""
     good = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 4, "temperature": 0, "abort": None}
     good |= {"stream": False, "vllm_xargs": {"memdec_alpha": 0.5, "memdec_memory": BIO}}
@@ -515,7 +276,7 @@ def test_malformed_requests(server, folders):
     async def run():
         async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
             first = await send(client, server.model, good)
-            check_against_oracle(folders, good, first)
+            check_against_oracle(models, good, first)
             for xargs, sentence in MALFORMED:
                 for end, prompt in ends.items():
                     body = f'{{"model": "{server.model}", {prompt}, "vllm_xargs": {xargs}}}'
@@ -537,12 +298,12 @@ def test_malformed_requests(server, folders):
     assert not wrong, "\n".join(map(str, wrong))
 
 
-def test_true_is_one(server, folders):
+def test_true_is_one(server, models):
     """Over HTTP vLLM turns true into 1 before anybody can see it: the memory alone answers."""
     body = {"prompt": [5, 6, 7, 8, 9], "max_tokens": 8, "temperature": 0, "abort": None}
     body |= {"stream": False, "vllm_xargs": {"memdec_alpha": True}}
     answers = asyncio.run(soak(server.url, server.model, [body], lambda: None))
-    check_against_oracle(folders, body, answers[0])
+    check_against_oracle(models, body, answers[0])
 
 
 def kill(server, name):
