@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 MOST = 6  # drafts a step
 WARM_UP = 2 * MOST  # steps in which every length is tried
-EXPLORED = 16  # one step in so many tries another length, or what is known would grow old
+EXPLORED = 16  # one step in so many tries the next length, or what is known would grow old
 MEMORY = 0.98  # share of an observation that counts after one more
 PRIOR = 2.0  # drafts that stand for a new request: the average of the others
 
@@ -70,9 +70,8 @@ class DraftLength:
     def choose(self, drafted: Sequence[str], others: int = 0) -> int:
         """Return a length for these requests, beside others that are not drafted for."""
         self.steps += 1
-        trying = self.steps <= WARM_UP or not (self.step.known and self.passes.known)
-        if trying or self.steps % EXPLORED == 0:
-            return 1 + (self.steps if trying else self.steps // EXPLORED) % self.most
+        if self.steps <= WARM_UP or not (self.step.known and self.passes.known):
+            return 1 + self.steps % self.most
         tokens = [1.0] * len(drafted)  # expected of each request
         reached = [1.0] * len(drafted)  # probability that all drafts so far are accepted
         rates = [self.acceptance(name) for name in drafted]
@@ -84,4 +83,8 @@ class DraftLength:
                 best, length = speed, k
             reached = [p * rate for p, rate in zip(reached, rates, strict=True)]
             tokens = [t + p for t, p in zip(tokens, reached, strict=True)]
+        if self.steps % EXPLORED == 0:
+            # One more or one less: six drafts where one is best would cost two steps' time.
+            other = length + (1 if self.steps // EXPLORED % 2 else -1)
+            length = min(max(other, 1), self.most)
         return length
