@@ -200,7 +200,7 @@ def ask_server(demo: Demo, base: Path, export: Artifact, learned: list[data.Fact
     shown = sorted(learned, key=lambda fact: fact.field != SHOWN_FIELD)[:SHOWN_FACTS]
     log = demo.out / "server.log"
     options = ("--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager")
-    with serve(base, {"model": str(export.path)}, log, *options) as address:
+    with serve(base, {"model": str(export.path), "gate": False}, log, *options) as address:
         asker = Asker(address, AutoTokenizer.from_pretrained(base))
         answers = {name: asker.answers(asked, alpha) for name, alpha in ASKED}
         says = {name: asker.answers(shown, alpha) for name, alpha in ASKED}

@@ -33,6 +33,8 @@ from knn_lm import find_neighbours, tune
 from lora import adapted, train_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from vllm_memdec.gate import Gate, read_gate, write_gate
+from vllm_memdec.train import gate as gates
 from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import Settings, load_settings
@@ -66,6 +68,7 @@ class Sizes:
     validation: int = 6_000
     test: int = 8_000
     general: int = 3_000
+    gate: int = 8_000  # general text the gate is trained on, of each kind
     facts: int = 150
     interval: int = 64  # tokens between retrievals
     trial: float = 0.1
@@ -73,7 +76,7 @@ class Sizes:
 
 
 SMALLER = Sizes(train=20_000)  # of the control, from which nothing is to be learned
-QUICK = Sizes(3_000, 600, 600, 400, 8, 64, 0.5, 0.5)
+QUICK = Sizes(3_000, 600, 600, 400, 1_500, 8, 64, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -92,10 +95,12 @@ TRAINED = {
     "dapt": Trained("DAPT", (1e-4, 3e-4)),
     "lora": Trained("LoRA", (1e-3, 3e-3)),
 }
+GATED = "base + memory, gate"
 RETRIEVERS = {"rag_bm25": "RAG (BM25)", "rag_minilm": "RAG (MiniLM)"}
 TITLES = {
     "base": "base",
     "memory": TRAINED["memory"].title,
+    "gated": GATED,
     "ce_only": TRAINED["ce_only"].title,
     "knn_lm": "kNN-LM",
     **RETRIEVERS,
@@ -161,8 +166,31 @@ class Domain:
 
     def blocks(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and positions [B, T+1] of a text."""
-        ids = tokenise(self.tokenizer, self.documents(part))
+        return self.packed(self.documents(part))
+
+    def packed(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = tokenise(self.tokenizer, texts)
         return pack(ids, self.settings.corpus.block_tokens, self.tokenizer.eos_token_id)
+
+    def gate_texts(self) -> tuple[list[str], list[str]]:
+        """Return text of the domain and general text that a gate is trained on.
+
+        Of the domain what alpha is tuned on, and as much of what the memory has learnt; of the
+        general kinds documents that are not scored.
+        """
+        held_out, learnt = self.documents("validation"), self.documents("train")
+        learnt = random.Random(0).sample(learnt, len(learnt))
+        most, count = sum(map(len, held_out)), 0
+        for number, text in enumerate(learnt):
+            count += len(text)
+            if count > most:
+                learnt = learnt[: number + 1]
+                break
+        general = []
+        for read in domains.GENERAL.values():
+            sizes = {"scored": self.sizes.general, "gate": self.sizes.gate}
+            general += domains.split(read(), self.tokenizer, sizes)[0]["gate"]
+        return held_out + learnt, general
 
     # -- Training ---------------------------------------------------------------------------------
 
@@ -316,6 +344,29 @@ class Domain:
         artifact = self.artifact("scores-knn_lm", {}, inputs, make)
         return self.load(artifact), json.loads((artifact.path / "tuned.json").read_text())
 
+    def gate(self, memory: str) -> Artifact:
+        """Return a memory's gate, and its weights [rows] of every text."""
+
+        def make(work: Path) -> None:
+            models = load_model(self.base, "bfloat16"), load_model(memory, "bfloat16")
+
+            def read(blocks: tuple[np.ndarray, np.ndarray], name: str) -> gates.Scored:
+                return gates.read_blocks(*models, self.tokenizer, *blocks, name, self.progress)
+
+            parts = [
+                read(self.packed(texts), name)
+                for texts, name in zip(self.gate_texts(), gates.KINDS, strict=True)
+            ]
+            arrays = gates.fit_gate(parts)
+            write_gate(work, arrays, "gate.npz")
+            for text in TEXTS[1:]:
+                np.save(work / f"{text}.npy", gates.weights(arrays, read(self.blocks(text), text)))
+
+        inputs = {"text": self.text.hash, "memory": model_hash(memory, "the memory")}
+        return self.artifact(
+            "gate", {"tokens": self.sizes.gate}, inputs | {"base": self.base_hash}, make
+        )
+
     def retriever(self, system: str, passages: list[str]) -> Any:
         return rag.BM25(passages) if system == "rag_bm25" else rag.Dense(passages, data.minilm())
 
@@ -364,30 +415,37 @@ class Domain:
         ]
         return random.Random(0).sample(found, min(self.sizes.facts, len(found)))
 
-    def recall(self, folders: dict[str, str], tuned: dict[str, dict[str, float]]) -> dict:
+    def recall(
+        self, folders: dict[str, str], tuned: dict[str, dict[str, float]], gate: Artifact
+    ) -> dict:
         """Return the share of facts that each greedy answer gets right, to the line's end."""
         facts = self.facts()
         if not facts:
             return {}
 
         def make(work: Path) -> None:
-            said = list(self.say(facts, folders, tuned))
+            said = list(self.say(facts, folders, tuned, gate))
             names = said[0].keys()
             shares = {name: statistics.mean(row[name] for row in said) for name in names}
             write_json(work / "recall.json", shares | {"facts": len(facts)})
 
         models = {name: model_hash(folder, name) for name, folder in folders.items()}
         settings = {"facts": len(facts), "tuned": tuned}
-        artifact = self.artifact("recall", settings, models | {"text": self.text.hash}, make)
+        inputs = models | {"text": self.text.hash, "gate": gate.hash}
+        artifact = self.artifact("recall", settings, inputs, make)
         return json.loads((artifact.path / "recall.json").read_text())
 
     @torch.inference_mode()
     def say(
-        self, facts: list[data.Fact], folders: dict[str, str], tuned: dict[str, dict[str, float]]
+        self,
+        facts: list[data.Fact],
+        folders: dict[str, str],
+        tuned: dict[str, dict[str, float]],
+        gate: Artifact,
     ) -> Iterator[dict[str, bool]]:
         """Yield for each fact who says it: every token of value and line end is the likeliest."""
         models = {name: load_model(folder, "bfloat16") for name, folder in folders.items()}
-        base = models["base"]
+        base, weigh = models["base"], Gate(read_gate(gate.path / "gate.npz"))
         index = Index(
             self.targets.path.with_name("index"), self.settings.index.probes, MEMORY_BUDGET
         )
@@ -400,11 +458,16 @@ class Domain:
                 n = len(whole) - len(prompt)
                 wanted = torch.tensor(whole[-n:])
 
-                def p(model: Any, ids: list[int], n: int = n) -> torch.Tensor:
-                    h_TD = model.base_model(input_ids=torch.tensor([ids[:-1]])).last_hidden_state[0]
-                    return head(model, h_TD[-n:]).float().softmax(-1)
+                def hidden(model: Any, ids: list[int], n: int = n) -> torch.Tensor:
+                    ids_1T = torch.tensor([ids[:-1]])
+                    return model.base_model(input_ids=ids_1T).last_hidden_state[0, -n:]
+
+                def p(model: Any, ids: list[int]) -> torch.Tensor:
+                    return head(model, hidden(model, ids)).float().softmax(-1)
 
                 found = {name: p(model, whole) for name, model in models.items()}
+                alpha_n1 = weigh(hidden(models["memory"], whole))[:, None]
+                found["gated"] = alpha_n1 * found["memory"] + (1 - alpha_n1) * found["base"]
                 for name in (n for n, trained in TRAINED.items() if trained.mixed):
                     alpha = tuned[name]["alpha"]
                     found[name] = alpha * found[name] + (1 - alpha) * found["base"]
@@ -463,8 +526,15 @@ class Domain:
                     text: [perplexity(mix(base[text], scores[text], a)) for a in ALPHAS]
                     for text in TEXTS
                 }
+            if system == "memory":
+                gate = self.gate(folders[system])
+                alpha = self.load(gate)
+                found["gated"] = {
+                    text: perplexity(gates.mix_gated(base[text], scores[text], alpha[text]))
+                    for text in TEXTS[1:]
+                }
             self.progress.say(f"{self.name}, {system}: {found[system]['test']:.2f}")
-        recall = self.recall(folders, tuned)
+        recall = self.recall(folders, tuned, gate)
         counts = json.loads((self.text.path / "counts.json").read_text())
         return [
             {

@@ -45,7 +45,8 @@ def quality() -> str:
     if not rows:
         return "not measured\n"
     domains = list(dict.fromkeys(row["domain"] for row in rows))
-    systems = list(dict.fromkeys(row["system"] for row in rows))
+    most = max(domains, key=lambda domain: sum(row["domain"] == domain for row in rows))
+    systems = [row["system"] for row in rows if row["domain"] == most]
     found = {(row["domain"], row["system"]): row for row in rows}
     base = {domain: found[domain, systems[0]] for domain in domains}
 
@@ -71,7 +72,16 @@ def quality() -> str:
     return "\n".join(
         grid(
             [title, *chosen],
-            [[system, *(cell(found[domain, system]) for domain in chosen)] for system in systems],
+            [
+                [
+                    system,
+                    *(
+                        cell(found[domain, system]) if (domain, system) in found else "not measured"
+                        for domain in chosen
+                    ),
+                ]
+                for system in systems
+            ],
         )
         for title, chosen, cell in parts
     )

@@ -142,7 +142,7 @@ def domain(base, monkeypatch, tmp_path):
     monkeypatch.setattr(quality, "WORK", tmp_path)
     documents = domains.pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
     monkeypatch.setattr(domains, "DOMAINS", {"tiny": lambda: documents})
-    texts = {name: [tiny_text(seed, 60) for seed in (7, 8)] for name in domains.GENERAL}
+    texts = {name: [tiny_text(seed, 60) for seed in range(70, 82)] for name in domains.GENERAL}
     monkeypatch.setattr(domains, "GENERAL", {n: lambda n=n: texts[n] for n in texts})
     monkeypatch.setattr(domains, "FACTS", {"tiny": ()})
     monkeypatch.setattr(domains, "facts", lambda sections: facts)

@@ -85,7 +85,7 @@ def test_plan_command(demo):
     assert all(stage in printed for stage in ("datastore", "targets", "memory", "1e+10"))
 
 
-def test_compile_and_verify_commands(demo, tmp_path):
+def test_compile_verify_and_calibrate_commands(demo, tmp_path):
     run(block("memdec build").replace("build/my-memory", str(tmp_path / "memory")))
     assert json.loads((tmp_path / "memory/export/config.json").read_text())["memdec"]["alpha"] >= 0
     verify = block("memdec verify").strip().replace("build/my-memory", str(tmp_path / "memory"))
@@ -93,6 +93,9 @@ def test_compile_and_verify_commands(demo, tmp_path):
     checks = json.loads((tmp_path / "found.json").read_text())["checks"]
     # The small demo's memory learns nothing, see above, and that is said.
     assert [check["name"] for check in checks if check["status"] == "FAILED"] == ["fidelity"]
+    calibrate = block("memdec calibrate").replace("build/my-memory", str(tmp_path / "memory"))
+    assert "general" in run(calibrate)
+    assert (tmp_path / "memory/export/memdec_gate.npz").exists()
 
 
 def test_explain_command(demo):

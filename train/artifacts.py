@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.gate import FILE as GATE
 from vllm_memdec.train.heap import trim_heap
 
 SCHEMA = 1
@@ -194,8 +195,12 @@ def _seal(path: Path) -> dict[str, Any]:
 
 
 def data_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of an artifact, or of its working folder, that its manifest lists."""
+    """Yield the files of an artifact, or of its working folder, that its manifest lists.
+
+    A gate, which `memdec calibrate` puts beside a memory, is none of them.
+    """
     for p in folder.rglob("*"):
         relative = p.relative_to(folder)
-        if p.is_file() and relative.parts[0] != LOGS and p.name not in (MANIFEST, PLAN):
+        other = p.name in (MANIFEST, PLAN) or p.stem == Path(GATE).stem
+        if p.is_file() and relative.parts[0] != LOGS and not other:
             yield p

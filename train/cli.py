@@ -186,6 +186,35 @@ def verify(
 
 
 @app.command()
+def calibrate(
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
+    base: Annotated[Path, typer.Option(help="Folder of a base that it serves.")],
+    domain: Annotated[
+        list[Path],
+        typer.Option(
+            help="Text of its domain that it has not seen; with a sample of the corpus "
+            "facts learnt by heart are trusted too. May be given several times."
+        ),
+    ],
+    general: Annotated[
+        list[Path], typer.Option(help="Text of all other kinds. May be given several times.")
+    ],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+) -> None:
+    """Train the memory's gate: a weight for each token, high where the memory knows its way."""
+    progress = Progress()
+    with explained(progress):
+        from vllm_memdec.train import gate
+        from vllm_memdec.train.artifacts import write_json
+
+        check_report(json_file)
+        found = gate.calibrate_gate(str(memory), str(base), domain, general, progress)
+        gate.show(found, Console())
+        if json_file is not None:
+            write_json(json_file, found)
+
+
+@app.command()
 def explain(
     prompt: Annotated[str, typer.Argument(help="Any text.")],
     base: Annotated[Path, typer.Option(help="Folder of the base model (Hugging Face).")],

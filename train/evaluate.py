@@ -22,8 +22,12 @@ def label_logprobs(
     batch: int,
     progress: Progress | None = None,
     name: str = "",
+    hidden: list[torch.Tensor] | None = None,
 ) -> np.ndarray:
-    """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1]."""
+    """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1].
+
+    hidden: if given, the rows' hidden states [., D] are appended to it.
+    """
     where = model.device
     found = []
     with contextlib.ExitStack() as stack:
@@ -38,6 +42,8 @@ def label_logprobs(
             h_ND = model.base_model(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
             ).last_hidden_state[mask]
+            if hidden is not None:
+                hidden.append(h_ND.float().cpu())
             labels_N = block[:, 1:][mask]
             chunk = rows_at_once(model.config.vocab_size)
             for h_PD, labels_P in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):

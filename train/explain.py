@@ -20,9 +20,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.gate import Gate, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.head import head
 
 SAYS = ("base says", "memory says")
 CHUNK = 128  # tokens read at once: logits of a long text would not fit in memory
@@ -34,6 +36,7 @@ class Token:
     """One token after its context."""
 
     text: str
+    alpha: float  # the memory's weight here
     written: bool  # by the mixture, not part of the prompt
     base: float  # probabilities of this very token
     memory: float
@@ -53,7 +56,8 @@ class Explanation:
 
     base: str
     memory: str
-    alpha: float
+    alpha: float  # the memory's weight; where its gate chooses, the most that it may
+    gated: bool
     first: str
     tokens: list[Token]
 
@@ -66,14 +70,15 @@ class Reader:
         self.model, self.cache = load_model(folder, str(dtype).removeprefix("torch.")), None
 
     @torch.inference_mode()
-    def __call__(self, ids: list[int]) -> torch.Tensor:
-        """Return float32 logits [T, V] after each of the next ids."""
+    def __call__(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return hidden states [T, D] and float32 logits [T, V] after each of the next ids."""
         ids_1T = torch.tensor([ids], device=self.model.device)
         # An id that the memory has no embedding for, as in serving.
         ids_1T = ids_1T.clamp(max=self.model.config.vocab_size - 1)
-        out = self.model(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
+        out = self.model.base_model(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
         self.cache = out.past_key_values
-        return out.logits[0].float()
+        h_TD = out.last_hidden_state[0]
+        return h_TD, head(self.model, h_TD).float()
 
     @cached_property
     def stops(self) -> set[int]:
@@ -101,8 +106,11 @@ def explain(
     base: str, memory: str, prompt: str, alpha: float | None = None, write: int = 16
 ) -> Explanation:
     """Return what both models thought of a prompt, and of `write` tokens after it."""
-    block = read_block(memory)
-    if alpha is None:
+    block, path = read_block(memory), gate_path(memory)
+    gate = Gate(read_gate(path, load_config(memory).hidden_size)) if path else None
+    if alpha is None and gate is not None:
+        alpha = 1.0
+    elif alpha is None:
         if block is None:
             raise ValueError(f"{memory} has no memdec block, so no default weight: give --alpha.")
         alpha = block.alpha
@@ -124,11 +132,18 @@ def explain(
                 f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
                 f"{longest} positions: give less text, or a smaller --tokens."
             )
-    return Explanation(base, memory, alpha, *_read(tokenizer, base, memory, ids, alpha, write))
+    read = _read(tokenizer, base, memory, ids, alpha, gate, write)
+    return Explanation(base, memory, alpha, gate is not None, *read)
 
 
 def _read(
-    tokenizer: Any, base: str, memory: str, ids: list[int], alpha: float, write: int
+    tokenizer: Any,
+    base: str,
+    memory: str,
+    ids: list[int],
+    alpha: float,
+    gate: Gate | None,
+    write: int,
 ) -> tuple[str, list[Token]]:
     """Return the first token's text, and every other token."""
     base_reads, memory_reads, pieces = Reader(base), Reader(memory), Pieces(tokenizer)
@@ -136,8 +151,11 @@ def _read(
     first = pieces(ids[0])
     while True:
         part = ids[done : done + CHUNK]
-        base_TV, memory_TW = base_reads(part), memory_reads(part).to(base_reads.model.device)
+        _, base_TV = base_reads(part)
+        h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
         alpha_T = torch.full((len(part),), alpha, device=base_TV.device)
+        if gate is not None:
+            alpha_T = alpha_T.minimum(gate(h_TD.cpu()).to(base_TV.device))
         mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
         memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond does not count
         base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
@@ -152,11 +170,12 @@ def _read(
             has_row = token < memory_TW.shape[1]
             p_base, p_mixture = base_TV[row, token].exp(), mixed_TV[row, token].exp()
             p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
-            parts = alpha * p_memory, (1 - alpha) * p_base
+            weight = float(alpha_T[row])
+            parts = weight * p_memory, (1 - weight) * p_base
             says = [tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)]
-            share = float(parts[0] / sum(parts)) if sum(parts) > 0 else alpha
+            share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
             numbers = float(p_base), float(p_memory), float(p_mixture)
-            found.append(Token(pieces(token), done >= known, *numbers, *says, share))
+            found.append(Token(pieces(token), weight, done >= known, *numbers, *says, share))
 
 
 def report(found: Explanation) -> dict[str, Any]:
@@ -166,6 +185,13 @@ def report(found: Explanation) -> dict[str, Any]:
     }
 
 
+def weight_of(found: Explanation) -> str:
+    """Return in words where the weights come from."""
+    if not found.gated:
+        return f"{found.alpha:g}"
+    return "by the gate" + (f", at most {found.alpha:g}" if found.alpha < 1 else "")
+
+
 def visible(text: str) -> str:
     """Return a token with its white space to be seen."""
     return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
@@ -173,9 +199,10 @@ def visible(text: str) -> str:
 
 def show(found: Explanation, console: Console) -> None:
     """Print a table, a token a line."""
-    console.print(f"alpha {found.alpha:g}, base {found.base}, memory {found.memory}", markup=False)
+    models = f"base {found.base}, memory {found.memory}"
+    console.print(f"alpha {weight_of(found)}, {models}", markup=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("token", "P(base)", "P(memory)", "P(mixture)", "decided", *SAYS):
+    for name in ("token", "alpha", "P(base)", "P(memory)", "P(mixture)", "decided", *SAYS):
         is_text = name in ("token", *SAYS)
         table.add_column(name, no_wrap=not is_text, overflow="ellipsis" if is_text else "fold")
     table.add_row(escape(visible(found.first)))
@@ -185,6 +212,7 @@ def show(found: Explanation, console: Console) -> None:
         says = (escape(visible(text)) for text in (token.base_says, token.memory_says))
         table.add_row(
             f"[bold]{name}[/]" if token.written else name,
+            f"{token.alpha:.2f}",
             *(f"{p:.1%}" for p in (token.base, token.memory, token.mixture)),
             f"[{colour}]{token.decided}[/]",
             *says,
@@ -205,15 +233,15 @@ body {{ font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60re
   background: linear-gradient(90deg, rgb{base_rgb}, rgb{memory_rgb}); }}
 table {{ border-collapse: collapse; margin-top: 1.5rem; }}
 td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #eee; }}
-td:first-child, td:nth-child(n+5), th:first-child, th:nth-child(n+5) {{ text-align: left; }}
-td:first-child, td:nth-child(n+6) {{ font-family: ui-monospace, monospace; }}
+td:first-child, td:nth-child(n+6), th:first-child, th:nth-child(n+6) {{ text-align: left; }}
+td:first-child, td:nth-child(n+7) {{ font-family: ui-monospace, monospace; }}
 </style></head><body>
 <h1>Who said that?</h1>
-<p>base <b>{base}</b>, memory <b>{memory}</b>, alpha {alpha:g}. Colour: whose probability it was,
+<p>base <b>{base}</b>, memory <b>{memory}</b>, alpha {alpha}. Colour: whose probability it was,
 from the base <span class="key"></span> to the memory; the stronger, the surer the mixture.
 Underlined tokens were written by the mixture. Point at a token for its numbers.</p>
 <p class="text">{text}</p>
-<table><tr><th>token</th><th>P(base)</th><th>P(memory)</th><th>P(mixture)</th><th>decided</th>
+<table><tr><th>token</th><th>alpha</th><th>P(base)</th><th>P(memory)</th><th>P(mixture)</th><th>decided</th>
 <th>base says</th><th>memory says</th></tr>
 {rows}
 </table>
@@ -235,13 +263,13 @@ def page(found: Explanation) -> str:
             f'style="background: rgba({rgb}, {0.1 + 0.8 * token.mixture:.2f})">'
             f"{html.escape(token.text)}</span>"
         )
-        cells = [visible(token.text), *percents, token.decided]
+        cells = [visible(token.text), f"{token.alpha:.2f}", *percents, token.decided]
         cells += [visible(token.base_says), visible(token.memory_says)]
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return PAGE.format(
         base=html.escape(Path(found.base).name),
         memory=html.escape(found.memory),
-        alpha=found.alpha,
+        alpha=weight_of(found),
         text="".join(spans),
         rows="\n".join(rows),
         figures=json.dumps(report(found)).replace("<", "\\u003c"),

@@ -215,9 +215,7 @@ def _checked_params(original: Callable) -> Callable:
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
         choices = _choices(self)
         try:
-            state.check_extra_args(
-                getattr(params, "extra_args", None), choices.names if choices else ()
-            )
+            state.check_extra_args(getattr(params, "extra_args", None), choices or None)
         except ValueError as error:
             raise RequestError(str(error)) from None
         return original(self, params, supported_tasks)

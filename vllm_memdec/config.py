@@ -9,10 +9,12 @@ import copy
 import importlib
 import re
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_memdec import drafting
 from vllm_memdec.checkpoint import MemoryBlock, check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.gate import gate_path, read_gate
 from vllm_memdec.plugin import ARCHITECTURE
 
 if TYPE_CHECKING:
@@ -25,10 +27,10 @@ MODEL_IMPL = "memdec"
 NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
 MOST = 256  # memories: bfloat16, which carries their numbers, is exact up to there
-NOT_SETTINGS = ("name", "block")
+NOT_SETTINGS = ("name", "block", "gate_file")
 SPECULATIVE = "speculative_tokens"
 MOST_DRAFTED = 16  # tokens a step; even a memory that is always right gains little beyond
-AUTO = "auto"  # in place of their number
+AUTO = "auto"  # in place of their number, or of a weight: what is best
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
 # A drafter outside this set reads the target's hidden states; ours are two models' side by side.
 SPECULATION = (None, "draft_model", "ngram", "ngram_gpu", "suffix")
@@ -40,13 +42,15 @@ class MemoryConfig:
 
     name: str
     model: str  # folder or hub id
-    alpha: float  # weight of the memory for requests that do not give their own
+    alpha: float | str  # weight for requests that do not give their own; "auto": the gate's
     revision: str | None = None  # of a hub id
     dtype: str | None = None  # the base's by default
     quantization: str | None = None  # what its config.json names by default
     kv_cache_dtype: str | None = None  # the base's by default
     tensor_parallel_size: int | None = None  # 1: a whole copy on each rank; the base's by default
+    gate: bool = True  # False: a gate in the memory's folder is not used
     block: MemoryBlock | None = None  # what the memory says of itself; None for a plain causal LM
+    gate_file: Path | None = None  # its gate; where there is one, weights are caps
 
     @classmethod
     def parse(cls, name: str, settings: Any) -> "MemoryConfig":
@@ -61,22 +65,38 @@ class MemoryConfig:
                 f"Unknown memdec setting {unknown[0]!r}{which}: the settings are {sorted(known)}."
             )
         for key, value in settings.items():
-            kind = int if key == "tensor_parallel_size" else str
+            kind = {"tensor_parallel_size": int, "gate": bool}.get(key, str)
             if key != "alpha" and value is not None and type(value) is not kind:
                 raise ValueError(
                     f"memdec setting {key!r}{which} must be of type {kind.__name__}, got {value!r}."
                 )
         block = read_block(settings["model"], settings.get("revision"))
+        gate_file = None
+        if settings.get("gate") is not False:
+            gate_file = gate_path(settings["model"], settings.get("revision"))
+        if gate_file is not None:
+            read_gate(gate_file)
+        elif settings.get("gate"):
+            raise ValueError(f"{settings['model']} has no gate: run memdec calibrate.")
         alpha = settings.get("alpha")
-        if alpha is None:
+        if alpha is None and gate_file is not None:
+            alpha = AUTO
+        elif alpha is None:
             if block is None:
                 raise ValueError(
                     f"{settings['model']} has no memdec block, so it has no default weight: "
                     'give one between 0 and 1, e.g. {"memdec": {"model": ..., "alpha": 0.5}}.'
                 )
             alpha = block.alpha
-        alpha = check_alpha(alpha, f"memdec alpha{which}")
-        return cls(**settings | {"name": name, "alpha": alpha, "block": block})
+        if alpha != AUTO:
+            alpha = check_alpha(alpha, f"memdec alpha{which}")
+        elif gate_file is None:
+            raise ValueError(
+                f"memdec alpha{which} {AUTO!r} needs a gate, which {settings['model']} has not: "
+                "give a number between 0 and 1, or run memdec calibrate."
+            )
+        derived = {"name": name, "alpha": alpha, "block": block, "gate_file": gate_file}
+        return cls(**settings | derived | {"gate": gate_file is not None})
 
 
 @dataclass(frozen=True)
@@ -175,6 +195,8 @@ def create_model_config(
         model = build_memory(memory, base)
         check_model(model, "The memory")
         check_tokenizers(base, memory)
+        if memory.gate_file is not None:
+            read_gate(memory.gate_file, model.get_hidden_size())
         check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
         fit_positions(base, model.max_model_len, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived

@@ -44,7 +44,7 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         for model, size in zip(models, sizes, strict=True)
     ]
     memories = {
-        memory.name: {**part, "alpha": memory.alpha}
+        memory.name: {**part, "alpha": memory.alpha, "gate": memory.gate}
         for memory, part in zip(settings.memories, parts[1:], strict=True)
     }
     return {"base": parts[0], "memories": memories, "default": settings.default}

@@ -31,7 +31,8 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from vllm_memdec import compat
-from vllm_memdec.config import SPECULATION, MemDecConfig, MemoryConfig, memory_model_config
+from vllm_memdec.config import AUTO, SPECULATION, MemDecConfig, MemoryConfig, memory_model_config
+from vllm_memdec.gate import Gate, read_gate
 from vllm_memdec.kernels.interpolate import compile_rows, interpolate
 from vllm_memdec.plugin import ARCHITECTURE
 from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory
@@ -195,13 +196,13 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         base_ND, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
         base_NV = self.base.compute_logits(base_ND.to(self.dtypes[0]).contiguous())
         out_NV = base_NV
-        for rows, memory_NW in self.memory_logits(memory_ND, columns_NA):
+        for number, rows, mine_ND, memory_NW in self.memory_logits(memory_ND, columns_NA):
             if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
                 continue
             mixed_NV = interpolate(
                 base_NV[rows],
                 memory_NW,
-                decode(columns_NA[rows]),
+                self.weights(number, mine_ND, decode(columns_NA[rows])),
                 as_logits=True,
                 compiled=self.compiled,
             )
@@ -212,10 +213,19 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 out_NV[rows] = mixed_NV
         return out_NV
 
+    def weights(self, number: int, mine_ND: torch.Tensor, asked_N: torch.Tensor) -> torch.Tensor:
+        """Return a memory's weights [N] for rows of its own, which may be asked to be the gate's.
+
+        What is asked negative is the most that the gate may give.
+        """
+        if (gate := self.gates[number]) is None:
+            return asked_N.clamp(min=0)
+        return torch.where(asked_N < 0, torch.minimum(gate(mine_ND), -asked_N), asked_N)
+
     def memory_logits(
         self, memory_ND: torch.Tensor, columns_NA: torch.Tensor
-    ) -> Iterator[tuple[slice | torch.Tensor, torch.Tensor | None]]:
-        """Yield (rows of one memory, its logits [rows, W]) for each that the batch uses."""
+    ) -> Iterator[tuple[int, slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
+        """Yield (memory, its rows, hidden states [rows, D], logits [rows, W]) of those in use."""
         for number in self.batch.used:
             rows = slice(None)
             if not self.batch.shared:
@@ -224,7 +234,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                     continue
             mine = memory_ND[rows, : self.memory_sizes[number]].to(self.dtypes[1 + number])
             with self.tensor_parallel[number]():
-                yield rows, self.memories[number].compute_logits(mine.contiguous())
+                logits = self.memories[number].compute_logits(mine.contiguous())
+            yield number, rows, mine, logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Route one stream of tensors to the models and return the names that were loaded."""
@@ -237,6 +248,11 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             with context():
                 loaded |= {f"{part}.{name}" for name in getattr(self, part).load_weights(names)}
         self.loaded |= loaded  # later calls may update the base alone
+        # Here, because what is on a device may have been dropped since the last time.
+        self.gates = [
+            Gate(read_gate(memory.gate_file), self.batch.columns_TA.device) if memory.gate else None
+            for memory in self.settings.memories
+        ]
         for number in range(len(self.memories)):
             if not any(name.startswith(f"memory{number}.") for name in self.loaded):
                 raise ValueError(
@@ -281,11 +297,11 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         for memory, text in zip(self.settings.memories, described[1:], strict=True):
             default = ", the default" if memory.name == self.settings.default else ""
             logger.info(
-                "memdec: memory %r %s (%s), alpha %g%s.",
+                "memdec: memory %r %s (%s), alpha %s%s.",
                 memory.name,
                 memory.model,
                 text,
-                memory.alpha,
+                memory.alpha if memory.alpha == AUTO else f"{memory.alpha:g}",
                 default,
             )
 
@@ -313,7 +329,7 @@ class Drafter:
         memory_ND, columns_NA = hidden_states.tensor_split([width], dim=-1)
         V = composite.vocab_sizes[0]
         out_NV = hidden_states.new_zeros(len(hidden_states), V, dtype=torch.float32)
-        for rows, memory_NW in composite.memory_logits(memory_ND, columns_NA):
+        for _, rows, _, memory_NW in composite.memory_logits(memory_ND, columns_NA):
             if composite.batch.shared and memory_NW.shape[1] == V:
                 return memory_NW
             shared = min(V, memory_NW.shape[1])

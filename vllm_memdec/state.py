@@ -6,12 +6,13 @@ the dtype of the model: three numbers of 8 significant bits (bfloat16) hold the 
 float32, so their sum is the float32 weight again, not a rounding of it; the memory's number is a
 small integer, exact in any of them.
 
-A request with weight 0 or the memory "none" has no memory: nothing of it is computed.
+A request with weight 0 or the memory "none" has no memory: nothing of it is computed. One whose
+memory has a gate travels with its cap, the most that the gate may give, as a negative weight.
 
 Shapes: B requests, T tokens, N rows, A columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vllm_memdec.checkpoint import brief, check_alpha
-from vllm_memdec.config import NONE, MemDecConfig
+from vllm_memdec.config import AUTO, NONE, MemDecConfig
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
@@ -29,11 +30,12 @@ PARTS = 3  # columns of the weight; one more holds the memory's number
 STEP = 256.0  # between parts: a power of two, so exact, and float16 does not underflow
 
 
-def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) -> None:
+def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None") -> None:
     """Raise ValueError for a wrong memdec argument of a request; every other key is let through.
 
-    `names` are those of the server's memories; none means that it runs without.
+    choices: None on a server that runs without a memory.
     """
+    names = choices.names if choices else ()
     for key, value in (extra_args or {}).items():
         if not str(key).startswith(PREFIX):
             continue
@@ -44,33 +46,49 @@ def check_extra_args(extra_args: dict[str, Any] | None, names: Sequence[str]) ->
         if not names:
             raise ValueError(f"{key} was given, but this server runs without a memory.")
         if key == ALPHA:
-            check_alpha(value, ALPHA)
+            if value != AUTO:
+                check_alpha(value, ALPHA)
         elif not isinstance(value, str) or value not in (*names, NONE):
             raise ValueError(
                 f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
                 f"got {brief(value)}."
+            )
+    if choices and (extra_args or {}).get(ALPHA) == AUTO:
+        name = extra_args.get(MEMORY, choices.default)
+        if name != NONE and name not in choices.gated:
+            raise ValueError(
+                f"{ALPHA} {AUTO!r} needs a gate, which the memory {name!r} has not: give a number "
+                "between 0 and 1, or run memdec calibrate."
             )
 
 
 class Choices:
     """What requests may choose from; resolves their arguments, once checked."""
 
-    def __init__(self, alphas: dict[str, float], default: str):
-        self.names, self.alphas, self.default = (*alphas,), alphas, default
+    def __init__(self, alphas: dict[str, float | str], default: str, gated: Collection[str] = ()):
+        self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
 
     @classmethod
     def of(cls, config: MemDecConfig) -> "Choices":
         """Return what a server with this configuration offers."""
-        return cls({memory.name: memory.alpha for memory in config.memories}, config.default)
+        alphas = {memory.name: memory.alpha for memory in config.memories}
+        gated = {memory.name for memory in config.memories if memory.gate}
+        return cls(alphas, config.default, gated)
 
     def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
-        """Return the memory's number and the weight; both say "no memory" or neither does."""
+        """Return the memory's number and the weight, negative if it is the cap of a gate.
+
+        Both say "no memory" or neither does.
+        """
         extra_args = extra_args or {}
         name = extra_args.get(MEMORY, self.default)
         if name == NONE:
             return NOBODY, 0.0
-        alpha = float(extra_args.get(ALPHA, self.alphas[name]))
-        return (self.names.index(name), alpha) if alpha else (NOBODY, 0.0)
+        asked = extra_args.get(ALPHA, self.alphas[name])
+        alpha = 1.0 if asked == AUTO else float(asked)
+        if not alpha:
+            return NOBODY, 0.0
+        return self.names.index(name), -alpha if name in self.gated else alpha
 
     def name(self, extra_args: dict[str, Any] | None) -> str:
         """Return the name of the memory that runs for a request, or "none"."""
@@ -90,11 +108,11 @@ def encode(alpha_B: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def decode(columns_NA: Tensor) -> Tensor:
-    """Put the float32 weights [N] together again."""
+    """Put the float32 weights [N] together again; a negative one is a gate's cap."""
     alpha_N = columns_NA[:, PARTS - 1].float()
     for part in reversed(range(PARTS - 1)):
         alpha_N = columns_NA[:, part].float() + alpha_N / STEP
-    return alpha_N.clamp(0, 1)  # vLLM's profile run sends random rows
+    return alpha_N.clamp(-1, 1)  # vLLM's profile run sends random rows
 
 
 def decode_memory(columns_NA: Tensor) -> Tensor:

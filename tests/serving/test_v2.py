@@ -1,13 +1,17 @@
 """The V2 runner's probabilities equal the float64 mixture too: CUDA's default, interpreted here."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import oracle
 import pytest
+from gates import gate_weights, random_gate
 from matrix import CHOICES, Choice, greedy, make_models, memdec_block
+
+from vllm_memdec.gate import write_gate
 
 VOCAB = 1000
 LAW, BIO = 0.37, 0.4  # the server's weights
@@ -26,14 +30,18 @@ def run_v2(job, env):
 
 
 @pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
-def test_mixture(tiny_model, subprocess_env):
-    """One batch of both memories and none, prefilled in chunks; no two models are alike."""
+def test_mixture(tiny_model, subprocess_env, tmp_path):
+    """One batch of three memories and none, prefilled in chunks; one has a gate."""
     base = tiny_model("qwen2")
     folders = {
         "law": tiny_model("llama", seed=1, hidden=96, layers=1, vocab=1024),
         "bio": tiny_model("gpt2", seed=2, layers=1),
+        "gated": str(tmp_path / "gated"),
     }
+    shutil.copytree(tiny_model("llama", seed=3, layers=1, spread=0.15), folders["gated"])
+    write_gate(tmp_path / "gated", random_gate(64, 3))
     memories = {
+        "gated": {"model": folders["gated"]},
         "law": {"model": folders["law"], "alpha": LAW},
         "bio": {"model": folders["bio"], "alpha": BIO},
     }
@@ -45,6 +53,8 @@ def test_mixture(tiny_model, subprocess_env):
         ({"memdec_alpha": 0.6}, ("law", 0.6)),
         ({"memdec_alpha": 0.3, "memdec_memory": "bio"}, ("bio", 0.3)),
         ({"memdec_alpha": 1}, ("law", 1.0)),
+        ({"memdec_memory": "gated"}, ("gated", "auto")),
+        ({"memdec_memory": "gated", "memdec_alpha": 0.4}, ("gated", "at most 0.4")),
     ]
     params = {"temperature": 0, "max_tokens": 3, "logprobs": 5, "ignore_eos": True}
     prompts = oracle.prompts(len(chosen), 2, 14, VOCAB)
@@ -68,6 +78,9 @@ def test_mixture(tiny_model, subprocess_env):
     }
     results = run_v2(job, subprocess_env)
     for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(results, chosen, strict=True):
+        if name == "gated":
+            most = 1.0 if alpha == "auto" else 0.4
+            alpha = gate_weights(folders, name, most, [*prompt, *sampled])
         error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
         assert error < oracle.TOLERANCE, extra
 

@@ -1,0 +1,175 @@
+"""A memory's gate in the engine: weights token by token, against float64 models and gate."""
+
+import shutil
+
+import numpy as np
+import oracle
+import pytest
+from gates import gate_weights, random_gate
+
+from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
+from vllm_memdec.gate import FILE, write_gate
+
+PROMPTS = oracle.prompts(4, 5, 40, 1000)
+CHOICES = [  # arguments of a request, the memory that answers, the most that its gate may give
+    (None, "law", 1.0),
+    ({"memdec_alpha": "auto"}, "law", 1.0),
+    ({"memdec_alpha": 0.4}, "law", 0.4),
+    ({"memdec_alpha": 0}, "law", 0.0),
+    ({"memdec_memory": "bio"}, "bio", 0.7),
+    ({"memdec_memory": "bio", "memdec_alpha": "auto"}, "bio", 1.0),
+    ({"memdec_memory": "plain"}, "plain", None),  # no gate: a fixed weight of 0.5
+    ({"memdec_memory": "none"}, "law", 0.0),
+]
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    """Return the folders: two memories with gates, one without."""
+    folder = tmp_path_factory.mktemp("gated")
+    even = {"spread": 0.15}  # of the weights, see tiny_config(): a gate adds to float32's errors
+    made = {"base": tiny_model("llama", **even), "plain": tiny_model("llama", seed=4, **even)}
+    for seed, (name, kind, width) in enumerate((("law", "llama", 96), ("bio", "gpt2", 64)), 1):
+        made[name] = str(folder / name)
+        shutil.copytree(tiny_model(kind, seed=seed, hidden=width, **even), made[name])
+        write_gate(folder / name, random_gate(width, seed))
+    return made
+
+
+def block(models, **more):
+    alphas = {"law": {}, "bio": {"alpha": 0.7}, "plain": {"alpha": 0.5}}
+    # Without a memdec block of its own a memory's weight comes from its gate.
+    memories = {name: {"model": models[name], **given} for name, given in alphas.items()}
+    return {"memories": memories, "default": "law"} | more
+
+
+def generate(llm, count=6):
+    from vllm import SamplingParams
+
+    asked = [(p, *choice) for p in PROMPTS for choice in CHOICES]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=count, ignore_eos=True, logprobs=5, prompt_logprobs=3,
+            extra_args=extra,
+        )
+        for _, extra, *_ in asked
+    ]  # fmt: skip
+    prompts = [{"prompt_token_ids": p} for p, *_ in asked]
+    return asked, llm.generate(prompts, params, use_tqdm=False)
+
+
+def test_gated_mixtures(engine, models):
+    spread = []
+    with engine(models["base"], block(models), enable_prefix_caching=True) as llm:
+        asked, outputs = generate(llm)
+    for (_, _, name, most), output in zip(asked, outputs, strict=True):
+        ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
+        alpha_T1 = gate_weights(models, name, most, ids)
+        error = oracle.gap(output, models["base"], models[name], alpha_T1)
+        assert error < oracle.TOLERANCE, (name, most)
+        if most == 1:
+            spread += alpha_T1.flatten().tolist()
+    assert min(spread) < 0.2 and max(spread) > 0.8  # or the gates would not be seen
+
+
+def test_drafting_changes_no_gated_answer(engine, models):
+    """What is verified is the gated mixture."""
+    answers = []
+    for tokens in (0, 3):
+        with engine(models["base"], block(models, speculative_tokens=tokens)) as llm:
+            from vllm import SamplingParams
+
+            params = [
+                SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, extra_args=extra)
+                for extra, *_ in CHOICES
+            ]
+            prompts = [{"prompt_token_ids": PROMPTS[0]} for _ in CHOICES]
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            answers.append([list(output.outputs[0].token_ids) for output in outputs])
+    assert answers[0] == answers[1]
+
+
+def test_a_gate_that_is_switched_off(engine, models):
+    settings = {"model": models["law"], "alpha": 0.3, "gate": False}
+    with engine(models["base"], settings) as llm:
+        _, [output, *_] = generate_plain(llm)
+    assert oracle.gap(output, models["base"], models["law"], 0.3) < oracle.TOLERANCE
+
+
+def generate_plain(llm):
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=4, logprobs=3)
+    return None, llm.generate([{"prompt_token_ids": PROMPTS[0]}], params, use_tqdm=False)
+
+
+@pytest.fixture
+def start(models):
+    from vllm import EngineArgs
+
+    def run(settings):
+        args = EngineArgs(
+            models["base"],
+            model_impl="memdec",
+            additional_config={"memdec": settings},
+            dtype="float32",
+        )
+        return args.create_engine_config()
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:300]), "cannot be read"),
+        (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: np.savez(path, format_version=np.array(9)), "gate format version 9"),
+        (lambda path: np.savez(path, w1=np.zeros((2, 2))), "gate format version None"),
+        (lambda path: write_gate(path.parent, random_gate(64, 0)), "for a memory of width 64"),
+        (
+            lambda path: write_gate(path.parent, random_gate(96, 0) | {"b1": np.zeros(3)}),
+            "is not a whole gate",
+        ),
+        (
+            lambda path: write_gate(path.parent, random_gate(96, 0) | {"b2": np.array(np.nan)}),
+            "is not a whole gate",
+        ),
+        (lambda path: path.unlink(), "has no memdec block, so it has no default weight"),
+    ],
+)
+def test_a_broken_gate_stops_the_start(models, start, tmp_path, change, sentence):
+    folder = tmp_path / "memory"
+    shutil.copytree(models["law"], folder)
+    change(folder / FILE)
+    with pytest.raises(ValueError, match=sentence):
+        start({"model": str(folder)})
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"alpha": "auto"}, "'auto' needs a gate, which .* has not"),
+        ({"alpha": 0.5, "gate": True}, "has no gate: run memdec calibrate"),
+        ({"alpha": 0.5, "gate": 1}, "'gate' must be of type bool"),
+        ({"alpha": "much"}, "memdec alpha must be a number between 0 and 1"),
+    ],
+)
+def test_a_gate_that_is_not_there(models, start, settings, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        start({"model": models["plain"], **settings})
+
+
+def test_the_gate_goes_before_the_calibrated_weight(models, tmp_path):
+    """A memory of `memdec build` has a default weight; its gate takes its place."""
+    from transformers import AutoTokenizer
+
+    from vllm_memdec.config import MemoryConfig
+
+    folder = tmp_path / "memory"
+    shutil.copytree(models["law"], folder)
+    mark = tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
+    write_block(folder, MemoryBlock(0.6, mark, "base", 1.0))
+    for given, alpha, gated in (({}, "auto", True), ({"gate": False}, 0.6, False)):
+        found = MemoryConfig.parse("memory", {"model": str(folder), **given})
+        assert (found.alpha, found.gate) == (alpha, gated)

@@ -1,0 +1,142 @@
+"""The gate of `memdec calibrate`: it learns what there is to learn, and is served as trained."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from tiny import tiny_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vllm_memdec.gate import FILE, Gate, gate_path, read_gate
+from vllm_memdec.train.evaluate import perplexity
+from vllm_memdec.train.explain import explain
+from vllm_memdec.train.gate import CLASSES, Scored, fit_gate, mix_gated, token_class, weights
+
+WIDTH = 24
+PROMPT = "You may reproduce and distribute copies of the Work, bagi duto mela"
+
+
+def scored(rows, seed):
+    """Return rows of which the sign of a direction in the hidden state says which model is right.
+
+    The direction lies far from the origin and is small: whoever forgets to normalise misses it.
+    """
+    rng = np.random.default_rng(seed)
+    hidden = rng.normal(size=(rows, WIDTH)) * np.logspace(-2, 2, WIDTH) + 5
+    right = hidden[:, 0] > 5
+    good, bad = np.log(rng.uniform(0.3, 0.9, rows)), np.log(rng.uniform(1e-4, 1e-2, rows))
+    return Scored(
+        np.where(right, bad, good),
+        np.where(right, good, bad),
+        torch.from_numpy(hidden).float(),
+        np.zeros(rows, int),
+        np.zeros(rows, bool),
+    ), right
+
+
+def test_it_learns_who_is_right():
+    (train, _), (test, right) = scored(8000, 0), scored(2000, 1)
+    arrays = fit_gate([train.part(False)])
+    alpha_N = weights(arrays, test)
+    assert ((alpha_N > 0.5) == right).mean() > 0.95
+    best = perplexity(np.maximum(test.base_N, test.memory_N))
+    assert perplexity(mix_gated(test.base_N, test.memory_N, alpha_N)) < 1.25 * best
+    for one, two in zip(arrays.values(), fit_gate([train.part(False)]).values(), strict=True):
+        assert np.array_equal(one, two)  # the same text gives the same gate
+
+
+def test_texts_have_equal_weight():
+    """A little text of the domain is not drowned by much other text."""
+    rng = np.random.default_rng(0)
+
+    def text(rows, base, memory):
+        hidden = torch.from_numpy(rng.normal(size=(rows, WIDTH))).float()  # that says nothing
+        same = [np.full(rows, np.log(p)) for p in (base, memory)]
+        return Scored(*same, hidden, np.zeros(rows, int), np.zeros(rows, bool))
+
+    arrays = fit_gate([text(300, 0.1, 0.9), text(30000, 0.9, 0.1)])
+    alpha_N = weights(arrays, text(1000, 0.5, 0.5))
+    assert abs(alpha_N.mean() - 0.5) < 0.1
+
+
+def test_classes():
+    texts = {" word": 0, "ing": 1, " 1906": 2, "7": 2, ",": 3, " (": 3, "\n": 4, ".\n": 4, "": 3}
+    assert {text: token_class(text) for text in texts} == texts
+
+
+@pytest.fixture(scope="module")
+def calibrated(pipeline, tmp_path_factory, english, jsonl, memdec_here):
+    """Return (exit code, what was said, report, memory's folder) of the command on tiny models."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    memory, report = folder / "memory", folder / "report.json"
+    shutil.copytree(pipeline.output / "export", memory)
+    domain = jsonl(folder / "domain.jsonl", english(60, seed=7))
+    general = folder / "general.txt"
+    general.write_text(tiny_text(3, 6000))
+    code, out, err = memdec_here(
+        "calibrate", memory, "--base", pipeline.base, "--domain", domain, "--general", general,
+        "--json", report,
+    )  # fmt: skip
+    return code, out + err, json.loads(report.read_text()) if report.exists() else None, memory
+
+
+def test_the_command(calibrated, pipeline):
+    code, said, found, memory = calibrated
+    assert code == 0, said
+    domain, general = found["texts"]["domain"], found["texts"]["general"]
+    for text in (domain, general):  # never far from the better of base and memory
+        assert text["gate"] < 1.02 * min(text["curve"])
+    assert domain["fixed"] == min(domain["curve"])
+    for text in (domain, general):
+        assert set(text["alpha_by_class"]) <= set(CLASSES)
+        assert text["curve"][0] == text["base"]
+    assert "mean alpha" in said
+    assert (memory / FILE).with_suffix(".png").stat().st_size > 10_000
+    assert not list(memory.glob("*.tmp"))
+
+
+def test_served_as_trained(calibrated):
+    """What is written gives the weights that the report was made with."""
+    arrays = read_gate(gate_path(str(calibrated[-1])))
+    h_ND = torch.randn(5, arrays["w1"].shape[1])
+    x_NH = torch.nn.functional.gelu(
+        h_ND @ torch.from_numpy(arrays["w1"]).float().T + torch.from_numpy(arrays["b1"]).float()
+    )
+    wanted = 0.999 * (x_NH @ torch.from_numpy(arrays["w2"]).float() + float(arrays["b2"])).sigmoid()
+    assert torch.allclose(Gate(arrays)(h_ND), wanted, atol=1e-6)
+
+
+def test_bad_input(pipeline, tmp_path, memdec_here):
+    text = tmp_path / "text.txt"
+    text.write_text("too short")
+    memory = pipeline.output / "export"
+    for words, sentence in (
+        ((memory, "--domain", text, "--general", text), "the domain text has 5 tokens: give more"),
+        ((memory, "--domain", "nowhere.txt", "--general", text), "nowhere.txt does not exist"),
+        (("nowhere", "--domain", text, "--general", text), "nowhere is not a folder"),
+    ):
+        code, out, err = memdec_here("calibrate", *words, "--base", pipeline.base)
+        assert code == 1 and sentence in " ".join((out + err).split()), out + err
+    assert gate_path(str(memory)) is None
+
+
+@torch.inference_mode()
+def test_explain_shows_the_weights(calibrated, pipeline):
+    """Each token's weight is the gate's, and the mixture is made with it."""
+    memory = str(calibrated[-1])
+    tokenizer = AutoTokenizer.from_pretrained(memory)
+    model = AutoModelForCausalLM.from_pretrained(memory, dtype=torch.float32)
+    found = {cap: explain(pipeline.base, memory, PROMPT, cap, write=0) for cap in (None, 0.3)}
+    ids = tokenizer(PROMPT)["input_ids"]
+    h_TD = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+    alpha_T = Gate(read_gate(gate_path(memory)))(h_TD)[:-1].tolist()
+    for cap, explanation in found.items():
+        assert explanation.gated
+        wanted = [min(alpha, cap or 1.0) for alpha in alpha_T]
+        assert [token.alpha for token in explanation.tokens] == pytest.approx(wanted, abs=1e-5)
+        for token in explanation.tokens:
+            mixture = token.alpha * token.memory + (1 - token.alpha) * token.base
+            assert token.mixture == pytest.approx(mixture, rel=1e-3, abs=1e-9)
+    assert max(alpha_T) - min(alpha_T) > 0.01

@@ -1,0 +1,253 @@
+"""`memdec calibrate`: train a memory's gate on what base and memory gave to every token of a text.
+
+The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p_memory + (1 -
+alpha_t) p_base), on text of the memory's domain and on general text, each with half of the weight.
+Both models read the text once; the training takes seconds. A fifth of the text is kept for the
+report.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
+from vllm_memdec.gate import FILE, LARGEST, Gate, write_gate
+from vllm_memdec.train.corpus import load_config, load_tokenizer, pack, tokenise, valid_rows
+from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.evaluate import ALPHAS, best_alpha, label_logprobs, mix, perplexity
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import documents
+
+BLOCK_TOKENS = (32, 512)  # fewest and most: a short text is cut into more blocks
+MOST_TOKENS = 2**18  # read of each kind of text
+HIDDEN = 32
+STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 0.1, 0.1
+KEPT = 5  # one block in so many is not trained on
+KINDS = ("domain", "general")
+CLASSES = ("word", "inside a word", "number", "punctuation", "line break")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What both models gave to the tokens of one kind of text."""
+
+    base_N: np.ndarray  # log-probabilities
+    memory_N: np.ndarray
+    hidden_ND: torch.Tensor  # of the memory, before each token
+    classes_N: np.ndarray  # each token's place in CLASSES
+    kept_N: np.ndarray  # bool: not to be trained on
+
+    def part(self, kept: bool) -> "Scored":
+        """Return the rows that are kept for the report, or the others."""
+        rows = self.kept_N == kept
+        return Scored(
+            self.base_N[rows],
+            self.memory_N[rows],
+            self.hidden_ND[torch.from_numpy(rows)],
+            self.classes_N[rows],
+            self.kept_N[rows],
+        )
+
+
+def token_class(text: str) -> int:
+    """Return the place in CLASSES of a token's text."""
+    if "\n" in text:
+        return 4
+    if any(c.isdigit() for c in text):
+        return 2
+    if not any(c.isalpha() for c in text):
+        return 3
+    return 0 if text[0].isspace() else 1
+
+
+def score(
+    base: Any, memory: Any, tokenizer: Any, paths: list[Path], kind: str, progress: Progress
+) -> Scored:
+    """Read texts with both models."""
+    texts = [text for path in paths for text in documents(path)]
+    ids = list(tokenise(tokenizer, texts))
+    count, (fewest, most) = sum(map(len, ids)), BLOCK_TOKENS
+    if count < KEPT * (fewest + 1):
+        raise ValueError(
+            f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
+        )
+    for model in (base, memory):
+        most = min(most, getattr(model.config, "max_position_embeddings", None) or most)
+    width = min(most, max(fewest, count // (4 * KEPT)))
+    tokens, positions = pack(ids, width, tokenizer.eos_token_id)
+    tokens, positions = (a[: MOST_TOKENS // width] for a in (tokens, positions))
+    return read_blocks(base, memory, tokenizer, tokens, positions, kind, progress)
+
+
+def read_blocks(
+    base: Any,
+    memory: Any,
+    tokenizer: Any,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    kind: str,
+    progress: Progress,
+) -> Scored:
+    """Read blocks [B, T+1] with both models."""
+    hidden: list[torch.Tensor] = []
+    base_N = label_logprobs(base, tokens, positions, 4, progress, f"the base, {kind}")
+    memory_N = label_logprobs(memory, tokens, positions, 4, progress, f"the memory, {kind}", hidden)
+    valid = valid_rows(positions)
+    labels_N = tokens[:, 1:][valid]
+    ids, inverse = np.unique(labels_N, return_inverse=True)
+    classes = np.array([token_class(tokenizer.decode([int(i)])) for i in ids])
+    block_N = np.broadcast_to(np.arange(len(tokens))[:, None], valid.shape)[valid]
+    return Scored(base_N, memory_N, torch.cat(hidden), classes[inverse], block_N % KEPT == KEPT - 1)
+
+
+def fit_gate(parts: list[Scored], seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the arrays of a gate trained on texts of equal weight."""
+    h_ND = torch.cat([part.hidden_ND for part in parts])
+    logp_N2 = torch.from_numpy(
+        np.concatenate([np.stack([p.base_N, p.memory_N], 1) for p in parts])
+    ).float()
+    weight_N = torch.cat([torch.full((len(p.base_N),), 1 / len(p.base_N)) for p in parts])
+    weight_N *= len(weight_N) / weight_N.sum()
+    mean_D, scale_D = h_ND.mean(0), h_ND.std(0) + 1e-6
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Linear(h_ND.shape[1], HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
+        )
+        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
+        rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+        for _ in range(STEPS):
+            rows = torch.randint(len(h_ND), (BATCH,))
+            alpha_N = LARGEST * net((h_ND[rows] - mean_D) / scale_D)[:, 0].sigmoid()
+            base_N, memory_N = logp_N2[rows].unbind(1)
+            # From 1e-6 on, as a log of 0 has no gradient.
+            take_N, keep_N = (1e-6 + alpha_N).log(), (-alpha_N).log1p()
+            mixed_N = torch.logaddexp(take_N + memory_N, keep_N + base_N)
+            loss = -(weight_N[rows] * mixed_N).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            rates.step()
+    first, last = net[0], net[3]
+    w1 = first.weight.detach() / scale_D
+    return {
+        "w1": w1.numpy(),
+        "b1": (first.bias.detach() - w1 @ mean_D).numpy(),
+        "w2": last.weight.detach()[0].numpy(),
+        "b2": last.bias.detach()[0].numpy(),
+    }
+
+
+def mix_gated(base_N: np.ndarray, memory_N: np.ndarray, alpha_N: np.ndarray) -> np.ndarray:
+    """Return log((1-alpha) p_base + alpha p_memory) [N], a weight for each row."""
+    with np.errstate(divide="ignore"):
+        return np.logaddexp(base_N + np.log1p(-alpha_N), memory_N + np.log(alpha_N))
+
+
+@torch.inference_mode()
+def weights(arrays: dict[str, np.ndarray], part: Scored) -> np.ndarray:
+    """Return the gate's weights [N] float64."""
+    return Gate(arrays)(part.hidden_ND).double().numpy()
+
+
+def calibrate_gate(
+    memory: str, base: str, domain: list[Path], general: list[Path], progress: Progress
+) -> dict[str, Any]:
+    """Train the gate of a memory, write it into its folder, and return the report."""
+    folder = Path(memory)
+    if not folder.is_dir():
+        raise ValueError(f"{memory} is not a folder: give the memory's, the gate is put there.")
+    tokenizer, block = load_tokenizer(base), read_block(memory)
+    theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
+    if theirs != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"the memory {memory} has another tokenizer than the base {base}: give a base that "
+            "it serves."
+        )
+    models = []
+    for name in (base, memory):
+        dtype = getattr(load_config(name), "dtype", None) or torch.float32
+        models.append(load_model(name, str(dtype).removeprefix("torch.")))
+    scored = {
+        kind: score(*models, tokenizer, paths, kind, progress)
+        for kind, paths in zip(KINDS, (domain, general), strict=True)
+    }
+    arrays = fit_gate([found.part(kept=False) for found in scored.values()])
+    found = report(arrays, {kind: s.part(kept=True) for kind, s in scored.items()})
+    write_gate(folder, arrays)
+    draw(found, (folder / FILE).with_suffix(".png"))
+    return found
+
+
+def report(arrays: dict[str, np.ndarray], scored: dict[str, Scored]) -> dict[str, Any]:
+    """Return perplexities of base, fixed weights and gate, and the gate's mean weights."""
+    domain = scored["domain"]
+    fixed = best_alpha(domain.base_N, domain.memory_N)
+    found: dict[str, Any] = {"fixed_alpha": fixed, "texts": {}}
+    for kind, part in scored.items():
+        alpha_N = weights(arrays, part)
+        curve = [perplexity(mix(part.base_N, part.memory_N, a)) for a in ALPHAS]
+        by_class = {
+            name: float(alpha_N[part.classes_N == n].mean())
+            for n, name in enumerate(CLASSES)
+            if (part.classes_N == n).any()
+        }
+        found["texts"][kind] = {
+            "tokens": len(alpha_N),
+            "base": curve[0],
+            "fixed": perplexity(mix(part.base_N, part.memory_N, fixed)),
+            "gate": perplexity(mix_gated(part.base_N, part.memory_N, alpha_N)),
+            "mean_alpha": float(alpha_N.mean()),
+            "alpha_by_class": by_class,
+            "curve": curve,
+        }
+    return found
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print the report."""
+    fixed = found["fixed_alpha"]
+    table = Table("text", "tokens", "base", f"alpha {fixed:g}", "gate", "mean alpha")
+    for kind, row in found["texts"].items():
+        cells = [f"{row['tokens']:,}", f"{row['base']:.2f}"]
+        cells += [f"{row[n]:.2f} ({row[n] / row['base'] - 1:+.1%})" for n in ("fixed", "gate")]
+        table.add_row(kind, *cells, f"{row['mean_alpha']:.2f}")
+    console.print(table)
+    console.print("Perplexity on text that the gate was not trained on.")
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Draw perplexity over fixed weights beside the gate's, and the gate's weights by class."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    width = 0.4
+    for n, (kind, row) in enumerate(found["texts"].items()):
+        colour = f"C{n}"
+        left.plot(
+            ALPHAS[:-1],
+            [value / row["base"] for value in row["curve"][:-1]],
+            color=colour,
+            label=f"{kind}, fixed alpha",
+        )
+        left.axhline(row["gate"] / row["base"], color=colour, ls="--", label=f"{kind}, gate")
+        names = list(row["alpha_by_class"])
+        places = [CLASSES.index(name) + (n - 0.5) * width for name in names]
+        right.bar(places, row["alpha_by_class"].values(), width, color=colour, label=kind)
+    left.set(xlabel="alpha", ylabel="perplexity / base's", ylim=(0, 2))
+    right.set(ylabel="mean alpha of the gate", ylim=(0, 1))
+    right.set_xticks(range(len(CLASSES)), CLASSES)
+    for axis in (left, right):
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
