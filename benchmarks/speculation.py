@@ -1,6 +1,6 @@
 """What drafting with the memory brings: acceptance and time a token, beside what formulas say.
 
-    make demo && python benchmarks/speculation.py      # two CPU cores: about twenty minutes
+    make demo && python benchmarks/speculation.py      # two CPU cores: about ten minutes
 
 Engines, all in bfloat16 and in turns: the base alone, base + memory, and base + memory drafting 1,
 3, 5 tokens or as many as it finds best ("auto"). Prompts of 64 tokens are held-out text of the

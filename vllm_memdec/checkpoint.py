@@ -1,7 +1,8 @@
 """The contract between training and serving: the `memdec` block of a memory's config.json.
 
 A memory is a plain Hugging Face causal-LM folder. `memdec build` adds one JSON object under the
-key `memdec` of its config.json; serving reads it. Nothing else is shared between the two halves.
+key `memdec` of its config.json; serving reads it. Beside it the two halves share only a memory's
+gate, see gate.py.
 The module needs only the standard library and, for tokenizers, transformers.
 """
 

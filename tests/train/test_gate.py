@@ -113,7 +113,7 @@ def test_bad_input(pipeline, tmp_path, memdec_here):
     text.write_text("too short")
     memory = pipeline.output / "export"
     for words, sentence in (
-        ((memory, "--domain", text, "--general", text), "the domain text has 5 tokens: give more"),
+        ((memory, "--domain", text, "--general", text), " tokens: give more of it"),
         ((memory, "--domain", "nowhere.txt", "--general", text), "nowhere.txt does not exist"),
         (("nowhere", "--domain", text, "--general", text), "nowhere is not a folder"),
     ):
