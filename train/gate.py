@@ -81,7 +81,10 @@ def score(
         most = min(most, getattr(model.config, "max_position_embeddings", None) or most)
     width = min(most, max(fewest, count // (4 * KEPT)))
     tokens, positions = pack(ids, width, tokenizer.eos_token_id)
-    tokens, positions = (a[: MOST_TOKENS // width] for a in (tokens, positions))
+    # Spread evenly: of several texts the first must not be all that is read.
+    most_blocks = min(len(tokens), MOST_TOKENS // width)
+    chosen = np.linspace(0, len(tokens) - 1, most_blocks).astype(int)
+    tokens, positions = tokens[chosen], positions[chosen]
     return read_blocks(base, memory, tokenizer, tokens, positions, kind, progress)
 
 

@@ -64,17 +64,19 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+            version = arrays.get("format_version")
+            version = None if version is None else int(version)
+            whole = all(np.isfinite(arrays[name]).all() for name in NAMES if name in arrays)
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise ValueError(f"{path} cannot be read ({error}): run memdec calibrate again.") from None
-    version = arrays.get("format_version")
-    if version is None or int(version) != FORMAT_VERSION:
+    if version != FORMAT_VERSION:
         raise ValueError(
             f"{path}: gate format version {version} is not supported (this release reads "
             f"{FORMAT_VERSION}): run memdec calibrate again."
         )
     shapes = [arrays[name].shape if name in arrays else None for name in NAMES]
     H, D = shapes[0] if shapes[0] and len(shapes[0]) == 2 else (0, 0)
-    if shapes != [(H, D), (H,), (H,), ()] or not all(np.isfinite(arrays[n]).all() for n in NAMES):
+    if not whole or shapes != [(H, D), (H,), (H,), ()]:
         raise ValueError(f"{path} is not a whole gate: run memdec calibrate again.")
     if width is not None and width != D:
         raise ValueError(

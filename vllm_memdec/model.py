@@ -78,6 +78,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             divisible=vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE,
         )
         self.choices = Choices.of(self.settings)
+        self.load_gates()
 
         self.tensor_parallel = [
             compat.whole_on_each_rank if m.tensor_parallel_size == 1 else nullcontext
@@ -237,6 +238,13 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 logits = self.memories[number].compute_logits(mine.contiguous())
             yield number, rows, mine, logits
 
+    def load_gates(self) -> None:
+        """Read the gates of those memories that have one."""
+        self.gates = [
+            Gate(read_gate(memory.gate_file), self.batch.columns_TA.device) if memory.gate else None
+            for memory in self.settings.memories
+        ]
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Route one stream of tensors to the models and return the names that were loaded."""
         loaded = set()
@@ -248,11 +256,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             with context():
                 loaded |= {f"{part}.{name}" for name in getattr(self, part).load_weights(names)}
         self.loaded |= loaded  # later calls may update the base alone
-        # Here, because what is on a device may have been dropped since the last time.
-        self.gates = [
-            Gate(read_gate(memory.gate_file), self.batch.columns_TA.device) if memory.gate else None
-            for memory in self.settings.memories
-        ]
+        self.load_gates()  # again: what is on a device may have been dropped since
         for number in range(len(self.memories)):
             if not any(name.startswith(f"memory{number}.") for name in self.loaded):
                 raise ValueError(

@@ -89,6 +89,14 @@ def test_drafting_changes_no_gated_answer(engine, models):
     assert answers[0] == answers[1]
 
 
+def test_weights_that_are_not_loaded(engine, models):
+    """--load-format dummy, as for timing shapes, loads no weights; gates are there all the same."""
+    for settings in (block(models), {"model": models["plain"], "alpha": 0.5}):
+        with engine(models["base"], settings, load_format="dummy") as llm:
+            _, [output, *_] = generate_plain(llm)
+        assert len(output.outputs[0].token_ids) > 0
+
+
 def test_a_gate_that_is_switched_off(engine, models):
     settings = {"model": models["law"], "alpha": 0.3, "gate": False}
     with engine(models["base"], settings) as llm:
@@ -124,6 +132,11 @@ def start(models):
     [
         (lambda path: path.write_bytes(path.read_bytes()[:300]), "cannot be read"),
         (lambda path: path.write_bytes(b""), "cannot be read"),
+        (lambda path: np.save(path.open("wb"), np.zeros(3)), "cannot be read"),
+        (
+            lambda path: write_gate(path.parent, random_gate(96, 0) | {"b2": np.array("much")}),
+            "cannot be read",
+        ),
         (lambda path: np.savez(path, format_version=np.array(9)), "gate format version 9"),
         (lambda path: np.savez(path, w1=np.zeros((2, 2))), "gate format version None"),
         (lambda path: write_gate(path.parent, random_gate(64, 0)), "for a memory of width 64"),

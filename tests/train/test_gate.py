@@ -10,9 +10,13 @@ from tiny import tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.gate import FILE, Gate, gate_path, read_gate
+from vllm_memdec.train import gate as gates
+from vllm_memdec.train.corpus import load_tokenizer
+from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import perplexity
 from vllm_memdec.train.explain import explain
 from vllm_memdec.train.gate import CLASSES, Scored, fit_gate, mix_gated, token_class, weights
+from vllm_memdec.train.progress import Progress
 
 WIDTH = 24
 PROMPT = "You may reproduce and distribute copies of the Work, bagi duto mela"
@@ -106,6 +110,20 @@ def test_served_as_trained(calibrated):
     )
     wanted = 0.999 * (x_NH @ torch.from_numpy(arrays["w2"]).float() + float(arrays["b2"])).sigmoid()
     assert torch.allclose(Gate(arrays)(h_ND), wanted, atol=1e-6)
+
+
+def test_of_several_texts_all_are_read(pipeline, tmp_path, english, jsonl, monkeypatch):
+    """Where there is more than is read, the first text is not all of it."""
+    texts = [jsonl(tmp_path / "a.jsonl", english(60)), tmp_path / "b.txt"]
+    texts[1].write_text(tiny_text(3, 3000))
+    monkeypatch.setattr(gates, "MOST_TOKENS", 640)
+    model, tokenizer = load_model(pipeline.base, "float32"), load_tokenizer(pipeline.base)
+    monkeypatch.setattr(gates, "read_blocks", lambda *args: args[3])  # the tokens
+    blocks = gates.score(model, model, tokenizer, texts, "general", Progress())
+    read = [tokenizer.decode(block) for block in blocks]
+    assert sum(map(len, blocks)) < 1000
+    assert any("License" in text or "Work" in text for text in read[: len(read) // 2])
+    assert any(word in read[-1] for word in texts[1].read_text().split())
 
 
 def test_bad_input(pipeline, tmp_path, memdec_here):
