@@ -59,7 +59,8 @@ def licences() -> list[str]:
         for name in sorted(n for n in archive.namelist() if n.endswith(".LICENSE")):
             if not name.startswith("licensedcode/data/licenses/"):
                 continue
-            _, head, text = archive.read(name).decode().split("---\n", 2)
+            # Some have no text: they stand for what cannot be told.
+            _, head, text = (archive.read(name).decode() + "\n").split("---\n", 2)
             if not re.search(r"^language: (?!en$)", head, re.MULTILINE) and text.strip():
                 found.append(text.strip())
     return found

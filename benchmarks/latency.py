@@ -6,7 +6,9 @@ Every system runs on vLLM, in bfloat16, with its best settings known: kNN-LM sea
 full datastore for all rows of a batch at once; RAG has the prefix cache, and looks up its passages
 (BM25, or all-MiniLM and faiss) once or, as the paper does, every four tokens. Prompts are text of
 the demo's domain that no system has seen; each is used once. Three regimes: decoding one request,
-decoding a batch, and scoring (the log-probability of every token of a prompt).
+decoding a batch, and scoring (the log-probability of every token of a prompt). Decoding is asked
+for where base + memory does not come to an end before the last token: past its end a greedy answer
+goes in circles, and drafts of circles say nothing.
 
 The clock is read after every step of the engine: time to first token, and from there to the last,
 time per output token, means over the requests of a batch; whole answers count both. Ratios are
@@ -20,6 +22,7 @@ time only, no text, and no drafts, for what random models agree on says nothing.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -27,8 +30,9 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +53,7 @@ ENVIRONMENT = {
 }
 LONGEST = 2048  # tokens of a context, passages included
 PASSAGE = 128  # tokens
+CANDIDATES = 32  # prompts asked at once whether their answers last
 # Sizes of Qwen2.5, as its configurations have them.
 SHAPES = {
     "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
@@ -241,13 +246,45 @@ class Asker:
         spent = max(self.engine.last)
         return {"first": spent, "token": spent / (regime.prompt * regime.batch), "whole": spent}
 
+    def lasting(self, tokens: int, prompts: list[list[int]]) -> list[bool]:
+        """Return which prompts have a greedy answer of so many tokens."""
+        return lasting(self.engine.llm, tokens, prompts)
+
+
+def lasting(llm: Any, tokens: int, prompts: list[list[int]]) -> list[bool]:
+    """Return which prompts have a greedy answer of so many tokens; the engine forgets them."""
+    from vllm import SamplingParams
+
+    if not tokens:
+        return [True] * len(prompts)
+    params = SamplingParams(max_tokens=tokens, temperature=0, detokenize=False)
+    inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, params, use_tqdm=False)
+    llm.reset_prefix_cache()
+    return [output.outputs[0].finish_reason == "length" for output in outputs]
+
+
+def lasting_prompts(
+    ids: list[int], length: int, count: int, ask: Callable[[list[list[int]]], list[bool]]
+) -> Iterator[list[int]]:
+    """Yield so many prompts, cut at random from a text, that `ask` finds to last."""
+    rng = random.Random(0)
+    while count > 0:
+        starts = [rng.randrange(len(ids) - length) for _ in range(CANDIDATES)]
+        prompts = [ids[start : start + length] for start in starts]
+        found = [prompt for prompt, lasts in zip(prompts, ask(prompts), strict=True) if lasts]
+        assert found, "no answer lasts so many tokens"
+        yield from found[:count]
+        count -= len(found)
+
 
 def serve_rounds(connection: Any, systems: Systems, engine: str) -> None:
-    """Answer each (system, regime, prompts) with what it took."""
+    """Answer each (method of Asker, arguments)."""
     asker = Asker(systems, engine)
     connection.send("ready")
     while (asked := connection.recv()) is not None:
-        connection.send(asker.measure(*asked))
+        method, arguments = asked
+        connection.send(getattr(asker, method)(*arguments))
 
 
 def make_shape(name: str) -> Path:
@@ -301,17 +338,27 @@ def run(
         workers |= dict.fromkeys(names, ours)
         tell(f"started: {', '.join(names)}")
     found = defaultdict(list)
+
+    def ask(system: str, method: str, *arguments: Any) -> Any:
+        workers[system].send((method, arguments))
+        return workers[system].recv()
+
+    # The same for every system, and never the same twice: a cached prefix costs nothing.
+    pools = {}
+    for regime in chosen:
+        # Random weights have no end to come to.
+        longest = regime.answer if systems.memory is None else 0
+        lasts = functools.partial(ask, "base + memory", "lasting", longest)
+        count = (rounds + 1) * regime.batch
+        pools[regime.name] = iter([*lasting_prompts(ids, regime.prompt, count, lasts)])
+    tell("prompts: drawn")
     for turn in range(rounds + 1):
         for regime in chosen:
-            rng = random.Random(f"{turn} {regime.name}")
-            # The same for every system, and never the same twice: a cached prefix costs nothing.
-            starts = [rng.randrange(len(ids) - regime.prompt) for _ in range(regime.batch)]
-            prompts = [ids[start : start + regime.prompt] for start in starts]
+            prompts = [*islice(pools[regime.name], regime.batch)]
             for system in order[:: 1 if turn % 2 else -1]:
                 if not regime.answer and system.endswith("every 4 tokens"):
                     continue  # a prompt is read at once
-                workers[system].send((system, regime, prompts))
-                figures = workers[system].recv()
+                figures = ask(system, "measure", system, regime, prompts)
                 if turn:
                     found[regime.name, system].append(figures)
         tell(f"round {turn} of {rounds}" if turn else "warmed up")
@@ -395,7 +442,7 @@ def main() -> None:
     parser.add_argument("--base", default="build/SmolLM2-135M-Instruct")
     parser.add_argument("--build", default="build/demo", help="output folder of the demo")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--tokens", type=int, default=32, help="of each answer")
+    parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--passages", type=int, default=2, help="of 128 tokens, before a prompt")
     parser.add_argument("--drafts", type=int, default=3, help="tokens that the memory drafts")
     parser.add_argument("--rounds", type=int, default=7)

@@ -8,12 +8,16 @@ demo's domain, or Wikipedia; each is used once.
 
 At temperature 1 a draft is accepted with probability beta = alpha + (1 - alpha) * o, where o is the
 overlap, the sum over the vocabulary of the smaller of both models' probabilities, here measured
-with Hugging Face models on the very answers. With c the time of a pass of the memory and m(n) that
-of base and memory over n tokens, both relative to the base's step and taken from engines that do
-not draft, k drafts should cost (k * c + m(k + 1)) / ((1 - beta^(k+1)) / (1 - beta)) a token.
+with Hugging Face models on the very answers. With c the time of a draft, as the drafter takes it,
+and m(n) that of base and memory over n tokens, taken from an engine that does not draft, both
+relative to the base's step, k drafts should cost (k * c + m(k + 1)) / ((1 - beta^(k+1)) / (1 -
+beta)) a token.
 
 At temperature 0 there is no such bound; there the table has the time a token alone, in and out of
-the domain. Writes results/speculation.csv; the last line is JSON.
+the domain, of answers that base + memory does not end before their last token: past its end a
+greedy answer goes in circles, and drafts of circles say nothing.
+
+Writes results/speculation.csv; the last line is JSON.
 """
 
 import argparse
@@ -22,15 +26,25 @@ import multiprocessing
 import os
 import random
 import statistics
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import data
 import torch
 from common import RESULTS, append_csv, provenance, spread
-from latency import ENVIRONMENT, LONGEST, Stopwatch, check_build, held_out
+from latency import (
+    ENVIRONMENT,
+    LONGEST,
+    Stopwatch,
+    check_build,
+    held_out,
+    lasting,
+    lasting_prompts,
+)
 
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.head import head
@@ -38,7 +52,7 @@ from vllm_memdec.train.head import head
 ALPHAS = (0.4, 0.6, 0.8)
 LENGTHS = (1, 3, 5)
 BASE, PLAIN, AUTO = "base", "base + memory", "auto drafts"
-PROMPT, ANSWER = 64, 48  # tokens
+PROMPT, SAMPLED, GREEDY = 64, 48, 16  # tokens of a prompt, and of answers at temperature 1 and 0
 BATCHES = (1, 8)
 
 
@@ -56,6 +70,11 @@ class Question:
     batch: int
     alpha: float | None = None  # None: the memory's own
 
+    @property
+    def answer(self) -> int:
+        """Tokens of an answer."""
+        return SAMPLED if self.temperature else GREEDY
+
 
 def questions() -> list[Question]:
     """Return those whose acceptance is predicted, those that time batches, and greedy ones."""
@@ -72,8 +91,27 @@ def asked(engine: str, question: Question) -> bool:
     return not question.temperature or engine != AUTO
 
 
+def time_drafts(worker: Any) -> dict[str, float]:
+    """Count the drafts of an engine of this process, and their seconds, from now on."""
+    drafter, found = worker.model_runner.drafter, {"drafts": 0, "seconds": 0.0}
+    original = drafter.draft
+
+    def draft(K: int, *args: Any) -> Any:
+        began = time.perf_counter()
+        tokens_BK = original(K, *args)
+        found["seconds"] += time.perf_counter() - began
+        found["drafts"] += K
+        return tokens_BK
+
+    drafter.draft = draft
+    return found
+
+
 def serve(connection: Any, base: str, memory: str, engine: str) -> None:
-    """Answer each (question, prompts) with figures, answers, and drafts and acceptances so far."""
+    """Answer each (question, prompts): seconds a token, answers, counts so far, seconds a draft.
+
+    Without a question: which of the prompts have a greedy answer of GREEDY tokens.
+    """
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {}
@@ -86,15 +124,22 @@ def serve(connection: Any, base: str, memory: str, engine: str) -> None:
         disable_log_stats=False,
     )  # fmt: skip
     watch = Stopwatch(llm)
+    timed = {"drafts": 0}
+    if engine not in (BASE, PLAIN):
+        (timed,) = llm.collective_rpc(time_drafts)
     connection.send("ready")
     while (got := connection.recv()) is not None:
         question, prompts = got
+        if question is None:
+            connection.send(lasting(llm, GREEDY, prompts))
+            continue
         alpha = {} if question.alpha is None or engine == BASE else {"memdec_alpha": question.alpha}
         params = SamplingParams(
-            max_tokens=ANSWER, temperature=question.temperature, ignore_eos=True,
+            max_tokens=question.answer, temperature=question.temperature, ignore_eos=True,
             detokenize=False, extra_args=alpha,
         )  # fmt: skip
         watch.start(len(prompts))
+        before = dict(timed)
         outputs = watch.generate([{"prompt_token_ids": p} for p in prompts], params)
         metrics = {metric.name: metric for metric in llm.get_metrics()}
         drafts, accepted = 0, []
@@ -102,7 +147,12 @@ def serve(connection: Any, base: str, memory: str, engine: str) -> None:
             drafts = metrics["vllm:spec_decode_num_drafts"].value
             accepted = metrics["vllm:spec_decode_num_accepted_tokens_per_pos"].values
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        connection.send((watch.figures(ANSWER)["token"], answers, [drafts, *accepted]))
+        draft = 0.0
+        if more := timed["drafts"] - before["drafts"]:
+            draft = (timed["seconds"] - before["seconds"]) / more
+        connection.send(
+            (watch.figures(question.answer)["token"], answers, [drafts, *accepted], draft)
+        )
 
 
 @dataclass
@@ -112,6 +162,7 @@ class Found:
     seconds: list[float]  # a token
     counts: list[float]  # rounds of drafts, then accepted drafts by position
     texts: list[tuple[list[int], list[int]]]  # prompts and answers
+    drafts: list[float]  # seconds of one
 
 
 def run(base: str, build: str, rounds: int, tell: Callable[[str], None]) -> dict:
@@ -132,24 +183,35 @@ def run(base: str, build: str, rounds: int, tell: Callable[[str], None]) -> dict
         assert ours.recv() == "ready"
         workers[engine] = ours
         tell(f"started: {engine}")
-    found: dict[tuple[Question, str], Found] = defaultdict(lambda: Found([], [], []))
+    found: dict[tuple[Question, str], Found] = defaultdict(lambda: Found([], [], [], []))
     counted: dict[str, list[float]] = {engine: [] for engine in workers}
+
+    def lasts(prompts: list[list[int]]) -> list[bool]:
+        workers[PLAIN].send((None, prompts))
+        return workers[PLAIN].recv()
+
+    count = (rounds + 1) * sum(BATCHES)
+    greedy = {text: iter([*lasting_prompts(ids, PROMPT, count, lasts)])
+              for text, ids in pages.items()}  # fmt: skip
+    tell("prompts: drawn")
     for turn in range(rounds + 1):
         for question in questions():
-            rng = random.Random(f"{turn} {question}")
-            ids = pages[question.text]
+            rng, ids = random.Random(f"{turn} {question}"), pages[question.text]
             starts = [rng.randrange(len(ids) - PROMPT) for _ in range(question.batch)]
             prompts = [ids[start : start + PROMPT] for start in starts]
+            if not question.temperature:
+                prompts = [*islice(greedy[question.text], question.batch)]
             for engine in list(workers)[:: 1 if turn % 2 else -1]:
                 if not asked(engine, question):
                     continue
                 workers[engine].send((question, prompts))
-                seconds, answers, counts = workers[engine].recv()
+                seconds, answers, counts, draft = workers[engine].recv()
                 before = counted[engine] or [0.0] * len(counts)
                 counted[engine] = counts
                 if turn:
                     mine = found[question, engine]
                     mine.seconds.append(seconds)
+                    mine.drafts.append(draft)
                     new = [now - old for now, old in zip(counts, before, strict=True)]
                     sums = mine.counts or [0.0] * len(new)
                     mine.counts = [a + b for a, b in zip(sums, new, strict=True)]
@@ -195,7 +257,7 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
     for question in questions():
         if question.temperature and question.batch > 1:
             continue
-        beta = c = ""
+        beta = ""
         if question.temperature:
             texts = [
                 pair
@@ -204,7 +266,6 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
             ]
             o = overlap(base, memory, texts)
             beta = question.alpha + (1 - question.alpha) * o
-            c = ratio(question, PLAIN, BASE)[""] - 1
         for engine in (PLAIN, *map(drafting, LENGTHS), AUTO):
             if not asked(engine, question):
                 continue
@@ -215,6 +276,7 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
                 "text": question.text,
                 "temperature": question.temperature,
                 "batch": question.batch,
+                "answer_tokens": question.answer,
                 "alpha": "default" if question.alpha is None else question.alpha,
                 "system": engine,
             }
@@ -224,7 +286,7 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
             row["to_mixture"] = ratio(question, engine, PLAIN)[""]
             row["accepted_by_position"] = " ".join(f"{share:.3f}" for share in by_position)
             row["tokens_a_step"] = 1 + sum(by_position)
-            row |= {"acceptance": "", "bound": beta, "c": c, "m": "", "v": "", "predicted": ""}
+            row |= {"acceptance": "", "bound": beta, "c": "", "m": "", "v": "", "predicted": ""}
             if drafts and by_position:
                 # Of all drafts that were looked at: those accepted, and the first refused ones.
                 reached = [1.0, *by_position][: len(by_position)]
@@ -237,7 +299,9 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
                 step = statistics.median(times(one, BASE))
                 row["v"] = statistics.median(times(wide, BASE)) / step
                 row["m"] = statistics.median(times(wide, PLAIN)) / step
-                row["predicted"] = (k * c + row["m"]) / geometric(beta, k)
+                pairs = zip(mine.drafts, times(question, BASE), strict=True)
+                row["c"] = statistics.median(draft / base for draft, base in pairs)
+                row["predicted"] = (k * row["c"] + row["m"]) / geometric(beta, k)
             rows.append({n: round(v, 4) if isinstance(v, float) else v for n, v in row.items()})
     return rows
 
@@ -273,7 +337,7 @@ def main() -> None:
     rows = table(found, arguments.base, f"{arguments.build}/export")
     show(rows)
     common = {"dtype": "bfloat16", "rounds": arguments.rounds}
-    common |= {"prompt_tokens": PROMPT, "answer_tokens": ANSWER}
+    common |= {"prompt_tokens": PROMPT}
     append_csv(RESULTS / "speculation.csv", [origin | common | row for row in rows])
     print(json.dumps({"benchmark": "speculation", "results": rows}))
 

@@ -36,7 +36,8 @@ from typing import Any
 import torch
 
 from vllm_memdec import config, state
-from vllm_memdec.drafting import DraftLength
+from vllm_memdec.drafting import Draft, DraftLength
+from vllm_memdec.state import MOST_SAID
 
 # Fields of vLLM's CommonAttentionMetadata: of requests or tokens, and those that stay or
 # belong to what is refused at start (context parallelism, fast prefill, encoders, images, Mamba).
@@ -292,11 +293,25 @@ def _v1_inputs(original: Callable) -> Callable:
             chosen = [resolve(self.requests[r].sampling_params.extra_args) for r in requests]
             memory_B, alpha_B = zip(*chosen, strict=True)
             starts = torch.from_numpy(self.query_start_loc.np[: len(requests) + 1])
-            batch.write(torch.tensor(memory_B), torch.tensor(alpha_B), starts.diff())
+            lengths_B = starts.diff()
+            said = None if batch.draft is None else _said(self.input_batch, batch.draft, lengths_B)
+            batch.write(torch.tensor(memory_B), torch.tensor(alpha_B), lengths_B, said)
+            states = [self.requests[name] for name in requests]
             batch.requests = requests
+            batch.left = [s.sampling_params.max_tokens - len(s.output_token_ids) for s in states]
         return result
 
     return _prepare_inputs
+
+
+def _said(input_batch: Any, draft: Draft, lengths_B: torch.Tensor) -> list[range]:
+    """Return for each request of a batch the draft's rows of its first tokens."""
+    found = []
+    for number, length in enumerate(lengths_B.tolist()):
+        start = int(input_batch.num_computed_tokens_cpu[number])
+        tokens = input_batch.token_ids_cpu[number, start : start + length].tolist()
+        found.append(draft.said(input_batch.req_ids[number], start, tokens))
+    return found
 
 
 def _v1_dummy_run(original: Callable) -> Callable:
@@ -567,38 +582,47 @@ def _memory_proposer_cls() -> type:
                 )
             batch = self.model.composite.batch
             names, has_memory = batch.requests, (batch.memory_B != state.NOBODY).tolist()
-            wanting = [name for name, has in zip(names, has_memory, strict=True) if has]
-            K = num_speculative_tokens
+            accepted = self.accepted(names, common_attn_metadata, num_rejected_tokens_gpu)
+            # This step gave one token more than it accepted, the next will do so too.
+            most = [
+                max(0, left - accepted - 2) if has else 0
+                for left, accepted, has in zip(batch.left, accepted, has_memory, strict=True)
+            ]
+            wanting = [name for name, limit in zip(names, most, strict=True) if limit]
+            K = min(num_speculative_tokens, max(most, default=0))
             if self.length is not None:
-                self.learn(names, common_attn_metadata, num_rejected_tokens_gpu, began)
-                K = min(K, self.length.choose(wanting, len(names) - len(wanting))) if wanting else 0
+                self.learn(names, common_attn_metadata, accepted, began)
+                K = min(K, self.length.choose(wanting, len(names) - len(wanting))) if K else 0
             lists: list[list[int]] = [[] for _ in names]
-            if wanting and K:
+            batch.draft = None
+            if K:
                 began = time.perf_counter()
                 drafts_BK = self.draft(K, *newest, common_attn_metadata, sampling_metadata)
-                lists = [
-                    row if has else []
-                    for row, has in zip(drafts_BK.tolist(), has_memory, strict=True)
-                ]
+                lists = [row[:n] for row, n in zip(drafts_BK.tolist(), most, strict=True)]
                 if self.length is not None:
                     self.length.passes.add(len(wanting), (time.perf_counter() - began) / K)
             self.drafted = {name: len(row) for name, row in zip(names, lists, strict=True)}
             self.ended = time.perf_counter()
             return lists
 
-        def learn(
-            self, names: list[str], common: Any, rejected_B: torch.Tensor | None, now: float
-        ) -> None:
-            """Take note of the step that has just verified the last drafts."""
+        def accepted(
+            self, names: list[str], common: Any, rejected_B: torch.Tensor | None
+        ) -> list[int]:
+            """Return how many of its last drafts the step that has just ended kept for each."""
             lengths = common.query_start_loc_cpu.diff().tolist()
             rejected = [0] * len(names) if rejected_B is None else rejected_B.tolist()
+            return [
+                length - 1 - refused if self.drafted.get(name) == length - 1 else 0
+                for name, length, refused in zip(names, lengths, rejected, strict=True)
+            ]
+
+        def learn(self, names: list[str], common: Any, accepted: list[int], now: float) -> None:
+            """Take note of the step that has just verified the last drafts."""
+            lengths = common.query_start_loc_cpu.diff().tolist()
             self.length.keep(names)
-            wanted = [self.drafted.get(name, -1) + 1 for name in names]
-            for name, length, planned, refused in zip(
-                names, lengths, wanted, rejected, strict=True
-            ):
-                if planned == length > 1:
-                    self.length.observe(name, length - 1, length - 1 - refused)
+            for name, length, kept in zip(names, lengths, accepted, strict=True):
+                if self.drafted.get(name) == length - 1 > 0:
+                    self.length.observe(name, length - 1, kept)
             # The time since then is this step's if there was no pause before it; of one that
             # mostly reads prompts there is nothing to be learned.
             went_on = any(name in self.drafted for name in names)
@@ -629,9 +653,11 @@ def _memory_proposer_cls() -> type:
                 _num_computed_tokens_cache=None,
                 _token_to_req_indices_cache=None,
             )
-            self.model.composite.batch.write_drafting()
+            batch = self.model.composite.batch
+            batch.write_drafting()
+            self.model.heard.clear()
             mode, size, across = self._determine_batch_execution_and_padding(B)
-            drafts, probabilities = [newest_B], []
+            drafts, probabilities, hidden, first = [newest_B], [], [], None
             for number in range(K):
                 positions_B = self._update_positions_dependent_metadata(
                     positions_B, common, B, size, self.block_size
@@ -639,6 +665,7 @@ def _memory_proposer_cls() -> type:
                 _, attention = self.build_per_group_and_layer_attn_metadata(
                     common, draft_index=number
                 )
+                first = first or positions_B.tolist()  # a list: vLLM writes into the tensor
                 self.input_ids[:B] = drafts[-1].int()
                 with set_forward_context(
                     attention,
@@ -652,11 +679,54 @@ def _memory_proposer_cls() -> type:
                 tokens_B, p_BV = self._sample_draft_tokens(h_BD[:B], sampling_metadata)
                 drafts.append(tokens_B)
                 probabilities.append(p_BV)
+                hidden.append(h_BD[:B])
             if probabilities and probabilities[0] is not None:
                 self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
-            return torch.stack(drafts, dim=1)[:, 1:]
+            drafts_BK = torch.stack(drafts, dim=1)
+            # Elsewhere the next step is planned before it is known what it will verify.
+            if self.ragged and drafts_BK.is_cpu and len(self.model.heard) == K <= MOST_SAID // B:
+                hidden_RD = torch.stack(hidden, dim=1).flatten(0, 1)
+                batch.draft = Draft(
+                    {name: number for number, name in enumerate(batch.requests)},
+                    first,
+                    drafts_BK.tolist(),
+                    hidden_RD[:, : -batch.columns_TA.shape[1]],
+                    torch.stack(self.model.heard, dim=1).flatten(0, 1),
+                )
+            return drafts_BK[:, 1:]
+
+        def _sample_from_logits(
+            self, logits_BV: torch.Tensor, sampling_metadata: Any
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            """Return drafts [B] and their distributions [B, V], as vLLM does.
+
+            On a CPU from one random number a row: vLLM's noise for each token of the vocabulary
+            takes a sixth of a small memory's pass.
+            """
+            if sampling_metadata.all_greedy or not logits_BV.is_cpu:
+                return super()._sample_from_logits(logits_BV, sampling_metadata)
+            return sample_rows(logits_BV, sampling_metadata.temperature)
 
     return MemoryProposer
+
+
+def sample_rows(
+    logits_BV: torch.Tensor, temperature_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a token [B] drawn from each row at its temperature, and the distributions [B, V].
+
+    Where the temperature is 0 it is the likeliest token, and the distribution that of 1.
+    """
+    greedy_B = temperature_B < 1e-5  # as vLLM's sampler tells them
+    p_BV = (logits_BV / temperature_B.masked_fill(greedy_B, 1)[:, None]).softmax(
+        -1, dtype=torch.float32
+    )
+    upto_BV = p_BV.cumsum(-1, dtype=torch.float64)
+    chosen_B1 = torch.rand(len(p_BV), 1, dtype=torch.float64) * upto_BV[:, -1:]
+    # The first token past it: never one of probability 0.
+    tokens_B = torch.searchsorted(upto_BV, chosen_B1, right=True)[:, 0]
+    tokens_B = tokens_B.clamp(max=p_BV.shape[1] - 1)
+    return torch.where(greedy_B, p_BV.argmax(-1), tokens_B), p_BV
 
 
 def _speculating_memory(original: Callable) -> Callable:

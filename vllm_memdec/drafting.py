@@ -1,18 +1,49 @@
-"""How many tokens a memory should draft: as many as give the most tokens a second, by measurement.
+"""What a memory has drafted, and how many tokens it should draft.
 
-A step verifies n tokens in step(n) seconds, a pass of the memories over B requests takes pass(B);
-a request whose drafts are accepted with probability beta gets (1 - beta^(k+1)) / (1 - beta) tokens
-of k drafts. All three are learnt while serving, so the length follows the machine, the batch size,
-the text and the weights that requests ask for.
+A memory that drafts reads all tokens that will be verified but the last: a Draft keeps what it said
+of them.
+
+The length is what gives the most tokens a second, by measurement. A step verifies n tokens in
+step(n) seconds, a pass of the memories over B requests takes pass(B); a request whose drafts are
+accepted with probability beta gets (1 - beta^(k+1)) / (1 - beta) tokens of k drafts. All three are
+learnt while serving, so the length follows the machine, the batch size, the text and the weights
+that requests ask for.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 
 MOST = 6  # drafts a step
 WARM_UP = 2 * MOST  # steps in which every length is tried
 EXPLORED = 16  # one step in so many tries the next length, or what is known would grow old
 MEMORY = 0.98  # share of an observation that counts after one more
 PRIOR = 2.0  # drafts that stand for a new request: the average of the others
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What one memory said in its last K passes over B requests; R = B * K rows, by request."""
+
+    requests: dict[str, int]  # their places among the B
+    positions: list[int]  # of the first token of each
+    tokens: list[list[int]]  # [B, K + 1]: those it read, and the last draft
+    hidden_RD: torch.Tensor
+    logits_RW: torch.Tensor
+
+    def said(self, request: str, position: int, tokens: Sequence[int]) -> range:
+        """Return the rows of the first tokens of what is to be verified: all but the last, or none.
+
+        position: that of the first of the tokens.
+        """
+        number = self.requests.get(request)
+        if number is None or position != self.positions[number]:
+            return range(0)
+        if list(tokens) != self.tokens[number][: len(tokens)]:
+            return range(0)
+        first = number * (len(self.tokens[number]) - 1)
+        return range(first, first + len(tokens) - 1)
 
 
 class Line:

@@ -35,7 +35,7 @@ from vllm_memdec.config import AUTO, SPECULATION, MemDecConfig, MemoryConfig, me
 from vllm_memdec.gate import Gate, read_gate
 from vllm_memdec.kernels.interpolate import compile_rows, interpolate
 from vllm_memdec.plugin import ARCHITECTURE
-from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory
+from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory, decode_said
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
@@ -166,6 +166,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             memory_TD = outputs[0][2]
         else:
             memory_TD = columns_TA.new_zeros(T, width)
+            if self.batch.said is not None:
+                tokens, rows = self.batch.said
+                memory_TD[tokens] = self.batch.draft.hidden_RD[rows]
             for number, part, mine in outputs:
                 rows = memory_TD[:, : mine.shape[1]]
                 if part.tokens is not None:
@@ -234,8 +237,15 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 if not len(rows):
                     continue
             mine = memory_ND[rows, : self.memory_sizes[number]].to(self.dtypes[1 + number])
+            asked, said_N = mine, None
+            if self.batch.said is not None:  # and the batch is this memory's alone
+                said_N = decode_said(columns_NA)
+                asked = mine[said_N < 0]
             with self.tensor_parallel[number]():
-                logits = self.memories[number].compute_logits(mine.contiguous())
+                logits = self.memories[number].compute_logits(asked.contiguous())
+            if said_N is not None:
+                new_NW, logits = logits, self.batch.draft.logits_RW[said_N.clamp(min=0)]
+                logits[said_N < 0] = new_NW
             yield number, rows, mine, logits
 
     def load_gates(self) -> None:
@@ -315,6 +325,7 @@ class Drafter:
 
     def __init__(self, composite: MemDecForCausalLM):
         self.composite = composite
+        self.heard: list[torch.Tensor] = []  # logits [N, W] of a memory that had the batch alone
 
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: None = None
@@ -334,6 +345,8 @@ class Drafter:
         V = composite.vocab_sizes[0]
         out_NV = hidden_states.new_zeros(len(hidden_states), V, dtype=torch.float32)
         for _, rows, _, memory_NW in composite.memory_logits(memory_ND, columns_NA):
+            if composite.batch.shared:
+                self.heard.append(memory_NW)
             if composite.batch.shared and memory_NW.shape[1] == V:
                 return memory_NW
             shared = min(V, memory_NW.shape[1])

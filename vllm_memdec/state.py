@@ -6,13 +6,16 @@ the dtype of the model: three numbers of 8 significant bits (bfloat16) hold the 
 float32, so their sum is the float32 weight again, not a rounding of it; the memory's number is a
 small integer, exact in any of them.
 
+Where the memory that drafted has said already what it makes of a token, the row holds the place of
+that, too, and the memory does not run on the token again.
+
 A request with weight 0 or the memory "none" has no memory: nothing of it is computed. One whose
 memory has a gate travels with its cap, the most that the gate may give, as a negative weight.
 
 Shapes: B requests, T tokens, N rows, A columns.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +25,13 @@ from torch import Tensor
 
 from vllm_memdec.checkpoint import brief, check_alpha
 from vllm_memdec.config import AUTO, NONE, MemDecConfig
+from vllm_memdec.drafting import Draft
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
 NOBODY = -1  # the memory's number of such a request
-PARTS = 3  # columns of the weight; one more holds the memory's number
+PARTS = 3  # columns of the weight; one more holds the memory's number, and one what it has said
+MOST_SAID = 256  # rows: a whole number up to here is exact in bfloat16
 STEP = 256.0  # between parts: a power of two, so exact, and float16 does not underflow
 
 
@@ -120,6 +125,11 @@ def decode_memory(columns_NA: Tensor) -> Tensor:
     return columns_NA[:, PARTS]
 
 
+def decode_said(columns_NA: Tensor) -> Tensor:
+    """Return for each row [N] where its memory's draft has it; -1 if it has not."""
+    return columns_NA[:, PARTS + 1].long() - 1
+
+
 @dataclass(frozen=True)
 class Part:
     """The share of a batch that runs through one memory; None means all of it."""
@@ -145,9 +155,12 @@ class Batch:
         # A captured graph replays what ran at its capture: there every memory runs on every row.
         self.divisible = divisible
         # The head's GEMM wants rows that are a multiple of 8 elements long.
-        width = PARTS + 1 + -(hidden_size + PARTS + 1) % 8
+        width = PARTS + 2 + -(hidden_size + PARTS + 2) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
-        self.requests: list[str] = []  # their names, where the V1 runner drafts
+        # Where the V1 runner drafts: names, and how many tokens each may still get.
+        self.requests: list[str] = []
+        self.left: list[int] = []
+        self.draft: Draft | None = None  # what was said of the tokens that come next
         self.reset()
 
     def reset(self) -> None:
@@ -155,19 +168,39 @@ class Batch:
         self.parts: dict[int, Part] = dict.fromkeys(range(self.memories), Part())
         self.used: list[int] = list(range(self.memories))  # by any request
         self.shared = True  # each used memory is that of every row
+        # Tokens that the draft speaks of, and its rows.
+        self.said: tuple[Tensor, Tensor] | None = None
 
-    def write(self, memory_B: Tensor, alpha_B: Tensor, lengths_B: Tensor) -> None:
-        """Take over a batch, its requests in order; all arguments on the host."""
+    def write(
+        self,
+        memory_B: Tensor,
+        alpha_B: Tensor,
+        lengths_B: Tensor,
+        said: Sequence[range] | None = None,
+    ) -> None:
+        """Take over a batch, its requests in order; all arguments on the host.
+
+        said: the rows of `draft` that hold each request's first tokens.
+        """
         self.memory_B, self.alpha_B = memory_B, alpha_B
         self.used = memory_B[memory_B != NOBODY].unique().tolist()
         self.shared = len(memory_B.unique()) <= 1
+        self.said = None
+        said_T = torch.full([int(lengths_B.sum())], -1)
+        if self.divisible and self.shared and said and any(map(len, said)):
+            starts = (lengths_B.cumsum(0) - lengths_B).tolist()
+            for start, rows in zip(starts, said, strict=True):
+                said_T[start : start + len(rows)] = torch.arange(rows.start, rows.stop)
+            known = (said_T >= 0).nonzero().squeeze(1)
+            self.said = known, said_T[known]
         if self.divisible:
-            self.parts = {m: self._part(memory_B == m, lengths_B) for m in self.used}
+            self.parts = {m: self._part(memory_B == m, lengths_B, said_T < 0) for m in self.used}
 
         rows_BA = torch.cat(
             [encode(alpha_B, self.columns_TA.dtype), memory_B[:, None].to(self.columns_TA.dtype)], 1
         )
         rows_TA = rows_BA.repeat_interleave(lengths_B, dim=0)
+        rows_TA = torch.cat([rows_TA, (1 + said_T[:, None]).to(rows_TA.dtype)], dim=1)
         rows_TA = F.pad(rows_TA, (0, self.columns_TA.shape[1] - rows_TA.shape[1]))
         if not self.columns_TA.is_cpu:
             rows_TA = rows_TA.pin_memory()  # a copy from pageable memory would wait for the device
@@ -178,9 +211,11 @@ class Batch:
         """Take over the same requests with one token each, as memories draft."""
         self.write(self.memory_B, self.alpha_B, torch.ones_like(self.memory_B))
 
-    def _part(self, mine_B: Tensor, lengths_B: Tensor) -> Part:
-        if mine_B.all():
+    def _part(self, mine_B: Tensor, lengths_B: Tensor, new_T: Tensor) -> Part:
+        if mine_B.all() and new_T.all():
             return Part()
         requests = mine_B.nonzero().squeeze(1)
-        tokens = mine_B.repeat_interleave(lengths_B).nonzero().squeeze(1)
-        return Part(requests, lengths_B[requests], tokens.to(self.columns_TA.device))
+        request_T = torch.arange(len(mine_B)).repeat_interleave(lengths_B)
+        tokens = (mine_B[request_T] & new_T).nonzero().squeeze(1)
+        lengths = request_T[tokens].bincount(minlength=len(mine_B))[requests]
+        return Part(requests, lengths, tokens.to(self.columns_TA.device))

@@ -5,8 +5,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from vllm_memdec.drafting import EXPLORED, WARM_UP, DraftLength
+from vllm_memdec.drafting import EXPLORED, WARM_UP, Draft, DraftLength
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -106,7 +107,8 @@ def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
         for engine in (speculation.BASE, PLAIN, *map(drafting, (1, 3, 5)), speculation.AUTO):
             wide = steps.get(question.batch, 20.0)
             seconds = {speculation.BASE: wide, PLAIN: wide + 3}.get(engine, 8.0)
-            found[question, engine] = Found([seconds] * 3, [100.0, 80.0, 56.0, 42.0], [])
+            counts = [100.0, 80.0, 56.0, 42.0]
+            found[question, engine] = Found([seconds] * 3, counts, [], [3.0] * 3)
     rows = speculation.table(found, "base", "memory")
     [row] = [r for r in rows if (r["alpha"], r["system"]) == (0.6, drafting(3))]
     beta = 0.6 + 0.4 * 0.5
@@ -122,6 +124,18 @@ def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
     greedy = [r for r in rows if r["temperature"] == 0]
     assert len(greedy) == 4 * 5 and all(r["predicted"] == "" for r in greedy)
     assert Question("general", 0.0, 8) in speculation.questions()
+
+
+def test_a_draft_knows_what_it_spoke_of():
+    """All tokens but the last, if they are those that it read, at their place."""
+    rows = torch.zeros(6, 1)
+    draft = Draft({"a": 0, "b": 1}, [7, 30], [[5, 6, 7, 8], [9, 6, 7, 8]], rows, rows)
+    assert draft.said("a", 7, [5, 6, 7, 8]) == range(3) and draft.said("b", 30, [9, 6]) == range(
+        3, 4
+    )
+    assert not draft.said("a", 7, [5])  # the last runs in any case
+    assert not draft.said("a", 8, [6, 7]) and not draft.said("c", 7, [5, 6])
+    assert not draft.said("a", 7, [5, 6, 8]) and not draft.said("a", 7, [5, 6, 7, 8, 9])
 
 
 def test_nothing_known_yet_is_no_reason_to_stop():

@@ -13,6 +13,7 @@ from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from vllm_memdec import state
 from vllm_memdec.drafting import WARM_UP
 
 LENGTH = 12
@@ -48,6 +49,7 @@ class Plain:
     """What the same server does without drafting."""
 
     answers: list
+    alike: list  # answers if all ask the same memory
     long: list  # answers of the base to PROMPT and its beginning
     nobody: list  # answers to requests without a memory
     blocks: int  # of the KV cache
@@ -63,6 +65,7 @@ def plain(engine, models, requests):
     with engine(models["base"], memdec_block(models)) as llm:
         return Plain(
             answers(llm, *requests),
+            answers(llm, requests[0], [PLAIN] * 200),
             answers(llm, [PROMPT, PROMPT[:2]], NOBODY, max_tokens=41),
             answers(llm, requests[0][:2], NOBODY),
             runner(llm).kv_cache_config.num_blocks,
@@ -86,6 +89,48 @@ def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
         if options:
             found = {metric.name: metric for metric in llm.get_metrics()}
             assert found["vllm:num_preemptions"].value > 0
+
+
+def test_what_a_draft_said_is_not_computed_again(engine, models, requests, plain, monkeypatch):
+    """Where one memory has the batch it runs on the last of a request's tokens only."""
+    counts = {"tokens": 0, "run": 0, "heads": 0}
+
+    def counted(self, *args):
+        original(self, *args)
+        if args[3:] and self.said is not None:
+            [part] = self.parts.values()
+            counts["tokens"] += int(args[2].sum())
+            counts["run"] += len(part.tokens)
+            assert len(self.said[0]) + len(part.tokens) == args[2].sum()
+
+    original = state.Batch.write
+    monkeypatch.setattr(state.Batch, "write", counted)
+    block = memdec_block(models) | {"speculative_tokens": 3}
+    with engine(models["base"], block, **TIGHT, disable_log_stats=False) as llm:
+        head = runner(llm).model.memories[0].compute_logits
+
+        def counted_head(rows):
+            counts["heads"] += len(rows)
+            return head(rows)
+
+        monkeypatch.setattr(runner(llm).model.memories[0], "compute_logits", counted_head)
+        assert answers(llm, requests[0], [PLAIN] * 200) == plain.alike
+        found = {metric.name: metric for metric in llm.get_metrics()}
+        assert found["vllm:num_preemptions"].value > 0
+        drafted = found["vllm:spec_decode_num_draft_tokens"].value
+    assert counts["tokens"] - counts["run"] > 0.9 * drafted
+    # Once for each draft, once for each token that was sampled without it.
+    assert counts["heads"] < 1.5 * drafted + len(requests[0]) * LENGTH
+
+
+def test_no_more_is_drafted_than_may_be_said(engine, models):
+    block = {"model": models["base"], "alpha": 0.4, "speculative_tokens": 3}
+    with engine(models["base"], block, disable_log_stats=False) as llm:
+        for tokens, wanted in ((1, 0), (2, 0), (3, 1), (4, 2), (5, 3), (6, 3), (7, 4)):
+            before = {m.name: m for m in llm.get_metrics()}["vllm:spec_decode_num_draft_tokens"]
+            answers(llm, [PROMPT], [PLAIN], max_tokens=tokens)
+            after = {m.name: m for m in llm.get_metrics()}["vllm:spec_decode_num_draft_tokens"]
+            assert after.value - before.value == wanted, tokens
 
 
 @pytest.mark.feature("speculation by the memory itself", note="both runners; not with TP yet")

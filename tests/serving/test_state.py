@@ -10,6 +10,7 @@ from vllm_memdec.state import (
     check_extra_args,
     decode,
     decode_memory,
+    decode_said,
     encode,
 )
 
@@ -61,6 +62,24 @@ def test_parts():
     assert batch.used == [] and batch.parts == {}
     batch.reset()
     assert batch.used == [0, 1, 2] and batch.shared and sorted(batch.parts) == [0, 1, 2]
+
+
+def test_what_was_said_is_left_out():
+    """A request's first tokens may be rows of a draft; the memory runs on the others."""
+    batch = Batch(2, 64, max_tokens=16, dtype=torch.bfloat16, device="cpu")
+    rows = ((1, 0.3, 3), (1, 0.4, 2), (1, 0.4, 4))
+    memory_B, alpha_B, lengths_B = (torch.tensor(x) for x in zip(*rows, strict=True))
+    batch.write(memory_B, alpha_B, lengths_B, [range(253, 255), range(0), range(3, 4)])
+    assert decode_said(batch.columns_TA)[:9].tolist() == [253, 254, -1, -1, -1, 3, -1, -1, -1]
+    assert [x.tolist() for x in batch.said] == [[0, 1, 5], [253, 254, 3]]
+    part = batch.parts[1]
+    assert part.tokens.tolist() == [2, 3, 4, 6, 7, 8] and part.lengths.tolist() == [1, 2, 3]
+    # Not with other requests beside it, nor in a captured graph, nor of what comes next.
+    other_B = torch.tensor([1, NOBODY, 1])
+    batch.write(other_B, alpha_B, lengths_B, [range(2), range(0), range(0)])
+    assert batch.said is None and batch.parts[1].tokens.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    batch.write_drafting()
+    assert batch.said is None and (decode_said(batch.columns_TA)[:3] == -1).all()
 
 
 def test_a_graph_runs_every_memory_on_every_row():
