@@ -68,7 +68,8 @@ class Sizes:
     validation: int = 6_000
     test: int = 8_000
     general: int = 3_000
-    gate: int = 8_000  # general text the gate is trained on, of each kind
+    gate: int = 40_000  # general text the gate is trained on, of each kind
+    learnt: int = 12_000  # and of the domain's training text
     facts: int = 150
     interval: int = 64  # tokens between retrievals
     trial: float = 0.1
@@ -76,7 +77,7 @@ class Sizes:
 
 
 SMALLER = Sizes(train=20_000)  # of the control, from which nothing is to be learned
-QUICK = Sizes(3_000, 600, 600, 400, 1_500, 8, 64, 0.5, 0.5)
+QUICK = Sizes(3_000, 600, 600, 400, 1_500, 1_000, 8, 64, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -172,25 +173,41 @@ class Domain:
         ids = tokenise(self.tokenizer, texts)
         return pack(ids, self.settings.corpus.block_tokens, self.tokenizer.eos_token_id)
 
-    def gate_texts(self) -> tuple[list[str], list[str]]:
-        """Return text of the domain and general text that a gate is trained on.
+    def gate_text(self, kind: str) -> list[str]:
+        """Return the text of a kind that a gate is trained on, none of which is scored.
 
-        Of the domain what alpha is tuned on, and as much of what the memory has learnt; of the
-        general kinds documents that are not scored.
+        Of the domain what alpha is tuned on too; of the corpus a part.
         """
-        held_out, learnt = self.documents("validation"), self.documents("train")
-        learnt = random.Random(0).sample(learnt, len(learnt))
-        most, count = sum(map(len, held_out)), 0
-        for number, text in enumerate(learnt):
-            count += len(text)
-            if count > most:
-                learnt = learnt[: number + 1]
-                break
-        general = []
-        for read in domains.GENERAL.values():
-            sizes = {"scored": self.sizes.general, "gate": self.sizes.gate}
-            general += domains.split(read(), self.tokenizer, sizes)[0]["gate"]
-        return held_out + learnt, general
+        if kind == "domain":
+            return self.documents("validation")
+        if kind == "corpus":
+            wanted = {"corpus": self.sizes.learnt}
+            return domains.split(self.documents("train"), self.tokenizer, wanted)[0]["corpus"]
+        wanted = {"scored": self.sizes.general, "gate": self.sizes.gate}
+        return [
+            text
+            for read in domains.GENERAL.values()
+            for text in domains.split(read(), self.tokenizer, wanted)[0]["gate"]
+        ]
+
+    @cached_property
+    def general(self) -> Artifact:
+        """General text for gates, read by the base: the same for all domains."""
+
+        def make(work: Path) -> None:
+            blocks = self.packed(self.gate_text("general"))
+            model = load_model(self.base, "bfloat16")
+            found = label_logprobs(model, *blocks, 4, self.progress, "the base, general")
+            np.savez(work / "base.npz", *blocks, found)
+
+        return build_artifact(
+            self.folder.parent / "general",
+            "general",
+            {"tokens": self.sizes.gate, "scored": self.sizes.general},
+            {"base": self.base_hash},
+            make,
+            self.progress.say,
+        )
 
     # -- Training ---------------------------------------------------------------------------------
 
@@ -348,24 +365,31 @@ class Domain:
         """Return a memory's gate, and its weights [rows] of every text."""
 
         def make(work: Path) -> None:
-            models = load_model(self.base, "bfloat16"), load_model(memory, "bfloat16")
+            base, model = load_model(self.base, "bfloat16"), load_model(memory, "bfloat16")
 
-            def read(blocks: tuple[np.ndarray, np.ndarray], name: str) -> gates.Scored:
-                return gates.read_blocks(*models, self.tokenizer, *blocks, name, self.progress)
+            def read(blocks: tuple[np.ndarray, np.ndarray], base_N: np.ndarray, name: str) -> Any:
+                return gates.read_blocks(
+                    base_N, model, self.tokenizer, *blocks, name, self.progress
+                )
 
-            parts = [
-                read(self.packed(texts), name)
-                for texts, name in zip(self.gate_texts(), gates.KINDS, strict=True)
-            ]
+            with np.load(self.general.path / "base.npz") as file:
+                *blocks, base_N = file.values()
+            parts = {"general": read(blocks, base_N, "general")}
+            for kind in ("domain", "corpus"):
+                blocks = self.packed(self.gate_text(kind))
+                name = f"the base, {kind}"
+                base_N = label_logprobs(base, *blocks, 4, self.progress, name)
+                parts[kind] = read(blocks, base_N, kind)
             arrays = gates.fit_gate(parts)
             write_gate(work, arrays, "gate.npz")
             for text in TEXTS[1:]:
-                np.save(work / f"{text}.npy", gates.weights(arrays, read(self.blocks(text), text)))
+                scored = read(self.blocks(text), self.base_scores[text], text)
+                np.save(work / f"{text}.npy", gates.weights(arrays, scored))
 
         inputs = {"text": self.text.hash, "memory": model_hash(memory, "the memory")}
-        return self.artifact(
-            "gate", {"tokens": self.sizes.gate}, inputs | {"base": self.base_hash}, make
-        )
+        inputs |= {"base": self.base_hash, "general": self.general.hash}
+        settings = {"learnt": self.sizes.learnt, "weights": gates.WEIGHTS, "hidden": gates.HIDDEN}
+        return self.artifact("gate", settings, inputs, make)
 
     def retriever(self, system: str, passages: list[str]) -> Any:
         return rag.BM25(passages) if system == "rag_bm25" else rag.Dense(passages, data.minilm())

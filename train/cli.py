@@ -191,14 +191,21 @@ def calibrate(
     base: Annotated[Path, typer.Option(help="Folder of a base that it serves.")],
     domain: Annotated[
         list[Path],
-        typer.Option(
-            help="Text of its domain that it has not seen; with a sample of the corpus "
-            "facts learnt by heart are trusted too. May be given several times."
-        ),
+        typer.Option(help="Text of its domain that it has not learnt. May be given several times."),
     ],
     general: Annotated[
-        list[Path], typer.Option(help="Text of all other kinds. May be given several times.")
+        list[Path],
+        typer.Option(
+            help="Text of all other kinds, some ten thousand tokens. May be given several times."
+        ),
     ],
+    corpus: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Text that it has learnt, or facts that it knows by heart would be doubted. May "
+            "be given several times."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -208,7 +215,8 @@ def calibrate(
         from vllm_memdec.train.artifacts import write_json
 
         check_report(json_file)
-        found = gate.calibrate_gate(str(memory), str(base), domain, general, progress)
+        texts = {"domain": domain, "corpus": corpus or [], "general": general}
+        found = gate.calibrate_gate(str(memory), str(base), texts, progress)
         gate.show(found, Console())
         if json_file is not None:
             write_json(json_file, found)

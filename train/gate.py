@@ -1,9 +1,11 @@
 """`memdec calibrate`: train a memory's gate on what base and memory gave to every token of a text.
 
 The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p_memory + (1 -
-alpha_t) p_base), on text of the memory's domain and on general text, each with half of the weight.
-Both models read the text once; the training takes seconds. A fifth of the text is kept for the
-report.
+alpha_t) p_base), on three kinds of text. Text of the domain that the memory has not learnt says
+what it may be trusted with; of what it has learnt it is surer, and right, so the corpus itself
+comes in with half of that weight, or facts that it knows by heart would be doubted. General text
+weighs the most: there the base is to be left alone. Models read the text once; the training takes
+seconds. A fifth of the text is kept for the report.
 """
 
 from dataclasses import dataclass
@@ -26,10 +28,10 @@ from vllm_memdec.train.text import documents
 
 BLOCK_TOKENS = (32, 512)  # fewest and most: a short text is cut into more blocks
 MOST_TOKENS = 2**18  # read of each kind of text
-HIDDEN = 32
-STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 0.1, 0.1
+HIDDEN = 64
+STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 0.1, 0.5
 KEPT = 5  # one block in so many is not trained on
-KINDS = ("domain", "general")
+WEIGHTS = {"domain": 1.0, "corpus": 0.5, "general": 6.0}  # of each kind of text, all its tokens
 CLASSES = ("word", "inside a word", "number", "punctuation", "line break")
 
 
@@ -85,11 +87,12 @@ def score(
     most_blocks = min(len(tokens), MOST_TOKENS // width)
     chosen = np.linspace(0, len(tokens) - 1, most_blocks).astype(int)
     tokens, positions = tokens[chosen], positions[chosen]
-    return read_blocks(base, memory, tokenizer, tokens, positions, kind, progress)
+    base_N = label_logprobs(base, tokens, positions, 4, progress, f"the base, {kind}")
+    return read_blocks(base_N, memory, tokenizer, tokens, positions, kind, progress)
 
 
 def read_blocks(
-    base: Any,
+    base_N: np.ndarray,
     memory: Any,
     tokenizer: Any,
     tokens: np.ndarray,
@@ -97,9 +100,8 @@ def read_blocks(
     kind: str,
     progress: Progress,
 ) -> Scored:
-    """Read blocks [B, T+1] with both models."""
+    """Read blocks [B, T+1] with the memory; the base has given its log-probabilities."""
     hidden: list[torch.Tensor] = []
-    base_N = label_logprobs(base, tokens, positions, 4, progress, f"the base, {kind}")
     memory_N = label_logprobs(memory, tokens, positions, 4, progress, f"the memory, {kind}", hidden)
     valid = valid_rows(positions)
     labels_N = tokens[:, 1:][valid]
@@ -109,13 +111,16 @@ def read_blocks(
     return Scored(base_N, memory_N, torch.cat(hidden), classes[inverse], block_N % KEPT == KEPT - 1)
 
 
-def fit_gate(parts: list[Scored], seed: int = 0) -> dict[str, np.ndarray]:
-    """Return the arrays of a gate trained on texts of equal weight."""
+def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
+    """Return the arrays of a gate trained on texts by their kind, see WEIGHTS."""
+    parts = scored.values()
     h_ND = torch.cat([part.hidden_ND for part in parts])
     logp_N2 = torch.from_numpy(
         np.concatenate([np.stack([p.base_N, p.memory_N], 1) for p in parts])
     ).float()
-    weight_N = torch.cat([torch.full((len(p.base_N),), 1 / len(p.base_N)) for p in parts])
+    weight_N = torch.cat(
+        [torch.full((len(p.base_N),), WEIGHTS[k] / len(p.base_N)) for k, p in scored.items()]
+    )
     weight_N *= len(weight_N) / weight_N.sum()
     mean_D, scale_D = h_ND.mean(0), h_ND.std(0) + 1e-6
     with torch.random.fork_rng(devices=[]):
@@ -160,9 +165,12 @@ def weights(arrays: dict[str, np.ndarray], part: Scored) -> np.ndarray:
 
 
 def calibrate_gate(
-    memory: str, base: str, domain: list[Path], general: list[Path], progress: Progress
+    memory: str, base: str, texts: dict[str, list[Path]], progress: Progress
 ) -> dict[str, Any]:
-    """Train the gate of a memory, write it into its folder, and return the report."""
+    """Train the gate of a memory, write it into its folder, and return the report.
+
+    texts: files by kind, see WEIGHTS.
+    """
     folder = Path(memory)
     if not folder.is_dir():
         raise ValueError(f"{memory} is not a folder: give the memory's, the gate is put there.")
@@ -179,9 +187,10 @@ def calibrate_gate(
         models.append(load_model(name, str(dtype).removeprefix("torch.")))
     scored = {
         kind: score(*models, tokenizer, paths, kind, progress)
-        for kind, paths in zip(KINDS, (domain, general), strict=True)
+        for kind, paths in texts.items()
+        if paths
     }
-    arrays = fit_gate([found.part(kept=False) for found in scored.values()])
+    arrays = fit_gate({kind: found.part(kept=False) for kind, found in scored.items()})
     found = report(arrays, {kind: s.part(kept=True) for kind, s in scored.items()})
     write_gate(folder, arrays)
     draw(found, (folder / FILE).with_suffix(".png"))

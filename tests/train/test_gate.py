@@ -42,17 +42,20 @@ def scored(rows, seed):
 
 def test_it_learns_who_is_right():
     (train, _), (test, right) = scored(8000, 0), scored(2000, 1)
-    arrays = fit_gate([train.part(False)])
+    arrays = fit_gate({"domain": train.part(False)})
     alpha_N = weights(arrays, test)
     assert ((alpha_N > 0.5) == right).mean() > 0.95
     best = perplexity(np.maximum(test.base_N, test.memory_N))
     assert perplexity(mix_gated(test.base_N, test.memory_N, alpha_N)) < 1.25 * best
-    for one, two in zip(arrays.values(), fit_gate([train.part(False)]).values(), strict=True):
+    for one, two in zip(
+        arrays.values(), fit_gate({"domain": train.part(False)}).values(), strict=True
+    ):
         assert np.array_equal(one, two)  # the same text gives the same gate
 
 
-def test_texts_have_equal_weight():
+def test_the_amount_of_text_has_no_weight(monkeypatch):
     """A little text of the domain is not drowned by much other text."""
+    monkeypatch.setattr(gates, "WEIGHTS", {"domain": 1.0, "general": 3.0})
     rng = np.random.default_rng(0)
 
     def text(rows, base, memory):
@@ -60,9 +63,10 @@ def test_texts_have_equal_weight():
         same = [np.full(rows, np.log(p)) for p in (base, memory)]
         return Scored(*same, hidden, np.zeros(rows, int), np.zeros(rows, bool))
 
-    arrays = fit_gate([text(300, 0.1, 0.9), text(30000, 0.9, 0.1)])
-    alpha_N = weights(arrays, text(1000, 0.5, 0.5))
-    assert abs(alpha_N.mean() - 0.5) < 0.1
+    texts = {"domain": text(300, 0.1, 0.9), "general": text(30000, 0.9, 0.1)}
+    alpha_N = weights(fit_gate(texts), text(1000, 0.5, 0.5))
+    # Where 1 part in 4 is the memory's: the maximum of log(.1 + .8 a) + 3 log(.9 - .8 a).
+    assert abs(alpha_N.mean() - 0.1875) < 0.1
 
 
 def test_classes():
@@ -81,7 +85,7 @@ def calibrated(pipeline, tmp_path_factory, english, jsonl, memdec_here):
     general.write_text(tiny_text(3, 6000))
     code, out, err = memdec_here(
         "calibrate", memory, "--base", pipeline.base, "--domain", domain, "--general", general,
-        "--json", report,
+        "--corpus", domain, "--json", report,
     )  # fmt: skip
     return code, out + err, json.loads(report.read_text()) if report.exists() else None, memory
 
@@ -93,6 +97,7 @@ def test_the_command(calibrated, pipeline):
     for text in (domain, general):  # never far from the better of base and memory
         assert text["gate"] < 1.02 * min(text["curve"])
     assert domain["fixed"] == min(domain["curve"])
+    assert found["texts"]["corpus"]["gate"] < 1.02 * min(found["texts"]["corpus"]["curve"])
     for text in (domain, general):
         assert set(text["alpha_by_class"]) <= set(CLASSES)
         assert text["curve"][0] == text["base"]
