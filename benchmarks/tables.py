@@ -167,9 +167,41 @@ def speculation() -> str:
     return "\n".join(lines)
 
 
+def gating() -> str:
+    """Return what gates give beside fixed weights, by what was measured."""
+    rows = read(RESULTS / "gating.csv")
+    if not rows:
+        return "not measured\n"
+
+    def cell(row: dict[str, str], system: str) -> str:
+        if not row[system]:
+            return ""
+        value, base = float(row[system]), float(row["base"] or 0)
+        if not row["what"].startswith("perplexity"):
+            return f"{value:.1%}"
+        return f"{value:.2f}" + (f" ({value / base - 1:+.1%})" if system != "base" else "")
+
+    return grid(
+        ["", "", "of", "base", "fixed alpha", "gate", "gate trained with that base"],
+        [
+            [
+                row["domain"],
+                row["what"],
+                row["count"],
+                cell(row, "base"),
+                f"{cell(row, 'fixed')} at {float(row['alpha']):.2f}" if row["alpha"] else "",
+                cell(row, "gate"),
+                cell(row, "own_gate"),
+            ]
+            for row in rows
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "quality": quality,
+    "gating": gating,
     "latency": latency,
     "speculation": speculation,
 }

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import data  # noqa: E402
 import domains  # noqa: E402
+import gating  # noqa: E402
 import quality  # noqa: E402
 import rag  # noqa: E402
 
@@ -142,13 +143,41 @@ def domain(base, monkeypatch, tmp_path):
     monkeypatch.setattr(quality, "WORK", tmp_path)
     documents = domains.pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
     monkeypatch.setattr(domains, "DOMAINS", {"tiny": lambda: documents})
-    texts = {name: [tiny_text(seed, 60) for seed in range(70, 82)] for name in domains.GENERAL}
+    texts = {name: [tiny_text(seed, 60) for seed in range(70, 130)] for name in domains.GENERAL}
     monkeypatch.setattr(domains, "GENERAL", {n: lambda n=n: texts[n] for n in texts})
     monkeypatch.setattr(domains, "FACTS", {"tiny": ()})
     monkeypatch.setattr(domains, "facts", lambda sections: facts)
     sizes = replace(quality.QUICK, validation=300, test=300, general=200)
     settings = parse_settings(SETTINGS)
     return quality.Domain("tiny", base, replace(sizes, epochs=None), settings, Progress())
+
+
+def gates_of(domain, dapt):
+    """Return what gating.py measures, the other base being the one trained on the domain."""
+    other = domain.train("dapt", dapt["learning_rate"])
+    return gating.Gating(domain, lambda: str(other.path)).rows()
+
+
+def test_the_stream_takes_turns():
+    first = [[1] * 200, [2] * 300]
+    second = [[n] * 150 for n in range(11, 21)]
+    tokens, positions = gating.stream(first, second, eos=0)
+    size = gating.PASSAGE
+    assert tokens.shape[1] == gating.SWITCHES * size + 1 and len(tokens) >= 2
+    for block in tokens:
+        whole = [int(i) for i in block if i]
+        assert any(a < 10 < b or b < 10 < a for a, b in zip(whole, whole[1:], strict=False))
+        assert 0.3 < sum(i < 10 for i in whole) / len(whole) < 0.7
+
+
+def test_cloze_questions():
+    texts = [f"{'filler words here ' * 20}the answer is surely number{'abcdefgh'[n]} and" +
+             " more words" * 5 for n in range(8)]  # fmt: skip
+    found = gating.cloze(texts, 6)
+    assert len(found) == 6
+    for passage, words in found:
+        assert len(passage.split()) == gating.BEFORE and len(set(words)) == gating.CHOICES
+        assert any(f"{passage} {words[0]}" in text for text in texts)
 
 
 def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
@@ -168,6 +197,18 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
         assert before + token * tokens == pytest.approx(domain.budget, rel=1e-3)
     for name in ("dapt", "lora"):  # they learn: 4 epochs of so small a model's FLOPs are few
         assert by_system[name]["perplexity"] < by_system["base"]["perplexity"]
+
+    measured = {row["what"]: row for row in gates_of(domain, by_system["dapt"])}
+    own = measured["perplexity, domain"]
+    for system, column in (("base", "base"), ("memory", "fixed"), ("gated", "gate")):
+        assert own[column] == pytest.approx(by_system[system]["perplexity"], abs=1e-3)
+        for text in domains.GENERAL:
+            found = measured[f"perplexity, {text}"][column]
+            assert found == pytest.approx(by_system[system][text], abs=1e-3)
+    assert all(row["own_gate"] != row["gate"] for row in measured.values() if "own_gate" in row)
+    assert measured["perplexity, domain, other base"]["base"] != own["base"]
+    asked = measured["cloze, right answers"]
+    assert asked["count"] > 10 and all(0 <= asked[name] <= 1 for name in gating.SYSTEMS)
 
     def again(*args, **kwargs):
         raise AssertionError("what is there is made again")
