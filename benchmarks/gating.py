@@ -41,30 +41,15 @@ from vllm_memdec.gate import read_gate
 from vllm_memdec.train import gate as gates
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.corpus import pack
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import best_alpha, label_logprobs, mix, perplexity
 from vllm_memdec.train.progress import Progress
 
 TABLE = RESULTS / "gating.csv"
-PASSAGE, SWITCHES = 64, 4  # tokens of a passage of the stream, passages of a document
-QUESTIONS, CHOICES, BEFORE = 120, 4, 40  # of each general text; answers to each, words before
+PASSAGE = 64  # tokens of a passage of the stream
+QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # of each general text; answers to each, words before
 OTHER = domains.CONTROL  # what the other base was trained on
 SYSTEMS = ("base", "fixed", "gate")
-
-
-def stream(first: list[list[int]], second: list[list[int]], eos: int) -> tuple:
-    """Return blocks of documents whose passages come from two texts in turn."""
-    cut = [
-        [ids[n : n + PASSAGE] for ids in texts for n in range(0, len(ids) - PASSAGE, PASSAGE)]
-        for texts in (first, second)
-    ]
-    for passages in cut:
-        random.Random(0).shuffle(passages)
-    turns = [ids for pair in zip(*cut, strict=False) for ids in pair]
-    whole = range(0, len(turns) - SWITCHES + 1, SWITCHES)
-    joined = [[i for ids in turns[n : n + SWITCHES] for i in ids] for n in whole]
-    return pack(joined, PASSAGE * SWITCHES, eos)
 
 
 def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
@@ -73,10 +58,12 @@ def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
     found = []
     for text in texts:
         words = text.split()
-        ends = [n for n, w in enumerate(words) if n >= BEFORE and w.isalpha() and len(w) > 4]
-        if ends:
-            end = rng.choice(ends)
-            found.append((" ".join(words[end - BEFORE : end]), words[end]))
+        for start in range(0, len(words), 2 * BEFORE):
+            last = range(start + BEFORE, min(start + 2 * BEFORE, len(words)))
+            ends = [n for n in last if words[n].isalpha() and len(words[n]) > 4]
+            if ends:
+                end = rng.choice(ends)
+                found.append((" ".join(words[end - BEFORE : end]), words[end]))
     found = rng.sample(found, min(count, len(found)))
     others = sorted({word for _, word in found})
     return [
@@ -137,14 +124,14 @@ class Gating:
             [tokenizer(text)["input_ids"] for text in chosen]
             for chosen in (self.domain.documents("test"), general)
         ]
-        part = self.read(stream(*texts, tokenizer.eos_token_id), "stream")
+        part = self.read(self.domain.packed(gates.in_turn(*texts, (PASSAGE, PASSAGE))), "stream")
         return [self.row("perplexity, both in turn", part, best_alpha(part.base_N, part.memory_N))]
 
     def another_base(self) -> list[dict[str, Any]]:
         """The gate on another base, and, in place of a fixed weight, a gate trained with that."""
         parts = {}
         for kind in gates.WEIGHTS:
-            blocks = self.domain.packed(self.domain.gate_text(kind))
+            blocks = self.domain.packed(self.domain.gate_ids(kind))
             parts[kind] = self.read(blocks, kind, "other")
         own = gates.fit_gate(parts)
         rows = []

@@ -17,7 +17,7 @@ import csv
 import json
 import random
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -167,17 +167,22 @@ class Domain:
 
     def blocks(self, part: str) -> tuple[np.ndarray, np.ndarray]:
         """Return tokens and positions [B, T+1] of a text."""
-        return self.packed(self.documents(part))
+        return self.packed(tokenise(self.tokenizer, self.documents(part)))
 
-    def packed(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = tokenise(self.tokenizer, texts)
+    def packed(self, ids: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         return pack(ids, self.settings.corpus.block_tokens, self.tokenizer.eos_token_id)
 
-    def gate_text(self, kind: str) -> list[str]:
+    def gate_ids(self, kind: str) -> list[list[int]]:
         """Return the text of a kind that a gate is trained on, none of which is scored.
 
         Of the domain what alpha is tuned on too; of the corpus a part.
         """
+        if kind == "in turn":
+            return gates.in_turn(self.gate_ids("domain"), self.gate_ids("general"), gates.PASSAGE)
+        return list(tokenise(self.tokenizer, self.gate_text(kind)))
+
+    def gate_text(self, kind: str) -> list[str]:
+        """Return the same as texts, of kinds that are made of texts."""
         if kind == "domain":
             return self.documents("validation")
         if kind == "corpus":
@@ -195,7 +200,7 @@ class Domain:
         """General text for gates, read by the base: the same for all domains."""
 
         def make(work: Path) -> None:
-            blocks = self.packed(self.gate_text("general"))
+            blocks = self.packed(self.gate_ids("general"))
             model = load_model(self.base, "bfloat16")
             found = label_logprobs(model, *blocks, 4, self.progress, "the base, general")
             np.savez(work / "base.npz", *blocks, found)
@@ -375,8 +380,8 @@ class Domain:
             with np.load(self.general.path / "base.npz") as file:
                 *blocks, base_N = file.values()
             parts = {"general": read(blocks, base_N, "general")}
-            for kind in ("domain", "corpus"):
-                blocks = self.packed(self.gate_text(kind))
+            for kind in ("domain", "corpus", "in turn"):
+                blocks = self.packed(self.gate_ids(kind))
                 name = f"the base, {kind}"
                 base_N = label_logprobs(base, *blocks, 4, self.progress, name)
                 parts[kind] = read(blocks, base_N, kind)

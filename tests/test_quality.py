@@ -158,18 +158,6 @@ def gates_of(domain, dapt):
     return gating.Gating(domain, lambda: str(other.path)).rows()
 
 
-def test_the_stream_takes_turns():
-    first = [[1] * 200, [2] * 300]
-    second = [[n] * 150 for n in range(11, 21)]
-    tokens, positions = gating.stream(first, second, eos=0)
-    size = gating.PASSAGE
-    assert tokens.shape[1] == gating.SWITCHES * size + 1 and len(tokens) >= 2
-    for block in tokens:
-        whole = [int(i) for i in block if i]
-        assert any(a < 10 < b or b < 10 < a for a, b in zip(whole, whole[1:], strict=False))
-        assert 0.3 < sum(i < 10 for i in whole) / len(whole) < 0.7
-
-
 def test_cloze_questions():
     texts = [f"{'filler words here ' * 20}the answer is surely number{'abcdefgh'[n]} and" +
              " more words" * 5 for n in range(8)]  # fmt: skip

@@ -4,10 +4,12 @@ The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p
 alpha_t) p_base), on three kinds of text. Text of the domain that the memory has not learnt says
 what it may be trusted with; of what it has learnt it is surer, and right, so the corpus itself
 comes in with half of that weight, or facts that it knows by heart would be doubted. General text
-weighs the most: there the base is to be left alone. Models read the text once; the training takes
-seconds. A fifth of the text is kept for the report.
+weighs the most: there the base is to be left alone. And passages of the domain and of general text
+in turn teach it to tell them apart within one context. Models read the text once; the training
+takes seconds. A fifth of the text is kept for the report.
 """
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,9 @@ MOST_TOKENS = 2**18  # read of each kind of text
 HIDDEN = 64
 STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 0.1, 0.5
 KEPT = 5  # one block in so many is not trained on
-WEIGHTS = {"domain": 1.0, "corpus": 0.5, "general": 6.0}  # of each kind of text, all its tokens
+# Of each kind of text, all its tokens.
+WEIGHTS = {"domain": 1.0, "corpus": 0.5, "general": 6.0, "in turn": 2.0}
+PASSAGE, SWITCHES = (16, 128), 4  # tokens of a passage; passages of a document that has both
 CLASSES = ("word", "inside a word", "number", "punctuation", "line break")
 
 
@@ -68,12 +72,32 @@ def token_class(text: str) -> int:
     return 0 if text[0].isspace() else 1
 
 
+def in_turn(
+    first: list[list[int]], second: list[list[int]], passage: tuple[int, int], seed: int = 0
+) -> list[list[int]]:
+    """Return documents of SWITCHES passages, of two texts in turn, each passage used once.
+
+    passage: the fewest and most tokens of one.
+    """
+    rng = random.Random(seed)
+    cut: list[list[list[int]]] = [[], []]
+    for passages, texts in zip(cut, (first, second), strict=True):
+        for ids in texts:
+            start = 0
+            while len(ids) - start >= passage[0]:
+                length = rng.randint(*passage)
+                passages.append(ids[start : start + length])
+                start += length
+        rng.shuffle(passages)
+    turns = [ids for pair in zip(*cut, strict=False) for ids in pair]
+    whole = range(0, len(turns) - SWITCHES + 1, SWITCHES)
+    return [[i for ids in turns[n : n + SWITCHES] for i in ids] for n in whole]
+
+
 def score(
-    base: Any, memory: Any, tokenizer: Any, paths: list[Path], kind: str, progress: Progress
+    base: Any, memory: Any, tokenizer: Any, ids: list[list[int]], kind: str, progress: Progress
 ) -> Scored:
     """Read texts with both models."""
-    texts = [text for path in paths for text in documents(path)]
-    ids = list(tokenise(tokenizer, texts))
     count, (fewest, most) = sum(map(len, ids)), BLOCK_TOKENS
     if count < KEPT * (fewest + 1):
         raise ValueError(
@@ -169,7 +193,7 @@ def calibrate_gate(
 ) -> dict[str, Any]:
     """Train the gate of a memory, write it into its folder, and return the report.
 
-    texts: files by kind, see WEIGHTS.
+    texts: files by kind: domain, general, and corpus if there is one.
     """
     folder = Path(memory)
     if not folder.is_dir():
@@ -185,11 +209,13 @@ def calibrate_gate(
     for name in (base, memory):
         dtype = getattr(load_config(name), "dtype", None) or torch.float32
         models.append(load_model(name, str(dtype).removeprefix("torch.")))
-    scored = {
-        kind: score(*models, tokenizer, paths, kind, progress)
+    ids = {
+        kind: list(tokenise(tokenizer, (t for path in paths for t in documents(path))))
         for kind, paths in texts.items()
         if paths
     }
+    ids["in turn"] = in_turn(ids["domain"], ids["general"], PASSAGE)
+    scored = {kind: score(*models, tokenizer, found, kind, progress) for kind, found in ids.items()}
     arrays = fit_gate({kind: found.part(kept=False) for kind, found in scored.items()})
     found = report(arrays, {kind: s.part(kept=True) for kind, s in scored.items()})
     write_gate(folder, arrays)

@@ -1,5 +1,6 @@
 """The gate of `memdec calibrate`: it learns what there is to learn, and is served as trained."""
 
+import itertools
 import json
 import shutil
 
@@ -11,12 +12,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.gate import FILE, Gate, gate_path, read_gate
 from vllm_memdec.train import gate as gates
-from vllm_memdec.train.corpus import load_tokenizer
+from vllm_memdec.train.corpus import load_tokenizer, tokenise
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import perplexity
 from vllm_memdec.train.explain import explain
-from vllm_memdec.train.gate import CLASSES, Scored, fit_gate, mix_gated, token_class, weights
+from vllm_memdec.train.gate import (
+    CLASSES,
+    SWITCHES,
+    Scored,
+    fit_gate,
+    in_turn,
+    mix_gated,
+    token_class,
+    weights,
+)
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import documents
 
 WIDTH = 24
 PROMPT = "You may reproduce and distribute copies of the Work, bagi duto mela"
@@ -67,6 +78,20 @@ def test_the_amount_of_text_has_no_weight(monkeypatch):
     alpha_N = weights(fit_gate(texts), text(1000, 0.5, 0.5))
     # Where 1 part in 4 is the memory's: the maximum of log(.1 + .8 a) + 3 log(.9 - .8 a).
     assert abs(alpha_N.mean() - 0.1875) < 0.1
+
+
+def test_passages_take_turns():
+    first = [list(range(100 * n, 100 * n + 90)) for n in range(4)]
+    second = [list(range(1000, 2000))]
+    found = in_turn(first, second, (5, 20))
+    assert len(found) > 5 and found == in_turn(first, second, (5, 20))
+    for ids in found:
+        runs = [list(run) for _, run in itertools.groupby(ids, key=lambda i: i < 1000)]
+        assert len(runs) == SWITCHES and runs[0][0] < 1000
+        assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
+        assert all(1 <= len(run) <= 20 for run in runs)
+    seen = [i for ids in found for i in ids]
+    assert len(seen) == len(set(seen))
 
 
 def test_classes():
@@ -124,7 +149,8 @@ def test_of_several_texts_all_are_read(pipeline, tmp_path, english, jsonl, monke
     monkeypatch.setattr(gates, "MOST_TOKENS", 640)
     model, tokenizer = load_model(pipeline.base, "float32"), load_tokenizer(pipeline.base)
     monkeypatch.setattr(gates, "read_blocks", lambda *args: args[3])  # the tokens
-    blocks = gates.score(model, model, tokenizer, texts, "general", Progress())
+    ids = list(tokenise(tokenizer, (text for path in texts for text in documents(path))))
+    blocks = gates.score(model, model, tokenizer, ids, "general", Progress())
     read = [tokenizer.decode(block) for block in blocks]
     assert sum(map(len, blocks)) < 1000
     assert any("License" in text or "Work" in text for text in read[: len(read) // 2])
