@@ -46,7 +46,7 @@ from vllm_memdec.train.evaluate import best_alpha, label_logprobs, mix, perplexi
 from vllm_memdec.train.progress import Progress
 
 TABLE = RESULTS / "gating.csv"
-PASSAGE = 64  # tokens of a passage of the stream
+PASSAGE, LINE = 128, 200  # most tokens of a passage of the stream; fewest characters of its line
 QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # of each general text; answers to each, words before
 OTHER = domains.CONTROL  # what the other base was trained on
 SYSTEMS = ("base", "fixed", "gate")
@@ -120,11 +120,14 @@ class Gating:
     def stream(self) -> list[dict[str, Any]]:
         tokenizer = self.domain.tokenizer
         general = [t for name in domains.GENERAL for t in self.domain.documents(name)]
-        texts = [
-            [tokenizer(text)["input_ids"] for text in chosen]
-            for chosen in (self.domain.documents("test"), general)
+        beginnings = [
+            [tokenizer(text)["input_ids"][:PASSAGE] for text in chosen]
+            for chosen in (
+                self.domain.documents("test"),
+                [line for text in general for line in text.splitlines() if len(line) > LINE],
+            )
         ]
-        part = self.read(self.domain.packed(gates.in_turn(*texts, (PASSAGE, PASSAGE))), "stream")
+        part = self.read(self.domain.packed(gates.in_turn(*beginnings)), "stream")
         return [self.row("perplexity, both in turn", part, best_alpha(part.base_N, part.memory_N))]
 
     def another_base(self) -> list[dict[str, Any]]:
@@ -189,7 +192,11 @@ class Gating:
                 write_json(work / "rows.json", part())
 
             name = f"gating-{part.__name__}"
-            settings = {"alpha": self.alpha, "questions": QUESTIONS, "other": OTHER}
+            settings = {
+                "alpha": self.alpha,
+                "questions": QUESTIONS,
+                "other": OTHER,
+            }
             made = domain.artifact(name, settings, inputs, make)
             rows += json.loads((made.path / "rows.json").read_text())
         return [{"domain": domain.name} | row for row in rows]

@@ -178,7 +178,8 @@ class Domain:
         Of the domain what alpha is tuned on too; of the corpus a part.
         """
         if kind == "in turn":
-            return gates.in_turn(self.gate_ids("domain"), self.gate_ids("general"), gates.PASSAGE)
+            both = (self.gate_ids(kind) for kind in ("domain", "general"))
+            return gates.in_turn(*(gates.passages(ids, *gates.PASSAGE) for ids in both))
         return list(tokenise(self.tokenizer, self.gate_text(kind)))
 
     def gate_text(self, kind: str) -> list[str]:

@@ -72,24 +72,24 @@ def token_class(text: str) -> int:
     return 0 if text[0].isspace() else 1
 
 
-def in_turn(
-    first: list[list[int]], second: list[list[int]], passage: tuple[int, int], seed: int = 0
-) -> list[list[int]]:
-    """Return documents of SWITCHES passages, of two texts in turn, each passage used once.
-
-    passage: the fewest and most tokens of one.
-    """
+def passages(texts: list[list[int]], fewest: int, most: int, seed: int = 0) -> list[list[int]]:
+    """Return texts cut into passages of a random number of tokens."""
     rng = random.Random(seed)
-    cut: list[list[list[int]]] = [[], []]
-    for passages, texts in zip(cut, (first, second), strict=True):
-        for ids in texts:
-            start = 0
-            while len(ids) - start >= passage[0]:
-                length = rng.randint(*passage)
-                passages.append(ids[start : start + length])
-                start += length
-        rng.shuffle(passages)
-    turns = [ids for pair in zip(*cut, strict=False) for ids in pair]
+    found = []
+    for ids in texts:
+        start = 0
+        while len(ids) - start >= fewest:
+            length = rng.randint(fewest, most)
+            found.append(ids[start : start + length])
+            start += length
+    return found
+
+
+def in_turn(first: list[list[int]], second: list[list[int]], seed: int = 0) -> list[list[int]]:
+    """Return documents of SWITCHES passages, of two kinds in turn, each passage used once."""
+    rng = random.Random(seed)
+    first, second = (rng.sample(kind, len(kind)) for kind in (first, second))
+    turns = [ids for pair in zip(first, second, strict=False) for ids in pair]
     whole = range(0, len(turns) - SWITCHES + 1, SWITCHES)
     return [[i for ids in turns[n : n + SWITCHES] for i in ids] for n in whole]
 
@@ -214,7 +214,7 @@ def calibrate_gate(
         for kind, paths in texts.items()
         if paths
     }
-    ids["in turn"] = in_turn(ids["domain"], ids["general"], PASSAGE)
+    ids["in turn"] = in_turn(*(passages(ids[kind], *PASSAGE) for kind in ("domain", "general")))
     scored = {kind: score(*models, tokenizer, found, kind, progress) for kind, found in ids.items()}
     arrays = fit_gate({kind: found.part(kept=False) for kind, found in scored.items()})
     found = report(arrays, {kind: s.part(kept=True) for kind, s in scored.items()})

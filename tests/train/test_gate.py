@@ -23,6 +23,7 @@ from vllm_memdec.train.gate import (
     fit_gate,
     in_turn,
     mix_gated,
+    passages,
     token_class,
     weights,
 )
@@ -83,8 +84,9 @@ def test_the_amount_of_text_has_no_weight(monkeypatch):
 def test_passages_take_turns():
     first = [list(range(100 * n, 100 * n + 90)) for n in range(4)]
     second = [list(range(1000, 2000))]
-    found = in_turn(first, second, (5, 20))
-    assert len(found) > 5 and found == in_turn(first, second, (5, 20))
+    first, second = passages(first, 5, 20), passages(second, 5, 20)
+    found = in_turn(first, second)
+    assert len(found) > 5 and found == in_turn(first, second)
     for ids in found:
         runs = [list(run) for _, run in itertools.groupby(ids, key=lambda i: i < 1000)]
         assert len(runs) == SWITCHES and runs[0][0] < 1000
