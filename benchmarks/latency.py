@@ -1,6 +1,6 @@
 """What an answer costs: base, base + memory (plain, and drafting), kNN-LM and RAG, in turns.
 
-    make demo && python benchmarks/latency.py      # two CPU cores: about fifteen minutes
+    make demo && python benchmarks/latency.py      # two CPU cores: about six minutes
 
 Every system runs on vLLM, in bfloat16, with its best settings known: kNN-LM searches the demo's
 full datastore for all rows of a batch at once; RAG has the prefix cache, and looks up its passages
