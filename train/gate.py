@@ -33,6 +33,7 @@ MOST_TOKENS = 2**18  # read of each kind of text
 HIDDEN = 64
 STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 0.1, 0.5
 KEPT = 5  # one block in so many is not trained on
+FEWEST = KEPT * (BLOCK_TOKENS[0] + 1)  # tokens of a text
 # Of each kind of text, all its tokens.
 WEIGHTS = {"domain": 1.0, "corpus": 0.5, "general": 6.0, "in turn": 2.0}
 PASSAGE, SWITCHES = (16, 128), 4  # tokens of a passage; passages of a document that has both
@@ -99,7 +100,7 @@ def score(
 ) -> Scored:
     """Read texts with both models."""
     count, (fewest, most) = sum(map(len, ids)), BLOCK_TOKENS
-    if count < KEPT * (fewest + 1):
+    if count < FEWEST:
         raise ValueError(
             f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
         )
@@ -214,7 +215,9 @@ def calibrate_gate(
         for kind, paths in texts.items()
         if paths
     }
-    ids["in turn"] = in_turn(*(passages(ids[kind], *PASSAGE) for kind in ("domain", "general")))
+    both = in_turn(*(passages(ids[kind], *PASSAGE) for kind in ("domain", "general")))
+    if sum(map(len, both)) >= FEWEST:  # less is no reason to refuse what is enough of each
+        ids["in turn"] = both
     scored = {kind: score(*models, tokenizer, found, kind, progress) for kind, found in ids.items()}
     arrays = fit_gate({kind: found.part(kept=False) for kind, found in scored.items()})
     found = report(arrays, {kind: s.part(kept=True) for kind, s in scored.items()})
