@@ -159,13 +159,11 @@ def test_of_several_texts_all_are_read(pipeline, tmp_path, english, jsonl, monke
     assert any(word in read[-1] for word in texts[1].read_text().split())
 
 
-def test_a_short_text_is_enough(pipeline, tmp_path, memdec_here):
-    """What is enough of each kind is not refused for want of passages of both."""
-    memory, text = tmp_path / "memory", tmp_path / "text.txt"
+def test_a_short_text_is_enough(pipeline, tmp_path, memdec_here, jsonl):
+    """Lines too short to make passages of are not refused for want of passages."""
+    memory = tmp_path / "memory"
     shutil.copytree(pipeline.output / "export", memory)
-    tokenizer = load_tokenizer(pipeline.base)
-    ids = tokenizer(tiny_text(5, 400))["input_ids"][: gates.FEWEST + 10]
-    text.write_text(tokenizer.decode(ids))
+    text = jsonl(tmp_path / "lines.jsonl", [tiny_text(n, 2) for n in range(150)])
     words = ("--base", pipeline.base, "--domain", text, "--general", text)
     code, out, err = memdec_here("calibrate", memory, *words)
     assert code == 0, out + err
