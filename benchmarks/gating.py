@@ -50,6 +50,7 @@ PASSAGE, LINE = 128, 200  # most tokens of a passage of the stream; fewest chara
 QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # of each general text; answers to each, words before
 OTHER = domains.CONTROL  # what the other base was trained on
 SYSTEMS = ("base", "fixed", "gate")
+TEXTS = {"domain": "test"} | {name: name for name in domains.GENERAL}
 
 
 def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
@@ -111,10 +112,9 @@ class Gating:
         return {"what": what, "count": len(part.base_N), "alpha": alpha, **found}
 
     def perplexities(self) -> list[dict[str, Any]]:
-        texts = {"domain": "test"} | {name: name for name in domains.GENERAL}
         return [
             self.row(f"perplexity, {title}", self.read(self.domain.blocks(text), title), self.alpha)
-            for title, text in texts.items()
+            for title, text in TEXTS.items()
         ]
 
     def stream(self) -> list[dict[str, Any]]:
@@ -138,7 +138,7 @@ class Gating:
             parts[kind] = self.read(blocks, kind, "other")
         own = gates.fit_gate(parts)
         rows = []
-        for title, text in {"domain": "test", "wiki": "wiki", "brown": "brown"}.items():
+        for title, text in TEXTS.items():
             part = self.read(self.domain.blocks(text), title, "other")
             row = self.row(f"perplexity, {title}, other base", part, self.alpha)
             alpha_N = gates.weights(own, part)
@@ -154,7 +154,6 @@ class Gating:
             wanted = {"scored": sizes.general, "gate": sizes.gate, "asked": 60_000}
             unseen = domains.split(read(), tokenizer, wanted)[0]["asked"]
             asked += cloze(unseen, QUESTIONS)
-        right = {name: [] for name in SYSTEMS}
         ids, starts = [], []
         for passage, words in asked:
             before = len(tokenizer(passage)["input_ids"])
@@ -173,6 +172,7 @@ class Gating:
                 found[name] += [
                     (n, row[starts[n] - 1 :].sum()) for n, row in zip(here, rows, strict=True)
                 ]
+        right = {}
         for name, pairs in found.items():
             scores = np.array([score for _, score in sorted(pairs)]).reshape(-1, CHOICES)
             right[name] = scores.argmax(1) == 0
@@ -192,11 +192,7 @@ class Gating:
                 write_json(work / "rows.json", part())
 
             name = f"gating-{part.__name__}"
-            settings = {
-                "alpha": self.alpha,
-                "questions": QUESTIONS,
-                "other": OTHER,
-            }
+            settings = {"alpha": self.alpha, "questions": QUESTIONS, "other": OTHER}
             made = domain.artifact(name, settings, inputs, make)
             rows += json.loads((made.path / "rows.json").read_text())
         return [{"domain": domain.name} | row for row in rows]
@@ -238,7 +234,7 @@ def recall(base: Path, folder: Path) -> dict[str, Any]:
     return {"what": "facts said by heart", "count": len(facts), "alpha": alpha, **said}
 
 
-def cost(base: Path, folder: Path) -> dict[str, Any]:
+def cost(base: Path, folder: Path) -> list[dict[str, Any]]:
     """Return the gate's share of a decode step, at batch 1 and 8."""
     llm = overhead.engine(str(base), str(folder))
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -265,10 +265,14 @@ def lasting(llm: Any, tokens: int, prompts: list[list[int]]) -> list[bool]:
 
 
 def lasting_prompts(
-    ids: list[int], length: int, count: int, ask: Callable[[list[list[int]]], list[bool]]
+    ids: list[int],
+    length: int,
+    count: int,
+    ask: Callable[[list[list[int]]], list[bool]],
+    seed: str,
 ) -> Iterator[list[int]]:
     """Yield so many prompts, cut at random from a text, that `ask` finds to last."""
-    rng = random.Random(0)
+    rng = random.Random(seed)
     while count > 0:
         starts = [rng.randrange(len(ids) - length) for _ in range(CANDIDATES)]
         prompts = [ids[start : start + length] for start in starts]
@@ -350,7 +354,7 @@ def run(
         longest = regime.answer if systems.memory is None else 0
         lasts = functools.partial(ask, "base + memory", "lasting", longest)
         count = (rounds + 1) * regime.batch
-        pools[regime.name] = iter([*lasting_prompts(ids, regime.prompt, count, lasts)])
+        pools[regime.name] = iter([*lasting_prompts(ids, regime.prompt, count, lasts, regime.name)])
     tell("prompts: drawn")
     for turn in range(rounds + 1):
         for regime in chosen:

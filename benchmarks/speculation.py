@@ -200,7 +200,7 @@ def run(
         return workers[PLAIN].recv()
 
     count = (rounds + 1) * sum(BATCHES)
-    greedy = {text: iter([*lasting_prompts(ids, PROMPT, count, lasts)])
+    greedy = {text: iter([*lasting_prompts(ids, PROMPT, count, lasts, text)])
               for text, ids in pages.items()}  # fmt: skip
     tell("prompts: drawn")
     number = 0

@@ -700,8 +700,8 @@ def _memory_proposer_cls() -> type:
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
             """Return drafts [B] and their distributions [B, V], as vLLM does.
 
-            On a CPU from one random number a row: vLLM's noise for each token of the vocabulary
-            takes a sixth of a small memory's pass.
+            On a CPU from one random number a row: noise for each token of the vocabulary, as vLLM
+            makes it, is a fair part of a small memory's pass.
             """
             if sampling_metadata.all_greedy or not logits_BV.is_cpu:
                 return super()._sample_from_logits(logits_BV, sampling_metadata)

@@ -276,6 +276,24 @@ def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
         assert broken[0] > 10, broken
 
 
+def test_drafts_are_drawn_from_the_distributions_given():
+    """One random number a row: frequencies, nothing of probability 0, the likeliest at 0."""
+    from vllm_memdec import compat
+
+    torch.manual_seed(0)
+    logits_V = torch.tensor([-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -torch.inf])
+    rows, temperatures = 30_000, (0.5, 1.0)
+    for temperature in temperatures:
+        tokens, p = compat.sample_rows(logits_V.expand(rows, -1), torch.full((rows,), temperature))
+        wanted = (logits_V.double() / temperature).softmax(-1)
+        assert torch.allclose(p[0].double(), wanted, atol=1e-6)
+        found = tokens.bincount(minlength=6) / rows
+        assert (found - wanted).abs().max() < 4 * 0.5 / rows**0.5
+        assert not found[[0, 3, 5]].any()
+    tokens, p = compat.sample_rows(logits_V.expand(3, -1), torch.tensor([0.0, 1.0, 0.0]))
+    assert tokens[0] == tokens[2] == 4 and torch.allclose(p[0], p[1])
+
+
 def test_a_temperature_reaches_every_draft():
     """What vLLM 0.32 leaves to chance on a CPU."""
     from vllm_memdec import compat
