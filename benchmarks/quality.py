@@ -57,6 +57,7 @@ PASSAGE = 128  # tokens
 PASSAGES = (2, 4)  # of which the better number is chosen
 CHOOSING_BLOCKS = 8  # of validation text on which it is
 LORA_RANK = 64
+ASKED = 60_000  # tokens of general text, of each kind, for gating.py's questions
 VALUE_LONGEST = 60  # characters of a fact that is asked for
 
 
@@ -70,6 +71,7 @@ class Sizes:
     general: int = 3_000
     gate: int = 40_000  # general text the gate is trained on, of each kind
     learnt: int = 12_000  # and of the domain's training text
+    general_train: int = 0  # general text that is trained on too, of each kind
     facts: int = 150
     interval: int = 64  # tokens between retrievals
     trial: float = 0.1
@@ -77,7 +79,7 @@ class Sizes:
 
 
 SMALLER = Sizes(train=20_000)  # of the control, from which nothing is to be learned
-QUICK = Sizes(3_000, 600, 600, 400, 1_500, 1_000, 8, 64, 0.5, 0.5)
+QUICK = Sizes(3_000, 600, 600, 400, 1_500, 1_000, 0, 8, 64, 0.5, 0.5)
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,14 @@ def parameters(config: Any) -> tuple[int, int]:
     return layers, model.get_output_embeddings().weight.numel()
 
 
+def general_texts(tokenizer: Any, sizes: Sizes, use: str) -> list[list[str]]:
+    """Return general texts of each kind for one use; none has two, and none is scored."""
+    wanted = {"scored": sizes.general, "gate": sizes.gate, "asked": ASKED}
+    wanted["trained on"] = sizes.general_train
+    kinds = domains.GENERAL.values()
+    return [domains.split(read(), tokenizer, wanted)[0][use] for read in kinds]
+
+
 @dataclass
 class Domain:
     """All that is measured of one domain, each part an artifact under its folder."""
@@ -132,7 +142,8 @@ class Domain:
 
     @cached_property
     def folder(self) -> Path:
-        return WORK / ("quick" if self.sizes == QUICK else "full") / self.name
+        name = self.name + "-and-general" * bool(self.sizes.general_train)
+        return WORK / ("quick" if self.sizes == QUICK else "full") / name
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -156,11 +167,15 @@ class Domain:
             parts, duplicates = domains.split(domains.DOMAINS[self.name](), self.tokenizer, tokens)
             for name, read in domains.GENERAL.items():
                 parts |= domains.split(read(), self.tokenizer, {name: sizes.general})[0]
+            parts["train"] += sum(general_texts(self.tokenizer, sizes, "trained on"), [])
             for name, texts in parts.items():
                 (work / f"{name}.jsonl").write_text(domains.as_jsonl(texts))
             write_json(work / "counts.json", {"duplicates": duplicates})
 
-        return self.artifact("text", tokens | {"general": sizes.general}, {}, make)
+        settings = tokens | {"general": sizes.general}
+        if sizes.general_train:
+            settings["general_train"] = sizes.general_train
+        return self.artifact("text", settings, {}, make)
 
     def documents(self, part: str) -> list[str]:
         return list(documents(self.text.path / f"{part}.jsonl"))
@@ -189,31 +204,43 @@ class Domain:
         if kind == "corpus":
             wanted = {"corpus": self.sizes.learnt}
             return domains.split(self.documents("train"), self.tokenizer, wanted)[0]["corpus"]
-        wanted = {"scored": self.sizes.general, "gate": self.sizes.gate}
-        return [
-            text
-            for read in domains.GENERAL.values()
-            for text in domains.split(read(), self.tokenizer, wanted)[0]["gate"]
-        ]
+        return sum(general_texts(self.tokenizer, self.sizes, "gate"), [])
 
-    @cached_property
-    def general(self) -> Artifact:
-        """General text for gates, read by the base: the same for all domains."""
+    def general(self, name: str, folder: str) -> Artifact:
+        """General text for gates, read by a base: the same for all domains."""
 
         def make(work: Path) -> None:
             blocks = self.packed(self.gate_ids("general"))
-            model = load_model(self.base, "bfloat16")
-            found = label_logprobs(model, *blocks, 4, self.progress, "the base, general")
+            model = load_model(folder, "bfloat16")
+            found = label_logprobs(model, *blocks, 4, self.progress, f"the {name}, general")
             np.savez(work / "base.npz", *blocks, found)
 
         return build_artifact(
-            self.folder.parent / "general",
+            self.folder.parent / ("general" if name == "base" else f"general-{name}"),
             "general",
             {"tokens": self.sizes.gate, "scored": self.sizes.general},
-            {"base": self.base_hash},
+            {"base": model_hash(folder, f"the {name}")},
             make,
             self.progress.say,
         )
+
+    def read_for_gate(self, models: dict[str, Any], name: str, folder: str) -> dict[str, Any]:
+        """Return what the memory and a base, both in models, give to each kind of a gate's text."""
+
+        def read(blocks: tuple[np.ndarray, np.ndarray], base_N: np.ndarray, kind: str) -> Any:
+            return gates.read_blocks(
+                base_N, models["memory"], self.tokenizer, *blocks, kind, self.progress
+            )
+
+        with np.load(self.general(name, folder).path / "base.npz") as file:
+            *blocks, base_N = file.values()
+        parts = {"general": read(blocks, base_N, "general")}
+        for kind in ("domain", "corpus", "in turn"):
+            blocks = self.packed(self.gate_ids(kind))
+            said = f"the {name}, {kind}"
+            base_N = label_logprobs(models[name], *blocks, 4, self.progress, said)
+            parts[kind] = read(blocks, base_N, kind)
+        return parts
 
     # -- Training ---------------------------------------------------------------------------------
 
@@ -371,29 +398,25 @@ class Domain:
         """Return a memory's gate, and its weights [rows] of every text."""
 
         def make(work: Path) -> None:
-            base, model = load_model(self.base, "bfloat16"), load_model(memory, "bfloat16")
-
-            def read(blocks: tuple[np.ndarray, np.ndarray], base_N: np.ndarray, name: str) -> Any:
-                return gates.read_blocks(
-                    base_N, model, self.tokenizer, *blocks, name, self.progress
-                )
-
-            with np.load(self.general.path / "base.npz") as file:
-                *blocks, base_N = file.values()
-            parts = {"general": read(blocks, base_N, "general")}
-            for kind in ("domain", "corpus", "in turn"):
-                blocks = self.packed(self.gate_ids(kind))
-                name = f"the base, {kind}"
-                base_N = label_logprobs(base, *blocks, 4, self.progress, name)
-                parts[kind] = read(blocks, base_N, kind)
-            arrays = gates.fit_gate(parts)
+            models = {
+                name: load_model(folder, "bfloat16")
+                for name, folder in (("base", self.base), ("memory", memory))
+            }
+            arrays = gates.fit_gate(self.read_for_gate(models, "base", self.base))
             write_gate(work, arrays, "gate.npz")
             for text in TEXTS[1:]:
-                scored = read(self.blocks(text), self.base_scores[text], text)
+                scored = gates.read_blocks(
+                    self.base_scores[text],
+                    models["memory"],
+                    self.tokenizer,
+                    *self.blocks(text),
+                    text,
+                    self.progress,
+                )
                 np.save(work / f"{text}.npy", gates.weights(arrays, scored))
 
         inputs = {"text": self.text.hash, "memory": model_hash(memory, "the memory")}
-        inputs |= {"base": self.base_hash, "general": self.general.hash}
+        inputs |= {"base": self.base_hash, "general": self.general("base", self.base).hash}
         settings = {"learnt": self.sizes.learnt, "weights": gates.WEIGHTS, "hidden": gates.HIDDEN}
         return self.artifact("gate", settings, inputs, make)
 

@@ -155,7 +155,7 @@ def domain(base, monkeypatch, tmp_path):
 def gates_of(domain, dapt):
     """Return what gating.py measures, the other base being the one trained on the domain."""
     other = domain.train("dapt", dapt["learning_rate"])
-    return gating.Gating(domain, lambda: str(other.path)).rows()
+    return gating.Gating(domain, lambda: str(other.path)).rows(companion=True)
 
 
 def test_cloze_questions():
@@ -195,6 +195,10 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
             assert found == pytest.approx(by_system[system][text], abs=1e-3)
     assert all(row["own_gate"] != row["gate"] for row in measured.values() if "own_gate" in row)
     assert measured["perplexity, domain, other base"]["base"] != own["base"]
+    learnt = measured["perplexity, wiki, general text learnt"]
+    plain = measured["perplexity, wiki"]
+    assert learnt["count"] == plain["count"] and learnt["base"] == plain["base"]
+    assert learnt["fixed"] != plain["fixed"]
     asked = measured["cloze, right answers"]
     assert asked["count"] > 10 and all(0 <= asked[name] <= 1 for name in gating.SYSTEMS)
 

@@ -10,6 +10,7 @@ takes seconds. A fifth of the text is kept for the report.
 """
 
 import random
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,8 @@ def calibrate_gate(
     folder = Path(memory)
     if not folder.is_dir():
         raise ValueError(f"{memory} is not a folder: give the memory's, the gate is put there.")
+    with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
+        pass
     tokenizer, block = load_tokenizer(base), read_block(memory)
     theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
     if theirs != tokenizer_fingerprint(tokenizer):

@@ -177,6 +177,7 @@ def test_bad_input(pipeline, tmp_path, memdec_here):
         ((memory, "--domain", text, "--general", text), " tokens: give more of it"),
         ((memory, "--domain", "nowhere.txt", "--general", text), "nowhere.txt does not exist"),
         (("nowhere", "--domain", text, "--general", text), "nowhere is not a folder"),
+        (("/sys", "--domain", text, "--general", text), "no permission for /sys"),
     ):
         code, out, err = memdec_here("calibrate", *words, "--base", pipeline.base)
         assert code == 1 and sentence in " ".join((out + err).split()), out + err
