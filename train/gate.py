@@ -3,7 +3,7 @@
 The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p_memory + (1 -
 alpha_t) p_base), on three kinds of text. Text of the domain that the memory has not learnt says
 what it may be trusted with; of what it has learnt it is surer, and right, so the corpus itself
-comes in with half of that weight, or facts that it knows by heart would be doubted. General text
+comes in with a smaller weight, or facts that it knows by heart would be doubted. General text
 weighs the most: there the base is to be left alone. And passages of the domain and of general text
 in turn teach it to tell them apart within one context. Models read the text once; the training
 takes seconds. A fifth of the text is kept for the report.
@@ -31,12 +31,12 @@ from vllm_memdec.train.text import documents
 
 BLOCK_TOKENS = (32, 512)  # fewest and most: a short text is cut into more blocks
 MOST_TOKENS = 2**18  # read of each kind of text
-HIDDEN = 64
-STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 0.1, 0.5
+HIDDEN = 256
+STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 3.0, 0.8  # unlearnt text is scarce
 KEPT = 5  # one block in so many is not trained on
 FEWEST = KEPT * (BLOCK_TOKENS[0] + 1)  # tokens of a text
 # Of each kind of text, all its tokens.
-WEIGHTS = {"domain": 1.0, "corpus": 0.5, "general": 6.0, "in turn": 2.0}
+WEIGHTS = {"domain": 1.0, "corpus": 0.4, "general": 6.0, "in turn": 2.0}
 PASSAGE, SWITCHES = (16, 128), 4  # tokens of a passage; passages of a document that has both
 CLASSES = ("word", "inside a word", "number", "punctuation", "line break")
 
