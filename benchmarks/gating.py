@@ -41,10 +41,11 @@ from transformers import AutoTokenizer
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.gate import read_gate
 from vllm_memdec.train import gate as gates
-from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.artifacts import build_artifact, write_json
 from vllm_memdec.train.config import load_settings
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import best_alpha, label_logprobs, mix, perplexity
+from vllm_memdec.train.pipeline import model_hash
 from vllm_memdec.train.progress import Progress
 
 TABLE = RESULTS / "gating.csv"
@@ -206,20 +207,30 @@ class Gating:
 
 def gated_demo(base: Path, progress: Progress) -> Path:
     """Return a copy of the demo's memory with a gate."""
-    texts, folder = data.BUILD / "demo" / "text", data.BUILD / "gating" / "memory"
-    shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(data.BUILD / "demo" / "export", folder)
-    general = folder.with_name("general.jsonl")
+    export, texts = data.BUILD / "demo" / "export", data.BUILD / "demo" / "text"
     tokenizer = AutoTokenizer.from_pretrained(base)
-    found = quality.general_texts(tokenizer, quality.Sizes(), "gate")
-    general.write_text(domains.as_jsonl(text for part in found for text in part))
-    paths = {
-        "domain": [texts / f"validation_{name}.jsonl" for name in ("pages", "facts")],
-        "corpus": [texts / "corpus.jsonl"],
-        "general": [general],
+
+    def make(work: Path) -> None:
+        shutil.copytree(
+            export, work, ignore=shutil.ignore_patterns("manifest.json"), dirs_exist_ok=True
+        )
+        general = work / "general.jsonl"
+        found = quality.general_texts(tokenizer, quality.Sizes(), "gate")
+        general.write_text(domains.as_jsonl(text for part in found for text in part))
+        paths = {
+            "domain": [texts / f"validation_{name}.jsonl" for name in ("pages", "facts")],
+            "corpus": [texts / "corpus.jsonl"],
+            "general": [general],
+        }
+        gates.calibrate_gate(str(work), str(base), paths, progress)
+
+    inputs = {
+        "base": model_hash(str(base), "the base"),
+        "memory": model_hash(str(export), "the memory"),
     }
-    gates.calibrate_gate(str(folder), str(base), paths, progress)
-    return folder
+    settings = {"weights": gates.WEIGHTS, "hidden": gates.HIDDEN}
+    folder = data.BUILD / "gating" / "memory"
+    return build_artifact(folder, "gate", settings, inputs, make, progress.say).path
 
 
 def recall(base: Path, folder: Path) -> dict[str, Any]:

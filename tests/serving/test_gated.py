@@ -58,6 +58,7 @@ def generate(llm, count=6):
     return asked, llm.generate(prompts, params, use_tqdm=False)
 
 
+@pytest.mark.feature("a gate's weight for each token")
 def test_gated_mixtures(engine, models):
     spread = []
     with engine(models["base"], block(models), enable_prefix_caching=True) as llm:
