@@ -32,7 +32,9 @@ from vllm_memdec.train.text import documents
 BLOCK_TOKENS = (32, 512)  # fewest and most: a short text is cut into more blocks
 MOST_TOKENS = 2**18  # read of each kind of text
 HIDDEN = 256
-STEPS, BATCH, RATE, DECAY, DROPOUT = 600, 2048, 3e-3, 3.0, 0.8  # unlearnt text is scarce
+STEPS, BATCH, RATE, DROPOUT = 600, 2048, 3e-3, 0.8
+# Unlearnt text is scarce and a wide memory overfits to it; a narrow one would never be trusted.
+DECAY, DECAY_WIDTH = 3.0, 576  # from that width on; of a narrower memory in proportion
 KEPT = 5  # one block in so many is not trained on
 FEWEST = KEPT * (BLOCK_TOKENS[0] + 1)  # tokens of a text
 # Of each kind of text, all its tokens.
@@ -154,7 +156,8 @@ def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
         net = nn.Sequential(
             nn.Linear(h_ND.shape[1], HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
         )
-        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=DECAY)
+        decay = DECAY * min(1, h_ND.shape[1] / DECAY_WIDTH)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=decay)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
             rows = torch.randint(len(h_ND), (BATCH,))
