@@ -19,6 +19,7 @@ from vllm_memdec.train.corpus import pack, tokenise, valid_rows
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import documents
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -141,6 +142,7 @@ def domain(base, monkeypatch, tmp_path):
     monkeypatch.setattr(sparse_kl, "INTERPRETED", False)  # Triton's interpreter takes minutes here
     facts = [data.Fact(f"{tiny_text(n, 1)}{n}", "size", tiny_text(900 + n, 2)) for n in range(200)]
     monkeypatch.setattr(quality, "WORK", tmp_path)
+    monkeypatch.setattr(quality, "ASKED", 4_000)
     documents = domains.pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
     monkeypatch.setattr(domains, "DOMAINS", {"tiny": lambda: documents})
     texts = {name: [tiny_text(seed, 60) for seed in range(70, 130)] for name in domains.GENERAL}
@@ -199,6 +201,11 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
     plain = measured["perplexity, wiki"]
     assert learnt["count"] == plain["count"] and learnt["base"] == plain["base"]
     assert learnt["fixed"] != plain["fixed"]
+    text = domain.folder.with_name("tiny-and-general") / "text"
+    train, *scored = (list(documents(text / f"{n}.jsonl")) for n in ("train", *domains.GENERAL))
+    general = {text for read in domains.GENERAL.values() for text in read()}
+    assert len(general & set(train)) > 1
+    assert not set(train) & {text for part in scored for text in part}
     asked = measured["cloze, right answers"]
     assert asked["count"] > 10 and all(0 <= asked[name] <= 1 for name in gating.SYSTEMS)
 

@@ -1,12 +1,13 @@
 """`memdec calibrate`: train a memory's gate on what base and memory gave to every token of a text.
 
 The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p_memory + (1 -
-alpha_t) p_base), on three kinds of text. Text of the domain that the memory has not learnt says
+alpha_t) p_base), on several kinds of text. Text of the domain that the memory has not learnt says
 what it may be trusted with; of what it has learnt it is surer, and right, so the corpus itself
 comes in with a smaller weight, or facts that it knows by heart would be doubted. General text
 weighs the most: there the base is to be left alone. And passages of the domain and of general text
 in turn teach it to tell them apart within one context. Models read the text once; the training
-takes seconds. A fifth of the text is kept for the report.
+takes seconds. A fifth of the blocks is kept for the report; a document may lie in kept ones and in
+others.
 """
 
 import random
