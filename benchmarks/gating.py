@@ -232,7 +232,7 @@ def gated_demo(base: Path, progress: Progress) -> Path:
         "base": model_hash(str(base), "the base"),
         "memory": model_hash(str(export), "the memory"),
     }
-    settings = {"weights": gates.WEIGHTS, "hidden": gates.HIDDEN}
+    settings = {"gate": gates.SETTINGS}
     folder = data.BUILD / "gating" / "memory"
     return build_artifact(folder, "gate", settings, inputs, make, progress.say).path
 

@@ -33,7 +33,7 @@ from knn_lm import find_neighbours, tune
 from lora import adapted, train_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_memdec.gate import Gate, read_gate, write_gate
+from vllm_memdec.gate import Gate, features, read_gate, write_gate
 from vllm_memdec.train import gate as gates
 from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
 from vllm_memdec.train.cluster import Here
@@ -417,7 +417,7 @@ class Domain:
 
         inputs = {"text": self.text.hash, "memory": model_hash(memory, "the memory")}
         inputs |= {"base": self.base_hash, "general": self.general("base", self.base).hash}
-        settings = {"learnt": self.sizes.learnt, "weights": gates.WEIGHTS, "hidden": gates.HIDDEN}
+        settings = {"learnt": self.sizes.learnt, "gate": gates.SETTINGS}
         return self.artifact("gate", settings, inputs, make)
 
     def retriever(self, system: str, passages: list[str]) -> Any:
@@ -519,7 +519,8 @@ class Domain:
                     return head(model, hidden(model, ids)).float().softmax(-1)
 
                 found = {name: p(model, whole) for name, model in models.items()}
-                alpha_n1 = weigh(hidden(models["memory"], whole))[:, None]
+                sure_nF = features(hidden(models["memory"], whole), found["memory"].log())
+                alpha_n1 = weigh(sure_nF)[:, None]
                 found["gated"] = alpha_n1 * found["memory"] + (1 - alpha_n1) * found["base"]
                 for name in (n for n, trained in TRAINED.items() if trained.mixed):
                     alpha = tuned[name]["alpha"]

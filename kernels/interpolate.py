@@ -7,16 +7,23 @@ write the mixture. Nothing of size N x V exists beside inputs and output. On a C
 runs in PyTorch, compiled unless vLLM was started eager. The launcher is a plain function, not a
 torch.library op: vLLM calls compute_logits eagerly, outside CUDA graphs and compiled code.
 
+A gate (vllm_memdec/gate.py) may give the weights of some rows. It goes by how sure the memory is,
+its top probability t and its entropy e in nats, which come out of the first sweep:
+
+    alpha = LARGEST * sigmoid(score + sum_k out_k gelu(t_k t + e_k e + bias_k))
+
 Rules all implementations share (kernels/reference.py is the oracle):
   * logits form, `as_logits=True`: the base's logsumexp is added back, so that penalties, which look
     at the sign of a logit, act as on the base alone. Rows with a = 0 are the base's, bit for bit;
   * the memory is cut or padded with -inf to the base's width before its softmax;
-  * a row of nothing but -inf carries no mass: its softmax is 0 everywhere and its logsumexp 0;
+  * a row of nothing but -inf carries no mass: its softmax is 0 everywhere and its logsumexp 0,
+    its top probability 1 and its entropy 0;
   * NaN or +inf in a row, or `a` outside [0, 1], makes that row NaN and leaves the others alone
     (rows with a = 0 in the logits form do not look at the memory).
 
 Test: `pytest tests/kernels/test_interpolate.py`; measure: `python benchmarks/kernel.py`.
-Shape suffixes: N rows, V vocabulary of the base (and of the output), W width of the memory.
+Shape suffixes: N rows, V vocabulary of the base (and of the output), W width of the memory, K units
+of a gate.
 """
 
 from __future__ import annotations
@@ -35,6 +42,7 @@ except ImportError:  # a CPU-only installation
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
 LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST = 0.999  # of a gate: a sure memory that is wrong costs at most ln(1000) nats more
 
 # 16 warps read 4,096 bf16 columns as one 16-byte load per thread.
 BLOCK = 4096
@@ -50,21 +58,25 @@ def interpolate(
     memory_NW: Tensor,
     alpha_N: Tensor,
     *,
+    gate: tuple[Tensor, Tensor] | None = None,
     as_logits: bool = False,
     out: Tensor | None = None,
     compiled: bool = False,
 ) -> Tensor:
     """Return the mixture [N, V] in float32, as log-probabilities or in the logits form.
 
+    gate: scores [N] and, a row each, t, e, bias and out [4, K] of the formula above, in float32. A
+    row with a negative weight then takes what the gate gives, -alpha at most.
+
     Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
     `compiled` is for the CPU: torch.compile, which needs a C++ compiler and seconds on first use.
     """
-    out_NV = _check(base_NV, memory_NW, alpha_N, out)
+    out_NV = _check(base_NV, memory_NW, alpha_N, gate, out)
     if len(out_NV):  # CUDA refuses an empty grid
         if INTERPRETED or (triton is not None and base_NV.is_cuda):
-            interpolate_triton(base_NV, memory_NW, alpha_N, as_logits, out_NV)
+            interpolate_triton(base_NV, memory_NW, alpha_N, gate, as_logits, out_NV)
         else:
-            interpolate_torch(base_NV, memory_NW, alpha_N, as_logits, out_NV, compiled)
+            interpolate_torch(base_NV, memory_NW, alpha_N, gate, as_logits, out_NV, compiled)
     return out_NV
 
 
@@ -101,10 +113,51 @@ def normaliser(row, width, BLOCK: tl.constexpr, shift=None):
 
 
 @jit
+def normaliser_and_entropy(row, width, BLOCK: tl.constexpr):
+    """Return (peak, log sum exp(x - peak), entropy in nats) of a row."""
+    peak = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    moment = tl.zeros((BLOCK,), tl.float32)  # sum (x - peak) exp(x - peak)
+    LEAST: tl.constexpr = -200.0  # exp() of it is 0, and times `total` it is finite
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
+        higher = tl.maximum(peak, x)
+        # -inf has no share in the entropy: its difference must not be multiplied by 0.
+        down = tl.maximum(peak - higher, LEAST)
+        below = tl.where(x == float("-inf"), 0.0, x - higher)
+        share = tl.exp(x - higher)
+        moment = (moment + down * total) * tl.exp(down) + below * share
+        total = total * tl.exp(down) + share
+        peak = higher
+    row_peak = tl.max(peak, axis=0)
+    down = tl.maximum(peak - row_peak, LEAST)
+    row_total = tl.sum(total * tl.exp(down), axis=0)
+    row_moment = tl.sum((moment + down * total) * tl.exp(down), axis=0)
+    empty = row_total == 0
+    row_total = tl.where(empty, 1.0, row_total)
+    logsum = tl.log(row_total)
+    return tl.where(empty, 0.0, row_peak), logsum, logsum - row_moment / row_total
+
+
+@jit
+def certainty_score(certainty, top, entropy, K, UNITS: tl.constexpr):
+    """Return what a gate adds to a row's score for the memory's certainty."""
+    k = tl.arange(0, UNITS)
+    x = tl.load(certainty + k, mask=k < K, other=0.0) * top
+    x += tl.load(certainty + K + k, mask=k < K, other=0.0) * entropy
+    x += tl.load(certainty + 2 * K + k, mask=k < K, other=0.0)
+    x *= 0.5 * (1 + tl.erf(x * 0.7071067811865476))
+    return tl.sum(x * tl.load(certainty + 3 * K + k, mask=k < K, other=0.0), axis=0)
+
+
+@jit
 def _mixture_kernel(
     base,  # [N, V]
     memory,  # [N, W]
     alpha,  # [N]
+    score,  # [N]
+    certainty,  # [4, K]
     out,  # [N, V]
     base_stride,
     memory_stride,
@@ -112,6 +165,10 @@ def _mixture_kernel(
     out_stride,
     V,
     shared,  # min(V, W): columns both models have
+    K,
+    GATED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    UNITS: tl.constexpr,  # K, or the next power of 2
     AS_LOGITS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -122,7 +179,14 @@ def _mixture_kernel(
     a = tl.load(alpha + n * alpha_stride)
 
     base_peak, base_logsum = normaliser(base, V, BLOCK)
-    memory_peak, memory_logsum = normaliser(memory, shared, BLOCK)
+    if GATED:
+        memory_peak, memory_logsum, entropy = normaliser_and_entropy(memory, shared, BLOCK)
+        rise = certainty_score(certainty, tl.exp(-memory_logsum), entropy, K, UNITS)
+        given = LARGEST * tl.sigmoid(tl.load(score + n) + rise)
+        # A NaN of the gate's is kept: the row is broken.
+        a = tl.where(a < 0, tl.minimum(given, -a, propagate_nan=tl.PropagateNan.ALL), a)
+    else:
+        memory_peak, memory_logsum = normaliser(memory, shared, BLOCK)
     # log(1-a), log a. The zeros are replaced before the log: the interpreter warns of log(0).
     log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, 1 - a)))
     log_take = tl.where(a == 0, float("-inf"), tl.log(tl.where(a == 0, 1.0, a)))
@@ -153,15 +217,24 @@ def _mixture_kernel(
 
 
 def interpolate_triton(
-    base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool, out_NV: Tensor
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    alpha_N: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
+    as_logits: bool,
+    out_NV: Tensor,
 ) -> None:
     """Run the kernel, on a GPU or, under TRITON_INTERPRET=1, in the interpreter."""
     N, V = base_NV.shape
+    score_N, certainty_4K = gate or (alpha_N, alpha_N[:, None])  # not looked at without a gate
+    K = certainty_4K.shape[1]
     with torch.cuda.device_of(base_NV):
         _mixture_kernel[(N,)](
             base_NV,
             memory_NW,
             alpha_N,
+            score_N,
+            certainty_4K,
             out_NV,
             base_NV.stride(0),
             memory_NW.stride(0),
@@ -169,6 +242,10 @@ def interpolate_triton(
             out_NV.stride(0),
             V,
             min(V, memory_NW.shape[1]),
+            K,
+            GATED=gate is not None,
+            LARGEST=LARGEST,
+            UNITS=triton.next_power_of_2(K),
             AS_LOGITS=as_logits,
             BLOCK=BLOCK,
             num_warps=NUM_WARPS,
@@ -187,14 +264,36 @@ def _normaliser_rows(x_NV: Tensor) -> tuple[Tensor, Tensor]:
     return peak_N1, torch.where(total_N1 == 0, 1, total_N1).log()
 
 
-def _mixture_rows(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool) -> Tensor:
+def gate_weights(score_N: Tensor, certainty_4K: Tensor, top_N: Tensor, entropy_N: Tensor) -> Tensor:
+    """Return a gate's weights [N] by the formula above."""
+    top_K, entropy_K, bias_K, out_K = certainty_4K
+    x_NK = top_N[:, None] * top_K + entropy_N[:, None] * entropy_K + bias_K
+    rise_N = (torch.nn.functional.gelu(x_NK) * out_K).sum(-1)
+    return LARGEST * (score_N + rise_N).sigmoid()
+
+
+def _mixture_rows(
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    alpha_N: Tensor,
+    score_N: Tensor | None,
+    certainty_4K: Tensor | None,
+    as_logits: bool,
+) -> Tensor:
     """Return the mixture of rows, [N, V] in float32; the kernel above says why each step is so."""
     b, m = base_NV.float(), memory_NW[:, : base_NV.shape[1]].float()
     if m.shape[1] < b.shape[1]:
         m = torch.nn.functional.pad(m, (0, b.shape[1] - m.shape[1]), value=-torch.inf)
-    a = alpha_N[:, None]
     base_peak, base_logsum = _normaliser_rows(b)
     memory_peak, memory_logsum = _normaliser_rows(m)
+    if score_N is not None:
+        below_NV = torch.where(m == -torch.inf, 0, m - memory_peak)
+        moment_N = (below_NV * (m - memory_peak).exp()).sum(-1)
+        top_N = (-memory_logsum[:, 0]).exp()
+        entropy_N = memory_logsum[:, 0] - moment_N * top_N
+        given_N = gate_weights(score_N, certainty_4K, top_N, entropy_N)
+        alpha_N = torch.where(alpha_N < 0, torch.minimum(given_N, -alpha_N), alpha_N)
+    a = alpha_N[:, None]
     if not as_logits:
         x = (b - base_peak) + (torch.log1p(-a) - base_logsum)
         return torch.logaddexp(x, (m - memory_peak) + (a.log() - memory_logsum))
@@ -211,31 +310,54 @@ def _compiled_rows():
     return torch.compile(_mixture_rows, dynamic=True)
 
 
-def compile_rows(V: int, W: int, base_dtype: torch.dtype, memory_dtype: torch.dtype) -> None:
-    """Compile the CPU path for widths V and W ahead of the first request; takes seconds."""
+def compile_rows(
+    V: int,
+    W: int,
+    base_dtype: torch.dtype,
+    memory_dtype: torch.dtype,
+    certainty_4K: Tensor | None = None,
+) -> None:
+    """Compile the CPU path for widths V and W ahead of the first request; takes seconds.
+
+    certainty_4K: of the memory's gate, if it has one.
+    """
     for N in (2, 1):
         rows = (torch.zeros(N, V, dtype=base_dtype), torch.zeros(N, W, dtype=memory_dtype))
-        interpolate(*rows, torch.zeros(N, dtype=torch.float32), as_logits=True, compiled=True)
+        alpha_N = torch.zeros(N, dtype=torch.float32)
+        gate = None if certainty_4K is None else (alpha_N.clone(), certainty_4K)
+        interpolate(*rows, alpha_N, gate=gate, as_logits=True, compiled=True)
 
 
 def interpolate_torch(
     base_NV: Tensor,
     memory_NW: Tensor,
     alpha_N: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
     as_logits: bool,
     out_NV: Tensor,
     compiled: bool,
 ) -> None:
     """Run the formula in PyTorch: compiled, or a few rows at a time so that they stay in cache."""
+    score_N, certainty_4K = gate or (None, None)
     if compiled:
-        out_NV.copy_(_compiled_rows()(base_NV, memory_NW, alpha_N, as_logits))
+        rows = (base_NV, memory_NW, alpha_N, score_N, certainty_4K)
+        out_NV.copy_(_compiled_rows()(*rows, as_logits))
         return
     step = max(1, GROUP // base_NV.shape[1])
-    for parts in zip(*(x.split(step) for x in (base_NV, memory_NW, alpha_N, out_NV)), strict=True):
-        parts[-1].copy_(_mixture_rows(*parts[:-1], as_logits))
+    for start in range(0, len(out_NV), step):
+        part = slice(start, start + step)
+        rows = (base_NV[part], memory_NW[part], alpha_N[part])
+        score_n = None if score_N is None else score_N[part]
+        out_NV[part] = _mixture_rows(*rows, score_n, certainty_4K, as_logits)
 
 
-def _check(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, out: Tensor | None) -> Tensor:
+def _check(
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    alpha_N: Tensor,
+    gate: tuple[Tensor, Tensor] | None,
+    out: Tensor | None,
+) -> Tensor:
     """Raise ValueError unless the arguments fit together; return `out`, allocated if None."""
     named = {"base": base_NV, "memory": memory_NW}
     if out is not None:
@@ -255,9 +377,18 @@ def _check(base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, out: Tensor | No
         )
     if alpha_N.dtype != torch.float32:
         raise ValueError(f"alpha must be float32, got {alpha_N.dtype}.")
+    if gate is not None:
+        score_N, certainty_4K = gate
+        if score_N.shape != (N,) or certainty_4K.ndim != 2 or len(certainty_4K) != 4:
+            raise ValueError(
+                f"a gate needs {N} scores, one a row, and 4 rows of units, got shapes "
+                f"{tuple(score_N.shape)} and {tuple(certainty_4K.shape)}."
+            )
+        if any(x.dtype != torch.float32 or not x.is_contiguous() for x in gate):
+            raise ValueError("a gate's scores and units must be contiguous, in float32.")
     if out is not None and (out.shape != base_NV.shape or out.dtype != torch.float32):
         raise ValueError(f"out must be float32 and shaped like base, got {out.dtype} {out.shape}.")
-    devices = {x.device for x in (*named.values(), alpha_N)}
+    devices = {x.device for x in (*named.values(), alpha_N, *(gate or ()))}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}.")
     return base_NV.new_empty(base_NV.shape, dtype=torch.float32) if out is None else out

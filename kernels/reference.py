@@ -4,6 +4,8 @@ Tests and benchmarks compare against it; nothing in serving or training imports 
 Shape suffixes: N rows, V vocabulary (of the base), W width of the memory.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,8 +18,23 @@ def log_softmax_or_nothing(row_V: Tensor) -> tuple[Tensor, Tensor]:
     return row_V - lse, lse
 
 
+def gate_reference(logp_W: Tensor, score: Tensor, certainty_4K: Tensor) -> Tensor:
+    """Return a gate's weight [] for a memory's log-probabilities; -inf everywhere: no doubt."""
+    some = logp_W > -torch.inf
+    top = logp_W.max().exp() if some.any() else 1.0
+    entropy = -(logp_W[some].exp() * logp_W[some]).sum()
+    top_K, entropy_K, bias_K, out_K = certainty_4K.double()
+    x_K = top * top_K + entropy * entropy_K + bias_K
+    x_K = x_K * (1 + torch.erf(x_K / math.sqrt(2))) / 2
+    return 0.999 * torch.sigmoid(score.double() + (x_K * out_K).sum())
+
+
 def interpolate_reference(
-    base_NV: Tensor, memory_NW: Tensor, alpha_N: Tensor, as_logits: bool = False
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    alpha_N: Tensor,
+    as_logits: bool = False,
+    gate: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Return log((1-a) softmax(base) + a softmax(memory)) [N, V] in float64."""
     N, V = base_NV.shape
@@ -31,6 +48,8 @@ def interpolate_reference(
 
         base_logp_V, base_lse = log_softmax_or_nothing(base_V)
         memory_logp_V, _ = log_softmax_or_nothing(memory_V)
+        if gate is not None and a < 0:
+            a = torch.minimum(gate_reference(memory_logp_V, gate[0][n], gate[1]), -a)
         # In log space, because probabilities below 1e-308 would be lost: logits may be +-1e4.
         out_NV[n] = torch.logaddexp(torch.log(1 - a) + base_logp_V, torch.log(a) + memory_logp_V)
         if as_logits:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_memdec.gate import features
 from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
@@ -22,11 +23,11 @@ def label_logprobs(
     batch: int,
     progress: Progress | None = None,
     name: str = "",
-    hidden: list[torch.Tensor] | None = None,
+    gated_by: list[torch.Tensor] | None = None,
 ) -> np.ndarray:
     """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1].
 
-    hidden: if given, the rows' hidden states [., D] are appended to it.
+    gated_by: if given, the features that a gate goes by, [., D + 2], are appended to it.
     """
     where = model.device
     found = []
@@ -42,14 +43,14 @@ def label_logprobs(
             h_ND = model.base_model(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
             ).last_hidden_state[mask]
-            if hidden is not None:
-                hidden.append(h_ND.float().cpu())
             labels_N = block[:, 1:][mask]
             chunk = rows_at_once(model.config.vocab_size)
             for h_PD, labels_P in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
                 found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
+                if gated_by is not None:
+                    gated_by.append(features(h_PD, logits_PV).cpu())
             if advance is not None:
                 advance(len(block))
     return np.concatenate(found)

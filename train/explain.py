@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
-from vllm_memdec.gate import Gate, gate_path, read_gate
+from vllm_memdec.gate import Gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
@@ -153,11 +153,11 @@ def _read(
         part = ids[done : done + CHUNK]
         _, base_TV = base_reads(part)
         h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
+        memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond does not count
         alpha_T = torch.full((len(part),), alpha, device=base_TV.device)
         if gate is not None:
-            alpha_T = alpha_T.minimum(gate(h_TD.cpu()).to(base_TV.device))
+            alpha_T = alpha_T.minimum(gate(features(h_TD, memory_TW).cpu()).to(base_TV.device))
         mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
-        memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond does not count
         base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
         for row in range(len(part)):
             done += 1

@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import nn
 
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
-from vllm_memdec.gate import FILE, LARGEST, Gate, write_gate
+from vllm_memdec.gate import FILE, Gate, write_gate
+from vllm_memdec.kernels.interpolate import LARGEST
 from vllm_memdec.train.corpus import load_config, load_tokenizer, pack, tokenise, valid_rows
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import ALPHAS, best_alpha, label_logprobs, mix, perplexity
@@ -32,14 +33,21 @@ from vllm_memdec.train.text import documents
 
 BLOCK_TOKENS = (32, 512)  # fewest and most: a short text is cut into more blocks
 MOST_TOKENS = 2**18  # read of each kind of text
-HIDDEN = 256
+HIDDEN, CERTAINTY = 256, 16  # units for the hidden state, and for how sure the memory is
 STEPS, BATCH, RATE, DROPOUT = 600, 2048, 3e-3, 0.8
 # Unlearnt text is scarce and a wide memory overfits to it; a narrow one would never be trusted.
+# The units of certainty, which see two numbers, are not decayed.
 DECAY, DECAY_WIDTH = 3.0, 576  # from that width on; of a narrower memory in proportion
 KEPT = 5  # one block in so many is not trained on
 FEWEST = KEPT * (BLOCK_TOKENS[0] + 1)  # tokens of a text
 # Of each kind of text, all its tokens.
-WEIGHTS = {"domain": 1.0, "corpus": 0.4, "general": 6.0, "in turn": 2.0}
+WEIGHTS = {"domain": 1.0, "corpus": 0.75, "general": 6.0, "in turn": 2.0}
+# All that a gate depends on beside the texts: what its cached copies are known by.
+SETTINGS = {
+    "units": (HIDDEN, CERTAINTY),
+    "training": (STEPS, BATCH, RATE, DROPOUT, DECAY, DECAY_WIDTH),
+    "weights": WEIGHTS,
+}
 PASSAGE, SWITCHES = (16, 128), 4  # tokens of a passage; passages of a document that has both
 CLASSES = ("word", "inside a word", "number", "punctuation", "line break")
 
@@ -50,7 +58,7 @@ class Scored:
 
     base_N: np.ndarray  # log-probabilities
     memory_N: np.ndarray
-    hidden_ND: torch.Tensor  # of the memory, before each token
+    features_NF: torch.Tensor  # of the memory, before each token
     classes_N: np.ndarray  # each token's place in CLASSES
     kept_N: np.ndarray  # bool: not to be trained on
 
@@ -60,7 +68,7 @@ class Scored:
         return Scored(
             self.base_N[rows],
             self.memory_N[rows],
-            self.hidden_ND[torch.from_numpy(rows)],
+            self.features_NF[torch.from_numpy(rows)],
             self.classes_N[rows],
             self.kept_N[rows],
         )
@@ -130,20 +138,38 @@ def read_blocks(
     progress: Progress,
 ) -> Scored:
     """Read blocks [B, T+1] with the memory; the base has given its log-probabilities."""
-    hidden: list[torch.Tensor] = []
-    memory_N = label_logprobs(memory, tokens, positions, 4, progress, f"the memory, {kind}", hidden)
+    features: list[torch.Tensor] = []
+    name = f"the memory, {kind}"
+    memory_N = label_logprobs(memory, tokens, positions, 4, progress, name, features)
     valid = valid_rows(positions)
     labels_N = tokens[:, 1:][valid]
     ids, inverse = np.unique(labels_N, return_inverse=True)
     classes = np.array([token_class(tokenizer.decode([int(i)])) for i in ids])
     block_N = np.broadcast_to(np.arange(len(tokens))[:, None], valid.shape)[valid]
-    return Scored(base_N, memory_N, torch.cat(hidden), classes[inverse], block_N % KEPT == KEPT - 1)
+    kept_N = block_N % KEPT == KEPT - 1
+    return Scored(base_N, memory_N, torch.cat(features), classes[inverse], kept_N)
+
+
+class Net(nn.Module):
+    """The gate's network, on normalised features."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.seen = nn.Sequential(
+            nn.Linear(width, HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
+        )
+        self.sure = nn.Sequential(
+            nn.Linear(2, CERTAINTY), nn.GELU(), nn.Linear(CERTAINTY, 1, bias=False)
+        )
+
+    def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
+        return LARGEST * (self.seen(x_NF[:, :-2]) + self.sure(x_NF[:, -2:]))[:, 0].sigmoid()
 
 
 def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
     """Return the arrays of a gate trained on texts by their kind, see WEIGHTS."""
     parts = scored.values()
-    h_ND = torch.cat([part.hidden_ND for part in parts])
+    x_NF = torch.cat([part.features_NF for part in parts])
     logp_N2 = torch.from_numpy(
         np.concatenate([np.stack([p.base_N, p.memory_N], 1) for p in parts])
     ).float()
@@ -151,18 +177,20 @@ def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
         [torch.full((len(p.base_N),), WEIGHTS[k] / len(p.base_N)) for k, p in scored.items()]
     )
     weight_N *= len(weight_N) / weight_N.sum()
-    mean_D, scale_D = h_ND.mean(0), h_ND.std(0) + 1e-6
+    mean_F, scale_F = x_NF.mean(0), x_NF.std(0) + 1e-6
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Linear(h_ND.shape[1], HIDDEN), nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1)
-        )
-        decay = DECAY * min(1, h_ND.shape[1] / DECAY_WIDTH)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=decay)
+        D = x_NF.shape[1] - 2
+        net = Net(D)
+        parameters = [
+            {"params": net.seen.parameters(), "weight_decay": DECAY * min(1, D / DECAY_WIDTH)},
+            {"params": net.sure.parameters(), "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(parameters, lr=RATE)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
-            rows = torch.randint(len(h_ND), (BATCH,))
-            alpha_N = LARGEST * net((h_ND[rows] - mean_D) / scale_D)[:, 0].sigmoid()
+            rows = torch.randint(len(x_NF), (BATCH,))
+            alpha_N = net((x_NF[rows] - mean_F) / scale_F)
             base_N, memory_N = logp_N2[rows].unbind(1)
             # From 1e-6 on, as a log of 0 has no gradient.
             take_N, keep_N = (1e-6 + alpha_N).log(), (-alpha_N).log1p()
@@ -172,14 +200,24 @@ def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
             loss.backward()
             optimizer.step()
             rates.step()
-    first, last = net[0], net[3]
-    w1 = first.weight.detach() / scale_D
+    net.requires_grad_(False)
+    w1, b1 = without_scale(net.seen[0], mean_F[:-2], scale_F[:-2])
+    sure, bias_K = without_scale(net.sure[0], mean_F[-2:], scale_F[-2:])
     return {
         "w1": w1.numpy(),
-        "b1": (first.bias.detach() - w1 @ mean_D).numpy(),
-        "w2": last.weight.detach()[0].numpy(),
-        "b2": last.bias.detach()[0].numpy(),
+        "b1": b1.numpy(),
+        "w2": net.seen[3].weight[0].numpy(),
+        "b2": net.seen[3].bias[0].numpy(),
+        "certainty": torch.stack([*sure.T, bias_K, net.sure[2].weight[0]]).numpy(),
     }
+
+
+def without_scale(
+    layer: nn.Linear, mean_F: torch.Tensor, scale_F: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the weights and biases that do to features what a layer does to normalised ones."""
+    weight_HF = layer.weight / scale_F
+    return weight_HF, layer.bias - weight_HF @ mean_F
 
 
 def mix_gated(base_N: np.ndarray, memory_N: np.ndarray, alpha_N: np.ndarray) -> np.ndarray:
@@ -191,7 +229,7 @@ def mix_gated(base_N: np.ndarray, memory_N: np.ndarray, alpha_N: np.ndarray) -> 
 @torch.inference_mode()
 def weights(arrays: dict[str, np.ndarray], part: Scored) -> np.ndarray:
     """Return the gate's weights [N] float64."""
-    return Gate(arrays)(part.hidden_ND).double().numpy()
+    return Gate(arrays)(part.features_NF).double().numpy()
 
 
 def calibrate_gate(

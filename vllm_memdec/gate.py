@@ -1,12 +1,15 @@
-"""The gate: what weight each token's memory gets, read off the memory's own hidden state.
+"""The gate: what weight each token's memory gets, by what the memory sees and how sure it is.
 
-    alpha_t = LARGEST * sigmoid(w2 . gelu(W1 h_t + b1) + b2)
+    score_t = w2 . gelu(W1 h_t + b1) + b2
+    alpha_t = LARGEST * sigmoid(score_t + sum_k out_k gelu(t_k top_t + e_k entropy_t + bias_k))
 
-h_t is what the memory's head sees. A memory knows its domain when it reads it, so nothing of the
-base is looked at: a gate goes wherever its memory goes. `memdec calibrate` trains it and writes it
-into the memory's folder; serving and training share this module.
+h_t is what the memory's head sees: a memory knows its domain when it reads it. The top probability
+and the entropy of what the head makes of it tell what it has learnt by heart from what it guesses;
+the kernel that mixes has both (kernels/interpolate.py). Nothing of the base is looked at: a gate
+goes wherever its memory goes. `memdec calibrate` trains it and writes it into the memory's folder;
+serving and training share this module.
 
-Shapes: N rows, D width of the memory, H hidden units.
+Shapes: N rows, D width of the memory, H hidden units, K units for the memory's certainty.
 """
 
 from pathlib import Path
@@ -16,9 +19,9 @@ from zipfile import BadZipFile
 import numpy as np
 
 FILE = "memdec_gate.npz"  # .safetensors would be taken for weights of the memory
-FORMAT_VERSION = 1
-LARGEST = 0.999  # a sure memory that is wrong costs at most ln(1000) nats more than the base
-NAMES = ("w1", "b1", "w2", "b2")  # [H, D], [H], [H], []
+FORMAT_VERSION = 2  # 1 did without the memory's certainty
+# [H, D], [H], [H], [], [4, K]: a row each of t, e, bias and out.
+NAMES = ("w1", "b1", "w2", "b2", "certainty")
 
 
 class Gate:
@@ -27,16 +30,34 @@ class Gate:
     def __init__(self, arrays: dict[str, np.ndarray], device: Any = "cpu"):
         import torch
 
-        self.w1, self.b1, self.w2, self.b2 = (
+        self.w1, self.b1, self.w2, self.b2, self.certainty = (
             torch.from_numpy(arrays[name].astype(np.float32)).to(device) for name in NAMES
         )
 
-    def __call__(self, h_ND: Any) -> Any:
-        """Return weights [N] between 0 and LARGEST for hidden states [N, D] of any dtype."""
+    def score(self, h_ND: Any) -> Any:
+        """Return scores [N] for hidden states [N, D] of any dtype."""
         import torch.nn.functional as F
 
         h_NH = F.gelu(F.linear(h_ND.float(), self.w1, self.b1))
-        return LARGEST * (F.linear(h_NH, self.w2[None])[:, 0] + self.b2).sigmoid()
+        return F.linear(h_NH, self.w2[None])[:, 0] + self.b2
+
+    def __call__(self, features_NF: Any) -> Any:
+        """Return weights [N] between 0 and LARGEST for rows of `features`."""
+        from vllm_memdec.kernels.interpolate import gate_weights
+
+        h_ND, top_N, entropy_N = features_NF[:, :-2], features_NF[:, -2], features_NF[:, -1]
+        return gate_weights(self.score(h_ND), self.certainty, top_N, entropy_N)
+
+
+def features(h_ND: Any, logits_NV: Any) -> Any:
+    """Return a memory's hidden states, its top probability and its entropy: [N, D + 2], float32."""
+    import torch
+
+    logp_NV = logits_NV.float().log_softmax(-1)
+    p_NV = logp_NV.exp()
+    # A logit of -inf has no share in the entropy, and 0 times it would be NaN.
+    entropy_N = -(p_NV * logp_NV.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
+    return torch.cat([h_ND.float(), p_NV.amax(-1)[:, None], entropy_N[:, None]], -1)
 
 
 def gate_path(model: str, revision: str | None = None) -> Path | None:
@@ -76,7 +97,8 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
         )
     shapes = [arrays[name].shape if name in arrays else None for name in NAMES]
     H, D = shapes[0] if shapes[0] and len(shapes[0]) == 2 else (0, 0)
-    if not whole or shapes != [(H, D), (H,), (H,), ()]:
+    K = shapes[4][-1] if shapes[4] else 0
+    if not whole or shapes != [(H, D), (H,), (H,), (), (4, K)]:
         raise ValueError(f"{path} is not a whole gate: run memdec calibrate again.")
     if width is not None and width != D:
         raise ValueError(

@@ -203,10 +203,13 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         for number, rows, mine_ND, memory_NW in self.memory_logits(memory_ND, columns_NA):
             if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
                 continue
+            # What is asked negative is the most that a gate may give.
+            asked_N, gate = decode(columns_NA[rows]), self.gates[number]
             mixed_NV = interpolate(
                 base_NV[rows],
                 memory_NW,
-                self.weights(number, mine_ND, decode(columns_NA[rows])),
+                asked_N if gate else asked_N.clamp(min=0),
+                gate=(gate.score(mine_ND), gate.certainty) if gate else None,
                 as_logits=True,
                 compiled=self.compiled,
             )
@@ -216,15 +219,6 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 out_NV = base_NV.to(torch.float32, copy=True) if out_NV is base_NV else out_NV
                 out_NV[rows] = mixed_NV
         return out_NV
-
-    def weights(self, number: int, mine_ND: torch.Tensor, asked_N: torch.Tensor) -> torch.Tensor:
-        """Return a memory's weights [N] for rows of its own, which may be asked to be the gate's.
-
-        What is asked negative is the most that the gate may give.
-        """
-        if (gate := self.gates[number]) is None:
-            return asked_N.clamp(min=0)
-        return torch.where(asked_N < 0, torch.minimum(gate(mine_ND), -asked_N), asked_N)
 
     def memory_logits(
         self, memory_ND: torch.Tensor, columns_NA: torch.Tensor
@@ -276,8 +270,10 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         if self.compiled:
             # Loading has the model's dtype as the default one, serving float32: part of the graph.
             with set_default_torch_dtype(torch.float32):
-                for size, dtype in zip(self.vocab_sizes[1:], self.dtypes[1:], strict=True):
-                    compile_rows(self.vocab_sizes[0], size, self.dtypes[0], dtype)
+                memories = zip(self.vocab_sizes[1:], self.dtypes[1:], self.gates, strict=True)
+                for size, dtype, gate in memories:
+                    units = gate.certainty if gate else None
+                    compile_rows(self.vocab_sizes[0], size, self.dtypes[0], dtype, units)
         return loaded
 
     def prepare_lora(self) -> None:

@@ -126,11 +126,79 @@ def test_two_graphs_serve_every_shape(monkeypatch):
     assert graphs["unique_graphs"] - before == 2
 
 
+# A gate's weights are tested with fewer shapes: one block, blocks of which the last is not full, a
+# narrower memory, a wider one.
+GATED = [
+    *((33, V, W, FP32, FP32) for V, W in ((7, 7), (1000, 1003), (4097, 4095), (8193, 8193))),
+    (4, 49152, 49152, BF16, BF16),
+]
+
+
+def check_gated(device, case):
+    base_NV, memory_NW, alpha_N = make(*case)
+    N, generator = len(alpha_N), torch.Generator().manual_seed(len(alpha_N))
+    # A cap that binds or does not, and every third row's weight a plain number.
+    asked_N = torch.where(torch.arange(N) % 3 == 0, alpha_N, -(alpha_N + 0.3).clamp(max=1))
+    gate = torch.randn(N, generator=generator) * 2, torch.randn(4, 5, generator=generator)
+    given = [x.to(device) for x in (base_NV, memory_NW, asked_N)]
+    gate = tuple(x.to(device) for x in gate)
+    for as_logits in (False, True):
+        got = interpolate(*given, gate=gate, as_logits=as_logits)
+        assert_close(got, interpolate_reference(*given, as_logits, gate))
+    plain, still = asked_N >= 0, tuple(x.to(device) for x in (torch.zeros(N), gate[1].cpu() * 0))
+    # A gate that says one half: 0.999 / 2 where the cap allows.
+    half_N = torch.where(plain, asked_N, (-asked_N).clamp(max=op.LARGEST / 2)).to(device)
+    assert_close(interpolate(*given, gate=still), interpolate(*given[:2], half_N))
+
+
+@pytest.mark.parametrize(
+    ("device", "case"),
+    [
+        *((path, case) for path in ("triton", "torch") for case in GATED),
+        *(("compiled", case) for case in GATED[1:3]),
+    ],
+    indirect=["device"],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value)),
+)
+def test_a_gate_matches_the_oracle(device, case):
+    check_gated(device, case)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+@pytest.mark.parametrize("as_logits", [False, True])
+def test_a_broken_gate_or_memory_stays_in_its_row(device, as_logits):
+    base_NV, memory_NW, asked_N = torch.zeros(4, 9), torch.zeros(4, 9), -torch.ones(4)
+    memory_NW[0, 4], memory_NW[1, 4] = torch.nan, torch.inf
+    score_N = torch.tensor([0.0, 0.0, torch.nan, 0.0])
+    given = (x.to(device) for x in (base_NV, memory_NW, asked_N))
+    gate = score_N.to(device), torch.ones(4, 3, device=device)
+    got = interpolate(*given, gate=gate, as_logits=as_logits).cpu()
+    assert got[:3].isnan().all() and got[3].isfinite().all()
+
+
+def test_an_extreme_memory_is_sure_or_not(device):
+    """Masks written as finfo.min leave the entropy what it is, over any number of blocks."""
+    V = 3 * op.BLOCK + 5
+    memory_NW = torch.full((2, V), torch.finfo(FP32).min)
+    memory_NW[0, -1], memory_NW[1, -3:] = 3.0, -7.0  # sure; three alike
+    # top - entropy, and so the gate's score, up to gelu's rest: 1, and 1/3 - ln 3.
+    units = torch.tensor([[1.0], [-1.0], [20.0], [1.0]])
+    gate = torch.full((2,), -20.0, device=device), units.to(device)
+    base_NV = torch.zeros(2, V)
+    given = (x.to(device) for x in (base_NV, memory_NW, -torch.ones(2)))
+    alpha_N = op.LARGEST * torch.tensor([1.0, 1 / 3 - torch.tensor(3.0).log()]).sigmoid()
+    rest_N = (1 - alpha_N) / V  # what a masked token keeps
+    got_N = interpolate(*given, gate=gate).cpu()[:, 0]
+    assert torch.allclose(got_N, rest_N.log(), atol=1e-5)
+
+
 @pytest.mark.gpu
 def test_compiled_kernel_matches_oracle():
     assert not op.INTERPRETED, "unset TRITON_INTERPRET to test the compiled kernel"
     for case in CASES:
         check("cuda", case)
+    for case in GATED:
+        check_gated("cuda", case)
 
 
 def test_compiles_without_a_gpu(tmp_path):
@@ -139,11 +207,15 @@ def test_compiles_without_a_gpu(tmp_path):
         from triton import compile
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
-        from vllm_memdec.kernels.interpolate import BLOCK, NUM_WARPS, _mixture_kernel as kernel
-        for as_logits in (False, True):
+        from vllm_memdec.kernels.interpolate import (
+            BLOCK, LARGEST, NUM_WARPS, _mixture_kernel as kernel
+        )
+        for as_logits, gated in ((False, False), (True, False), (True, True)):
             types = dict.fromkeys(kernel.arg_names, "i32")
-            types |= {"base": "*bf16", "memory": "*fp16", "alpha": "*fp32", "out": "*fp32"}
-            values = {"AS_LOGITS": as_logits, "BLOCK": BLOCK}
+            types |= {"base": "*bf16", "memory": "*fp16"}
+            types |= dict.fromkeys(("alpha", "score", "certainty", "out"), "*fp32")
+            values = {"AS_LOGITS": as_logits, "BLOCK": BLOCK, "LARGEST": LARGEST}
+            values |= {"GATED": gated, "UNITS": 16}
             source = ASTSource(kernel, types | dict.fromkeys(values, "constexpr"), values)
             compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
     """
@@ -268,13 +340,19 @@ GOOD = {"base_NV": torch.zeros(2, 5), "memory_NW": torch.zeros(2, 6), "alpha_N":
         {"alpha_N": torch.zeros(3)},
         {"alpha_N": torch.zeros(2, 1)},
         {"alpha_N": torch.zeros(2, dtype=FP16)},
+        {"gate": (torch.zeros(3), torch.zeros(4, 5))},
+        {"gate": (torch.zeros(2), torch.zeros(3, 5))},
+        {"gate": (torch.zeros(2, dtype=FP16), torch.zeros(4, 5))},
         {"out": torch.zeros(2, 6)},
         {"out": torch.zeros(2, 5, dtype=BF16)},
     ],
-    ids=lambda change: "-".join(f"{k}{tuple(v.shape)}{v.dtype}" for k, v in change.items()),
+    ids=lambda change: "-".join(
+        f"{k}{'-'.join(f'{tuple(x.shape)}{x.dtype}' for x in (v if k == 'gate' else [v]))}"
+        for k, v in change.items()
+    ),
 )
 def test_misuse_is_a_value_error(change):
-    with pytest.raises(ValueError, match=r"(must|has|give) .*\.$"):
+    with pytest.raises(ValueError, match=r"(must|has|give|needs) .*\.$"):
         interpolate(**(GOOD | change))
 
 

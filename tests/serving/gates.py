@@ -17,6 +17,8 @@ def random_gate(width, seed, hidden=8):
         "b1": rng.normal(size=hidden),
         "w2": rng.normal(size=hidden) * 2,
         "b2": np.array(0.0),
+        # Top probability, entropy, bias, weight. The entropies of tiny models are all but the same.
+        "certainty": rng.normal(size=(4, 5)) * [[20], [0.3], [1], [0.7]],
     }
 
 
@@ -27,8 +29,17 @@ def gate_weights(models, name, most, ids):
         return 0.5
     model = oracle.load(models[name])
     h_TD = model.base_model(torch.tensor([ids])).last_hidden_state[0]
+    width = oracle.log_probs(models["base"], ids).shape[1]
+    logp_TV = oracle.log_probs(models[name], ids, width)
+    top_T = logp_TV.exp().amax(-1)
+    entropy_T = -(logp_TV.exp() * logp_TV).nan_to_num(0).sum(-1)
     gate = {k: torch.from_numpy(v).double() for k, v in read_gate(gate_path(models[name])).items()}
-    x_TH = h_TD @ gate["w1"].T + gate["b1"]
-    x_TH = x_TH * (1 + torch.erf(x_TH / math.sqrt(2))) / 2
-    alpha_T = 0.999 * (x_TH @ gate["w2"] + gate["b2"]).sigmoid()
+    x_TH = gelu(h_TD @ gate["w1"].T + gate["b1"])
+    top_K, entropy_K, bias_K, out_K = gate["certainty"]
+    x_TK = gelu(top_T[:, None] * top_K + entropy_T[:, None] * entropy_K + bias_K)
+    alpha_T = 0.999 * (x_TH @ gate["w2"] + gate["b2"] + x_TK @ out_K).sigmoid()
     return alpha_T.clamp(max=most)[:, None]
+
+
+def gelu(x):
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2

@@ -146,6 +146,10 @@ def start(models):
             "is not a whole gate",
         ),
         (
+            lambda path: write_gate(path.parent, random_gate(96, 0) | {"certainty": np.zeros(4)}),
+            "is not a whole gate",
+        ),
+        (
             lambda path: write_gate(path.parent, random_gate(96, 0) | {"b2": np.array(np.nan)}),
             "is not a whole gate",
         ),

@@ -80,7 +80,8 @@ def test_mixture(tiny_model, subprocess_env, tmp_path):
     for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(results, chosen, strict=True):
         if name == "gated":
             most = 1.0 if alpha == "auto" else 0.4
-            alpha = gate_weights(folders, name, most, [*prompt, *sampled])
+            models = folders | {"base": base}
+            alpha = gate_weights(models, name, most, [*prompt, *sampled])
         error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
         assert error < oracle.TOLERANCE, extra
 

@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_memdec.gate import FILE, Gate, gate_path, read_gate
+from vllm_memdec.gate import FILE, Gate, features, gate_path, read_gate
 from vllm_memdec.train import gate as gates
 from vllm_memdec.train.corpus import load_tokenizer, tokenise
 from vllm_memdec.train.datastore import load_model
@@ -34,14 +34,16 @@ WIDTH = 24
 PROMPT = "You may reproduce and distribute copies of the Work, bagi duto mela"
 
 
-def scored(rows, seed):
-    """Return rows of which the sign of a direction in the hidden state says which model is right.
+def scored(rows, seed, of):
+    """Return rows of which one feature says which model is right: by its sign, or how large it is.
 
-    The direction lies far from the origin and is small: whoever forgets to normalise misses it.
+    of: "seen", a direction of the hidden state, or how "sure" the memory is, by top probability and
+    entropy. They lie far from the origin and are small: whoever forgets to normalise misses them.
     """
     rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(rows, WIDTH)) * np.logspace(-2, 2, WIDTH) + 5
-    right = hidden[:, 0] > 5
+    hidden = rng.normal(size=(rows, WIDTH + 2)) * np.logspace(-2, 2, WIDTH + 2) + 5
+    hidden[:, -2:] = rng.uniform((0, 3), (1, 3.1), (rows, 2))
+    right = hidden[:, 0] > 5 if of == "seen" else abs(hidden[:, -2] - 0.5) < 0.25
     good, bad = np.log(rng.uniform(0.3, 0.9, rows)), np.log(rng.uniform(1e-4, 1e-2, rows))
     return Scored(
         np.where(right, bad, good),
@@ -52,8 +54,9 @@ def scored(rows, seed):
     ), right
 
 
-def test_it_learns_who_is_right():
-    (train, _), (test, right) = scored(8000, 0), scored(2000, 1)
+@pytest.mark.parametrize("of", ["seen", "sure"])
+def test_it_learns_who_is_right(of):
+    (train, _), (test, right) = scored(8000, 0, of), scored(2000, 1, of)
     arrays = fit_gate({"domain": train.part(False)})
     alpha_N = weights(arrays, test)
     assert ((alpha_N > 0.5) == right).mean() > 0.95
@@ -71,7 +74,7 @@ def test_the_amount_of_text_has_no_weight(monkeypatch):
     rng = np.random.default_rng(0)
 
     def text(rows, base, memory):
-        hidden = torch.from_numpy(rng.normal(size=(rows, WIDTH))).float()  # that says nothing
+        hidden = torch.from_numpy(rng.normal(size=(rows, WIDTH + 2))).float()  # that says nothing
         same = [np.full(rows, np.log(p)) for p in (base, memory)]
         return Scored(*same, hidden, np.zeros(rows, int), np.zeros(rows, bool))
 
@@ -136,12 +139,18 @@ def test_the_command(calibrated, pipeline):
 def test_served_as_trained(calibrated):
     """What is written gives the weights that the report was made with."""
     arrays = read_gate(gate_path(str(calibrated[-1])))
-    h_ND = torch.randn(5, arrays["w1"].shape[1])
-    x_NH = torch.nn.functional.gelu(
-        h_ND @ torch.from_numpy(arrays["w1"]).float().T + torch.from_numpy(arrays["b1"]).float()
+    h_ND, logits_NV = torch.randn(5, arrays["w1"].shape[1]), torch.randn(5, 70) * 4
+    logits_NV[0, 3:] = -torch.inf
+    w1, b1, w2, b2, certainty = (
+        torch.from_numpy(arrays[n]).double() for n in ("w1", "b1", "w2", "b2", "certainty")
     )
-    wanted = 0.999 * (x_NH @ torch.from_numpy(arrays["w2"]).float() + float(arrays["b2"])).sigmoid()
-    assert torch.allclose(Gate(arrays)(h_ND), wanted, atol=1e-6)
+    p_NV = logits_NV.double().softmax(-1)
+    sure_N2 = torch.stack([p_NV.amax(-1), torch.distributions.Categorical(p_NV).entropy()], -1)
+    gelu = torch.nn.functional.gelu
+    score_N = gelu(h_ND.double() @ w1.T + b1) @ w2 + b2
+    score_N += gelu(sure_N2 @ certainty[:2] + certainty[2]) @ certainty[3]
+    wanted_N = (0.999 * score_N.sigmoid()).float()
+    assert torch.allclose(Gate(arrays)(features(h_ND, logits_NV)), wanted_N, atol=1e-5)
 
 
 def test_of_several_texts_all_are_read(pipeline, tmp_path, english, jsonl, monkeypatch):
@@ -192,8 +201,9 @@ def test_explain_shows_the_weights(calibrated, pipeline):
     model = AutoModelForCausalLM.from_pretrained(memory, dtype=torch.float32)
     found = {cap: explain(pipeline.base, memory, PROMPT, cap, write=0) for cap in (None, 0.3)}
     ids = tokenizer(PROMPT)["input_ids"]
-    h_TD = model.base_model(torch.tensor([ids])).last_hidden_state[0]
-    alpha_T = Gate(read_gate(gate_path(memory)))(h_TD)[:-1].tolist()
+    read = model(torch.tensor([ids]), output_hidden_states=True)
+    features_TF = features(read.hidden_states[-1][0], read.logits[0])
+    alpha_T = Gate(read_gate(gate_path(memory)))(features_TF)[:-1].tolist()
     for cap, explanation in found.items():
         assert explanation.gated
         wanted = [min(alpha, cap or 1.0) for alpha in alpha_T]
