@@ -28,11 +28,11 @@ ENVIRONMENT = {
 PROMPT, TOKENS = 64, 32
 
 
-def engine(base, memory=None):
+def engine(base, memory=None, eager=True):
     """Return an engine of the base, with a memory beside it if one is given."""
     from vllm import LLM
 
-    options = {"dtype": "bfloat16", "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
+    options = {"dtype": "bfloat16", "enforce_eager": eager, "max_num_seqs": 16, "seed": 0}
     if memory is not None:
         block = {"memdec": {"model": memory, "alpha": 0.5}}
         options |= {"model_impl": "memdec", "additional_config": block}

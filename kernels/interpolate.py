@@ -255,21 +255,30 @@ def interpolate_triton(
 # -- PyTorch --------------------------------------------------------------------------------------
 
 
-def _normaliser_rows(x_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (peak, log sum exp(x - peak)) of each row, [N, 1] each; zeros for rows of -inf."""
+def _normaliser_rows(x_NV: Tensor, moment: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (peak, log sum exp(x - peak)) of each row, [N, 1] each; zeros for rows of -inf.
+
+    moment: whether to return sum (x - peak) exp(x - peak) [N], too.
+    """
     peak_N1 = x_NV.amax(-1, keepdim=True)
     peak_N1 = torch.where(peak_N1 == -torch.inf, 0, peak_N1)
     # sum() adds pairwise; the sum inside log_softmax does not, and is off by 1e-5 at V = 262,144.
-    total_N1 = (x_NV - peak_N1).exp().sum(-1, keepdim=True)
-    return peak_N1, torch.where(total_N1 == 0, 1, total_N1).log()
+    below_NV = x_NV - peak_N1
+    share_NV = below_NV.exp()
+    total_N1 = share_NV.sum(-1, keepdim=True)
+    moment_N = None
+    if moment:
+        # Not below -200, where exp() is 0: 0 times -inf would be NaN.
+        moment_N = share_NV.mul_(below_NV.clamp_(min=-200)).sum(-1)
+    return peak_N1, torch.where(total_N1 == 0, 1, total_N1).log(), moment_N
 
 
 def gate_weights(score_N: Tensor, certainty_4K: Tensor, top_N: Tensor, entropy_N: Tensor) -> Tensor:
     """Return a gate's weights [N] by the formula above."""
-    top_K, entropy_K, bias_K, out_K = certainty_4K
-    x_NK = top_N[:, None] * top_K + entropy_N[:, None] * entropy_K + bias_K
-    rise_N = (torch.nn.functional.gelu(x_NK) * out_K).sum(-1)
-    return LARGEST * (score_N + rise_N).sigmoid()
+    sure_N2 = torch.stack([top_N, entropy_N], -1)
+    x_NK = torch.addmm(certainty_4K[2], sure_N2, certainty_4K[:2])
+    score_N = torch.addmv(score_N, torch.nn.functional.gelu(x_NK), certainty_4K[3])
+    return LARGEST * score_N.sigmoid()
 
 
 def _mixture_rows(
@@ -284,14 +293,11 @@ def _mixture_rows(
     b, m = base_NV.float(), memory_NW[:, : base_NV.shape[1]].float()
     if m.shape[1] < b.shape[1]:
         m = torch.nn.functional.pad(m, (0, b.shape[1] - m.shape[1]), value=-torch.inf)
-    base_peak, base_logsum = _normaliser_rows(b)
-    memory_peak, memory_logsum = _normaliser_rows(m)
+    base_peak, base_logsum, _ = _normaliser_rows(b)
+    memory_peak, memory_logsum, moment_N = _normaliser_rows(m, moment=score_N is not None)
     if score_N is not None:
-        below_NV = torch.where(m == -torch.inf, 0, m - memory_peak)
-        moment_N = (below_NV * (m - memory_peak).exp()).sum(-1)
         top_N = (-memory_logsum[:, 0]).exp()
-        entropy_N = memory_logsum[:, 0] - moment_N * top_N
-        given_N = gate_weights(score_N, certainty_4K, top_N, entropy_N)
+        given_N = gate_weights(score_N, certainty_4K, top_N, memory_logsum[:, 0] - moment_N * top_N)
         alpha_N = torch.where(alpha_N < 0, torch.minimum(given_N, -alpha_N), alpha_N)
     a = alpha_N[:, None]
     if not as_logits:

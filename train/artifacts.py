@@ -133,6 +133,7 @@ def build_artifact(
     killed run of the same plan is handed to make() again, which keeps the files already whole.
     """
     plan = {"schema": SCHEMA, "stage": stage, "settings": settings, "inputs": inputs}
+    plan = json.loads(json.dumps(plan))  # as a manifest gives it back: a tuple is a list there
     found = open_artifact(path)
     if found is not None and all(found.manifest[key] == plan[key] for key in plan):
         say(f"{stage}: up to date")

@@ -55,3 +55,12 @@ def test_what_a_lost_process_left_half_written_is_no_part_of_an_artifact(tmp_pat
     found = build_artifact(tmp_path / "memory", "memory", {}, {}, make, lambda line: None)
     assert list(found.manifest["files"]) == ["whole"]
     assert not list(found.path.rglob("*.tmp"))
+
+
+def test_the_same_settings_are_up_to_date(tmp_path):
+    """Whatever JSON makes of them: a tuple comes back as a list."""
+    made = []
+    for _ in range(2):
+        settings = {"units": (256, 16), "weights": {"domain": 1.0}}
+        build_artifact(tmp_path / "gate", "gate", settings, {}, made.append, lambda line: None)
+    assert len(made) == 1
