@@ -98,7 +98,7 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
     shapes = [arrays[name].shape if name in arrays else None for name in NAMES]
     H, D = shapes[0] if shapes[0] and len(shapes[0]) == 2 else (0, 0)
     K = shapes[4][-1] if shapes[4] else 0
-    if not whole or shapes != [(H, D), (H,), (H,), (), (4, K)]:
+    if not (whole and H and K) or shapes != [(H, D), (H,), (H,), (), (4, K)]:
         raise ValueError(f"{path} is not a whole gate: run memdec calibrate again.")
     if width is not None and width != D:
         raise ValueError(

@@ -150,6 +150,12 @@ def start(models):
             "is not a whole gate",
         ),
         (
+            lambda path: write_gate(
+                path.parent, random_gate(96, 0) | {"certainty": np.zeros((4, 0))}
+            ),
+            "is not a whole gate",
+        ),
+        (
             lambda path: write_gate(path.parent, random_gate(96, 0) | {"b2": np.array(np.nan)}),
             "is not a whole gate",
         ),
