@@ -127,16 +127,24 @@ def untokenised(words: list[str]) -> str:
     return re.sub(r"(``|\() ", r"\1", text).replace("``", '"').replace("''", '"')
 
 
+def finance() -> list[str]:
+    """Return the GnuCash guide and the economies of all countries."""
+    return gnucash() + pages(facts(["Economy"]))
+
+
+CONTROL = "speeches"
+LESS = "finance-60k"  # as many tokens of finance as of the others: quality.py's SIZES give it more
+
 # What a domain is made of; facts are asked for, too.
 DOMAINS: dict[str, Callable[[], list[str]]] = {
     "biomedicine": hpo,
     "law": licences,
-    "finance": lambda: gnucash() + pages(facts(["Economy"])),
+    "finance": finance,
+    LESS: finance,
     "factbook": lambda: pages(facts(SECTIONS)),
     "speeches": sotu,
 }
-CONTROL = "speeches"
-FACTS = {"finance": ("Economy",), "factbook": SECTIONS}
+FACTS = {"finance": ("Economy",), LESS: ("Economy",), "factbook": SECTIONS}
 GENERAL: dict[str, Callable[[], list[str]]] = {
     "wiki": lambda: data.wikipedia(3000),
     "brown": brown,

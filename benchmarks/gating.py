@@ -302,7 +302,7 @@ def cost(base: Path, folder: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = [name for name in domains.DOMAINS if name != domains.CONTROL]
+    known = [name for name in domains.DOMAINS if name not in (domains.CONTROL, domains.LESS)]
     parser.add_argument("--domains", nargs="*", default=known, metavar="NAME")
     parser.add_argument(
         "--companion",
@@ -321,7 +321,7 @@ def main() -> None:
     settings = load_settings(quality.HERE / "quality.yaml")
 
     def domain(name: str) -> quality.Domain:
-        sizes = quality.SMALLER if name == domains.CONTROL else quality.Sizes()
+        sizes = quality.SIZES.get(name, quality.Sizes())
         return quality.Domain(name, str(base), sizes, settings, progress)
 
     def other() -> str:
@@ -345,15 +345,16 @@ def main() -> None:
     ]
     for row in rows:
         print("  ".join(str(row[name]) for name in names))
-    kept = []
+    merged = [row | where for row in rows]
     if TABLE.exists():
         with TABLE.open(newline="") as file:
             new = {row["domain"] for row in rows}
-            kept = [row for row in csv.DictReader(file) if row["domain"] not in new]
+            merged += [row for row in csv.DictReader(file) if row["domain"] not in new]
+    merged.sort(key=lambda row: [*known, "demo"].index(row["domain"]))
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*names, *where], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(kept + [row | where for row in rows])
+        writer.writerows(merged)
     print(json.dumps({"benchmark": "gating", "results": rows}))
 
 
