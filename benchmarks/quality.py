@@ -54,7 +54,6 @@ HERE = Path(__file__).resolve().parent
 WORK = data.BUILD / "quality"
 TABLE = RESULTS / "quality.csv"
 PASSAGE = 128  # tokens
-PASSAGES = (2, 4)  # of which the better number is chosen
 CHOOSING_BLOCKS = 8  # of validation text on which it is
 LORA_RANK = 64
 ASKED = 60_000  # tokens of general text, of each kind, for gating.py's questions
@@ -101,15 +100,30 @@ TRAINED = {
     "dapt": Trained("DAPT", (1e-4, 3e-4)),
     "lora": Trained("LoRA", (1e-3, 3e-3)),
 }
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """A system that reads passages: how they are ranked, and the numbers of them that are tried."""
+
+    title: str
+    passages: tuple[int, ...] = (2, 4)
+    dense: bool = False
+
+
+RETRIEVALS = {
+    "rag_bm25": Retrieval("RAG (BM25)"),
+    "rag_minilm": Retrieval("RAG (MiniLM)", dense=True),
+    "rag_bm25_16": Retrieval("RAG (BM25), 16 passages", (16,)),  # whatever it costs
+}
 GATED = "base + memory, gate"
-RETRIEVERS = {"rag_bm25": "RAG (BM25)", "rag_minilm": "RAG (MiniLM)"}
 TITLES = {
     "base": "base",
     "memory": TRAINED["memory"].title,
     "gated": GATED,
     "ce_only": TRAINED["ce_only"].title,
     "knn_lm": "kNN-LM",
-    **RETRIEVERS,
+    **{system: retrieval.title for system, retrieval in RETRIEVALS.items()},
     "dapt": TRAINED["dapt"].title,
     "lora": TRAINED["lora"].title,
 }
@@ -424,7 +438,8 @@ class Domain:
         return self.artifact("gate", settings, inputs, make)
 
     def retriever(self, system: str, passages: list[str]) -> Any:
-        return rag.BM25(passages) if system == "rag_bm25" else rag.Dense(passages, data.minilm())
+        dense = RETRIEVALS[system].dense
+        return rag.Dense(passages, data.minilm()) if dense else rag.BM25(passages)
 
     def rag(self, system: str, k: int) -> rag.Rag:
         """Return a retriever of the corpus with its reader."""
@@ -433,6 +448,8 @@ class Domain:
 
     def rag_scores(self, system: str) -> tuple[dict[str, np.ndarray], int]:
         """Return the log-probabilities of every text's true tokens, and the number of passages."""
+
+        choices = RETRIEVALS[system].passages
 
         def make(work: Path) -> None:
             model = load_model(self.base, "bfloat16")
@@ -445,12 +462,15 @@ class Domain:
                     model, reader, *blocks, self.sizes.interval, self.progress
                 )
 
-            k = min(PASSAGES, key=lambda k: perplexity(score(k, "validation", CHOOSING_BLOCKS)))
+            k = choices[0]
+            if len(choices) > 1:
+                tried = (perplexity(score(k, "validation", CHOOSING_BLOCKS)) for k in choices)
+                k = min(zip(tried, choices, strict=True))[1]
             for text in TEXTS[1:]:
                 np.save(work / f"{text}.npy", score(k, text))
             write_json(work / "tuned.json", {"passages": k})
 
-        settings = {"interval": self.sizes.interval, "passages": PASSAGES, "tokens": PASSAGE}
+        settings = {"interval": self.sizes.interval, "passages": choices, "tokens": PASSAGE}
         inputs = {"text": self.text.hash, "base": self.base_hash}
         artifact = self.artifact(f"scores-{system}", json.loads(json.dumps(settings)), inputs, make)
         return self.load(artifact), json.loads((artifact.path / "tuned.json").read_text())[
@@ -505,7 +525,7 @@ class Domain:
         index = Index(
             self.targets.path.with_name("index"), self.settings.index.probes, MEMORY_BUDGET
         )
-        readers = {name: self.rag(name, int(tuned[name]["passages"])) for name in RETRIEVERS}
+        readers = {name: self.rag(name, int(tuned[name]["passages"])) for name in RETRIEVALS}
         with self.progress.task("asking for facts", len(facts), "facts") as advance:
             for fact in facts:
                 prompt, whole = (
@@ -564,7 +584,7 @@ class Domain:
             text: perplexity(mix(base[text], scores[text], tuned["knn_lm"]["lambda"]))
             for text in TEXTS
         }
-        for system in RETRIEVERS:
+        for system in RETRIEVALS:
             scores, passages = self.rag_scores(system)
             tuned[system] = {"passages": passages}
             found[system] = {text: perplexity(scores[text]) for text in TEXTS[1:]}
