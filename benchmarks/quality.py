@@ -448,7 +448,6 @@ class Domain:
 
     def rag_scores(self, system: str) -> tuple[dict[str, np.ndarray], int]:
         """Return the log-probabilities of every text's true tokens, and the number of passages."""
-
         choices = RETRIEVALS[system].passages
 
         def make(work: Path) -> None:
@@ -462,20 +461,19 @@ class Domain:
                     model, reader, *blocks, self.sizes.interval, self.progress
                 )
 
-            k = choices[0]
-            if len(choices) > 1:
-                tried = (perplexity(score(k, "validation", CHOOSING_BLOCKS)) for k in choices)
-                k = min(zip(tried, choices, strict=True))[1]
+            def tried(k: int) -> float:
+                return perplexity(score(k, "validation", CHOOSING_BLOCKS))
+
+            k = min(choices, key=tried) if len(choices) > 1 else choices[0]
             for text in TEXTS[1:]:
                 np.save(work / f"{text}.npy", score(k, text))
             write_json(work / "tuned.json", {"passages": k})
 
-        settings = {"interval": self.sizes.interval, "passages": choices, "tokens": PASSAGE}
+        settings = {"interval": self.sizes.interval, "passages": list(choices), "tokens": PASSAGE}
         inputs = {"text": self.text.hash, "base": self.base_hash}
-        artifact = self.artifact(f"scores-{system}", json.loads(json.dumps(settings)), inputs, make)
-        return self.load(artifact), json.loads((artifact.path / "tuned.json").read_text())[
-            "passages"
-        ]
+        artifact = self.artifact(f"scores-{system}", settings, inputs, make)
+        tuned = json.loads((artifact.path / "tuned.json").read_text())
+        return self.load(artifact), tuned["passages"]
 
     # -- Facts ------------------------------------------------------------------------------------
 
