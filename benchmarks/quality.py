@@ -1,6 +1,6 @@
 """What a domain's text teaches memory, kNN-LM, RAG, DAPT and LoRA, and what they forget for it.
 
-    python benchmarks/quality.py      # two CPU cores: about four hours; what is there is kept
+    python benchmarks/quality.py      # two CPU cores: about seven hours; what is there is kept
 
 For each domain (see domains.py) every system gets the same text. What is trained gets the same
 training FLOPs: the memory's, its pass of the base over the corpus included. Learning rates, alpha,
