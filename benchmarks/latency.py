@@ -1,6 +1,6 @@
 """What an answer costs: base, base + memory (plain, and drafting), kNN-LM and RAG, in turns.
 
-    make demo && python benchmarks/latency.py      # two CPU cores: about six minutes
+    make demo && python benchmarks/latency.py      # two CPU cores: about nine minutes
 
 Every system runs on vLLM, in bfloat16, with its best settings known: kNN-LM searches the demo's
 full datastore for all rows of a batch at once; RAG has the prefix cache, and looks up its passages
@@ -449,7 +449,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="of each answer")
     parser.add_argument("--passages", type=int, default=2, help="of 128 tokens, before a prompt")
     parser.add_argument("--drafts", type=int, default=3, help="tokens that the memory drafts")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--shapes", nargs="+", choices=sorted({*SHAPES} - {"0.5B"}), default=[])
     arguments = parser.parse_args()
     if not arguments.shapes:
