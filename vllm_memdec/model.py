@@ -260,7 +260,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             with context():
                 loaded |= {f"{part}.{name}" for name in getattr(self, part).load_weights(names)}
         self.loaded |= loaded  # later calls may update the base alone
-        self.load_gates()  # again: what is on a device may have been dropped since
+        # Again, and the batch too: what is on a device may have been dropped since.
+        self.load_gates()
+        self.batch.reset()
         for number in range(len(self.memories)):
             if not any(name.startswith(f"memory{number}.") for name in self.loaded):
                 raise ValueError(

@@ -165,6 +165,8 @@ class Batch:
 
     def reset(self) -> None:
         """Ask for everything, as vLLM's dummy runs need it."""
+        # Arguments of the last write(): memories, weights, lengths. None where it had drafts.
+        self.asked: tuple[Tensor, Tensor, Tensor] | None = None
         self.parts: dict[int, Part] = dict.fromkeys(range(self.memories), Part())
         self.used: list[int] = list(range(self.memories))  # by any request
         self.shared = True  # each used memory is that of every row
@@ -182,12 +184,15 @@ class Batch:
 
         said: the rows of `draft` that hold each request's first tokens.
         """
-        self.memory_B, self.alpha_B = memory_B, alpha_B
+        asked = None if said and any(map(len, said)) else (memory_B, alpha_B, lengths_B)
+        if asked and self.asked and all(map(torch.equal, asked, self.asked)):
+            return  # step by step a decoding batch asks for the same
+        self.asked, self.memory_B, self.alpha_B = asked, memory_B, alpha_B
         self.used = memory_B[memory_B != NOBODY].unique().tolist()
         self.shared = len(memory_B.unique()) <= 1
         self.said = None
         said_T = torch.full([int(lengths_B.sum())], -1)
-        if self.divisible and self.shared and said and any(map(len, said)):
+        if self.divisible and self.shared and asked is None:
             starts = (lengths_B.cumsum(0) - lengths_B).tolist()
             for start, rows in zip(starts, said, strict=True):
                 said_T[start : start + len(rows)] = torch.arange(rows.start, rows.stop)

@@ -64,6 +64,43 @@ def test_parts():
     assert batch.used == [0, 1, 2] and batch.shared and sorted(batch.parts) == [0, 1, 2]
 
 
+def test_the_same_batch_is_written_once():
+    """A batch that asks for the same is not written again; one that differs in anything is."""
+    same = ((1, 0.3, 1), (0, 0.4, 2))
+    others = (
+        ((0, 0.3, 1), (1, 0.4, 2)),
+        ((1, 0.5, 1), (0, 0.4, 2)),
+        ((1, 0.3, 2), (0, 0.4, 1)),
+        ((1, 0.3, 1), (0, 0.4, 2), (0, 0.4, 1)),
+        ((1, 0.3, 1),),
+    )
+    expected = torch.tensor([0.3, 0.4, 0.4])
+    batch = Batch(2, 64, max_tokens=16, dtype=torch.bfloat16, device="cpu")
+    for other in others:
+        write(batch, *same)
+        parts = batch.parts
+        write(batch, *same)
+        assert batch.parts is parts, "written again"
+        write(batch, *other)
+        assert batch.parts is not parts
+        write(batch, *same)
+        assert torch.equal(decode(batch.columns_TA[:3]), expected)
+        assert decode_memory(batch.columns_TA[:3]).tolist() == [1, 0, 0]
+        assert batch.parts[1].tokens.tolist() == [0] and batch.parts[0].tokens.tolist() == [1, 2]
+    batch.reset()
+    write(batch, *same)
+    assert sorted(batch.parts) == [0, 1] and batch.parts[1].tokens.tolist() == [0]
+    # What drafts have said is of one step alone.
+    memory_B, alpha_B, lengths_B = (
+        torch.tensor(x) for x in zip((1, 0.3, 2), (1, 0.4, 1), strict=True)
+    )
+    for said in ([range(4, 5), range(0)], [range(7, 8), range(0)]):
+        batch.write(memory_B, alpha_B, lengths_B, said)
+        assert decode_said(batch.columns_TA)[:3].tolist() == [said[0].start, -1, -1]
+    batch.write(memory_B, alpha_B, lengths_B)
+    assert batch.said is None and (decode_said(batch.columns_TA)[:3] == -1).all()
+
+
 def test_what_was_said_is_left_out():
     """A request's first tokens may be rows of a draft; the memory runs on the others."""
     batch = Batch(2, 64, max_tokens=16, dtype=torch.bfloat16, device="cpu")
