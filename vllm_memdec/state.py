@@ -26,13 +26,12 @@ from torch import Tensor
 from vllm_memdec.checkpoint import brief, check_alpha
 from vllm_memdec.config import AUTO, NONE, MemDecConfig
 from vllm_memdec.drafting import Draft
+from vllm_memdec.kernels.weights import PARTS, STEP
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
 NOBODY = -1  # the memory's number of such a request
-PARTS = 3  # columns of the weight; one more holds the memory's number, and one what it has said
 MOST_SAID = 256  # rows: a whole number up to here is exact in bfloat16
-STEP = 256.0  # between parts: a power of two, so exact, and float16 does not underflow
 
 
 def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None") -> None:
