@@ -70,11 +70,13 @@ $(NEXT_INSTALLED): $(INSTALLED)
 	ln -s $$first/vllm/*.so $$next/vllm; \
 	echo "import site; site.addsitedir('$$first')" > $$next/first.pth
 	rm -r build/next
+	$(NEXT)/bin/python -c "import vllm; assert vllm.__version__ == '$(NEXT_VLLM)', vllm.__file__"
 	touch $(NEXT_INSTALLED)
 
-# Only what vLLM takes part in; needs no wheel for CPUs of that release.
+# Only what runs inside vLLM: building a memory never imports it.
 test-next: setup-next
-	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/serving tests/kernels
+	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	  tests/serving tests/kernels
 
 # What the next release changed in the functions that compat.py wraps, calls or derives from.
 diff-next: export VLLM_LOGGING_LEVEL := ERROR

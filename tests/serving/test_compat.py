@@ -1,6 +1,6 @@
 """What compat.py reads and wraps in vLLM still looks as it did when it was checked.
 
-    python tests/serving/test_compat.py      # prints the source of it all: see `make diff-next`
+python tests/serving/test_compat.py      # prints the source of it all: see `make diff-next`
 """
 
 import dataclasses
