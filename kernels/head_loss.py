@@ -129,7 +129,7 @@ def _gradient(
         return sparse_kl(logits_PC, *rows, log_weight_V=log_weight_C, out=logits_PC)
     # Autograd keeps some eight float32 copies: of as many logits as a CPU's chunk has, not of all.
     P, most = len(logits_PC), -(-LOGITS // logits_PC.shape[1])
-    if P > most:
+    if most < P:
         labels_P, targets, beta = rows
         parts = [
             _gradient(
