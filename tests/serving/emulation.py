@@ -21,6 +21,9 @@ SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)  # tokens of a 
 class Rule:
     """Is told of every run of a model inside the composite."""
 
+    def made(self) -> None:
+        """Called for every new engine."""
+
     def before(self, name: str, args: tuple) -> None:
         """Called with the model's name and its inputs."""
 
@@ -39,6 +42,8 @@ def watch(patch: Any, *rules: Rule) -> None:
     from vllm_memdec.model import Drafter, MemDecForCausalLM
 
     def follow_all(composite: Any) -> None:
+        for rule in rules:
+            rule.made()
         for number, model in enumerate((composite.base, *composite.memories)):
             follow(f"memory{number - 1}" if number else "base", model, rules)
 
@@ -124,12 +129,12 @@ class Captured(Rule):
     def __init__(self) -> None:
         self.addresses: dict[tuple, list[int]] = {}
         self.replayed = 0
-        self.modes: list[tuple[str, str]] = []  # of each run: model, mode
+
+    def made(self) -> None:
+        self.addresses.clear()
 
     def before(self, name: str, args: tuple) -> None:
-        mode = get_forward_context().cudagraph_runtime_mode
-        self.modes.append((name, mode.name))
-        if mode != CUDAGraphMode.PIECEWISE:
+        if get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE:
             return
         found = [tensor.data_ptr() for tensor in args]
         key = (name, *(tuple(tensor.shape) for tensor in args))
@@ -166,7 +171,7 @@ def piecewise_v1(patch: Any) -> None:
 
 
 class Log(Rule):
-    """Writes down what each step runs: [by whom, model, tokens, mode], and what it was asked for."""
+    """Writes down what each step was asked for, and what it ran: [by whom, model, tokens, mode]."""
 
     def __init__(self) -> None:
         self.steps: list[dict] = []
@@ -175,14 +180,19 @@ class Log(Rule):
 
     def begin(self, runner: Any) -> None:
         """Follow a V2 runner whose graphs are captured."""
-        self.steps, self.by = [], "target"
-        execute, batch = runner.execute_model, getattr(runner.model, "batch", None)
+        execute, batch = runner.execute_model, runner.model.batch
 
-        def execute_model(*args: Any, **kwargs: Any) -> Any:
+        def execute_model(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
             self.by = "target"
+            if not scheduled.total_num_scheduled_tokens:
+                return execute(scheduled, *args, **kwargs)
             self.steps.append({"ran": []})
-            found = execute(*args, **kwargs)
-            self.steps[-1]["used"] = list(batch.used) if batch is not None else []
+            found = execute(scheduled, *args, **kwargs)
+            drafts = [
+                [int(runner.model_state.memory_R[runner.req_states.req_id_to_index[name]]), len(d)]
+                for name, d in scheduled.scheduled_spec_decode_tokens.items()
+            ]
+            self.steps[-1] |= {"used": list(batch.used), "drafts": drafts}
             return found
 
         runner.execute_model = execute_model

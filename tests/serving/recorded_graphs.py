@@ -1,9 +1,9 @@
 """CUDA graphs on a CPU: a capture records every operator, a replay runs them on the same tensors.
 
-No Python runs again at a replay, so what the code decided at a capture stays decided, as on CUDA. Of
-memory that a graph did not allocate itself it keeps addresses, not references: a replay raises
+No Python runs again at a replay, so what the code decided at a capture stays decided, as on CUDA.
+Of memory that a graph did not allocate itself it keeps addresses, not references: a replay raises
 where it was freed. Nor may a capture read a value on the host. Before each replay the results of
-all graphs are filled with NaN, because graphs share one pool: who reads an old one shows it.
+all graphs are filled with NaN, because graphs share one pool: code that reads an old one fails.
 install() lets vLLM's V2 runner capture such graphs on a CPU.
 """
 
@@ -251,7 +251,7 @@ def begin(graphs: str | None) -> None:
 def install() -> None:
     """Let vLLM's V2 runner capture graphs on a CPU, in this process and for good.
 
-    Where it has piecewise ones too it pads other batches and says so in the forward context, but the
+    With piecewise ones too it pads other batches and says so in the forward context, but then the
     models run eagerly.
     """
     from triton.runtime.interpreter import GridExecutor

@@ -76,7 +76,8 @@ def rows(found):
 
 def run(job, log):
     """Return what a job asks for, or the error that ended its engine."""
-    recorded_graphs.begin(job.get("graphs"))
+    recorded_graphs.begin(job["graphs"])
+    log.steps = []
     llm = None
     try:
         llm = LLM(**job["llm"])
@@ -96,7 +97,7 @@ def generate(llm, job, log):
     core = llm.llm_engine.engine_core.engine_core
     runner = core.model_executor.driver_worker.worker.model_runner
     log.begin(runner)
-    guard = no_wait(runner.model, runner.speculator) if job.get("no_wait") else nullcontext()
+    guard = no_wait(runner.model, runner.speculator) if job["no_wait"] else nullcontext()
     found = []
     with guard:
         for batch in job["batches"]:

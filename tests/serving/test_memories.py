@@ -9,6 +9,7 @@ import oracle
 import pytest
 import torch
 
+pytestmark = pytest.mark.usefixtures("hostile")
 VOCAB = 1000
 ALPHAS = {"law": 0.6, "bio": 0.4, "tax": 0.25, "sea": 0.5}
 
