@@ -384,6 +384,7 @@ def install_v1_runner() -> None:
     wrap(GPUModelRunner, "_dummy_run", _v1_dummy_run)
     wrap(GPUModelRunner, "_determine_batch_execution_and_padding", _v1_mode)
     wrap(GPUModelRunner, "_capture_cudagraphs", _v1_capture)
+    wrap(GPUModelRunner, "initialize_kv_cache", _v1_groups)
 
 
 def _v1_batch(runner: Any) -> "state.Batch | None":
@@ -444,6 +445,15 @@ def _v1_mode(original: Callable) -> Callable:
     return _determine_batch_execution_and_padding
 
 
+def _v1_groups(original: Callable) -> Callable:
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if _v1_batch(self) is not None:
+            self.get_model().log_groups(kv_cache_config)
+        return original(self, kv_cache_config, *args, **kwargs)
+
+    return initialize_kv_cache
+
+
 def _v1_capture(original: Callable) -> Callable:
     def _capture_cudagraphs(
         self: Any, batch_descriptors: Any, cudagraph_runtime_mode: Any, *args: Any, **kwargs: Any
@@ -480,6 +490,10 @@ def v2_model_state_cls() -> type:
             self.memory_R = torch.full((self.max_num_reqs,), state.NOBODY)
             self.alpha_R = torch.zeros(self.max_num_reqs)
             self.is_real = False  # the batch being prepared
+
+        def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+            super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+            self.model.log_groups(kv_cache_config)
 
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
@@ -913,21 +927,11 @@ def _lora_on_the_base(original: Callable) -> Callable:
     return load_lora_model
 
 
-def kv_specs(layers: dict[str, Any], vllm_config: Any) -> dict[str, Any]:
-    """Return vLLM's specification of each layer's KV cache, by the layer's name."""
-    return {
-        name: spec
-        for name, layer in layers.items()
+def kv_bytes_per_token(layers: list[Any], vllm_config: Any) -> float:
+    """Return the bytes that layers of a forward context keep for each token of a request."""
+    specs = [
+        spec
+        for layer in layers
         if hasattr(layer, "get_kv_cache_spec") and (spec := layer.get_kv_cache_spec(vllm_config))
-    }
-
-
-def kv_groups(specs: list[dict[str, Any]], vllm_config: Any) -> int:
-    """Return into how many groups vLLM would sort the KV cache of these models' layers."""
-    try:
-        from vllm.v1.core.kv_cache_planning import get_kv_cache_groups  # from 0.33 on
-    except ImportError:
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
-
-    together = {name: spec for model in specs for name, spec in model.items()}
-    return len(get_kv_cache_groups(vllm_config, together))
+    ]
+    return sum(spec.page_size_bytes / spec.block_size for spec in specs)
