@@ -15,9 +15,6 @@ from vllm_memdec.gate import write_gate
 
 VOCAB = 1000
 LAW, BIO = 0.37, 0.4  # the server's weights
-# Of a log-probability. bfloat16 has 8 significant bits, float16 11, the logits of these models are
-# up to 10, and each layer rounds several times; a wrong memory or weight is off by 1 and more.
-TOLERANCES = {"bfloat16": 0.1, "float16": 0.02}
 GREEDY = {"temperature": 0, "max_tokens": 7, "ignore_eos": True}
 CHOSEN = [
     ({}, ("law", LAW)),
@@ -133,13 +130,12 @@ def test_drafting(results, tiny_model):
     v2.check_steps(result, drafts=2)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_drafting_in_16_bits(dtype, results, drafters):
     """With none, one and two memories in a batch, and vocabularies of unequal width."""
     result, models = v2.answered(results, dtype), drafters[dtype]
     choices = [choice.resolved for choice in (*NONE, *[Choice()] * 3, *MIXED)]
     chosen = [(models[name], alpha) for name, alpha in choices]
-    assert v2.worst_error(result, models["base"], chosen) < TOLERANCES[dtype]
-    assert v2.shortfall(result, models["base"], chosen) < 2 * TOLERANCES[dtype]
+    v2.check_answers(result, models["base"], chosen, dtype)
     assert 0 < result["accepted"] < result["drafted"]
     v2.check_steps(result, drafts=2)
