@@ -229,7 +229,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         **options,
     )
     started = time.perf_counter() - began
-    asked = requests(job["requests"], job["longest"], 1000)
+    asked = requests(job["requests"], job["longest"], 1024)  # more than "law" knows
     params = []
     for number, (_, memory, alpha) in enumerate(asked):
         extra = {"memdec_memory": memory} | ({} if memory == "none" else {"memdec_alpha": alpha})
