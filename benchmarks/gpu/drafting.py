@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from common import RESULTS, append_csv, interleaved_rounds, provenance
 from shapes import MEMORIES, SHAPES, cost_rows, cost_sentence
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CONTEXT = 512  # tokens of KV
 
@@ -46,7 +47,8 @@ class Layer(nn.Module):
         q, k, v = rows.transpose(0, 1)[None].split([self.heads, self.kv, self.kv], 1)
         q, k = (each * cos + each.roll(self.size // 2, -1) * sin for each in (q, k))
         self.cache[0, :, :, -T:], self.cache[1, :, :, -T:] = k, v
-        y = F.scaled_dot_product_attention(q, *self.cache, enable_gqa=True)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # as vLLM, not cuDNN
+            y = F.scaled_dot_product_attention(q, *self.cache, enable_gqa=True)
         x_TD = x_TD + self.out(y[0].transpose(0, 1).reshape(T, -1))
         gate, up = self.gate_up(F.rms_norm(x_TD, (D,), self.norms[1])).chunk(2, -1)
         return x_TD + self.down(F.silu(gate) * up)

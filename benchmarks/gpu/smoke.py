@@ -258,7 +258,7 @@ def run_one(job: dict[str, Any], log: Path, seconds: float) -> dict[str, Any]:
             done = subprocess.run(
                 command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=seconds
             )
-            lines = done.stdout.strip().splitlines()
+            lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
             if not done.returncode and lines:
                 row = json.loads(lines[-1])
             else:
