@@ -91,15 +91,17 @@ def drafting_ratio(c: float, v: float, acceptance: float, drafts: int) -> float:
 def cost_rows(where: dict[str, Any], base_ms: float, wide_ms: float, draft_ms: float, drafts: int):
     """Return a row per stated acceptance: c and v as measured, and what drafting should cost.
 
-    base_ms: the base's step over one token; wide_ms: over drafts + 1; draft_ms: one draft pass.
+    base_ms: the base's step over one token; wide_ms: over drafts + 1; draft_ms: one draft pass. It
+    may be a difference: one that noise makes negative is no cost, and nothing follows from it.
     """
     c, v = draft_ms / base_ms, wide_ms / base_ms
-    measured = {"drafts": drafts, "base_ms": base_ms, "base_wide_ms": wide_ms}
-    measured |= {"draft_ms": draft_ms, "c": c, "v": v}
+    measured: dict[str, Any] = {"drafts": drafts, "base_ms": base_ms, "base_wide_ms": wide_ms}
+    measured |= {"draft_ms": draft_ms, "c": c if c > 0 else "", "v": v}
     return [
         where
-        | {key: round(value, 4) for key, value in measured.items()}
-        | {"acceptance": beta, "predicted": round(drafting_ratio(c, v, beta, drafts), 4)}
+        | {key: round(value, 4) if value != "" else "" for key, value in measured.items()}
+        | {"acceptance": beta}
+        | {"predicted": round(drafting_ratio(c, v, beta, drafts), 4) if c > 0 else ""}
         for beta in ACCEPTANCES
     ]
 
@@ -107,6 +109,8 @@ def cost_rows(where: dict[str, Any], base_ms: float, wide_ms: float, draft_ms: f
 def cost_sentence(rows: list[dict[str, Any]]) -> str:
     """Return what cost_rows found in one line."""
     row = rows[0]
+    if row["c"] == "":
+        return f"v {row['v']:.3f}; c not measured: the difference of two steps is lost in noise"
     predicted = ", ".join(f"{r['predicted']:.2f} at {r['acceptance']:g}" for r in rows)
     return (
         f"c {row['c']:.3f}, v {row['v']:.3f}; time per token with {row['drafts']} drafts, "
@@ -146,6 +150,7 @@ def report(
     for row in rows:
         row["step_ms"] = round(step_ms(row["batch"], row["system"]), 4)
     append_csv(RESULTS / "shapes.csv", [origin | where | row for row in rows])
+    # A step with drafts, less one of both models over as many tokens: the passes, and sampling.
     base, wide = step_ms(1, "base"), step_ms(drafts + 1, "base")
     drafting = step_ms(1, f"base + memory, {drafts} drafts")
     draft = (drafting - step_ms(drafts + 1, "base + memory")) / drafts

@@ -178,6 +178,15 @@ def test_the_cost_model(c, acceptance, drafts, ratio):
     assert shapes.drafting_ratio(c, 1.05, acceptance, drafts) == pytest.approx(ratio, abs=0.006)
 
 
+def test_a_cost_that_is_noise_predicts_nothing():
+    rows = shapes.cost_rows({}, 2.0, 2.1, -0.1, 3)
+    assert {(row["c"], row["predicted"], row["v"]) for row in rows} == {("", "", 1.05)}
+    assert "not measured" in shapes.cost_sentence(rows)
+    rows = shapes.cost_rows({}, 2.0, 2.1, 0.2, 3)
+    assert [row["c"] for row in rows] == [0.1] * len(shapes.ACCEPTANCES)
+    assert "c 0.100, v 1.050" in shapes.cost_sentence(rows)
+
+
 def test_shapes_are_qwens():
     """Parameters as Qwen states them: 0.49, 1.54 and 7.61 billion, embeddings included."""
     import torch
