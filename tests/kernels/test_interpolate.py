@@ -35,8 +35,8 @@ CASES = [
     *((33, V, W, BF16, BF16) for V, W in ((4096, 8192), (8192, 4096), (9000, 100))),
     *((4, V, W, BF16, BF16) for V, W in ((151936, 152064), (152064, 151936))),
 ]
-# The interpreter takes milliseconds for a row and a slice, so the kernels get fewer cases: all kinds
-# of rows and types, odd and even widths, a slice and several, the memory narrower or wider.
+# The interpreter takes milliseconds for a row and a slice, so the kernels get fewer cases: all
+# kinds of rows and types, odd and even widths, a slice and several, the memory narrower or wider.
 KERNELS = [
     (33, 1000, 1003, BF16, FP16),
     (33, 2051, 2049, FP32, FP32),
