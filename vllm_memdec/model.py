@@ -258,7 +258,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         # vLLM's memory profile has one row a request, a step that verifies drafts has more.
         rows = N * self.rows_per_request if self.batch.is_dummy else N
         out_NV = hidden_states.new_empty(rows, V, dtype=torch.float32)[:N]
-        if self.batch.is_dummy:  # so that no request waits until the kernels of few rows are compiled
+        if self.batch.is_dummy:  # no request is to wait until the kernels of few rows are compiled
             self.mix(hidden_states[:1], out_NV[:1])
         # Both models' logits exist for a slice of the rows only, the mixture's for all.
         size = max(1, SLICE_BYTES // (self.dtype.itemsize * (V + W)))
