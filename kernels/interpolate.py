@@ -1,14 +1,16 @@
-"""Mix two rows of logits: log((1 - a) softmax(base) + a softmax(memory)), one launch per step.
+"""Mix two rows of logits: log((1 - a) softmax(base) + a softmax(memory)).
 
     out = logaddexp(log(1-a) + base - lse(base), log a + memory - lse(memory))
 
-On a GPU one Triton program per row sweeps the columns twice: once for both normalisers, once to
-write the mixture. Nothing of size N x V exists beside inputs and output. On a CPU the same formula
-runs in PyTorch, compiled unless vLLM was started eager. The launcher is a plain function, not a
-torch.library op: vLLM calls compute_logits eagerly, outside CUDA graphs and compiled code.
+On a GPU Triton kernels do it (interpolate_kernel.py): they sweep the columns twice, once for both
+normalisers, once to write the mixture. Nothing of size N x V exists beside inputs and output. On a
+CPU the same formula runs in PyTorch, compiled unless vLLM was started eager. The launcher is a
+plain function, not a torch.library op: vLLM calls compute_logits eagerly, outside CUDA graphs and
+compiled code. Neither path makes the host wait for the device.
 
-A gate (vllm_memdec/gate.py) may give the weights of some rows. It goes by how sure the memory is,
-its top probability t and its entropy e in nats, which come out of the first sweep:
+The weight `a` of each row is given, or decoded from columns of the row (weights.py), or comes from
+a gate (vllm_memdec/gate.py). A gate depends on the memory's confidence, its top probability t and
+its entropy e in nats, which come out of the first sweep:
 
     alpha = LARGEST * sigmoid(score + sum_k out_k gelu(t_k t + e_k e + bias_k))
 
@@ -29,24 +31,14 @@ of a gate.
 from __future__ import annotations
 
 import functools
-import os
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-except ImportError:  # a CPU-only installation
-    triton = tl = None
-
-INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
-LOGIT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-LARGEST = 0.999  # of a gate: a sure memory that is wrong costs at most ln(1000) nats more
-
-# 16 warps read 4,096 bf16 columns as one 16-byte load per thread.
-BLOCK = 4096
-NUM_WARPS = 16
+from vllm_memdec.kernels.interpolate_kernel import interpolate_triton
+from vllm_memdec.kernels.rows import INTERPRETED, LOGIT_DTYPES, triton
+from vllm_memdec.kernels.weights import LARGEST as LARGEST
+from vllm_memdec.kernels.weights import RowWeights, gate_weights
 
 # Elements of one group of rows on the CPU. Smaller groups stay in a smaller cache, larger ones meet
 # fewer thread barriers, which are what hurts when other processes want the cores.
@@ -56,200 +48,35 @@ GROUP = 2**17
 def interpolate(
     base_NV: Tensor,
     memory_NW: Tensor,
-    alpha_N: Tensor,
+    weights: Tensor | RowWeights,
     *,
     gate: tuple[Tensor, Tensor] | None = None,
     as_logits: bool = False,
     out: Tensor | None = None,
     compiled: bool = False,
+    invariant: bool = False,
+    split: bool | None = None,
 ) -> Tensor:
     """Return the mixture [N, V] in float32, as log-probabilities or in the logits form.
 
+    weights: float32 [N], or what decodes to them.
     gate: scores [N] and, a row each, t, e, bias and out [4, K] of the formula above, in float32. A
     row with a negative weight then takes what the gate gives, -alpha at most.
 
     Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
     `compiled` is for the CPU: torch.compile, which needs a C++ compiler and seconds on first use.
+
+    On a GPU `split` says whether several programs share a row; by default the number of rows
+    decides. With `invariant` it does not, and the bits of a row do not depend on the other rows.
     """
-    out_NV = _check(base_NV, memory_NW, alpha_N, gate, out)
+    out_NV = _check(base_NV, memory_NW, weights, gate, out)
     if len(out_NV):  # CUDA refuses an empty grid
+        rows = (base_NV, memory_NW, weights, gate, as_logits, out_NV)
         if INTERPRETED or (triton is not None and base_NV.is_cuda):
-            interpolate_triton(base_NV, memory_NW, alpha_N, gate, as_logits, out_NV)
+            interpolate_triton(*rows, invariant, split)
         else:
-            interpolate_torch(base_NV, memory_NW, alpha_N, gate, as_logits, out_NV, compiled)
+            interpolate_torch(*rows, compiled)
     return out_NV
-
-
-# -- Triton ---------------------------------------------------------------------------------------
-
-
-def jit(function):
-    return triton.jit(function) if triton is not None else function
-
-
-@jit
-def normaliser(row, width, BLOCK: tl.constexpr, shift=None):
-    """Return (peak, log sum exp(x - peak)) of a row: kept apart, float32 resolves 1e4 + log 2.
-
-    shift: if given, what is added to each column first.
-    """
-    # One running peak and sum per lane: no reduction across threads inside the loop. Starting at
-    # the lowest finite number, not at -inf, keeps exp(-inf - peak) a plain 0.
-    peak = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-        if shift is not None:
-            x += tl.load(shift + columns, mask=columns < width, other=0.0)
-        higher = tl.maximum(peak, x)
-        total = total * tl.exp(peak - higher) + tl.exp(x - higher)
-        peak = higher
-    row_peak = tl.max(peak, axis=0)
-    row_total = tl.sum(total * tl.exp(peak - row_peak), axis=0)
-    # No mass: both parts 0, so that -inf - lse stays -inf.
-    empty = row_total == 0
-    return tl.where(empty, 0.0, row_peak), tl.log(tl.where(empty, 1.0, row_total))
-
-
-@jit
-def normaliser_and_entropy(row, width, BLOCK: tl.constexpr):
-    """Return (peak, log sum exp(x - peak), entropy in nats) of a row."""
-    peak = tl.full((BLOCK,), -3.4028234663852886e38, tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)  # sum (x - peak) exp(x - peak)
-    LEAST: tl.constexpr = -200.0  # exp() of it is 0, and times `total` it is finite
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        x = tl.load(row + columns, mask=columns < width, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, x)
-        # -inf has no share in the entropy: its difference must not be multiplied by 0.
-        down = tl.maximum(peak - higher, LEAST)
-        below = tl.where(x == float("-inf"), 0.0, x - higher)
-        share = tl.exp(x - higher)
-        moment = (moment + down * total) * tl.exp(down) + below * share
-        total = total * tl.exp(down) + share
-        peak = higher
-    row_peak = tl.max(peak, axis=0)
-    down = tl.maximum(peak - row_peak, LEAST)
-    row_total = tl.sum(total * tl.exp(down), axis=0)
-    row_moment = tl.sum((moment + down * total) * tl.exp(down), axis=0)
-    empty = row_total == 0
-    row_total = tl.where(empty, 1.0, row_total)
-    logsum = tl.log(row_total)
-    return tl.where(empty, 0.0, row_peak), logsum, logsum - row_moment / row_total
-
-
-@jit
-def certainty_score(certainty, top, entropy, K, UNITS: tl.constexpr):
-    """Return what a gate adds to a row's score for the memory's certainty."""
-    k = tl.arange(0, UNITS)
-    x = tl.load(certainty + k, mask=k < K, other=0.0) * top
-    x += tl.load(certainty + K + k, mask=k < K, other=0.0) * entropy
-    x += tl.load(certainty + 2 * K + k, mask=k < K, other=0.0)
-    x *= 0.5 * (1 + tl.erf(x * 0.7071067811865476))
-    return tl.sum(x * tl.load(certainty + 3 * K + k, mask=k < K, other=0.0), axis=0)
-
-
-@jit
-def _mixture_kernel(
-    base,  # [N, V]
-    memory,  # [N, W]
-    alpha,  # [N]
-    score,  # [N]
-    certainty,  # [4, K]
-    out,  # [N, V]
-    base_stride,
-    memory_stride,
-    alpha_stride,
-    out_stride,
-    V,
-    shared,  # min(V, W): columns both models have
-    K,
-    GATED: tl.constexpr,
-    LARGEST: tl.constexpr,
-    UNITS: tl.constexpr,  # K, or the next power of 2
-    AS_LOGITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    n = tl.program_id(0).to(tl.int64)  # 16k rows of 152k columns pass 2^31 elements
-    base += n * base_stride
-    memory += n * memory_stride
-    out += n * out_stride
-    a = tl.load(alpha + n * alpha_stride)
-
-    base_peak, base_logsum = normaliser(base, V, BLOCK)
-    if GATED:
-        memory_peak, memory_logsum, entropy = normaliser_and_entropy(memory, shared, BLOCK)
-        rise = certainty_score(certainty, tl.exp(-memory_logsum), entropy, K, UNITS)
-        given = LARGEST * tl.sigmoid(tl.load(score + n) + rise)
-        # A NaN of the gate's is kept: the row is broken.
-        a = tl.where(a < 0, tl.minimum(given, -a, propagate_nan=tl.PropagateNan.ALL), a)
-    else:
-        memory_peak, memory_logsum = normaliser(memory, shared, BLOCK)
-    # log(1-a), log a. The zeros are replaced before the log: the interpreter warns of log(0).
-    log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, 1 - a)))
-    log_take = tl.where(a == 0, float("-inf"), tl.log(tl.where(a == 0, 1.0, a)))
-    if AS_LOGITS:
-        # Only the difference of the normalisers is needed. Its rounding error is carried along:
-        # between peaks of 1e4 and 3 it is 5e-4, and the memory's best token may end up near 3.
-        gap = memory_peak.to(tl.float64) - base_peak.to(tl.float64)
-        base_shift, memory_shift = 0.0, gap.to(tl.float32)
-        rounded = (gap - memory_shift.to(tl.float64)).to(tl.float32)
-        base_scale, memory_scale = log_keep, log_take + base_logsum - memory_logsum - rounded
-    else:
-        base_shift, memory_shift = base_peak, memory_peak
-        base_scale, memory_scale = log_keep - base_logsum, log_take - memory_logsum
-
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        mask = columns < V
-        b = tl.load(base + columns, mask=mask, other=float("-inf")).to(tl.float32)
-        m = tl.load(memory + columns, mask=columns < shared, other=float("-inf")).to(tl.float32)
-        x = (b - base_shift) + base_scale
-        y = (m - memory_shift) + memory_scale
-        # logaddexp = max + log(1 + exp(-|x - y|)); equal terms, -inf among them, differ by 0.
-        apart = tl.abs(tl.where(x == y, 0.0, x) - tl.where(x == y, 0.0, y))
-        mixed = tl.maximum(x, y) + tl.log(1 + tl.exp(-apart))
-        if AS_LOGITS:
-            mixed = tl.where(a == 0, b, mixed)
-        tl.store(out + columns, mixed, mask=mask)
-
-
-def interpolate_triton(
-    base_NV: Tensor,
-    memory_NW: Tensor,
-    alpha_N: Tensor,
-    gate: tuple[Tensor, Tensor] | None,
-    as_logits: bool,
-    out_NV: Tensor,
-) -> None:
-    """Run the kernel, on a GPU or, under TRITON_INTERPRET=1, in the interpreter."""
-    N, V = base_NV.shape
-    score_N, certainty_4K = gate or (alpha_N, alpha_N[:, None])  # not looked at without a gate
-    K = certainty_4K.shape[1]
-    with torch.cuda.device_of(base_NV):
-        _mixture_kernel[(N,)](
-            base_NV,
-            memory_NW,
-            alpha_N,
-            score_N,
-            certainty_4K,
-            out_NV,
-            base_NV.stride(0),
-            memory_NW.stride(0),
-            alpha_N.stride(0),
-            out_NV.stride(0),
-            V,
-            min(V, memory_NW.shape[1]),
-            K,
-            GATED=gate is not None,
-            LARGEST=LARGEST,
-            UNITS=triton.next_power_of_2(K),
-            AS_LOGITS=as_logits,
-            BLOCK=BLOCK,
-            num_warps=NUM_WARPS,
-        )
 
 
 # -- PyTorch --------------------------------------------------------------------------------------
@@ -273,14 +100,6 @@ def _normaliser_rows(x_NV: Tensor, moment: bool = False) -> tuple[Tensor, Tensor
     return peak_N1, torch.where(total_N1 == 0, 1, total_N1).log(), moment_N
 
 
-def gate_weights(score_N: Tensor, certainty_4K: Tensor, top_N: Tensor, entropy_N: Tensor) -> Tensor:
-    """Return a gate's weights [N] by the formula above."""
-    sure_N2 = torch.stack([top_N, entropy_N], -1)
-    x_NK = torch.addmm(certainty_4K[2], sure_N2, certainty_4K[:2])
-    score_N = torch.addmv(score_N, torch.nn.functional.gelu(x_NK), certainty_4K[3])
-    return LARGEST * score_N.sigmoid()
-
-
 def _mixture_rows(
     base_NV: Tensor,
     memory_NW: Tensor,
@@ -289,7 +108,7 @@ def _mixture_rows(
     certainty_4K: Tensor | None,
     as_logits: bool,
 ) -> Tensor:
-    """Return the mixture of rows, [N, V] in float32; the kernel above says why each step is so."""
+    """Return the mixture of rows, [N, V] in float32; the kernel says why each step is so."""
     b, m = base_NV.float(), memory_NW[:, : base_NV.shape[1]].float()
     if m.shape[1] < b.shape[1]:
         m = torch.nn.functional.pad(m, (0, b.shape[1] - m.shape[1]), value=-torch.inf)
@@ -337,7 +156,7 @@ def compile_rows(
 def interpolate_torch(
     base_NV: Tensor,
     memory_NW: Tensor,
-    alpha_N: Tensor,
+    weights: Tensor | RowWeights,
     gate: tuple[Tensor, Tensor] | None,
     as_logits: bool,
     out_NV: Tensor,
@@ -345,22 +164,28 @@ def interpolate_torch(
 ) -> None:
     """Run the formula in PyTorch: compiled, or a few rows at a time so that they stay in cache."""
     score_N, certainty_4K = gate or (None, None)
+    alpha_N, kept_N = weights, None
+    if isinstance(weights, RowWeights):
+        alpha_N, mine_N = weights.decode(gated=gate is not None)
+        if weights.others == "keep":
+            kept_N = ~mine_N
+    mixture, step = _mixture_rows, max(1, GROUP // base_NV.shape[1])
     if compiled:
-        rows = (base_NV, memory_NW, alpha_N, score_N, certainty_4K)
-        out_NV.copy_(_compiled_rows()(*rows, as_logits))
-        return
-    step = max(1, GROUP // base_NV.shape[1])
+        mixture, step = _compiled_rows(), len(out_NV)
     for start in range(0, len(out_NV), step):
         part = slice(start, start + step)
         rows = (base_NV[part], memory_NW[part], alpha_N[part])
         score_n = None if score_N is None else score_N[part]
-        out_NV[part] = _mixture_rows(*rows, score_n, certainty_4K, as_logits)
+        mixed = mixture(*rows, score_n, certainty_4K, as_logits)
+        # Choosing rows by a mask would make the host wait for their number.
+        out = out_NV[part]
+        out.copy_(mixed if kept_N is None else torch.where(kept_N[part, None], out, mixed))
 
 
 def _check(
     base_NV: Tensor,
     memory_NW: Tensor,
-    alpha_N: Tensor,
+    weights: Tensor | RowWeights,
     gate: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
 ) -> Tensor:
@@ -376,13 +201,18 @@ def _check(
         if x.dtype not in LOGIT_DTYPES:
             raise ValueError(f"{name} must be bfloat16, float16 or float32, got {x.dtype}.")
     N = base_NV.shape[0]
-    if memory_NW.shape[0] != N or alpha_N.shape != (N,):
+    if memory_NW.shape[0] != N:
+        raise ValueError(f"base has {N} rows, memory {memory_NW.shape[0]}: give as many.")
+    if isinstance(weights, RowWeights):
+        weights.check(N)
+        if weights.others == "keep" and out is None:
+            raise ValueError('others="keep" needs `out`, whose other rows it keeps.')
+        weights = weights.columns_NA
+    elif weights.shape != (N,) or weights.dtype != torch.float32:
         raise ValueError(
-            f"base has {N} rows, memory {memory_NW.shape[0]}, and alpha has shape "
-            f"{tuple(alpha_N.shape)}: give one memory row and one weight per base row."
+            f"weights must be float32, one for each of {N} rows, got {weights.dtype} "
+            f"{tuple(weights.shape)}."
         )
-    if alpha_N.dtype != torch.float32:
-        raise ValueError(f"alpha must be float32, got {alpha_N.dtype}.")
     if gate is not None:
         score_N, certainty_4K = gate
         if score_N.shape != (N,) or certainty_4K.ndim != 2 or len(certainty_4K) != 4:
@@ -394,7 +224,7 @@ def _check(
             raise ValueError("a gate's scores and units must be contiguous, in float32.")
     if out is not None and (out.shape != base_NV.shape or out.dtype != torch.float32):
         raise ValueError(f"out must be float32 and shaped like base, got {out.dtype} {out.shape}.")
-    devices = {x.device for x in (*named.values(), alpha_N, *(gate or ()))}
+    devices = {x.device for x in (*named.values(), weights, *(gate or ()))}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}.")
     return base_NV.new_empty(base_NV.shape, dtype=torch.float32) if out is None else out

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_memdec.kernels.interpolate import (
+from vllm_memdec.kernels.rows import (
     BLOCK,
     INTERPRETED,
     LOGIT_DTYPES,

@@ -6,6 +6,9 @@ tests/serving/test_compat.py compares them with the vLLM that is installed.
 
 - EngineArgs.create_model_config (front end): the checks have to run before workers start, and where
   the settings model_impl and additional_config meet. It also swaps in the class to load.
+- EngineArgs.create_engine_config (front end): what depends on the runner that vLLM has chosen.
+- AsyncScheduler._update_after_schedule and Scheduler.update_draft_token_ids (engine core): requests
+  without a memory are not drafted for.
 - InputProcessor._validate_params (front end): refuses a bad weight before the engine sees it. A
   logits processor could do the same, but vLLM refuses those beside a draft model.
 - InputProcessor.process_inputs (front end): the memory becomes part of the request's cache salt.
@@ -13,15 +16,17 @@ tests/serving/test_compat.py compares them with the vLLM that is installed.
   may only reuse those of requests with the same memory.
 - OpenAIServingModels.show_available_models (front end): /v1/models names the memories.
 - GPUModelRunner._prepare_inputs and ._dummy_run (V1 worker): V1 does not tell a model whose tokens
-  it runs.
+  it runs; ._determine_batch_execution_and_padding and ._capture_cudagraphs: nor how the step is
+  executed. Full graphs are captured for several sets of memories.
+- ModelCudaGraphManager.capture (V2 worker), in graphs.py: the same.
 - DefaultModelState (V2 worker): V2 does, through a subclass named by get_model_state_cls().
 - AttentionBackend.get_builder_cls (both workers): a memory's layers get their attention metadata
   for their own requests only, through a subclass of the backend, as vLLM's fast prefill does it.
 - ForwardContext.slot_mapping: narrowed alike while a memory runs.
 - parallel_state._TP: exchanged for a group of one for a memory that every rank has whole.
 - LoRAModelRunnerMixin.load_lora_model (both workers): adapters go on the base alone.
-- DraftModelProposer.load_model (V1 worker) and DraftModelSpeculator.load_model (V2): the drafter
-  becomes a subclass that drafts with the composite's own memories.
+- DraftModelProposer.load_model (V1 worker) and DraftModelSpeculator.load_model (V2, in
+  v2_drafting.py): the drafter becomes a subclass that drafts with the composite's own memories.
 - rejection_sampler.expand_batch_to_tokens (V1 worker on a CPU): mended, see mend_cpu_speculation().
 """
 
@@ -30,7 +35,7 @@ import copy
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -52,9 +57,15 @@ NOT_NARROWED = (
     "encoder_seq_lens", "encoder_seq_lens_cpu", "dcp_local_seq_lens",
     "dcp_local_seq_lens_cpu_upper_bound", "mm_req_doc_ranges", "replayssm_decode_base_cpu",
 )  # fmt: skip
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
 V2_DRAFTER = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
 SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self usage_context headless",
+    "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": (
+        "self scheduler_output"
+    ),
+    "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids": "self draft_token_ids",
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
         "self request_id prompt params supported_tasks arrival_time lora_request "
@@ -67,6 +78,39 @@ SIGNATURES = {
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._prepare_inputs": (
         "self scheduler_output num_scheduled_tokens"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._determine_batch_execution_and_padding": (
+        "self num_tokens num_reqs num_scheduled_tokens_np max_num_scheduled_tokens "
+        "use_cascade_attn allow_microbatching force_eager force_uniform_decode force_has_lora "
+        "force_num_active_loras num_encoder_reqs"
+    ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._capture_cudagraphs": (
+        "self batch_descriptors cudagraph_runtime_mode profiler"
+    ),
+    f"{GRAPHS}:CudaGraphManager.capture": "self create_forward_fn progress_bar_desc",
+    f"{GRAPHS}:CudaGraphManager.run_fullgraph": "self desc",
+    f"{GRAPHS}:CudaGraphManager.dispatch": (
+        "self num_reqs num_tokens uniform_token_count num_active_loras max_query_len num_ubatches"
+    ),
+    f"{GRAPHS}:ModelCudaGraphManager.capture": (
+        "self model model_state input_buffers intermediate_tensors block_tables attn_groups "
+        "kv_cache_config pcp_manager has_lora use_aux_hidden_state_outputs lora_capture_hook "
+        "progress_bar_desc"
+    ),
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:"
+    "SpeculatorCudaGraphManager.capture": (
+        "self forward_fn model_state input_buffers block_tables attn_groups kv_cache_config "
+        "progress_bar_desc specialize_spec_tokens"
+    ),
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_attn": (
+        "self input_batch cudagraph_mode block_tables slot_mappings attn_groups kv_cache_config "
+        "for_capture ubatch_idx model_specific_attn_metadata"
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.build_for_cudagraph_capture": (
+        "self common_attn_metadata"
+    ),
+    "vllm.v1.attention.backend:AttentionMetadataBuilder.update_draft_decode_metadata": (
+        "self metadata"
     ),
     "vllm.v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model": (
         "self model vllm_config device"
@@ -107,13 +151,15 @@ SIGNATURES = {
     "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_model": (
         "self target_model"
     ),
-    f"{V2_DRAFTER}._prefill": (
-        "self input_batch num_rejected last_sampled num_reqs skip_attn num_tokens_across_dp"
-    ),
-    f"{V2_DRAFTER}._run_model": (
-        "self input_ids positions attn_metadata slot_mappings num_tokens_across_dp"
-    ),
     f"{V2_DRAFTER}._accepted_last_indices": "self input_batch num_rejected num_reqs",
+    f"{V2_DRAFTER}._copy_request_inputs": ("self num_reqs idx_mapping temperature seeds dummy_run"),
+    f"{V2_DRAFTER}._update_draft_decode_metadata": "self attn_metadata num_reqs",
+    f"{V2_DRAFTER}.propose": (
+        "self input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states "
+        "num_sampled num_rejected last_sampled next_prefill_tokens temperature seeds "
+        "dp_sync_state dummy_run skip_attn_for_dummy_run mm_inputs is_profile "
+        "num_speculative_tokens"
+    ),
     f"{V2_DRAFTER}._build_uniform_attn_metadata": (
         "self batch_desc num_reqs num_query_per_req seq_lens_cpu_upper_bound step causal "
         "dcp_local_seq_lens"
@@ -142,13 +188,25 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     "vllm.v1.spec_decode.draft_model:DraftModelProposer": (
-        "_draft_attn_layer_names _last_draft_probs arange block_size input_ids token_arange_np"
+        "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
+        "token_arange_np"
     ),
     V2_DRAFTER: (
-        "arange_gpu block_tables current_draft_step draft_attn_layer_names draft_logits "
-        "draft_tokens expanded_input_ids expanded_positions idx_mapping input_buffers "
-        "kv_cache_config last_token_indices max_model_len seeds temperature"
+        "arange_gpu attn_groups block_tables current_draft_step draft_attn_layer_names "
+        "draft_logits draft_tokens idx_mapping input_buffers kv_cache_config max_model_len "
+        "model_state num_speculative_steps seeds supports_decode_metadata_update temperature"
     ),
+    f"{GRAPHS}:CudaGraphManager": (
+        "_candidates _capture_descs compilation_config cudagraph_mode decode_query_len graphs "
+        "lora_capture_cases max_num_reqs"
+    ),
+    f"{GRAPHS}:BatchExecutionDescriptor": (
+        "cg_mode num_active_loras num_reqs num_tokens num_ubatches uniform_token_count "
+        "max_query_len"
+    ),
+    "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
+    "vllm.v1.core.sched.scheduler:Scheduler": "requests vllm_config",
+    "vllm.v1.request:Request": "sampling_params spec_token_ids",
     "vllm.engine.arg_utils:EngineArgs": (
         "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
         "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
@@ -196,6 +254,7 @@ def install_front_end() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     wrap(EngineArgs, "create_model_config", _checked_model_config)
+    wrap(EngineArgs, "create_engine_config", _checked_engine_config)
     wrap(InputProcessor, "_validate_params", _checked_params)
     wrap(InputProcessor, "process_inputs", _salted_inputs)
 
@@ -205,6 +264,52 @@ def _checked_model_config(original: Callable) -> Callable:
         return config.create_model_config(self, original)
 
     return create_model_config
+
+
+def _checked_engine_config(original: Callable) -> Callable:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        config.check_engine(vllm_config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def install_scheduler() -> None:
+    """Hook the scheduler, in whichever process it is: it plans who is drafted for."""
+    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    wrap(AsyncScheduler, "_update_after_schedule", _planned_drafts)
+    wrap(Scheduler, "update_draft_token_ids", _taken_drafts)
+
+
+def _planned_drafts(original: Callable) -> Callable:
+    def _update_after_schedule(self: Any, scheduler_output: Any) -> None:
+        original(self, scheduler_output)
+        _drop_drafts(self, scheduler_output.num_scheduled_tokens)
+
+    return _update_after_schedule
+
+
+def _taken_drafts(original: Callable) -> Callable:
+    def update_draft_token_ids(self: Any, draft_token_ids: Any) -> None:
+        original(self, draft_token_ids)
+        _drop_drafts(self, draft_token_ids.req_ids)
+
+    return update_draft_token_ids
+
+
+def _drop_drafts(scheduler: Any, names: Iterable[str]) -> None:
+    """Plan no drafts for requests without a memory, where the memories draft."""
+    if (choices := _choices(scheduler)) is None or not choices.drafts:
+        return
+    for name in names:
+        request = scheduler.requests.get(name)
+        if request is None or request.sampling_params is None or not request.spec_token_ids:
+            continue
+        if choices.resolve(request.sampling_params.extra_args)[0] == state.NOBODY:
+            request.spec_token_ids = []
 
 
 def _checked_params(original: Callable) -> Callable:
@@ -225,7 +330,7 @@ def _checked_params(original: Callable) -> Callable:
 
 
 def _choices(processor: Any) -> state.Choices | None:
-    """Return what the server of an InputProcessor offers, or None if it has no memory."""
+    """Return what the server of an InputProcessor or scheduler offers; None without a memory."""
     if not hasattr(processor, "memdec_choices"):
         settings = config.memdec_block(processor.vllm_config.additional_config)
         processor.memdec_choices = settings and state.Choices.of(
@@ -277,6 +382,9 @@ def install_v1_runner() -> None:
 
     wrap(GPUModelRunner, "_prepare_inputs", _v1_inputs)
     wrap(GPUModelRunner, "_dummy_run", _v1_dummy_run)
+    wrap(GPUModelRunner, "_determine_batch_execution_and_padding", _v1_mode)
+    wrap(GPUModelRunner, "_capture_cudagraphs", _v1_capture)
+    wrap(GPUModelRunner, "initialize_kv_cache", _v1_groups)
 
 
 def _v1_batch(runner: Any) -> "state.Batch | None":
@@ -323,6 +431,50 @@ def _v1_dummy_run(original: Callable) -> Callable:
     return _dummy_run
 
 
+def _v1_mode(original: Callable) -> Callable:
+    def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mode, *rest = original(self, *args, **kwargs)
+        if (batch := _v1_batch(self)) is not None:
+            if not batch.is_dummy:
+                batch.plan(mode.name)
+            # What was captured for the memories that this batch runs.
+            if (sets := getattr(self.model, "memdec_sets", None)) is not None:
+                self.model.concrete_cudagraph_entries = sets.setdefault((*batch.parts,), {})
+        return mode, *rest
+
+    return _determine_batch_execution_and_padding
+
+
+def _v1_groups(original: Callable) -> Callable:
+    def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
+        if _v1_batch(self) is not None:
+            self.get_model().log_groups(kv_cache_config)
+        return original(self, kv_cache_config, *args, **kwargs)
+
+    return initialize_kv_cache
+
+
+def _v1_capture(original: Callable) -> Callable:
+    def _capture_cudagraphs(
+        self: Any, batch_descriptors: Any, cudagraph_runtime_mode: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        batch = _v1_batch(self)
+        if batch is None or cudagraph_runtime_mode.name != "FULL":
+            return original(self, batch_descriptors, cudagraph_runtime_mode, *args, **kwargs)
+        # By set of memories, in place of the wrapper's one dictionary of graphs.
+        sets = self.model.__dict__.setdefault("memdec_sets", {})
+        try:
+            for memories in batch.sets:
+                batch.dummy_set = memories
+                for descriptor in batch_descriptors:  # of an earlier capture
+                    sets.get(memories, {}).pop(descriptor, None)
+                original(self, batch_descriptors, cudagraph_runtime_mode, *args, **kwargs)
+        finally:
+            batch.dummy_set = batch.sets[0]
+
+    return _capture_cudagraphs
+
+
 @functools.cache
 def v2_model_state_cls() -> type:
     """Return the V2 runner's per-request state, extended by memory and weight."""
@@ -339,6 +491,10 @@ def v2_model_state_cls() -> type:
             self.alpha_R = torch.zeros(self.max_num_reqs)
             self.is_real = False  # the batch being prepared
 
+        def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
+            super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
+            self.model.log_groups(kv_cache_config)
+
         def add_request(self, req_index: int, new_req_data: Any) -> None:
             super().add_request(req_index, new_req_data)
             chosen = self.choices.resolve(new_req_data.sampling_params.extra_args)
@@ -349,15 +505,23 @@ def v2_model_state_cls() -> type:
 
         def preprocess_state(self, input_batch: Any, *args: Any, **kwargs: Any) -> None:
             super().preprocess_state(input_batch, *args, **kwargs)
-            slots = torch.from_numpy(input_batch.idx_mapping_np)
-            starts = torch.from_numpy(input_batch.query_start_loc_np[: len(slots) + 1])
-            self.batch.write(self.memory_R[slots], self.alpha_R[slots], starts.diff())
             self.is_real = True
 
-        def prepare_attn(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            if not self.is_real:
+        def prepare_attn(
+            self, input_batch: Any, cudagraph_mode: Any, *args: Any, **kwargs: Any
+        ) -> dict[str, Any]:
+            if self.is_real:
+                slots = torch.from_numpy(input_batch.idx_mapping_np)
+                starts = torch.from_numpy(input_batch.query_start_loc_np[: len(slots) + 1])
+                self.batch.write(
+                    self.memory_R[slots],
+                    self.alpha_R[slots],
+                    starts.diff(),
+                    mode=cudagraph_mode.name,
+                )
+            else:
                 self.batch.reset()
-            return super().prepare_attn(*args, **kwargs)
+            return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
 
         def prepare_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
             if not self.is_real:
@@ -395,14 +559,16 @@ def _narrow_backend(backend: type, number: int, batch: state.Batch, memory: Any)
         # It would put the whole batch's block table into metadata of a part of it.
         supports_update_block_table = False
 
-        def __init__(self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any):
+        def __init__(
+            self, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any, **more: Any
+        ):
             # What the running engine has, but the memory's heads, dtype and KV-cache dtype.
             own = copy.copy(vllm_config)
             own.model_config = memory.model_config
             own.parallel_config = memory.parallel_config
             own.cache_config = copy.copy(vllm_config.cache_config)
             own.cache_config.cache_dtype = memory.cache_config.cache_dtype
-            super().__init__(kv_cache_spec, layer_names, own, device)
+            super().__init__(kv_cache_spec, layer_names, own, device, **more)
 
         def build(
             self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
@@ -413,6 +579,15 @@ def _narrow_backend(backend: type, number: int, batch: state.Batch, memory: Any)
             if part.requests is not None:
                 common_attn_metadata = _narrow_metadata(common_attn_metadata, part)
             return super().build(common_prefix_len, common_attn_metadata, fast_build)
+
+        def build_for_cudagraph_capture(self, common_attn_metadata: Any) -> Any:
+            if number not in batch.parts:
+                return None  # nor does this graph
+            return super().build_for_cudagraph_capture(common_attn_metadata)
+
+        def update_draft_decode_metadata(self, metadata: Any) -> None:
+            if metadata is not None:
+                super().update_draft_decode_metadata(metadata)
 
     return subclass_attention_backend(f"Memory{number}", backend, NarrowBuilder)
 
@@ -492,9 +667,9 @@ def _group_of_one() -> Any:
 def install_drafter(v2: bool) -> None:
     """Let the runner's drafter become ours; called by the composite, before drafters load."""
     if v2:
-        from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
+        from vllm_memdec import v2_drafting
 
-        wrap(DraftModelSpeculator, "load_model", _speculating_memory)
+        v2_drafting.install()
     else:
         from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
@@ -540,6 +715,7 @@ def _drafting_memory(original: Callable) -> Callable:
 
 def _memory_proposer_cls() -> type:
     """Return vLLM's drafter of the V1 runner, with the composite's memories for a model."""
+    from vllm.config import CUDAGraphMode
     from vllm.forward_context import set_forward_context
     from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
@@ -554,6 +730,9 @@ def _memory_proposer_cls() -> type:
             self.length = DraftLength(self.num_speculative_tokens) if target_model.adapts else None
             self.drafted: dict[str, int] = {}  # by request, in the last step
             self.ended = 0.0  # when that step's drafts were done, by time.perf_counter()
+
+        def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+            """Run nothing: memories have run with the target already, and drafts use no graphs."""
 
         def propose(
             self,
@@ -656,26 +835,26 @@ def _memory_proposer_cls() -> type:
             batch = self.model.composite.batch
             batch.write_drafting()
             self.model.heard.clear()
-            mode, size, across = self._determine_batch_execution_and_padding(B)
             drafts, probabilities, hidden, first = [newest_B], [], [], None
             for number in range(K):
                 positions_B = self._update_positions_dependent_metadata(
-                    positions_B, common, B, size, self.block_size
+                    positions_B, common, B, B, self.block_size
                 )
                 _, attention = self.build_per_group_and_layer_attn_metadata(
                     common, draft_index=number
                 )
                 first = first or positions_B.tolist()  # a list: vLLM writes into the tensor
                 self.input_ids[:B] = drafts[-1].int()
+                # Without graphs: the memory's own were captured on the runner's buffers, not these.
+                # By a memory's configuration: ranks that share experts would wait for one another.
                 with set_forward_context(
                     attention,
-                    self.vllm_config,
-                    num_tokens=size,
-                    num_tokens_across_dp=across,
-                    cudagraph_runtime_mode=mode,
-                    slot_mapping=self._get_slot_mapping(size),
+                    self.model.composite.memory_configs[0],
+                    num_tokens=B,
+                    cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                    slot_mapping=self._get_slot_mapping(B),
                 ):
-                    h_BD = self.model(self.input_ids[:size], self._get_positions(size))
+                    h_BD = self.model(self.input_ids[:B], self._get_positions(B))
                 tokens_B, p_BV = self._sample_draft_tokens(h_BD[:B], sampling_metadata)
                 drafts.append(tokens_B)
                 probabilities.append(p_BV)
@@ -727,98 +906,6 @@ def sample_rows(
     tokens_B = torch.searchsorted(upto_BV, chosen_B1, right=True)[:, 0]
     tokens_B = tokens_B.clamp(max=p_BV.shape[1] - 1)
     return torch.where(greedy_B, p_BV.argmax(-1), tokens_B), p_BV
-
-
-def _speculating_memory(original: Callable) -> Callable:
-    speculator = _memory_speculator_cls()
-
-    def load_model(self: Any, target_model: Any) -> None:
-        if getattr(target_model, "drafter", None) is None:
-            return original(self, target_model)
-        self.__class__ = speculator
-        self.model = target_model.drafter
-        self.draft_attn_layer_names = {n for names in target_model.layers for n in names}
-
-    return load_model
-
-
-def _memory_speculator_cls() -> type:
-    """Return vLLM's drafter of the V2 runner, with the composite's memories for a model."""
-    from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
-    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
-    from vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator import (
-        CUDAGraphMode,
-        StandaloneARSpeculator,
-    )
-
-    class MemorySpeculator(StandaloneARSpeculator):
-        def propose(self, *args: Any, dummy_run: bool = False, **kwargs: Any) -> torch.Tensor:
-            """Return drafts [B, K], arbitrary ones for a request without a memory."""
-            if not dummy_run:
-                self.model.composite.batch.write_drafting()
-            return super().propose(*args, dummy_run=dummy_run, **kwargs)
-
-        def _prefill(
-            self,
-            input_batch: Any,
-            num_rejected: torch.Tensor,
-            last_sampled: torch.Tensor,
-            num_reqs: int,
-            skip_attn: bool,
-            num_tokens_across_dp: torch.Tensor | None,
-        ) -> None:
-            """Make the first draft. All but the newest token the memories have read already."""
-            if skip_attn:  # of a dummy run
-                super()._prefill(
-                    input_batch, num_rejected, last_sampled, num_reqs, True, num_tokens_across_dp
-                )
-                return
-            B, last = num_reqs, self.max_model_len
-            buffers = self.input_buffers
-            index_B = self._accepted_last_indices(input_batch, num_rejected, B)
-            # Where the later drafts, which are the parent's, look for what to go on from.
-            self.last_token_indices[:B] = torch.arange(B, device=self.device)
-            positions_B = self.expanded_positions[:B]
-            positions_B.copy_((input_batch.positions[index_B] + 1).clamp(max=last - 1))
-            tokens_B = self.expanded_input_ids[:B]
-            tokens_B.copy_(last_sampled.view(-1)[input_batch.idx_mapping])
-            buffers.positions[:B].copy_(positions_B)
-            buffers.seq_lens[:B].copy_(
-                (input_batch.seq_lens[:B] - num_rejected[:B].int() + 1).clamp(max=last)
-            )
-            starts = buffers.query_start_loc[: B + 1]
-            starts.copy_(self.arange_gpu[: B + 1])
-            slots = self.block_tables.compute_slot_mappings(
-                input_batch.idx_mapping, starts, positions_B, B
-            )
-            attention = self._build_uniform_attn_metadata(
-                batch_desc=BatchExecutionDescriptor(
-                    cg_mode=CUDAGraphMode.NONE, num_tokens=B, num_reqs=B, uniform_token_count=1
-                ),
-                num_reqs=B,
-                num_query_per_req=1,
-                seq_lens_cpu_upper_bound=input_batch.seq_lens_cpu_upper_bound,
-                step=1,
-            )
-            h_BD = self._run_model(
-                tokens_B,
-                positions_B,
-                attention,
-                build_slot_mappings_by_layer(slots, self.kv_cache_config),
-                num_tokens_across_dp,
-            )
-            self.current_draft_step.fill_(0)
-            self.draft_tokens[:B, 0] = self.sample_draft(
-                h_BD[:B],
-                positions_B,
-                self.idx_mapping[:B],
-                self.temperature,
-                self.seeds,
-                self.current_draft_step,
-                self.draft_logits,
-            )
-
-    return MemorySpeculator
 
 
 def install_lora() -> None:

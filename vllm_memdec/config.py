@@ -28,7 +28,7 @@ NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
 MOST = 256  # memories: bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
-SPECULATIVE = "speculative_tokens"
+SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
 MOST_DRAFTED = 16  # tokens a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
@@ -107,18 +107,20 @@ class MemDecConfig:
     default: str  # name of the memory of requests that do not name one, or "none"
     speculative_tokens: int = 0  # that a memory drafts a step at most, for the mixture to verify
     adapts: bool = False  # whether fewer are drafted where that is faster
+    overlap: bool = False  # whether memories run beside the base within a full CUDA graph
 
     @classmethod
     def parse(cls, settings: Any) -> "MemDecConfig":
         """Return the configuration for a `memdec` block, or raise ValueError.
 
         {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
-        NAME} are several. Beside either, "speculative_tokens".
+        NAME} are several. Beside either, "speculative_tokens" and "overlap".
         """
-        tokens = 0
+        tokens, overlap = 0, False
         if isinstance(settings, dict):
             settings = dict(settings)
             tokens = settings.pop(SPECULATIVE, 0)
+            overlap = settings.pop(OVERLAP, False)
         adapts = tokens == AUTO
         if adapts:
             tokens = drafting.MOST
@@ -127,13 +129,15 @@ class MemDecConfig:
                 f"memdec {SPECULATIVE!r} must be an integer from 0 to {MOST_DRAFTED} or {AUTO!r}, "
                 f"got {tokens!r}."
             )
+        if type(overlap) is not bool:
+            raise ValueError(f"memdec {OVERLAP!r} must be true or false, got {overlap!r}.")
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
-            return cls((memory,), ONLY, tokens, adapts)
+            return cls((memory,), ONLY, tokens, adapts, overlap)
         if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
-                f"the settings there are {['default', 'memories', SPECULATIVE]}."
+                f"the settings there are {['default', 'memories', OVERLAP, SPECULATIVE]}."
             )
         names = [*settings["memories"]] if isinstance(settings["memories"], dict) else []
         if not names:
@@ -152,7 +156,7 @@ class MemDecConfig:
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
-        return cls(tuple(memories), default, tokens, adapts)
+        return cls(tuple(memories), default, tokens, adapts, overlap)
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
@@ -190,6 +194,7 @@ def create_model_config(
     check_arguments(args)
     base = build(args)
     check_model(base, "The base")
+    check_state(base)
     for memory in config.memories:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
@@ -304,6 +309,8 @@ def check_arguments(args: "EngineArgs") -> None:
         "dual-batch overlap": args.enable_dbo or args.ubatch_size > 1,
         "prompt embeddings": args.enable_prompt_embeds,
         "pooling": args.runner == "pooling" or args.convert not in ("auto", "none"),
+        # The device's rows are then other requests' than those that the host counts.
+        "adaptive verification": speculation.get("enable_adaptive_verification", False),
         f"speculation by {method!r}": method not in SPECULATION,
     }
     for feature, asked in refused.items():
@@ -328,6 +335,53 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
             raise ValueError(
                 f"{role} {model_config.model} is {what}, which vllm-memdec does not support yet: "
                 "it mixes two text decoders."
+            )
+
+
+def check_state(base: "ModelConfig") -> None:
+    """Refuse a base that keeps a state of its own for each request: the composite keeps its own."""
+    from vllm import ModelRegistry
+
+    model_cls, architecture = ModelRegistry.resolve_model_cls(base.architectures, base)
+    if hasattr(model_cls, "get_model_state_cls"):
+        raise ValueError(
+            f"The base {base.model} ({architecture}) keeps a state of its own for each request, "
+            "which vllm-memdec does not support yet: serve it without a memory."
+        )
+
+
+def check_engine(vllm_config: "VllmConfig") -> None:
+    """Refuse what depends on the runner that vLLM has chosen for a memdec start."""
+    settings = memdec_block(vllm_config.additional_config)
+    if settings is None or vllm_config.speculative_config is None:
+        return
+    config = MemDecConfig.parse(settings)
+    base = vllm_config.model_config
+    memories = [memory_model_config(m, base, base.max_model_len) for m in config.memories]
+    check_speculation(vllm_config, [base, *memories], config.adapts)
+
+
+def check_speculation(vllm_config: "VllmConfig", models: "list[ModelConfig]", adapts: bool) -> None:
+    """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
+    speculation = vllm_config.speculative_config
+    if adapts and vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "vLLM's V2 runner drafts a fixed number of tokens: give speculative_tokens a number, "
+            "or set VLLM_USE_V2_MODEL_RUNNER=0."
+        )
+    if speculation.method not in SPECULATION:
+        raise ValueError(
+            f"vllm-memdec does not support speculation by {speculation.method!r} yet: "
+            "use the method draft_model."
+        )
+    # The V1 runner gives a draft model the block table of the first KV-cache group, and windows
+    # make several groups.
+    if speculation.method == "draft_model" and not vllm_config.use_v2_model_runner:
+        models = [*models, speculation.draft_model_config]
+        if any(model.get_sliding_window() for model in models):
+            raise ValueError(
+                "vLLM's V1 runner cannot draft with a model beside sliding windows: "
+                "start without speculation."
             )
 
 

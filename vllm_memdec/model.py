@@ -17,27 +17,32 @@ from typing import Any
 
 import torch
 from torch import nn
+from vllm import envs
 from vllm.compilation.backends import set_model_tag
 from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig, replace
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
+    get_tp_group,
 )
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models.interfaces import SupportsLoRA, supports_lora
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
-from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
-from vllm_memdec import compat
-from vllm_memdec.config import AUTO, SPECULATION, MemDecConfig, MemoryConfig, memory_model_config
+from vllm_memdec import compat, graphs
+from vllm_memdec.config import AUTO, MemDecConfig, MemoryConfig, memory_model_config
 from vllm_memdec.gate import Gate, read_gate
-from vllm_memdec.kernels.interpolate import compile_rows, interpolate
+from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolate
 from vllm_memdec.plugin import ARCHITECTURE
 from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory, decode_said
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
+SLICE_BYTES = 1 << 28  # of logits of both models at once: 440 rows of a 152k vocabulary in bfloat16
+MANY_GROUPS = 4  # of KV cache; one is usual, and 50 to 100 us of host time in every step
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
 
 
@@ -50,6 +55,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         memories = self.settings.memories
         model_config = vllm_config.model_config
         architectures = model_config.architectures
+        device = torch.device(vllm_config.device_config.device)
         assert ARCHITECTURE not in architectures, "the base would be the composite again"
         self.loaded: set[str] = set()
 
@@ -57,9 +63,10 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.base = initialize_model(
             vllm_config.with_hf_config(model_config.hf_config, architectures), prefix=prefix
         )
-        configs = [memory_vllm_config(vllm_config, memory) for memory in memories]
+        self.memory_configs = configs = [
+            memory_vllm_config(vllm_config, m, number) for number, m in enumerate(memories)
+        ]
         models = [config.model_config for config in configs]
-        check_speculation(vllm_config, [model_config, *models], self.settings.adapts)
         self.memory_sizes = [model.get_hidden_size() for model in models]
         self.vocab_sizes = [model.get_vocab_size() for model in (model_config, *models)]
         base_size, memory_size = model_config.get_hidden_size(), max(self.memory_sizes)
@@ -74,9 +81,22 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             base_size + memory_size,
             vllm_config.scheduler_config.max_num_batched_tokens,
             self.dtype,
-            vllm_config.device_config.device,
-            divisible=vllm_config.compilation_config.cudagraph_mode == CUDAGraphMode.NONE,
+            device,
         )
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        # By width of a vocabulary that is narrower than the base's: ids that the memory knows.
+        self.clamped_T = {
+            size: torch.zeros(most, dtype=torch.int32, device=device)
+            for size in self.vocab_sizes[1:]
+            if size < self.vocab_sizes[0]
+        }
+        # The V2 runner keeps in it what drafts were drawn from.
+        self.draft_dtype = model_config.head_dtype
+        speculation = vllm_config.speculative_config
+        self.rows_per_request = 1 + (speculation.num_speculative_tokens if speculation else 0)
+        # Finding the rows of a memory makes the host wait for the device. On a CPU there is nothing
+        # to wait for; elsewhere each head runs on all rows, which few rows make no dearer.
+        self.selects_rows = device.type == "cpu" and not vllm_config.use_v2_model_runner
         self.choices = Choices.of(self.settings)
         self.load_gates()
 
@@ -104,14 +124,17 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             for number, m in enumerate(memories)
         ]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
-        mode, device = vllm_config.compilation_config.mode, vllm_config.device_config.device
-        self.compiled = mode != CompilationMode.NONE and torch.device(device).type == "cpu"
+        mode = vllm_config.compilation_config.mode
+        self.compiled = mode != CompilationMode.NONE and device.type == "cpu"
         if vllm_config.lora_config is not None:
             self.prepare_lora()
-        compat.install_v1_runner()
+        if vllm_config.use_v2_model_runner:
+            graphs.install()
+        else:
+            compat.install_v1_runner()
         if self.settings.speculative_tokens:
             compat.install_drafter(vllm_config.use_v2_model_runner)
-        if vllm_config.speculative_config is not None and torch.device(device).type == "cpu":
+        if vllm_config.speculative_config is not None and device.type == "cpu":
             compat.mend_cpu_speculation()
         self.log_start(vllm_config)
 
@@ -150,46 +173,76 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         D_memory is the widest memory's; what a row does not use is arbitrary.
         """
         assert intermediate_tensors is None and inputs_embeds is None
-        base_TD = self.base(input_ids, positions)
-        return torch.cat([base_TD.to(self.dtype), self.remember(input_ids, positions)], dim=-1)
+        width = self.split[1] + self.batch.columns_TA.shape[1]
+        out_TD = self.batch.columns_TA.new_empty(len(input_ids), width)
+        if self.overlaps():
+            main, side = torch.cuda.current_stream(), aux_stream()
+            side.wait_stream(main)
+            with torch.cuda.stream(side):
+                self.run_memories(input_ids, positions, out_TD[:, self.split[0] :])
+            out_TD[:, : self.split[0]] = self.base(input_ids, positions)
+            main.wait_stream(side)
+            return out_TD
+        # vLLM holds what a model returns only until another model's CUDA graphs run: both allocate
+        # from one pool, and the last graph of a model keeps no reference. So it is copied first.
+        out_TD[:, : self.split[0]] = self.base(input_ids, positions)
+        self.run_memories(input_ids, positions, out_TD[:, self.split[0] :])
+        return out_TD
 
-    def remember(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Return [T, D_memory + A]: hidden states of the row's own memory, and its columns."""
-        T = len(input_ids)
-        columns_TA = self.batch.columns_TA[:T]
-        outputs = [
-            (number, part, self.run_memory(number, part, input_ids, positions))
-            for number, part in self.batch.parts.items()
-        ]
-        width = self.split[1] - self.split[0]
-        if len(outputs) == 1 and outputs[0][1].tokens is None and outputs[0][2].shape[1] == width:
-            memory_TD = outputs[0][2]
-        else:
-            memory_TD = columns_TA.new_zeros(T, width)
-            if self.batch.said is not None:
-                tokens, rows = self.batch.said
-                memory_TD[tokens] = self.batch.draft.hidden_RD[rows]
-            for number, part, mine in outputs:
-                rows = memory_TD[:, : mine.shape[1]]
-                if part.tokens is not None:
-                    rows[part.tokens] = mine
-                else:  # of these rows some may be another memory's
-                    own_T1 = decode_memory(columns_TA)[:, None] == number
-                    rows.copy_(torch.where(own_T1, mine, rows))
-        return torch.cat([memory_TD, columns_TA], dim=-1)
+    def overlaps(self) -> bool:
+        """Return whether memories run beside the base, on a stream of their own.
+
+        Only while a graph of all is captured: what the streams allocate there is theirs alone. Not
+        across ranks, where both models would use one communicator at once.
+        """
+        return (
+            self.settings.overlap
+            and aux_stream() is not None
+            and torch.cuda.is_current_stream_capturing()
+            and get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+            and get_tensor_model_parallel_world_size() == 1
+        )
+
+    def run_memories(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, out_TD: torch.Tensor
+    ) -> torch.Tensor:
+        """Fill and return [T, D_memory + A]: hidden states of the row's own memory, its columns."""
+        columns_TA = self.batch.columns_TA[: len(input_ids)]
+        memory_TD, tail_TA = out_TD.tensor_split([self.split[1] - self.split[0]], dim=-1)
+        tail_TA.copy_(columns_TA)
+        parts = self.batch.parts
+        alone = len(parts) == 1 and all(part.tokens is None for part in parts.values())
+        if parts and not alone:
+            memory_TD.zero_()  # a row that nobody fills must be finite: its head runs all the same
+        if self.batch.said is not None:
+            tokens, rows = self.batch.said
+            memory_TD[tokens] = self.batch.draft.hidden_RD[rows]
+        for number, part in parts.items():
+            mine = self.run_memory(number, part, input_ids, positions)
+            rows = memory_TD[:, : mine.shape[1]]
+            if part.tokens is not None:
+                rows[part.tokens] = mine.to(self.dtype)
+            elif alone:
+                rows.copy_(mine)
+            else:  # of these rows some may be another memory's
+                own_T1 = decode_memory(columns_TA)[:, None] == number
+                rows.copy_(torch.where(own_T1, mine.to(self.dtype), rows))
+        return out_TD
 
     def run_memory(
         self, number: int, part: Part, input_ids: torch.Tensor, positions: torch.Tensor
     ) -> torch.Tensor:
-        """Return the hidden states of one memory on its part of the batch, in the common dtype."""
+        """Return the hidden states of one memory on its part of the batch."""
         # A base with more rows than the memory may send it an id that it has no embedding for.
-        if self.vocab_sizes[0] > self.vocab_sizes[1 + number]:
-            input_ids = input_ids.clamp(max=self.vocab_sizes[1 + number] - 1)
+        if (size := self.vocab_sizes[1 + number]) < self.vocab_sizes[0]:
+            # Into the same memory every time: a captured graph reads it there.
+            ids_T = self.clamped_T[size][: len(input_ids)]
+            input_ids = ids_T.copy_(input_ids.clamp(max=size - 1))
         memory = self.memories[number]
         if part.tokens is None:
-            return memory(input_ids, positions).to(self.dtype)
+            return memory(input_ids, positions)
         with compat.narrow_slots(self.layers[number], part.tokens):
-            return memory(input_ids[part.tokens], positions[part.tokens]).to(self.dtype)
+            return memory(input_ids[part.tokens], positions[part.tokens])
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return [N, V]: the mixture's log-probabilities plus the base's logsumexp, in float32.
@@ -197,19 +250,93 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         They behave as logits (penalties keep their meaning). A row without a memory has the base's
         own; so do all, in their own dtype, if no request of the batch has one.
         """
-        base_ND, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
-        base_NV = self.base.compute_logits(base_ND.to(self.dtypes[0]).contiguous())
+        if not self.batch.used:
+            return self.base_logits(hidden_states)
+        if self.selects_rows:
+            return self.mix_selected(hidden_states)
+        N, V, W = len(hidden_states), self.vocab_sizes[0], max(self.vocab_sizes[1:])
+        # vLLM's memory profile has one row a request, a step that verifies drafts has more.
+        rows = N * self.rows_per_request if self.batch.is_dummy else N
+        out_NV = hidden_states.new_empty(rows, V, dtype=torch.float32)[:N]
+        # Both models' logits exist for a slice of the rows only, the mixture's for all.
+        size = max(1, SLICE_BYTES // (self.dtype.itemsize * (V + W)))
+        parts = [slice(start, start + size) for start in range(0, N, size)]
+        if not all([self.mix(hidden_states[part], out_NV[part]) for part in parts]):
+            return None
+        return out_NV
+
+    def base_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return the base's own logits [N, V]."""
+        base_ND = hidden_states[:, : self.split[0]]
+        return self.base.compute_logits(base_ND.to(self.dtypes[0]).contiguous())
+
+    def mix(self, hidden_states: torch.Tensor, out_NV: torch.Tensor) -> bool:
+        """Write the mixture [N, V] without waiting for the device; False where logits are not."""
+        _, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
+        base_NV, others = self.base_logits(hidden_states), "base"
+        for number in self.batch.used:
+            mine_ND = self.own_rows(number, memory_ND)
+            memory_NW = self.head(number, mine_ND)
+            gate = self.gates[number]
+            score_N = None if gate is None else self.same_on_all_ranks(gate.score(mine_ND))
+            if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
+                continue
+            interpolate(
+                base_NV,
+                memory_NW,
+                RowWeights(columns_NA, number, others),
+                gate=None if gate is None else (score_N, gate.certainty),
+                as_logits=True,
+                out=out_NV,
+                compiled=self.compiled,
+                invariant=envs.VLLM_BATCH_INVARIANT,
+            )
+            others = "keep"  # the rows of the memories before
+        return others == "keep"
+
+    def own_rows(self, number: int, memory_ND: torch.Tensor) -> torch.Tensor:
+        """Return one memory's share of the rows [N, D], in its own dtype, contiguous."""
+        mine_ND = memory_ND[:, : self.memory_sizes[number]].to(self.dtypes[1 + number])
+        if self.whole_on_each_rank(number):
+            return self.same_on_all_ranks(mine_ND)
+        return mine_ND.contiguous()
+
+    def head(self, number: int, mine_ND: torch.Tensor) -> torch.Tensor | None:
+        """Return one memory's logits [N, W]."""
+        with self.tensor_parallel[number]():
+            return self.memories[number].compute_logits(mine_ND)
+
+    def whole_on_each_rank(self, number: int) -> bool:
+        """Return whether each tensor-parallel rank computes this memory by itself."""
+        return self.settings.memories[number].tensor_parallel_size == 1
+
+    def same_on_all_ranks(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return the first rank's rows, contiguous: ranks sample each for itself, from one result.
+
+        A bit of difference near a tie would let them go on with different tokens.
+        """
+        rows = rows.contiguous()
+        if get_tensor_model_parallel_world_size() > 1:
+            rows = get_tp_group().broadcast(rows, src=0)
+        return rows
+
+    def mix_selected(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return what compute_logits() does, each head on the rows of its own requests only."""
+        _, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
+        base_NV = self.base_logits(hidden_states)
         out_NV = base_NV
-        for number, rows, mine_ND, memory_NW in self.memory_logits(memory_ND, columns_NA):
+        for number, rows, mine_ND, memory_NW in self.selected_logits(memory_ND, columns_NA):
+            gate = self.gates[number]
+            score_N = None if gate is None else self.same_on_all_ranks(gate.score(mine_ND))
             if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
                 continue
             # What is asked negative is the most that a gate may give.
-            asked_N, gate = decode(columns_NA[rows]), self.gates[number]
+            asked_N = decode(columns_NA[rows])
             mixed_NV = interpolate(
                 base_NV[rows],
                 memory_NW,
                 asked_N if gate else asked_N.clamp(min=0),
-                gate=(gate.score(mine_ND), gate.certainty) if gate else None,
+                gate=(score_N, gate.certainty) if gate else None,
                 as_logits=True,
                 compiled=self.compiled,
             )
@@ -220,7 +347,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 out_NV[rows] = mixed_NV
         return out_NV
 
-    def memory_logits(
+    def selected_logits(
         self, memory_ND: torch.Tensor, columns_NA: torch.Tensor
     ) -> Iterator[tuple[int, slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
         """Yield (memory, its rows, hidden states [rows, D], logits [rows, W]) of those in use."""
@@ -230,13 +357,12 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 rows = (decode_memory(columns_NA) == number).nonzero().squeeze(1)
                 if not len(rows):
                     continue
-            mine = memory_ND[rows, : self.memory_sizes[number]].to(self.dtypes[1 + number])
+            mine = self.own_rows(number, memory_ND[rows])
             asked, said_N = mine, None
             if self.batch.said is not None:  # and the batch is this memory's alone
                 said_N = decode_said(columns_NA)
                 asked = mine[said_N < 0]
-            with self.tensor_parallel[number]():
-                logits = self.memories[number].compute_logits(asked.contiguous())
+            logits = self.head(number, asked)
             if said_N is not None:
                 new_NW, logits = logits, self.batch.draft.logits_RW[said_N.clamp(min=0)]
                 logits[said_N < 0] = new_NW
@@ -317,6 +443,16 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 default,
             )
 
+    def log_groups(self, kv_cache_config: Any) -> None:
+        """Say so if windows, of base and memories, make many groups of KV cache."""
+        groups = len(kv_cache_config.kv_cache_groups)
+        if groups > MANY_GROUPS and get_tensor_model_parallel_rank() == 0:
+            logger.warning(
+                "memdec: the KV cache has %d groups, each of which costs the host time in every "
+                "step: beside this base a memory with full attention in all layers makes fewer.",
+                groups,
+            )
+
 
 class Drafter:
     """The memories of a composite as a draft model: same weights, same KV cache."""
@@ -329,27 +465,52 @@ class Drafter:
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: None = None
     ) -> torch.Tensor:
         """Return [T, D_memory + A], as the composite's second half."""
-        return self.composite.remember(input_ids, positions)
+        composite = self.composite
+        columns = composite.batch.columns_TA
+        width = composite.split[1] - composite.split[0] + columns.shape[1]
+        out_TD = columns.new_empty(len(input_ids), width)
+        return composite.run_memories(input_ids, positions, out_TD)
 
     def modules(self) -> Iterator[nn.Module]:
         """Yield nothing: what there is belongs to the composite, which the V2 runner clears."""
         yield from ()
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Return [N, V]: the logits of each row's memory; zeros where it has none."""
+        """Return [N, V]: the logits of each row's memory; arbitrary where it has none."""
         composite = self.composite
         width = composite.split[1] - composite.split[0]
         memory_ND, columns_NA = hidden_states.tensor_split([width], dim=-1)
-        V = composite.vocab_sizes[0]
-        out_NV = hidden_states.new_zeros(len(hidden_states), V, dtype=torch.float32)
-        for _, rows, _, memory_NW in composite.memory_logits(memory_ND, columns_NA):
+        if composite.selects_rows:
+            return self.selected_logits(memory_ND, columns_NA)
+        # Of all that ran, not of all that are used: a captured graph computes it for any batch.
+        out_NV = None
+        for number in composite.batch.parts:
+            logits_NV = self.fitted(composite.head(number, composite.own_rows(number, memory_ND)))
+            if out_NV is None:
+                out_NV = logits_NV
+            else:
+                own_N1 = decode_memory(columns_NA)[:, None] == number
+                out_NV = torch.where(own_N1, logits_NV, out_NV)
+        return out_NV
+
+    def fitted(self, logits_NW: torch.Tensor) -> torch.Tensor:
+        """Return logits [N, V], as wide as the base's and in the dtype that vLLM keeps them in."""
+        V, W = self.composite.vocab_sizes[0], logits_NW.shape[1]
+        logits_NV = logits_NW[:, :V].to(self.composite.draft_dtype)
+        if W < V:
+            logits_NV = torch.nn.functional.pad(logits_NV, (0, V - W), value=-torch.inf)
+        return logits_NV
+
+    def selected_logits(self, memory_ND: torch.Tensor, columns_NA: torch.Tensor) -> torch.Tensor:
+        """Return [N, V], each head on the rows of its own requests; zeros where a row has none."""
+        composite = self.composite
+        shape = len(memory_ND), composite.vocab_sizes[0]
+        out_NV = memory_ND.new_zeros(shape, dtype=composite.draft_dtype)
+        for _, rows, _, memory_NW in composite.selected_logits(memory_ND, columns_NA):
             if composite.batch.shared:
                 self.heard.append(memory_NW)
-            if composite.batch.shared and memory_NW.shape[1] == V:
-                return memory_NW
-            shared = min(V, memory_NW.shape[1])
-            out_NV[rows, :shared] = memory_NW[:, :shared].float()
-            out_NV[rows, shared:] = -torch.inf
+                return self.fitted(memory_NW)
+            out_NV[rows] = self.fitted(memory_NW)
         return out_NV
 
 
@@ -358,7 +519,7 @@ def source_of(name: str) -> int | None:
     return int(name.removeprefix(SOURCE).split(".")[0]) if name.startswith(SOURCE) else None
 
 
-def memory_vllm_config(vllm_config: VllmConfig, memory: MemoryConfig) -> VllmConfig:
+def memory_vllm_config(vllm_config: VllmConfig, memory: MemoryConfig, number: int) -> VllmConfig:
     """Return the configuration under which vLLM builds a memory beside the base."""
     base = vllm_config.model_config
     model_config = memory_model_config(memory, base, base.max_model_len)
@@ -367,9 +528,9 @@ def memory_vllm_config(vllm_config: VllmConfig, memory: MemoryConfig) -> VllmCon
     cache_config.sliding_window = uniform_sliding_window(model_config)
     if memory.kv_cache_dtype is not None:
         cache_config.cache_dtype = memory.kv_cache_dtype
-    parallel_config = vllm_config.parallel_config
+    # Its own: vLLM writes into it whether the model is a mixture of experts.
+    parallel_config = copy.copy(vllm_config.parallel_config)
     if memory.tensor_parallel_size == 1:
-        parallel_config = copy.copy(parallel_config)
         parallel_config.tensor_parallel_size = 1  # whose heads vLLM counts by it
     # quant_config None: vLLM derives the memory's own, if its config.json names one.
     return replace(
@@ -377,6 +538,8 @@ def memory_vllm_config(vllm_config: VllmConfig, memory: MemoryConfig) -> VllmCon
         model_config=model_config,
         cache_config=cache_config,
         parallel_config=parallel_config,
+        # Part of vLLM's key of compiled code: no memory is to load what was compiled for another.
+        additional_config=vllm_config.additional_config | {"memdec_memory": number},
         quant_config=None,
         lora_config=None,
     )
@@ -388,29 +551,3 @@ def uniform_sliding_window(model_config: ModelConfig) -> int | None:
     if layer_types is not None and any(kind != "sliding_attention" for kind in layer_types):
         return None
     return model_config.get_sliding_window()
-
-
-def check_speculation(vllm_config: VllmConfig, models: list[ModelConfig], adapts: bool) -> None:
-    """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
-    speculation = vllm_config.speculative_config
-    if speculation is None:
-        return
-    if adapts and vllm_config.use_v2_model_runner:
-        raise ValueError(
-            "vLLM's V2 runner drafts a fixed number of tokens: give speculative_tokens a number, "
-            "or set VLLM_USE_V2_MODEL_RUNNER=0."
-        )
-    if speculation.method not in SPECULATION:
-        raise ValueError(
-            f"vllm-memdec does not support speculation by {speculation.method!r} yet: "
-            "use the method draft_model."
-        )
-    # The V1 runner gives a draft model the block table of the first KV-cache group, and windows
-    # make several groups.
-    if speculation.method == "draft_model" and not vllm_config.use_v2_model_runner:
-        models = [*models, speculation.draft_model_config]
-        if any(model.get_sliding_window() for model in models):
-            raise ValueError(
-                "vLLM's V1 runner cannot draft with a model beside sliding windows: "
-                "start without speculation."
-            )

@@ -38,3 +38,4 @@ def register() -> None:
         ) from error
     vllm.ModelRegistry.register_model(ARCHITECTURE, f"vllm_memdec.model:{ARCHITECTURE}")
     compat.install_front_end()
+    compat.install_scheduler()

@@ -26,13 +26,13 @@ from torch import Tensor
 from vllm_memdec.checkpoint import brief, check_alpha
 from vllm_memdec.config import AUTO, NONE, MemDecConfig
 from vllm_memdec.drafting import Draft
+from vllm_memdec.kernels.weights import PARTS, STEP
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
 NOBODY = -1  # the memory's number of such a request
-PARTS = 3  # columns of the weight; one more holds the memory's number, and one what it has said
 MOST_SAID = 256  # rows: a whole number up to here is exact in bfloat16
-STEP = 256.0  # between parts: a power of two, so exact, and float16 does not underflow
+MAX_SINGLE_SETS = 8  # memories; with more, capturing each by itself would take minutes
 
 
 def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None") -> None:
@@ -70,15 +70,22 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
 class Choices:
     """What requests may choose from; resolves their arguments, once checked."""
 
-    def __init__(self, alphas: dict[str, float | str], default: str, gated: Collection[str] = ()):
+    def __init__(
+        self,
+        alphas: dict[str, float | str],
+        default: str,
+        gated: Collection[str] = (),
+        drafts: bool = False,
+    ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
+        self.drafts = drafts  # whether the memories draft
 
     @classmethod
     def of(cls, config: MemDecConfig) -> "Choices":
         """Return what a server with this configuration offers."""
         alphas = {memory.name: memory.alpha for memory in config.memories}
         gated = {memory.name for memory in config.memories if memory.gate}
-        return cls(alphas, config.default, gated)
+        return cls(alphas, config.default, gated, config.speculative_tokens > 0)
 
     def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
         """Return the memory's number and the weight, negative if it is the cap of a gate.
@@ -139,6 +146,16 @@ class Part:
     tokens: Tensor | None = None  # positions in the batch, on the device
 
 
+def graph_sets(memories: int) -> list[tuple[int, ...]]:
+    """Return the sets of memories that full CUDA graphs are captured for, the largest first.
+
+    All of them, each by itself, and none, so that a batch replays little that nobody asked for.
+    """
+    everything = tuple(range(memories))
+    single = [(number,) for number in everything] if 1 < memories <= MAX_SINGLE_SETS else []
+    return [everything, *single, ()]
+
+
 class Batch:
     """What the running batch asks for: memory and weight of each token, the part of each memory."""
 
@@ -149,11 +166,11 @@ class Batch:
         max_tokens: int,
         dtype: torch.dtype,
         device: Any,
-        divisible: bool = True,
     ):
         self.memories = memories
-        # A captured graph replays what ran at its capture: there every memory runs on every row.
-        self.divisible = divisible
+        self.sets = graph_sets(memories)
+        # The memories that a dummy run, or the capture of a graph, runs.
+        self.dummy_set = self.sets[0]
         # The head's GEMM wants rows that are a multiple of 8 elements long.
         width = PARTS + 2 + -(hidden_size + PARTS + 2) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
@@ -164,11 +181,13 @@ class Batch:
         self.reset()
 
     def reset(self) -> None:
-        """Ask for everything, as vLLM's dummy runs need it."""
+        """Ask for all of `dummy_set`, as vLLM's dummy runs and captures need it."""
         # Arguments of the last write(): memories, weights, lengths. None where it had drafts.
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None
-        self.parts: dict[int, Part] = dict.fromkeys(range(self.memories), Part())
-        self.used: list[int] = list(range(self.memories))  # by any request
+        self.is_dummy = True
+        self.mode = ""  # in which the step is executed, by the name of vLLM's CUDAGraphMode
+        self.parts: dict[int, Part] = dict.fromkeys(self.dummy_set, Part())
+        self.used: list[int] = [*self.dummy_set]  # by any request
         self.shared = True  # each used memory is that of every row
         # Tokens that the draft speaks of, and its rows.
         self.said: tuple[Tensor, Tensor] | None = None
@@ -179,27 +198,30 @@ class Batch:
         alpha_B: Tensor,
         lengths_B: Tensor,
         said: Sequence[range] | None = None,
+        mode: str = "NONE",
     ) -> None:
         """Take over a batch, its requests in order; all arguments on the host.
 
-        said: the rows of `draft` that hold each request's first tokens.
+        said: the rows of `draft` that hold each request's first tokens. mode: see plan().
         """
         asked = None if said and any(map(len, said)) else (memory_B, alpha_B, lengths_B)
         if asked and self.asked and all(map(torch.equal, asked, self.asked)):
+            self.plan(mode)
             return  # step by step a decoding batch asks for the same
+        self.is_dummy, self.mode = False, ""
         self.asked, self.memory_B, self.alpha_B = asked, memory_B, alpha_B
+        self.lengths_B = lengths_B
         self.used = memory_B[memory_B != NOBODY].unique().tolist()
         self.shared = len(memory_B.unique()) <= 1
         self.said = None
-        said_T = torch.full([int(lengths_B.sum())], -1)
-        if self.divisible and self.shared and asked is None:
+        self.said_T = said_T = torch.full([int(lengths_B.sum())], -1)
+        if mode == "NONE" and self.shared and asked is None:
             starts = (lengths_B.cumsum(0) - lengths_B).tolist()
             for start, rows in zip(starts, said, strict=True):
                 said_T[start : start + len(rows)] = torch.arange(rows.start, rows.stop)
             known = (said_T >= 0).nonzero().squeeze(1)
             self.said = known, said_T[known]
-        if self.divisible:
-            self.parts = {m: self._part(memory_B == m, lengths_B, said_T < 0) for m in self.used}
+        self.plan(mode)
 
         rows_BA = torch.cat(
             [encode(alpha_B, self.columns_TA.dtype), memory_B[:, None].to(self.columns_TA.dtype)], 1
@@ -207,20 +229,47 @@ class Batch:
         rows_TA = rows_BA.repeat_interleave(lengths_B, dim=0)
         rows_TA = torch.cat([rows_TA, (1 + said_T[:, None]).to(rows_TA.dtype)], dim=1)
         rows_TA = F.pad(rows_TA, (0, self.columns_TA.shape[1] - rows_TA.shape[1]))
-        if not self.columns_TA.is_cpu:
-            rows_TA = rows_TA.pin_memory()  # a copy from pageable memory would wait for the device
         # In place: a captured graph reads this very memory.
-        self.columns_TA[: len(rows_TA)].copy_(rows_TA, non_blocking=True)
+        self.columns_TA[: len(rows_TA)].copy_(
+            pinned(rows_TA, self.columns_TA.device), non_blocking=True
+        )
 
-    def write_drafting(self) -> None:
+    def plan(self, mode: str) -> None:
+        """Choose what runs through each memory, by how vLLM executes the step.
+
+        NONE: the tokens of its own requests. PIECEWISE: all rows, as the pieces were captured with
+        them, of each memory that is used. FULL: all rows of the captured set that serves the batch.
+        """
+        if mode == self.mode:
+            return
+        self.mode = mode
+        if mode == "NONE":
+            new_T = self.said_T < 0
+            self.parts = {m: self._part(self.memory_B == m, new_T) for m in self.used}
+        elif mode == "PIECEWISE":
+            self.parts = dict.fromkeys(self.used, Part())
+        else:
+            self.parts = dict.fromkeys(self.set_of(self.used), Part())
+
+    def set_of(self, used: Sequence[int]) -> tuple[int, ...]:
+        """Return the smallest captured set that holds all used memories."""
+        return tuple(used) if tuple(used) in self.sets else self.sets[0]
+
+    def write_drafting(self, mode: str = "NONE") -> None:
         """Take over the same requests with one token each, as memories draft."""
-        self.write(self.memory_B, self.alpha_B, torch.ones_like(self.memory_B))
+        self.write(self.memory_B, self.alpha_B, torch.ones_like(self.memory_B), mode=mode)
 
-    def _part(self, mine_B: Tensor, lengths_B: Tensor, new_T: Tensor) -> Part:
+    def _part(self, mine_B: Tensor, new_T: Tensor) -> Part:
         if mine_B.all() and new_T.all():
             return Part()
         requests = mine_B.nonzero().squeeze(1)
-        request_T = torch.arange(len(mine_B)).repeat_interleave(lengths_B)
+        request_T = torch.arange(len(mine_B)).repeat_interleave(self.lengths_B)
         tokens = (mine_B[request_T] & new_T).nonzero().squeeze(1)
         lengths = request_T[tokens].bincount(minlength=len(mine_B))[requests]
-        return Part(requests, lengths, tokens.to(self.columns_TA.device))
+        device = self.columns_TA.device
+        return Part(requests, lengths, pinned(tokens, device).to(device, non_blocking=True))
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor from which a copy to the device does not wait for the device."""
+    return tensor if device.type == "cpu" else tensor.pin_memory()

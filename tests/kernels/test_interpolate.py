@@ -17,6 +17,7 @@ import torch._dynamo.config
 
 from vllm_memdec.kernels import interpolate as op
 from vllm_memdec.kernels.interpolate import interpolate
+from vllm_memdec.kernels.interpolate_kernel import SLICE
 from vllm_memdec.kernels.reference import interpolate_reference
 
 # Absolute up to magnitude 1, relative above: next to 1e4, float32 numbers lie 1e-3 apart.
@@ -178,7 +179,7 @@ def test_a_broken_gate_or_memory_stays_in_its_row(device, as_logits):
 
 def test_an_extreme_memory_is_sure_or_not(device):
     """Masks written as finfo.min leave the entropy what it is, over any number of blocks."""
-    V = 3 * op.BLOCK + 5
+    V = 3 * SLICE + 5
     memory_NW = torch.full((2, V), torch.finfo(FP32).min)
     memory_NW[0, -1], memory_NW[1, -3:] = 3.0, -7.0  # sure; three alike
     # top - entropy, and so the gate's score, up to gelu's rest: 1, and 1/3 - ln 3.
@@ -324,7 +325,7 @@ def test_broken_numbers_stay_in_their_row(device, as_logits):
     assert got[:5].isnan().all() and got[5].isfinite().all()
 
 
-GOOD = {"base_NV": torch.zeros(2, 5), "memory_NW": torch.zeros(2, 6), "alpha_N": torch.zeros(2)}
+GOOD = {"base_NV": torch.zeros(2, 5), "memory_NW": torch.zeros(2, 6), "weights": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(
@@ -337,9 +338,9 @@ GOOD = {"base_NV": torch.zeros(2, 5), "memory_NW": torch.zeros(2, 6), "alpha_N":
         {"base_NV": torch.zeros(2, 5, device="meta")},
         {"memory_NW": torch.zeros(3, 6)},
         {"memory_NW": torch.zeros(2, 6, dtype=torch.int32)},
-        {"alpha_N": torch.zeros(3)},
-        {"alpha_N": torch.zeros(2, 1)},
-        {"alpha_N": torch.zeros(2, dtype=FP16)},
+        {"weights": torch.zeros(3)},
+        {"weights": torch.zeros(2, 1)},
+        {"weights": torch.zeros(2, dtype=FP16)},
         {"gate": (torch.zeros(3), torch.zeros(4, 5))},
         {"gate": (torch.zeros(2), torch.zeros(3, 5))},
         {"gate": (torch.zeros(2, dtype=FP16), torch.zeros(4, 5))},

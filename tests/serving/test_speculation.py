@@ -4,13 +4,13 @@ import functools
 import itertools
 import math
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import oracle
 import pytest
 import torch
 from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
+from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
 from vllm_memdec import state
@@ -332,9 +332,11 @@ def test_what_drafting_does_not_go_with_is_refused(models, options, sentence):
         args.create_engine_config()
 
 
-def test_auto_is_for_the_v1_runner():
-    from vllm_memdec.model import check_speculation
-
-    settings = SimpleNamespace(speculative_config=SimpleNamespace(), use_v2_model_runner=True)
+def test_auto_is_for_the_v1_runner(models, monkeypatch):
+    """Refused before an engine starts, by vLLM's own choice of the runner."""
+    block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": "auto"}
+    args = EngineArgs(models["base"], model_impl="memdec", additional_config={"memdec": block})
+    args.create_engine_config()
+    monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(ValueError, match="V2 runner drafts a fixed number of tokens"):
-        check_speculation(settings, [], adapts=True)
+        args.create_engine_config()

@@ -12,6 +12,7 @@ from vllm_memdec.state import (
     decode_memory,
     decode_said,
     encode,
+    graph_sets,
 )
 
 CHOICES = Choices({"law": 0.6, "bio": 0.4}, "law")
@@ -111,7 +112,7 @@ def test_what_was_said_is_left_out():
     assert [x.tolist() for x in batch.said] == [[0, 1, 5], [253, 254, 3]]
     part = batch.parts[1]
     assert part.tokens.tolist() == [2, 3, 4, 6, 7, 8] and part.lengths.tolist() == [1, 2, 3]
-    # Not with other requests beside it, nor in a captured graph, nor of what comes next.
+    # Not with other requests beside it, nor of what comes next.
     other_B = torch.tensor([1, NOBODY, 1])
     batch.write(other_B, alpha_B, lengths_B, [range(2), range(0), range(0)])
     assert batch.said is None and batch.parts[1].tokens.tolist() == [0, 1, 2, 5, 6, 7, 8]
@@ -119,11 +120,44 @@ def test_what_was_said_is_left_out():
     assert batch.said is None and (decode_said(batch.columns_TA)[:3] == -1).all()
 
 
-def test_a_graph_runs_every_memory_on_every_row():
-    batch = Batch(2, 64, max_tokens=16, dtype=torch.float32, device="cpu", divisible=False)
-    write(batch, (1, 0.3, 2), (NOBODY, 0.0, 1))
-    assert batch.used == [1] and not batch.shared
-    assert sorted(batch.parts) == [0, 1] and batch.parts[0].tokens is None
+@pytest.mark.parametrize(
+    ("mode", "chosen", "expected"),
+    [
+        ("PIECEWISE", (1, NOBODY), [1]),
+        ("PIECEWISE", (0, 2), [0, 2]),
+        ("PIECEWISE", (NOBODY, NOBODY), []),
+        ("FULL", (1, NOBODY), [1]),
+        ("FULL", (0, 2), [0, 1, 2]),
+        ("FULL", (NOBODY, NOBODY), []),
+    ],
+)
+def test_graphs_run_whole_batches(mode, chosen, expected):
+    """Pieces of each memory in use, or the captured set that serves the batch; nothing for none."""
+    batch = Batch(3, 64, max_tokens=16, dtype=torch.float32, device="cpu")
+    memory_B, lengths_B = torch.tensor(chosen), torch.tensor([2, 1])
+    alpha_B = (memory_B != NOBODY) * 0.3
+    batch.write(memory_B, alpha_B, lengths_B, mode=mode)
+    assert sorted(batch.parts) == expected
+    assert all(part.tokens is None for part in batch.parts.values())
+    assert batch.used == sorted({m for m in chosen if m != NOBODY}) and not batch.is_dummy
+    # The same requests, executed otherwise.
+    batch.write(memory_B, alpha_B, lengths_B, mode="NONE")
+    assert sorted(batch.parts) == batch.used
+    if mode == "FULL" and NOBODY in chosen and batch.used:
+        assert batch.parts[1].tokens.tolist() == [0, 1]
+    batch.plan(mode)
+    assert sorted(batch.parts) == expected
+
+
+def test_sets_of_graphs():
+    assert graph_sets(1) == [(0,), ()]
+    assert graph_sets(3) == [(0, 1, 2), (0,), (1,), (2,), ()]
+    assert graph_sets(9) == [tuple(range(9)), ()], "so many would take minutes to capture"
+    batch = Batch(9, 64, max_tokens=16, dtype=torch.float32, device="cpu")
+    assert batch.set_of([4]) == tuple(range(9)) and batch.set_of([]) == ()
+    batch.dummy_set = ()
+    batch.reset()
+    assert batch.parts == {} and batch.used == [] and batch.is_dummy
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), float("inf"), "0.3", True, None, [0.3]])

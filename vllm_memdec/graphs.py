@@ -1,0 +1,112 @@
+"""Full CUDA graphs of the V2 runner: each captured for several sets of memories, replayed by batch.
+
+What: ModelCudaGraphManager.capture is wrapped; the manager of a composite becomes a subclass that
+captures every full graph once for each set of `Batch.sets` and replays the one of the batch.
+Why: a graph replays all that ran at its capture, so with one set every memory would run on every
+row of every step, also in a server full of requests without a memory.
+May go when vLLM lets a model name an axis of its graphs, as it does for the number of LoRAs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.cudagraph_utils import (
+    BatchExecutionDescriptor,
+    CudaGraphManager,
+    ModelCudaGraphManager,
+)
+
+from vllm_memdec.compat import wrap
+from vllm_memdec.state import Batch
+
+
+@dataclass(frozen=True)
+class MemoryDescriptor(BatchExecutionDescriptor):
+    """A full graph of vLLM's, for one set of memories."""
+
+    memories: tuple[int, ...] = ()
+
+
+class MemoryGraphs(CudaGraphManager):
+    """Stands between a manager of vLLM's and its base class: a graph for each set of memories."""
+
+    memdec_batch: Batch | None = None
+    memdec_sets: list[tuple[int, ...]] = []
+
+    def adopt(self, batch: Batch, sets: list[tuple[int, ...]]) -> None:
+        """Capture full graphs for these sets, and replay them by what the batch asks for."""
+        self.memdec_batch, self.memdec_sets = batch, sets
+        full = self._capture_descs.get(CUDAGraphMode.FULL, [])
+        # The largest set first: vLLM's memory profile samples the first graphs.
+        self._capture_descs[CUDAGraphMode.FULL] = [
+            MemoryDescriptor(**vars(desc), memories=memories) for memories in sets for desc in full
+        ]
+
+    def capture(self, create_forward_fn: Callable, *args: Any, **kwargs: Any) -> None:
+        """Capture, with the batch asking for the memories of each graph."""
+        batch = self.memdec_batch
+        if batch is None:
+            return super().capture(create_forward_fn, *args, **kwargs)
+
+        def create(desc: BatchExecutionDescriptor, warmup: bool) -> Callable:
+            batch.dummy_set = getattr(desc, "memories", batch.sets[0])
+            return create_forward_fn(desc, warmup)
+
+        try:
+            super().capture(create, *args, **kwargs)
+        finally:
+            batch.dummy_set = batch.sets[0]
+
+    def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:
+        """Replay the graph of the memories that the batch runs."""
+        if self.memdec_batch is not None:
+            desc = MemoryDescriptor(**vars(desc), memories=tuple(self.memdec_batch.parts))
+        return super().run_fullgraph(desc)
+
+
+class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):
+    """The manager of a composite's graphs."""
+
+    def add_single_tokens(self) -> None:
+        """Add graphs of one token a request, for requests that are not drafted for.
+
+        vLLM captures decoding with as many tokens a request as a step verifies.
+        """
+        sizes = sorted(self.compilation_config.cudagraph_capture_sizes or [])
+        sizes = [size for size in sizes if size <= self.max_num_reqs]
+        if self.cudagraph_mode.decode_mode() != CUDAGraphMode.FULL or self.decode_query_len == 1:
+            return
+        for loras in self.lora_capture_cases:
+            start = 1
+            for size in sizes:
+                desc = BatchExecutionDescriptor(
+                    cg_mode=CUDAGraphMode.FULL,
+                    num_tokens=size,
+                    num_reqs=size,
+                    uniform_token_count=1,
+                    num_active_loras=loras,
+                )
+                self._capture_descs.setdefault(CUDAGraphMode.FULL, []).append(desc)
+                for tokens in range(start, size + 1):
+                    self._candidates.setdefault((tokens, loras), []).insert(0, desc)
+                start = size + 1
+
+
+def install() -> None:
+    """Hook the V2 runner's graphs; called by the composite, so only in a worker that serves it."""
+    wrap(ModelCudaGraphManager, "capture", _captured)
+
+
+def _captured(original: Callable) -> Callable:
+    def capture(self: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        batch = getattr(model, "batch", None)
+        if isinstance(batch, Batch) and not isinstance(self, CompositeGraphs):
+            self.__class__ = CompositeGraphs
+            if model.drafter is not None:
+                self.add_single_tokens()
+            self.adopt(batch, batch.sets)
+        return original(self, model, *args, **kwargs)
+
+    return capture
