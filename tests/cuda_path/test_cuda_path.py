@@ -139,7 +139,7 @@ def serve(start: Start, models: dict[str, str]) -> dict:
     )
     (BUILD / f"{start}.log").write_text(run.stdout + run.stderr)
     if run.returncode:
-        return {"error": run.stderr[-3000:]}
+        return {"error": f"{run.stderr[-1000:]}\nThe whole log: {BUILD / f'{start}.log'}"}
     return json.loads(run.stdout.strip().splitlines()[-1])
 
 

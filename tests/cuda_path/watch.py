@@ -15,6 +15,7 @@ Kernels need not run for that: allocations, captures and addresses are PyTorch's
 import functools
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -120,6 +121,8 @@ class Watch(TorchDispatchMode):
             context = get_forward_context()
             label = f"{name} {context.cudagraph_runtime_mode.name} {context.batch_descriptor}"
             torch.cuda.memory._set_memory_metadata(label)
+            if torch.cuda.is_current_stream_capturing():  # of a full graph: attention is in it
+                self.keep_attention(name, context)
             try:
                 with _disable_current_modes():  # or torch.compile would not take its own way
                     result = original(*args, **kwargs)
@@ -133,6 +136,14 @@ class Watch(TorchDispatchMode):
             return result
 
         module.forward = forward
+
+    def keep_attention(self, name: str, context: Any) -> None:
+        """Take note of what the attention of a captured graph is told."""
+        for layer, metadata in (context.attn_metadata or {}).items():
+            for field, value in getattr(metadata, "__dict__", {}).items():
+                self.read(f"{name} with {field} of {layer}", value)
+        for layer, slots in (context.slot_mapping or {}).items():
+            self.read(f"{name} with the slots of {layer}", slots)
 
     def started(self) -> None:
         """Take note of where the graphs write: to be called once all are captured."""
