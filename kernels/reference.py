@@ -29,6 +29,17 @@ def gate_reference(logp_W: Tensor, score: Tensor, certainty_4K: Tensor) -> Tenso
     return 0.999 * torch.sigmoid(score.double() + (x_K * out_K).sum())
 
 
+def row_weights_reference(columns_NA: Tensor, memory: int, gated: bool) -> tuple[Tensor, Tensor]:
+    """Return the weights [N] in float64 that columns hold, and which rows are the memory's [N]."""
+    alpha_N = torch.zeros(len(columns_NA), dtype=torch.float64)
+    mine_N = torch.zeros(len(columns_NA), dtype=torch.bool)
+    for n, (c0, c1, c2, number, *_) in enumerate(columns_NA.tolist()):
+        mine_N[n] = number == memory
+        if mine_N[n]:
+            alpha_N[n] = min(max(c0 + c1 / 256 + c2 / 65536, -1.0 if gated else 0.0), 1.0)
+    return alpha_N, mine_N
+
+
 def interpolate_reference(
     base_NV: Tensor,
     memory_NW: Tensor,

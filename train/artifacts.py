@@ -28,7 +28,7 @@ MANIFEST = "manifest.json"
 PLAN = "plan.json"  # of a working folder: what it is to become
 LOGS = "logs"
 HASHED = ("schema", "stage", "settings", "inputs", "files")  # of a manifest
-PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu-cu12", "numpy")
+PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy")
 
 
 @dataclass(frozen=True)

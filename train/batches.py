@@ -5,6 +5,7 @@ resumed run sees what an undisturbed one would have.
 """
 
 import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, load_rows, load_used, valid_rows
+from vllm_memdec.train.datastore import to_device
 from vllm_memdec.train.head import Candidates
 from vllm_memdec.train.shards import load_shard
 
@@ -59,10 +61,13 @@ class Batches:
         self.rows = load_rows(corpus, "train")  # valid ones of each block
         self.used = np.asarray(load_used(corpus, "train"))  # every label and kNN target is one
         self.reader = TargetReader(targets, self.rows, self.tokens.per_shard)
+        self.block_tokens = self.tokens.shape[1] - 1
         self.seed = settings.seed
         self.size = min(settings.batch_blocks, len(self.tokens))
         self.per_epoch = len(self.tokens) // self.size
         self.steps = max(1, round(settings.epochs * len(self.tokens) / self.size))
+        self.pool = ThreadPoolExecutor(1)  # has no thread until it is given work
+        self.ahead: tuple[np.ndarray, Future] | None = None
 
     def blocks(self, step: int) -> np.ndarray:
         """Return the block numbers of a step; each epoch is a new permutation."""
@@ -86,20 +91,36 @@ class Batches:
         self, blocks: np.ndarray, where: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseRows]:
         """Return tokens, positions, mask (all [B, T]), labels [rows] and targets of some blocks."""
+        expected, self.ahead = self.ahead, None
+        if expected is not None and np.array_equal(expected[0], blocks):
+            arrays = expected[1].result()
+        else:
+            arrays = self.read(blocks)
+        tokens, positions, mask, labels, *targets = (to_device(x, where) for x in arrays)
+        return tokens, positions, mask, labels, SparseRows(*targets)
+
+    def expect(self, blocks: np.ndarray, where: torch.device) -> None:
+        """Read blocks that load() will be asked for next while CUDA works on those before.
+
+        A block takes about 1 ms to read, a micro-batch of 16 as many; an H100 trains 0.5B on it for
+        25 ms at its published FLOP/s (not measured). A CPU has no core to spare for it.
+        """
+        if where.type == "cuda":
+            self.ahead = blocks, self.pool.submit(self.read, blocks)
+
+    def read(self, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return what load() does, as arrays; targets as offsets, tokens and probabilities."""
         tokens = self.tokens[blocks].astype(np.int64)
         positions = self.positions[blocks].astype(np.int64)
         mask = valid_rows(positions)
         pieces = [self.reader.read(int(b), tokens[i, 1:][mask[i]]) for i, b in enumerate(blocks)]
         lengths = np.concatenate([p[0] for p in pieces])
-        targets = SparseRows(
-            torch.from_numpy(np.r_[0, np.cumsum(lengths)]).to(where),
-            torch.from_numpy(np.concatenate([p[1] for p in pieces]).astype(np.int64)).to(where),
-            torch.from_numpy(np.concatenate([p[2] for p in pieces])).to(where),
-        )
         return (
-            torch.from_numpy(tokens[:, :-1]).to(where),
-            torch.from_numpy(positions[:, :-1].copy()).to(where),
-            torch.from_numpy(mask).to(where),
-            torch.from_numpy(tokens[:, 1:][mask]).to(where),
-            targets,
+            tokens[:, :-1],
+            positions[:, :-1].copy(),
+            mask,
+            tokens[:, 1:][mask],
+            np.r_[0, np.cumsum(lengths)],
+            np.concatenate([p[1] for p in pieces]).astype(np.int64),
+            np.concatenate([p[2] for p in pieces]),
         )

@@ -22,7 +22,14 @@ from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Cluster, World
 from vllm_memdec.train.config import Settings
 from vllm_memdec.train.corpus import build_corpus, load_blocks, load_tokenizer, tokenise
-from vllm_memdec.train.datastore import check_isolation, device, embed, load_model
+from vllm_memdec.train.datastore import (
+    EMBEDDED,
+    blocks_at_once,
+    check_isolation,
+    device,
+    embed,
+    load_model,
+)
 from vllm_memdec.train.decoder import build_memory, memory_config
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.exact import nearest
@@ -172,8 +179,10 @@ class StageProbe:
 
     def embed(self, model: Any) -> tuple[np.ndarray, np.ndarray, int, float]:
         """Return keys, labels, their blocks and the seconds a row, the first batch left out."""
-        batch = self.settings.datastore.batch_blocks
         tokens, positions = load_blocks(self.corpus, "train")
+        batch = blocks_at_once(
+            self.settings.datastore.batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
+        )
         found, spent = [], []
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)

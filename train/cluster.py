@@ -137,6 +137,11 @@ def _open(error: bytes) -> None:
         raise pickle.loads(error)
 
 
+def _place(cpus: int, gpus: int) -> dict[str, int]:
+    """Return what a worker takes of its machine, as Ray's options."""
+    return {"num_cpus": cpus} | ({"num_gpus": 1} if gpus else {})
+
+
 class RayCluster:
     """Runs work on Ray: by default a local one of this machine, started when it is first needed."""
 
@@ -187,16 +192,24 @@ class RayCluster:
                     ) from None
         self.started = True
 
-    def _resources(self) -> tuple[int, int, int]:
-        """Return (CPUs a worker, workers, GPUs) of the machines that are alive."""
+    def _resources(self, use_gpus: bool = True) -> tuple[int, int, int]:
+        """Return (CPUs a worker, workers, GPUs a worker: 1 or 0) of the machines that are alive.
+
+        Where there are GPUs, each has a worker, which gets its share of the machine's CPUs: Ray
+        has one without any compute with one thread what is left to CPUs.
+        """
         import ray
 
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         cpus = [int(n["CPU"]) for n in nodes if n.get("CPU", 0) >= 1]
         if not cpus:
             raise ValueError("the Ray cluster has no CPU: add a node to it.")
+        gpus = [(int(n["GPU"]), int(n.get("CPU", 0))) for n in nodes if n.get("GPU", 0) >= 1]
+        if use_gpus and gpus:
+            each = min(cpus // n for n, cpus in gpus)
+            return min(each, LARGEST_WORKER), sum(n for n, _ in gpus), 1
         each = min(*cpus, LARGEST_WORKER)
-        return each, sum(n // each for n in cpus), int(sum(n.get("GPU", 0) for n in nodes))
+        return each, sum(n // each for n in cpus), 0
 
     def _only_hand(self) -> Any:
         """Return the actor that does everything where one worker finds room, else None."""
@@ -204,8 +217,8 @@ class RayCluster:
 
         if self.hand is None:
             cpus, workers, gpus = self._resources()
-            if max(workers, gpus) == 1:
-                place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
+            if max(workers, self._resources(use_gpus=False)[1]) == 1:
+                place = _place(cpus, gpus)
                 lives = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
                 self.hand = ray.remote(**lives, **place)(_Hand).remote()
         return self.hand
@@ -238,11 +251,8 @@ class RayCluster:
             for item in items:
                 yield self._done_by_hand(hand.work.remote(self.maps, pickled, self.shared, item))
             return
-        cpus, workers, gpus = self._resources()
-        if not getattr(worker, "gpu", False):
-            gpus = 0
-        place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
-        workers = min(gpus or workers, len(items))
+        cpus, workers, gpus = self._resources(getattr(worker, "gpu", False))
+        workers = min(workers, len(items))
         rows = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
         done = rows.map(
             _Carried,
@@ -254,7 +264,7 @@ class RayCluster:
                 initial_size=workers,
                 max_tasks_in_flight_per_actor=2,
             ),
-            **place,
+            **_place(cpus, gpus),
         )
         for row in done.iter_rows():
             _open(row["error"])
@@ -267,16 +277,14 @@ class RayCluster:
         if hand := self._only_hand():
             return self._done_by_hand(hand.call.remote(function, self.shared, args))
         cpus, _, gpus = self._resources()
-        place = {"num_gpus": 1} if gpus else {"num_cpus": cpus}
-        task = ray.remote(**place, max_retries=-1)(_attempt)
+        task = ray.remote(**_place(cpus, gpus), max_retries=-1)(_attempt)
         result, error = ray.get(task.remote(function, self.shared, *args))
         _open(error)
         return result
 
     def workers(self) -> int:
         self.start()
-        _, workers, gpus = self._resources()
-        return gpus or workers
+        return self._resources()[1]
 
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         self.start()
@@ -287,7 +295,6 @@ class RayCluster:
         from ray.train.torch import TorchTrainer
 
         cpus, workers, gpus = self._resources()
-        workers = gpus or workers
         storage = work / "ray"
         trainer = TorchTrainer(
             _train,
@@ -295,7 +302,7 @@ class RayCluster:
             scaling_config=ScalingConfig(
                 num_workers=(1, workers) if workers > 1 else 1,
                 use_gpu=bool(gpus),
-                resources_per_worker={"GPU": 1} if gpus else {"CPU": cpus},
+                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
             ),
             run_config=RunConfig(
                 name=f"memory-{os.getpid()}-{time.time_ns()}",

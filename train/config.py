@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+BLOCKS = 4  # a forward pass, by default; on CUDA this number stands for more: see datastore.py
+
 
 @dataclass(frozen=True)
 class CorpusSettings:
@@ -22,7 +24,7 @@ class DatastoreSettings:
     key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"  # the paper's
     layer_fraction: float = 0.7  # of the base's depth, where key is layer
     keep_keys: bool = True  # on disk, 2 bytes a number; else computed again for the search
-    batch_blocks: int = 4  # blocks a forward pass
+    batch_blocks: int = BLOCKS  # a forward pass
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
 
     @property
@@ -61,7 +63,7 @@ class MemorySettings:
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
     batch_blocks: int = 8  # blocks an optimiser step
-    micro_batch_blocks: int = 4  # blocks a forward pass
+    micro_batch_blocks: int = BLOCKS  # a forward pass
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
     sampled_negatives: int | None = None  # columns beside the corpus's own; None: all, see head.py
     checkpoint_seconds: float = 60.0

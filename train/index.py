@@ -6,7 +6,11 @@ is trained once, on a sample; every part of the index is a copy of it filled wit
 that the nearest of all parts, merged, are what one large index would have found.
 """
 
+import functools
 import json
+import logging
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -17,6 +21,7 @@ from typing import Any, ClassVar
 
 import faiss
 import numpy as np
+import torch
 
 from vllm_memdec.train.artifacts import write_atomic, write_json
 from vllm_memdec.train.cluster import Cluster
@@ -35,7 +40,19 @@ SAMPLE_SHARDS = 64  # at least so many, evenly spread, give the sample
 PART_SHARE = 4  # a part of the index, or the sample, takes a fourth of the memory budget
 LABELS = "labels.i32"  # of all rows, in order
 OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned() has one thread
-GPU_LARGEST_K = 2048  # that faiss finds on a GPU
+GPU_LARGEST_K = 2048  # neighbours, or lists to visit, that faiss finds on a GPU
+# Numbers of a key that one byte of a code stands for, of which faiss makes no tables in advance.
+GPU_PQ_WIDTHS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
+# Parts stay on a GPU while so much of its memory is free. Every shard of queries needs all parts,
+# and one of 1 GiB takes 0.2 s to come from cached files and 0.04 s over PCIe; the half of an H100
+# that may be filled holds 550 M keys of 72 bytes (arithmetic, not measured).
+GPU_FREE = 0.5
+GPU_TRIAL = """
+import faiss, numpy
+index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatL2(8))
+index.add(numpy.eye(8, dtype="float32"))
+assert index.search(numpy.eye(8, dtype="float32"), 1)[1].ravel().tolist() == list(range(8))
+"""
 
 
 def most_sampled(width: int, budget: int) -> int:
@@ -84,19 +101,56 @@ def index_parts(starts: np.ndarray, width_bytes: int, budget: int) -> list[range
     return parts
 
 
-def gpus() -> int:
-    """Return how many GPUs this faiss sees."""
-    return getattr(faiss, "get_num_gpus", lambda: 0)()
+@functools.cache
+def no_gpu() -> str:
+    """Return why faiss uses no GPU in this process, "" if it uses the one that torch has.
+
+    Tried in another process: a faiss without kernels for a GPU ends the process that asks it.
+    """
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if not hasattr(faiss, "StandardGpuResources"):
+        return "this faiss was built without CUDA"
+    return failure(GPU_TRIAL)
 
 
-def to_gpu(index: Any) -> Any:
-    """Return the index on all GPUs if this faiss has any, else unchanged."""
-    if not gpus():
+def failure(code: str) -> str:
+    """Return the last line that Python code ends with in another process if it fails, else ""."""
+    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if tried.returncode == 0:
+        return ""
+    return (tried.stderr.strip().splitlines() or [f"faiss ended with {tried.returncode}"])[-1]
+
+
+def gpu_options(index: Any) -> dict[str, bool]:
+    """Return the options with which faiss takes an index to a GPU."""
+    options = {"use_cuvs": False}  # which knows no 8-bit scalars
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None and isinstance(ivf := faiss.downcast_index(ivf), faiss.IndexIVFPQ):
+        # A query's table of 64-byte codes has 64 x 256 entries: 32 kB in fp16; in float32 it is
+        # larger than the 48 kB of shared memory.
+        options["useFloat16"] = True
+        # Tables made in advance take 32 kB a list, and their fp16 is of larger numbers.
+        options["usePrecomputed"] = ivf.pq.dsub not in GPU_PQ_WIDTHS
+    return options
+
+
+def to_gpu(index: Any, resources: Any = None) -> Any:
+    """Return the index on this process's GPU if faiss has one and takes it there, else unchanged.
+
+    On one only: a worker of cluster.py has one. resources: faiss's, 1.5 GB of the GPU's memory.
+    """
+    if no_gpu():
         return index
-    options = faiss.GpuMultipleClonerOptions()
-    options.shard = True
-    options.useFloat16LookupTables = True  # 64-byte codes fit shared memory in no other way
-    return faiss.index_cpu_to_all_gpus(index, options)
+    options = faiss.GpuClonerOptions()
+    for name, value in gpu_options(index).items():
+        assert hasattr(options, name), name  # one that faiss does not know it would not miss
+        setattr(options, name, value)
+    try:
+        return faiss.index_cpu_to_gpu(resources or faiss.StandardGpuResources(), 0, index, options)
+    except RuntimeError as error:
+        logging.getLogger(__name__).warning("an index stays on CPUs: %s", error)
+        return index
 
 
 def to_cpu(index: Any) -> Any:
@@ -208,6 +262,8 @@ def build_index(
     bounds = [*facts.pop("first_shards"), len(starts) - 1]
     parts = [range(a, b) for a, b in pairwise(bounds)]
     todo = [n for n in range(len(parts)) if not part_path(work, n).exists()]
+    if torch.cuda.is_available() and (why := no_gpu()):
+        progress.say(f"index: built on CPUs, {why}")
     with progress.task(f"index: adding to {facts['kind']}", int(starts[-1]), "keys") as advance:
         for n in set(range(len(parts))) - set(todo):
             advance(int(starts[parts[n].stop] - starts[parts[n].start]), done_before=True)
@@ -243,7 +299,7 @@ class Index:
     folder: Path
     probes: int
     budget: int
-    opened: dict[int, Any] = field(default_factory=dict)
+    opened: dict[tuple[int, bool], Any] = field(default_factory=dict)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -260,12 +316,23 @@ class Index:
             )
         return labels
 
-    def _part(self, part: int) -> Any:
-        if part in self.opened:
-            return self.opened[part]
+    @cached_property
+    def resources(self) -> Any:
+        return faiss.StandardGpuResources()
+
+    def on_cpu(self, k: int) -> str:
+        """Return why a search for k neighbours is done on CPUs, "" if a GPU does it."""
+        lists = self.probes if "IVF" in self.facts["kind"] else 1
+        if why := no_gpu():
+            return why
+        return f"a GPU finds at most {GPU_LARGEST_K}" if max(k, lists) > GPU_LARGEST_K else ""
+
+    def _part(self, part: int, on_gpu: bool) -> Any:
+        if (part, on_gpu) in self.opened:
+            return self.opened[part, on_gpu]
         path = part_path(self.folder, part)
         try:
-            index = faiss.read_index(str(path), 0 if gpus() else faiss.IO_FLAG_MMAP)
+            index = faiss.read_index(str(path), 0 if on_gpu else faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
             raise ValueError(
                 f"{path} is damaged or missing: delete the folder {self.folder} and build again."
@@ -274,22 +341,27 @@ class Index:
             ivf = faiss.extract_index_ivf(index)
             ivf.nprobe = min(self.probes, ivf.nlist)
             ivf.parallel_mode = OVER_QUERIES
-        index = to_gpu(index)
-        size = key_bytes(self.facts["kind"], self.facts["width"])
-        total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
-        if total * size <= self.budget // PART_SHARE:
-            self.opened[part] = index
-        return index
+        held = to_gpu(index, self.resources) if on_gpu else index
+        if held is not index:
+            free, total = torch.cuda.mem_get_info()
+            stays = free >= GPU_FREE * total
+        else:
+            size = key_bytes(self.facts["kind"], self.facts["width"])
+            total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
+            stays = total * size <= self.budget // PART_SHARE
+        if stays:
+            self.opened[part, on_gpu] = held
+        return held
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (squared distances, row ids), both [rows, k], nearest first; -1 where none."""
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         distances = np.full((len(queries), k), np.inf, dtype=np.float32)
         ids = np.full((len(queries), k), -1, dtype=np.int64)
-        lists = None
+        lists, on_gpu = None, not self.on_cpu(k)
         for part, first in enumerate(self.facts["first_rows"]):
             index = ivf = None  # the part before, before the next is mapped
-            index = self._part(part)
+            index = self._part(part, on_gpu)
             transformed, ivf = inverted_lists(index, queries)
             if ivf is None:
                 d, i = index.search(queries, k)

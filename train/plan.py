@@ -68,8 +68,11 @@ class Stage:
     memory: int  # bytes of the largest process, at its peak
 
 
-def on_gpu(rates: Rates, gpu: Gpu, base_parameters: int) -> Rates:
-    """Return rates for a GPU, from its figures; what runs on CPUs keeps those measured."""
+def on_gpu(rates: Rates, gpu: Gpu, base_parameters: int, key_bytes: int) -> Rates:
+    """Return rates for a GPU, from its figures; what runs on CPUs keeps those measured.
+
+    key_bytes: of a key in the index, all of which a search reads of each that it visits.
+    """
     flop, byte = 1 / (gpu.flops * UTILISATION), 1 / (gpu.bandwidth * UTILISATION)
     memory = rates.memory_parameters
     return replace(
@@ -82,7 +85,7 @@ def on_gpu(rates: Rates, gpu: Gpu, base_parameters: int) -> Rates:
         train_index=KMEANS_PASSES * 2 * rates.width * flop,
         compare=2 * rates.width * flop,
         encode=2 * rates.width * byte,
-        scan=rates.width * byte,
+        scan=key_bytes * byte,
     )
 
 
@@ -272,13 +275,18 @@ def plan(
     if gpu is not None:
         workers, where = gpus, f"{gpus} x {gpu.upper()}, not measured: {UTILISATION:.0%} of its"
         where += " published FLOP/s and bandwidth"
-        rates = on_gpu(rates, GPUS[gpu.lower()], base_parameters(base))
+        parameters = base_parameters(base)
 
-    def cost(n: int, held_out: int | None) -> list[Stage]:
-        return Job(rates, settings, n, held_out, budget, workers).stages()
+    def job(n: int, held_out: int | None) -> Job:
+        found = Job(rates, settings, n, held_out, budget, workers)
+        if gpu is None:
+            return found
+        there = on_gpu(rates, GPUS[gpu.lower()], parameters, found.key_bytes)
+        return replace(found, rates=there)
 
-    sizes = {n: cost(n, None) for n in TABLE}
-    return Plan(total, where, workers, gpus, cost(total, held_out), sizes, rates)
+    sizes = {n: job(n, None).stages() for n in TABLE}
+    mine = job(total, held_out)
+    return Plan(total, where, workers, gpus, mine.stages(), sizes, mine.rates)
 
 
 def base_parameters(base: str) -> int:

@@ -232,6 +232,8 @@ def build_targets(
                 advance(1)
         facts = {"temperature": temperature, "neighbours": searcher.neighbours}
         write_json(work / "targets.json", facts)
+    if torch.cuda.is_available() and (why := index.on_cpu(searcher.neighbours + 1)):
+        progress.say(f"targets: searched on CPUs, {why}")
     n_shards = len(starts) - 1
     todo = [n for n in range(n_shards) if not shard_path(work, "probs", n).exists()]
     with progress.task("targets", int(starts[-1]), "rows") as advance:

@@ -23,7 +23,7 @@ from vllm_memdec.train.artifacts import LOGS, write_atomic
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import device
+from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device
 from vllm_memdec.train.decoder import build_memory
 from vllm_memdec.train.evaluate import label_logprobs, sampled_validation
 from vllm_memdec.train.head import Candidates, logits_transform
@@ -79,10 +79,16 @@ def add_gradients(
     rows: int,
     candidates: Candidates,
     settings: MemorySettings,
+    following: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Backpropagate one micro-batch, scaled by 1/rows; return its summed [KL, cross-entropy]."""
+    """Backpropagate one micro-batch, scaled by 1/rows; return its summed [KL, cross-entropy].
+
+    following: the blocks of the micro-batch after it, to be read meanwhile.
+    """
     where = next(model.parameters()).device
     tokens, positions, mask, labels, targets = batches.load(blocks, where)
+    if following is not None:
+        batches.expect(following, where)
     dtype = getattr(torch, settings.dtype)
     with autocast_to(settings.dtype, where):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -184,7 +190,9 @@ class Training:
         """Return the cross-entropy on validation blocks, nats a token; all processes compute it."""
         tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
         model.eval()
-        batch = self.settings.micro_batch_blocks
+        batch = blocks_at_once(
+            self.settings.micro_batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
+        )
         autocast = autocast_to(self.settings.dtype, model.device)
         with autocast:
             found = -label_logprobs(model, tokens, positions, batch).mean()
@@ -210,16 +218,25 @@ class Training:
         sampled = None if warm else settings.sampled_negatives
         candidates = batches.candidates(step, model.config.vocab_size, sampled).to(device())
         sums = np.zeros(2)
-        mine = blocks[world.rank :: world.size]
-        for start in range(0, len(mine), settings.micro_batch_blocks):
-            micro = mine[start : start + settings.micro_batch_blocks]
-            sums += add_gradients(model, batches, micro, rows, candidates, settings)
+        micros = self.micro_batches(batches, step, world)
+        after = self.micro_batches(batches, step + 1, world) if step + 1 < batches.steps else []
+        for micro, following in zip(micros, [*micros[1:], *after[:1], None], strict=False):
+            sums += add_gradients(model, batches, micro, rows, candidates, settings, following)
         sums = reduce_gradients(model, sums, world)
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         kl, ce = (sums / max(rows, 1)).tolist()
         return {"kl": kl, "ce": ce, "rows": rows}
+
+    def micro_batches(self, batches: Batches, step: int, world: World) -> list[np.ndarray]:
+        """Return the block numbers of a training process's forward passes of a step."""
+        mine, most = (
+            batches.blocks(step)[world.rank :: world.size],
+            self.settings.micro_batch_blocks,
+        )
+        n = blocks_at_once(most, batches.block_tokens, device(), TRAINED)
+        return [mine[start : start + n] for start in range(0, len(mine), n)]
 
 
 def seconds_since(moment: float) -> float:

@@ -79,6 +79,37 @@ def test_gradients_are_those_of_the_whole(N, transform, dtype):
             assert_close(leaf.grad, times * b, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("chunk", [1, 7, 43])
+def test_chunks_of_any_size_give_the_same(monkeypatch, chunk, transform, dtype):
+    """So do CUDA's, which are larger than what a transform is gone through at once."""
+    monkeypatch.setattr(head_loss, "logits_at_once", lambda device: chunk * V)
+    seen = []
+
+    def count(logits_NV, *arguments, **options):
+        seen.append(len(logits_NV))
+        return sparse_kl.sparse_kl(logits_NV, *arguments, **options)
+
+    monkeypatch.setattr(head_loss, "sparse_kl", count)
+    h_ND, weight_VD, bias_V, labels_N, targets = make(43)
+    want, gradients = plain(h_ND, weight_VD, bias_V, labels_N, targets, TRANSFORMS[transform])
+    losses = backpropagate(
+        h_ND, weight_VD, labels_N, targets, BETA,
+        bias_V=bias_V, transform=TRANSFORMS[transform], dtype=dtype, scale=SCALE,
+    )  # fmt: skip
+    assert sum(seen) == 43 and max(seen) == min(chunk, 43 if transform == "none" else 10)
+    for a, b in zip(losses, want, strict=True):
+        assert_close(a, b.detach(), TOLERANCE[dtype])
+    for leaf, b in zip((h_ND, weight_VD, bias_V), gradients, strict=True):
+        assert_close(leaf.grad, b, TOLERANCE[dtype])
+
+
+def test_a_chunk_is_chosen_by_the_device():
+    assert head_loss.logits_at_once(torch.device("cpu")) == 10 * V
+    assert head_loss.logits_at_once(torch.device("cuda", 3)) == 1 << 29
+
+
 def test_bfloat16_is_no_worse_than_autocast():
     """Against float64, summed over chunks: the products are rounded, their sums are not."""
     h_ND, weight_VD, bias_V, labels_N, targets = make(400)

@@ -17,7 +17,6 @@ import torch._dynamo.config
 
 from vllm_memdec.kernels import interpolate as op
 from vllm_memdec.kernels.interpolate import interpolate
-from vllm_memdec.kernels.interpolate_kernel import SLICE
 from vllm_memdec.kernels.reference import interpolate_reference
 
 # Absolute up to magnitude 1, relative above: next to 1e4, float32 numbers lie 1e-3 apart.
@@ -26,7 +25,7 @@ ALPHAS = (0.0, 1e-6, 0.5, 1.0)
 # What is special about a row of (base, memory). With 4 weights: 32 different rows.
 KINDS = ("", "base empty", "memory empty", "both empty", "holes", "base 1e4", "memory 1e4", "1e4")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# (N, V, W, base dtype, memory dtype). 4,096 is the kernel's block.
+# (N, V, W, base dtype, memory dtype).
 CASES = [
     *((33, V, V, FP32, FP32) for V in (1, 7, 1000)),
     *((N, V, V, FP32, FP32) for N, V in ((1, 8193), (9, 50257))),
@@ -35,6 +34,12 @@ CASES = [
     *((33, V, W, FP32, FP32) for V, W in ((1, 7), (7, 1), (4097, 4095), (4095, 4097))),
     *((33, V, W, BF16, BF16) for V, W in ((4096, 8192), (8192, 4096), (9000, 100))),
     *((4, V, W, BF16, BF16) for V, W in ((151936, 152064), (152064, 151936))),
+]
+# Odd and even widths, the memory's the same, narrower or wider.
+SPLIT = [
+    *((33, V, W, FP32, FP32) for V, W in ((7, 1), (1000, 1000), (1001, 1003), (4095, 4097))),
+    *((9, V, W, BF16, FP16) for V, W in ((9000, 100), (4097, 4095), (4096, 8192))),
+    *((4, V, V, BF16, BF16) for V in (50257, 151936)),
 ]
 # Each new kind of shape takes seconds to compile: one row, more, a narrower memory, a wider one.
 COMPILED = [
@@ -85,10 +90,15 @@ def bits(x):
     return x.cpu().contiguous().view(torch.int32).tolist()
 
 
-@pytest.fixture(params=["triton", "torch"])
+@pytest.fixture(params=["whole", "split", "torch"])
 def device(request, monkeypatch):
     """Make interpolate() run one implementation, and return the device that does it."""
-    if request.param == "triton":
+    if request.param in ("whole", "split"):
+        split = request.param == "split"
+        monkeypatch.setitem(globals(), "interpolate", partial(interpolate, split=split))
+        if op.INTERPRETED:  # smaller slices: several of them in rows that take little time
+            monkeypatch.setattr(op, "SLICE", 1024)
+            monkeypatch.setattr(op, "WHOLE", 2048)
         yield "cpu" if op.INTERPRETED else "cuda"
         return
     monkeypatch.setattr(op, "INTERPRETED", False)
@@ -104,7 +114,8 @@ def device(request, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        *((path, case) for path in ("triton", "torch") for case in CASES),
+        *((path, case) for path in ("whole", "torch") for case in CASES),
+        *(("split", case) for case in SPLIT),
         *(("compiled", case) for case in COMPILED),
     ],
     indirect=["device"],
@@ -155,7 +166,7 @@ def check_gated(device, case):
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        *((path, case) for path in ("triton", "torch") for case in GATED),
+        *((path, case) for path in ("whole", "split", "torch") for case in GATED),
         *(("compiled", case) for case in GATED[1:3]),
     ],
     indirect=["device"],
@@ -179,7 +190,7 @@ def test_a_broken_gate_or_memory_stays_in_its_row(device, as_logits):
 
 def test_an_extreme_memory_is_sure_or_not(device):
     """Masks written as finfo.min leave the entropy what it is, over any number of blocks."""
-    V = 3 * SLICE + 5
+    V = 3 * op.SLICE + 5
     memory_NW = torch.full((2, V), torch.finfo(FP32).min)
     memory_NW[0, -1], memory_NW[1, -3:] = 3.0, -7.0  # sure; three alike
     # top - entropy, and so the gate's score, up to gelu's rest: 1, and 1/3 - ln 3.
@@ -194,34 +205,14 @@ def test_an_extreme_memory_is_sure_or_not(device):
 
 
 @pytest.mark.gpu
-def test_compiled_kernel_matches_oracle():
+def test_compiled_kernels_match_oracle(monkeypatch):
     assert not op.INTERPRETED, "unset TRITON_INTERPRET to test the compiled kernel"
-    for case in CASES:
-        check("cuda", case)
-    for case in GATED:
-        check_gated("cuda", case)
-
-
-def test_compiles_without_a_gpu(tmp_path):
-    """The interpreter accepts what the compiler refuses, so compile for an H100 here, too."""
-    code = """
-        from triton import compile
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-        from vllm_memdec.kernels.interpolate import (
-            BLOCK, LARGEST, NUM_WARPS, _mixture_kernel as kernel
-        )
-        for as_logits, gated in ((False, False), (True, False), (True, True)):
-            types = dict.fromkeys(kernel.arg_names, "i32")
-            types |= {"base": "*bf16", "memory": "*fp16"}
-            types |= dict.fromkeys(("alpha", "score", "certainty", "out"), "*fp32")
-            values = {"AS_LOGITS": as_logits, "BLOCK": BLOCK, "LARGEST": LARGEST}
-            values |= {"GATED": gated, "UNITS": 16}
-            source = ASTSource(kernel, types | dict.fromkeys(values, "constexpr"), values)
-            compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
-    """
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run_python(code, env | {"TRITON_CACHE_DIR": str(tmp_path)})
+    for split in (False, True):
+        monkeypatch.setitem(globals(), "interpolate", partial(interpolate, split=split))
+        for case in CASES:
+            check("cuda", case)
+        for case in GATED:
+            check_gated("cuda", case)
 
 
 def test_strided_rows(device):
@@ -314,7 +305,7 @@ def test_uniform_rows_at_the_lowest_finite_logit(device):
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
 @pytest.mark.parametrize("as_logits", [False, True])
-@pytest.mark.parametrize("device", ["triton", "torch", "compiled"], indirect=True)
+@pytest.mark.parametrize("device", ["whole", "split", "torch", "compiled"], indirect=True)
 def test_broken_numbers_stay_in_their_row(device, as_logits):
     base_NV, memory_NW = torch.zeros(6, 9), torch.zeros(6, 5)
     base_NV[0, 3] = base_NV[1].fill_(torch.nan)[0]

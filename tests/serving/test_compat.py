@@ -1,12 +1,16 @@
-"""What compat.py reads and wraps in vLLM still looks as it did when it was checked."""
+"""What compat.py reads and wraps in vLLM still looks as it did when it was checked.
+
+python tests/serving/test_compat.py      # prints the source of it all: see `make diff-next`
+"""
 
 import dataclasses
 import importlib
 import inspect
 
 import pytest
+from packaging.version import Version
 
-from vllm_memdec import compat
+from vllm_memdec import compat, plugin
 
 
 def find(path):
@@ -17,13 +21,32 @@ def find(path):
     return found
 
 
-@pytest.mark.parametrize("path", compat.SIGNATURES)
-def test_signature(path):
+def original(path):
+    """Return a function or class of vLLM's as vLLM wrote it, without our wrapper."""
     function = inspect.unwrap(find(path))
-    names = list(inspect.signature(getattr(function, "memdec_original", function)).parameters)
-    assert names == compat.SIGNATURES[path].split(), (
+    return getattr(function, "memdec_original", function)
+
+
+@pytest.fixture(scope="module")
+def release():
+    import vllm
+
+    return Version(vllm.__version__).release[:2]
+
+
+@pytest.mark.parametrize("path", compat.SIGNATURES)
+def test_signature(path, release):
+    recorded = (compat.SIGNATURES | compat.CHANGED.get(release, {}))[path]
+    assert list(inspect.signature(original(path)).parameters) == recorded.split(), (
         f"{path} changed in this vLLM: read it, adapt compat.py, then record the new signature"
     )
+
+
+@pytest.mark.parametrize("later", compat.CHANGED)
+def test_only_differences_are_recorded_as_changed(later):
+    assert plugin.OLDEST < later < plugin.BELOW
+    for path, signature in compat.CHANGED[later].items():
+        assert signature != compat.SIGNATURES[path], f"{path} did not change in {later}"
 
 
 @pytest.mark.parametrize("path", compat.ATTRIBUTES)
@@ -47,3 +70,8 @@ def test_every_field_of_the_attention_metadata_is_known():
 
     fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
     assert fields == {*compat.NARROWED, *compat.NOT_NARROWED}
+
+
+if __name__ == "__main__":
+    for path in compat.SIGNATURES:
+        print(f"# {path}\n{inspect.getsource(original(path))}")

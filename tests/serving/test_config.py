@@ -122,6 +122,19 @@ def test_bad_alpha(alpha, start, pair):
             {"speculative_config": {"method": "eagle", "model": "x"}},
             "speculation by 'eagle'",
         ),
+        (
+            {"model": "MEMORY", "alpha": 0.5},
+            {
+                "speculative_config": {
+                    "method": "draft_model",
+                    "model": "MEMORY",
+                    "num_speculative_tokens": 2,
+                    "enable_adaptive_verification": True,
+                }
+            },
+            "adaptive verification",
+        ),
+        ({"model": "MEMORY", "alpha": 0.5, "overlap": 1}, {}, "'overlap' must be true or false"),
         ({"model": "MEMORY", "alpha": 0.5}, {"max_model_len": 300}, "max_model_len"),
     ],
 )
@@ -210,6 +223,29 @@ def test_multimodal_and_recurrent_models(start, pair, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is multimodal"):
         start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
+
+
+def test_a_base_with_a_state_of_its_own(start, pair, monkeypatch):
+    """Its n-grams would silently not be kept: the composite has the runner's only state."""
+    from vllm.model_executor.models.llama import LlamaForCausalLM
+
+    start(pair[0], {"model": pair[1], "alpha": 0.5})
+    monkeypatch.setattr(LlamaForCausalLM, "get_model_state_cls", classmethod, raising=False)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) keeps a state of its own"):
+        start(pair[0], {"model": pair[1], "alpha": 0.5})
+
+
+def test_a_memory_has_a_configuration_of_its_own(start, pair):
+    """The base's is not written into, and no two memories share a key of compiled code."""
+    from vllm_memdec.model import memory_vllm_config
+
+    config = start(pair[0], {"model": pair[1], "alpha": 0.5})
+    config.parallel_config.is_moe_model = True  # as for a mixture of experts
+    [memory] = MemDecConfig.from_vllm(config).memories
+    made = [memory_vllm_config(config, memory, number) for number in range(2)]
+    assert config.parallel_config.is_moe_model and not made[0].parallel_config.is_moe_model
+    assert len({c.compute_hash() for c in (config, *made)}) == 3
+    assert MemDecConfig.from_vllm(made[0]) == MemDecConfig.from_vllm(config)
 
 
 def test_plain_vllm_is_left_alone(start, pair):

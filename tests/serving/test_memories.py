@@ -8,6 +8,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
+from vllm.forward_context import set_forward_context
 
 VOCAB = 1000
 ALPHAS = {"law": 0.6, "bio": 0.4, "tax": 0.25, "sea": 0.5}
@@ -119,6 +120,58 @@ def test_what_nobody_chose_does_not_run(base, folders, engine, monkeypatch):
             (1, "forward"): [23, 2, 2],
             (1, "compute_logits"): [2, 2, 2],
         }
+
+
+def test_logits_are_mixed_in_slices(base, folders, engine, monkeypatch):
+    """As where each head runs on all rows; 5 rows at a time of up to 60 a prompt."""
+    from vllm_memdec import model
+
+    monkeypatch.setattr(model, "SLICE_BYTES", 5 * 4 * (1000 + 1024))
+    rng = random.Random(3)
+    with engine(base, block(folders), enable_prefix_caching=False) as llm:
+        composite(llm).selects_rows = False
+        chosen = [random_choice(rng) for _ in range(12)]
+        ids = oracle.prompts(12, 1, 60, VOCAB, seed=3)
+        outputs = llm.generate(
+            [{"prompt_token_ids": p} for p in ids],
+            [params(extra, rng, prompt_logprobs=5) for extra, _ in chosen],
+            use_tqdm=False,
+        )
+    for output, (extra, (name, alpha)) in zip(outputs, chosen, strict=True):
+        assert oracle.gap(output, base, folders[name], alpha) < oracle.TOLERANCE, extra
+
+
+def test_memory_profile_counts_drafts(base, folders, engine, monkeypatch):
+    """A dummy step has one row a request; one that verifies drafts needs more at its peak."""
+    made = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *shape, **options):
+        made.append((shape, options.get("dtype")))
+        return original(self, *shape, **options)
+
+    memories = {name: folders[name] for name in ("law", "bio", "tax")}  # V1 drafts without windows
+    with engine(base, block(memories) | {"speculative_tokens": 3}) as llm:
+        mine = composite(llm)
+        mine.selects_rows = False
+        mine.batch.reset()
+        monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+        width = mine.split[1] + mine.batch.columns_TA.shape[1]
+        with set_forward_context(None, llm.llm_engine.vllm_config):
+            logits = mine.compute_logits(torch.zeros(7, width))
+    assert logits.shape == (7, VOCAB) and ((7 * 4, VOCAB), torch.float32) in made
+
+
+def test_many_groups_are_said(tiny_model, engine, monkeypatch):
+    """A base and a memory with windows have two groups of KV cache."""
+    from vllm_memdec import model
+
+    said = []
+    monkeypatch.setattr(model, "MANY_GROUPS", 1)
+    monkeypatch.setattr(model.logger, "warning", lambda *args: said.append(args))
+    with engine(tiny_model("mistral"), tiny_model("llama", seed=1), block_size=32):
+        pass
+    assert any("groups" in text and number == 2 for text, number in said), said
 
 
 def test_default_none(base, folders, engine):

@@ -1,6 +1,7 @@
 """Tensor parallelism 2, over gloo: the answers of one rank, whole or split memories."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,13 +14,15 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    llm = LLM(**job["llm"])
+    llm = LLM(**job["llm"], worker_extension_cls="ranks.Rank")
+    llm.collective_rpc("disturb")
     params = [
         SamplingParams(**job["sampling"], extra_args=extra) for _, extra in job["requests"]
     ]
     prompts = [{"prompt_token_ids": ids} for ids, _ in job["requests"]]
     outputs = llm.generate(prompts, params, use_tqdm=False)
     print(json.dumps([list(o.outputs[0].token_ids) for o in outputs]))
+    print(json.dumps(llm.collective_rpc("seen")))
 """
 SAMPLING = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
 CHOICES = (
@@ -35,6 +38,7 @@ CHOICES = (
     "tensor parallel 2", note='a memory may be split or, `"tensor_parallel_size": 1`, whole'
 )
 def test_two_ranks_answer_like_one(tiny_model, engine, subprocess_env):
+    """Also where the second computes its whole memory otherwise, as other kernels might."""
     from vllm import SamplingParams
 
     memories = {
@@ -69,11 +73,12 @@ def test_two_ranks_answer_like_one(tiny_model, engine, subprocess_env):
     run = subprocess.run(
         [sys.executable, "-c", GENERATE, json.dumps(job)],
         # Each rank is a process anyhow; the scheduler of both need not be one more.
-        env=subprocess_env | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env=subprocess_env
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, (run.stdout + run.stderr)[-20000:]
-    [line] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
-    two = json.loads(line)
+    two, seen = (json.loads(x) for x in run.stdout.splitlines() if x.startswith("[["))
+    assert len(seen[0]) > 20 and seen[0] == seen[1], "ranks went on from different bits"
     assert len(two) == 50 and two == [list(output.outputs[0].token_ids) for output in one]

@@ -1,15 +1,17 @@
 """On Ray: a cluster of two nodes on this machine loses one in each long stage, and finishes."""
 
 import json
+import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 import torch
 
-from vllm_memdec.train.cluster import QUIET
+from vllm_memdec.train.cluster import LARGEST_WORKER, QUIET, RayCluster
 
 SETTINGS = {
     "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 2},
@@ -139,6 +141,54 @@ def test_the_driver_is_killed(tiny_model, command, corpus, alone, hashes):
     resumed = int(re.search(r"resuming at step (\d+) of", err)[1])
     assert 1 <= step <= resumed  # what Ray's processes still saved while they ended is not lost
     assert hashes(killed.output) == hashes(alone)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "with_gpus", "without"),
+    [
+        ([{"CPU": 16.0, "GPU": 1.0}], (8, 1, 1), (8, 2, 0)),
+        ([{"CPU": 20.0, "GPU": 8.0}, {"CPU": 64.0}], (2, 8, 1), (8, 10, 0)),
+        ([{"CPU": 2.0, "GPU": 4.0}], (0, 4, 1), (2, 1, 0)),  # fewer CPUs than GPUs
+        ([{"CPU": 4.0}, {"CPU": 2.0}, {}], (2, 3, 0), (2, 3, 0)),
+    ],
+)
+def test_workers_share_the_cpus_of_a_machine(monkeypatch, nodes, with_gpus, without):
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 1.0}}])
+    assert LARGEST_WORKER == 8
+    assert RayCluster()._resources() == with_gpus
+    assert RayCluster()._resources(use_gpus=False) == without
+
+
+def threads(_=None):
+    """Return how many threads torch and faiss start in a worker, cores permitting."""
+    return int(os.environ["OMP_NUM_THREADS"])
+
+
+threads.gpu = True
+
+
+def test_a_worker_with_a_gpu_has_cpus_too(monkeypatch):
+    """On a machine that declares GPUs to Ray; none is used."""
+    from ray.cluster_utils import Cluster
+
+    for name, value in QUIET.items():
+        monkeypatch.setenv(name, value)
+    for name in ("OMP_NUM_THREADS", "TRITON_INTERPRET"):  # the nodes would inherit them
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    machine = {"num_cpus": 6, "num_gpus": 2, "include_dashboard": False}
+    nodes = Cluster(initialize_head=True, head_node_args=machine)
+    cluster = RayCluster(nodes.address)
+    try:
+        assert cluster.workers() == 2
+        assert cluster.call(threads) == 3
+        assert set(cluster.map(threads, range(2))) == {3}
+    finally:
+        import ray
+
+        ray.shutdown()
+        nodes.shutdown()
 
 
 @pytest.mark.parametrize(

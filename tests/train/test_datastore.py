@@ -7,11 +7,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
+from vllm_memdec.train import datastore
 from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import CorpusSettings, DatastoreSettings
+from vllm_memdec.train.config import BLOCKS, CorpusSettings, DatastoreSettings, MemorySettings
 from vllm_memdec.train.corpus import build_corpus, load_blocks, valid_rows
 from vllm_memdec.train.datastore import (
+    EMBEDDED,
     Keys,
+    blocks_at_once,
     build_datastore,
     check_isolation,
     last_mlp,
@@ -149,3 +152,38 @@ def test_keys_that_are_not_kept_are_computed_again(tiny_model, corpus, tmp_path)
     for path in folders[1].iterdir():
         assert path.read_bytes() == (folders[0] / path.name).read_bytes()
     assert len(list(folders[1].iterdir())) == len(stored)
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "block_tokens", "where", "chosen"),
+    [
+        (BLOCKS, 512, CPU, BLOCKS),
+        (BLOCKS, 512, CUDA, 32),
+        (BLOCKS, 1 << 15, CUDA, BLOCKS),
+        (BLOCKS - 1, 512, CUDA, BLOCKS - 1),  # a user whose GPU has little memory
+        (64, 512, CUDA, 64),
+    ],
+)
+def test_blocks_of_a_forward_pass_are_chosen_by_the_device(blocks, block_tokens, where, chosen):
+    assert blocks_at_once(blocks, block_tokens, where, EMBEDDED) == chosen
+
+
+def test_what_a_device_chooses_is_in_no_setting():
+    """Manifests hold settings: they stay as they are wherever a build runs."""
+    assert DatastoreSettings().batch_blocks == MemorySettings().micro_batch_blocks == BLOCKS == 4
+
+
+def test_keys_are_the_same_however_many_blocks_pass_at_once(
+    tiny_model, corpus, tmp_path, monkeypatch
+):
+    settings = DatastoreSettings(dtype="float32")
+    passes = []
+    for n, chosen in enumerate((BLOCKS, 7)):
+        monkeypatch.setattr(datastore, "blocks_at_once", lambda *_, chosen=chosen: chosen)
+        (tmp_path / str(n)).mkdir()
+        embed_all(settings, tiny_model("llama"), corpus, tmp_path / str(n))
+        passes.append(np.concatenate([*shards(tmp_path / str(n), "keys")]))
+    assert np.allclose(*passes, atol=TOLERANCE)

@@ -127,7 +127,8 @@ def test_steps_of_the_training():
 
 
 def test_a_gpu_from_its_figures():
-    gpu = on_gpu(RATES, GPUS["a100"], base_parameters=10**9)
+    gpu = on_gpu(RATES, GPUS["a100"], base_parameters=10**9, key_bytes=72)
     assert gpu.key == pytest.approx(2e9 / (312e12 * UTILISATION))
     assert gpu.step == pytest.approx(6 * 1000 / (312e12 * UTILISATION))
+    assert gpu.scan == pytest.approx(72 / (2.04e12 * UTILISATION))
     assert gpu.tokenise == RATES.tokenise

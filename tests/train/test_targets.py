@@ -6,6 +6,7 @@ from collections import defaultdict
 import faiss
 import numpy as np
 import pytest
+import torch
 
 from vllm_memdec.train import index as index_stage
 from vllm_memdec.train.artifacts import write_json
@@ -271,6 +272,68 @@ def test_lists_found_once_serve_every_part(tmp_path, kind):
     faiss.extract_index_ivf(index).nprobe = 8
     expected = index.search(keys[:200].astype(np.float32), 5)
     assert np.array_equal(ids, expected[1]) and np.array_equal(distances, expected[0])
+
+
+@pytest.mark.parametrize(
+    ("width", "kind", "options"),
+    [
+        (16, "Flat", {}),
+        (16, "IVF4,SQ8", {}),
+        (1536, "OPQ64,IVF4,PQ64", {"useFloat16": True, "usePrecomputed": False}),
+        (896, "OPQ64,IVF4,PQ64", {"useFloat16": True, "usePrecomputed": True}),
+        (3584, "IVF4,PQ64", {"useFloat16": True, "usePrecomputed": True}),
+    ],
+)
+def test_options_of_a_gpu_suit_the_index(width, kind, options):
+    found = index_stage.gpu_options(faiss.index_factory(width, kind))
+    assert found == {"use_cuvs": False} | options
+
+
+def test_a_faiss_without_kernels_for_the_gpu_is_not_used():
+    """It ends its process by abort(), which is what is tried elsewhere."""
+    assert index_stage.failure("pass") == ""
+    assert index_stage.failure("raise ValueError('no kernel')") == "ValueError: no kernel"
+    assert index_stage.failure("import os; os.abort()").startswith("faiss ended with -")
+    if not torch.cuda.is_available():
+        assert index_stage.no_gpu() == "there is no GPU"
+        assert index_stage.failure(index_stage.GPU_TRIAL)
+
+
+@pytest.mark.parametrize(
+    ("kind", "probes", "k", "refused"),
+    [
+        ("IVF9,SQ8", 32, 2048, False),
+        ("IVF9,SQ8", 32, 2049, True),
+        ("IVF9,SQ8", 4096, 9, True),
+        ("Flat", 4096, 9, False),
+    ],
+)
+def test_a_search_too_wide_for_a_gpu_is_done_on_cpus(
+    tmp_path, monkeypatch, kind, probes, k, refused
+):
+    write_json(tmp_path / "index.json", {"kind": kind})
+    index = Index(tmp_path, probes, BUDGET)
+    assert index.on_cpu(k) == index_stage.no_gpu()
+    monkeypatch.setattr(index_stage, "no_gpu", lambda: "")
+    assert index.on_cpu(k) == ("a GPU finds at most 2048" if refused else "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "recall"), [("flat", 0.99), ("sq8", 0.99), ("pq", 0.9)])
+def test_a_gpu_finds_what_a_cpu_does(tmp_path, monkeypatch, kind, recall):
+    """Neighbours of a key whose distances differ by rounding may change places."""
+    assert index_stage.no_gpu() == ""
+    keys, labels = clustered(PQ_KEYS)
+    keys = keys[:, :4]  # as many codes: faiss trains each for seconds
+    folder = tmp_path / "index"
+    folder.mkdir()
+    source = store(tmp_path, keys, labels)
+    build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
+    ours = Index(folder, 8, BUDGET).search(keys[:200], 9)
+    monkeypatch.setattr(index_stage, "no_gpu", lambda: "asked for")
+    theirs = Index(folder, 8, BUDGET).search(keys[:200], 9)
+    same = [len(set(a) & set(b)) / 9 for a, b in zip(ours[1], theirs[1], strict=True)]
+    assert np.mean(same) >= recall
 
 
 def test_a_damaged_part_of_the_index_is_named(tmp_path):

@@ -113,6 +113,43 @@ def test_an_epoch_sees_every_block_once(pipeline):
     assert np.array_equal(batches.blocks(7), batches_of(pipeline, batch_blocks=5)[1].blocks(7))
 
 
+def test_what_is_read_ahead_is_what_is_loaded(pipeline, monkeypatch):
+    _, batches = batches_of(pipeline)
+    first, second = np.arange(3), np.arange(3, 6)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    plain = batches.load(first, cpu)
+    read, asked = batches.read, []
+    monkeypatch.setattr(batches, "read", lambda blocks: asked.append(blocks[0]) or read(blocks))
+    batches.expect(first, cpu)
+    assert not asked  # a CPU has no core to spare
+    batches.expect(first, cuda)
+    *ahead, targets = batches.load(first, cpu)
+    assert asked == [0]
+    for a, b in zip(ahead, plain, strict=False):
+        assert torch.equal(a, b)
+    assert all(
+        torch.equal(a, b) for a, b in zip(targets.entries(), plain[-1].entries(), strict=True)
+    )
+    batches.expect(first, cuda)  # and another is loaded
+    assert torch.equal(batches.load(second, cpu)[3], batches_of(pipeline)[1].load(second, cpu)[3])
+
+
+def test_a_micro_batch_is_followed_by_the_next_of_this_step_or_another(pipeline, tmp_path):
+    settings, batches = batches_of(pipeline, batch_blocks=5, micro_batch_blocks=2)
+    training = trainer.Training(settings, "", tmp_path, tmp_path, tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(pipeline.base)
+    optimizer = trainer.new_optimizer(model, settings)
+    loaded, expected = [], []
+    load = batches.load
+    batches.load = lambda blocks, where: loaded.append(blocks.tolist()) or load(blocks, where)
+    batches.expect = lambda blocks, where: expected.append(blocks.tolist())
+    for step in (0, 1, batches.steps - 1):
+        training.step(model, optimizer, batches, step, World())
+    assert [len(blocks) for blocks in loaded] == 3 * [2, 2, 1]
+    assert expected[:5] == loaded[1:6]
+    assert expected[6:] == loaded[7:]  # nothing follows the last
+
+
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
     rates = [trainer.learning_rate_factor(s, 100, 0.1) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1

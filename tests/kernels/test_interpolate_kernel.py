@@ -1,0 +1,312 @@
+"""Weights in the columns of rows, the two plans of the kernels, and what the compiler makes of them.
+
+Without CUDA the kernels run in Triton's interpreter, and are compiled for GPUs that are not there.
+Run: pytest tests/kernels/test_interpolate_kernel.py
+Shape suffixes: N rows, V vocabulary of the base, W width of the memory, A columns.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+from test_interpolate import BF16, FP16, FP32, assert_close, bits, make
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vllm_memdec.kernels import interpolate as op
+from vllm_memdec.kernels.interpolate import RowWeights, interpolate
+from vllm_memdec.kernels.reference import interpolate_reference, row_weights_reference
+from vllm_memdec.state import encode
+
+# Rows: of memory 0, 1, none; weights plain and capped, 0, 1, one that needs all three columns.
+NUMBERS = torch.tensor([0, 1, -1, 0, 1, 0, 1, 0])
+WEIGHTS = torch.tensor([0.3, 0.7, 0.0, -0.6, 1.0, 0.0, -0.4, 1 / 3])
+DEVICE = "cpu" if op.INTERPRETED else "cuda"
+
+
+@pytest.fixture(params=["whole", "split", "torch", "compiled"])
+def mix(request, monkeypatch):
+    """Return interpolate() bound to one implementation; in the interpreter slices are small."""
+    if request.param in ("torch", "compiled"):
+        monkeypatch.setattr(op, "INTERPRETED", False)
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+        return partial(interpolate, compiled=request.param == "compiled")
+    if op.INTERPRETED:
+        monkeypatch.setattr(op, "SLICE", 512)
+        monkeypatch.setattr(op, "WHOLE", 1024)
+    return partial(interpolate, split=request.param == "split")
+
+
+def rows(dtype, V, W, gated):
+    """Return base [N, V], two memories [N, W], columns [N, A] inside wider rows, and gates."""
+    generator = torch.Generator().manual_seed(V + W)
+    N = len(NUMBERS)
+    base_NV, *memories = (
+        (torch.randn(N, X, generator=generator) * 3).to(dtype).to(DEVICE) for X in (V, W, W)
+    )
+    hidden_ND = torch.randn(N, 40, generator=generator).to(dtype)
+    hidden_ND[:, 29:32] = encode(WEIGHTS, dtype)
+    hidden_ND[:, 32] = NUMBERS.to(dtype)
+    gates = [None, None]
+    if gated:
+        gates = [
+            (torch.randn(N, generator=generator).to(DEVICE), torch.ones(4, 3, device=DEVICE) / n)
+            for n in (2, -3)
+        ]
+    return base_NV, memories, hidden_ND.to(DEVICE)[:, 29:37], gates
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "V", "W"), [(BF16, 1000, 1003), (FP16, 1001, 700), (FP32, 1203, 1203)]
+)
+def test_memories_are_mixed_one_after_the_other(mix, dtype, V, W, gated):
+    base_NV, memories, columns_NA, gates = rows(dtype, V, W, gated)
+    for as_logits in (True, False):
+        out = mix(
+            base_NV, memories[0], RowWeights(columns_NA, 0), gate=gates[0], as_logits=as_logits
+        )
+        nobody, second = bits(out[2]), out[NUMBERS == 1].clone()
+        if as_logits:
+            others = NUMBERS != 0
+            assert bits(out[others]) == bits(base_NV[others].float())
+        keep = RowWeights(columns_NA, 1, others="keep")
+        mix(base_NV, memories[1], keep, gate=gates[1], as_logits=as_logits, out=out)
+        assert bits(out[2]) == nobody and not torch.equal(out[NUMBERS == 1], second)
+        want = torch.zeros(out.shape, dtype=torch.float64)
+        for number in (0, 1):
+            alpha_N, mine_N = row_weights_reference(columns_NA.cpu(), number, gated)
+            gate = gates[number] and tuple(x.cpu() for x in gates[number])
+            part = interpolate_reference(
+                base_NV.cpu(), memories[number].cpu(), alpha_N, as_logits, gate
+            )
+            keeps = mine_N | (NUMBERS == -1 if number == 0 else False)
+            want = torch.where(keeps[:, None], part, want)
+        assert_close(out, want)
+
+
+def test_rows_of_others_may_hold_anything(mix):
+    """Neither a broken memory nor a broken base reaches a row that is another memory's."""
+    base_NV, (memory_NW, _), columns_NA, _ = rows(BF16, 1001, 1001, False)
+    memory_NW[NUMBERS != 0] = torch.nan
+    got = mix(base_NV, memory_NW, RowWeights(columns_NA, 0), as_logits=True)
+    assert bits(got[NUMBERS != 0]) == bits(base_NV[NUMBERS != 0].float())
+    base_NV[NUMBERS != 0] = torch.nan
+    out = torch.full(base_NV.shape, 7.0, device=DEVICE)
+    mix(base_NV, memory_NW, RowWeights(columns_NA, 0, "keep"), as_logits=True, out=out)
+    assert (out[NUMBERS != 0] == 7).all() and not out[NUMBERS == 0].isnan().any()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+def test_random_columns_are_clamped(mix):
+    """vLLM's profile run sends them."""
+    base_NV, memory_NW, _ = (x.to(DEVICE) for x in make(6, 50, 50))
+    columns_NA = torch.tensor([[9.0, 1, 1, 3], [-9.0, 1, 1, 3], [0.5, 0, 0, 3.5]] * 2).to(DEVICE)
+    columns_NA[3, 0] = torch.nan
+    got = mix(base_NV, memory_NW, RowWeights(columns_NA, 3))
+    plain_N = torch.tensor([1.0, 0, 0, torch.nan, 0, 0], device=DEVICE)
+    assert bits(got[:3]) == bits(mix(base_NV, memory_NW, plain_N)[:3])
+    assert got[3].isnan().all() and not got[4:].isnan().any()
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raise where the host would wait for a GPU."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name()
+        masked = "index" in name and any(
+            x is not None and x.dtype == torch.bool for x in (args[1] if len(args) > 1 else ())
+        )
+        waits = ("nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal")
+        if masked or name.split("::")[-1].split(".")[0] in waits:
+            raise AssertionError(f"{name} makes the host wait")
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait(monkeypatch):
+    monkeypatch.setattr(op, "INTERPRETED", False)
+    base_NV, memories, columns_NA, gates = rows(BF16, 100, 103, True)
+    with pytest.raises(AssertionError, match="wait"), NoWaiting():
+        base_NV[columns_NA[:, 3] == 1]
+    with NoWaiting():
+        out = interpolate(base_NV, memories[0], RowWeights(columns_NA, 0), gate=gates[0])
+        keep = RowWeights(columns_NA, 1, "keep")
+        interpolate(base_NV, memories[1], keep, gate=gates[1], out=out)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        RowWeights(torch.zeros(2, 3), 0),
+        RowWeights(torch.zeros(3, 4), 0),
+        RowWeights(torch.zeros(4), 0),
+        RowWeights(torch.zeros(2, 4, dtype=torch.float64), 0),
+        RowWeights(torch.zeros(4, 2).t(), 0),
+        RowWeights(torch.zeros(2, 4), 0, "drop"),
+        RowWeights(torch.zeros(2, 4), 0, "keep"),
+        RowWeights(torch.zeros(2, 4, device="meta"), 0),
+    ],
+    ids=range(8),
+)
+def test_misuse_is_a_value_error(weights):
+    with pytest.raises(ValueError, match=r"(must|needs) .*\.$"):
+        interpolate(torch.zeros(2, 5), torch.zeros(2, 6), weights)
+
+
+# -- The plans ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("V", "W", "dtype"), [(3000, 3000, BF16), (2051, 2049, FP16), (1030, 2000, FP32)]
+)
+def test_bits_do_not_depend_on_the_plan_or_other_rows(monkeypatch, V, W, dtype, gated):
+    if op.INTERPRETED:
+        monkeypatch.setattr(op, "SLICE", 512)
+    base_NV, memory_NW, alpha_N = (x.to(DEVICE) for x in make(6, V, W, dtype, dtype))
+    gate = None
+    if gated:
+        alpha_N, gate = -alpha_N, (alpha_N * 2, torch.ones(4, 3, device=DEVICE) / 5)
+    for as_logits in (False, True):
+        same = {"as_logits": as_logits, "invariant": True}
+        chosen = interpolate(base_NV, memory_NW, alpha_N, gate=gate, **same)
+        for split in (False, True):
+            got = interpolate(base_NV, memory_NW, alpha_N, gate=gate, split=split, **same)
+            assert bits(got) == bits(chosen)
+            for n in (0, 4):
+                row = slice(n, n + 1)
+                alone = gate and (gate[0][row], gate[1])
+                got = interpolate(
+                    base_NV[row], memory_NW[row], alpha_N[row], gate=alone, split=split, **same
+                )
+                assert bits(got) == bits(chosen[row])
+
+
+def test_out_may_be_the_base_of_odd_width(monkeypatch):
+    monkeypatch.setattr(op, "SLICE", 512)
+    for V, W in ((1001, 1001), (1003, 700), (1000, 501)):
+        base_NV, memory_NW, alpha_N = (x.to(DEVICE) for x in make(5, V, W))
+        for split in (False, True):
+            same = {"as_logits": True, "split": split}
+            want, base = interpolate(base_NV, memory_NW, alpha_N, **same), base_NV.clone()
+            assert bits(interpolate(base, memory_NW, alpha_N, out=base, **same)) == bits(want)
+
+
+def test_few_rows_and_half_empty_waves_are_split():
+    multiprocessors = 132  # an H100's
+    assert all(op.splits(N, multiprocessors) for N in (1, 4, 8, 32, 64, 104, 140, 200))
+    assert not any(op.splits(N, multiprocessors) for N in (106, 132, 256, 1024))
+
+
+# -- The compiler ---------------------------------------------------------------------------------
+
+# Registers a thread may have if a multiprocessor's 65,536 are to hold WHOLE_WARPS warps, and of
+# split's kernels 4 programs of SLICE_WARPS.
+REGISTERS = {"whole": 64, "partial": 64, "combine": 64}
+
+COMPILE = """
+    import json, re, subprocess, tempfile
+    import torch, triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    from triton.compiler import ASTSource
+    from vllm_memdec.kernels import interpolate as op
+
+    KERNELS = {"whole": op.whole_kernel, "partial": op.partial_kernel, "combine": op.combine_kernel}
+    POINTERS = ("base", "memory", "weights", "score", "certainty", "out", "partials")
+
+    def build(name, capability, V, dtype, gated, columns):
+        kernel, plan = KERNELS[name], op.Plan.of(V, V, (dtype,), sliced=name != "whole")
+        flags, warps = dict(plan.flags), plan.warps
+        flags |= {"COLUMNS": columns, "KEEP": columns, "GATED": gated, "AS_LOGITS": True}
+        flags["UNITS"] = 16
+        names = kernel.arg_names
+        flags = {k: v for k, v in flags.items() if k in names}
+        kind = {"torch.bfloat16": "*bf16", "torch.float32": "*fp32"}[str(dtype)]
+        types = dict.fromkeys(names, "i32") | {"number": "fp32"}
+        types |= {n: "*fp32" for n in POINTERS if n in names} | {"base": kind, "memory": kind}
+        # Rows of the head's logits begin at multiples of 64 columns. The rest is as Triton sees it.
+        known = {"V": V, "shared": V, "out_stride": V}
+        aligned = ("base_stride", "memory_stride", *POINTERS)
+        aligned += tuple(n for n, value in known.items() if value % 16 == 0)
+        divides = [["tt.divisibility", 16]]
+        source = ASTSource(
+            kernel,
+            types | dict.fromkeys(flags, "constexpr"),
+            flags,
+            {(names.index(n),): divides for n in aligned if n in names and n != "weights"},
+        )
+        options = {"num_warps": warps, "enable_fp_fusion": True}
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+            file.write(ptx)
+            file.flush()
+            arch = sm_arch_from_capability(capability)
+            command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}"]
+            done = subprocess.run(
+                [*command, file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
+            )
+        said = done.stdout + done.stderr
+        return {
+            "registers": int(re.search(r"Used (\\d+) registers", said)[1]),
+            "spilled": sum(map(int, re.findall(r"(\\d+) bytes spill", said))),
+            "loads": re.findall(r"ld\\.global[\\w.:]*?((?:v\\d\\.)?b\\d+)", ptx),
+            "stores": re.findall(r"st\\.global[\\w.:]*?((?:v\\d\\.)?b\\d+)", ptx),
+            "vectors": flags["BLOCK"] * dtype.itemsize // 16 // (32 * warps),
+        }
+"""
+
+
+def run_compiler(code, tmp_path):
+    """Return what `code`, run behind COMPILE in a process without the interpreter, prints."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = textwrap.dedent(COMPILE) + textwrap.dedent(code)
+    command = [sys.executable, "-c", code]
+    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_vocabularies_are_loaded_16_bytes_at_a_time(tmp_path):
+    """By sm_90, from rows as vLLM's heads give them; the base's and the memory's columns alike."""
+    found = run_compiler(
+        """
+        print(json.dumps([
+            (name, V, build(name, 90, V, torch.bfloat16, False, True))
+            for V in (151936, 152064, 50257) for name in KERNELS
+        ]))
+        """,
+        tmp_path,
+    )
+    assert len(found) == 9
+    for name, V, got in found:
+        sweeps = 2 if name == "whole" else 1
+        assert got["loads"].count("v4.b32") == 2 * sweeps * got["vectors"], (name, V)
+        # Of 50,257 columns the last one, of base and memory: columns of weights are float32 here.
+        odd = 2 * sweeps if V % 8 else 0
+        assert got["loads"].count("b16") == odd, (name, V)
+        if name != "partial" and V % 8 == 0:
+            assert set(got["stores"]) == {"v4.b32"}
+        assert got["spilled"] == 0 and got["registers"] <= REGISTERS[name], (name, V)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_no_register_is_spilled(tmp_path, capability):
+    """With all features on, for the two sizes of number."""
+    found = run_compiler(
+        f"""
+        print(json.dumps([
+            (name, str(dtype), build(name, {capability}, 50257, dtype, True, True))
+            for dtype in (torch.bfloat16, torch.float32) for name in KERNELS
+        ]))
+        """,
+        tmp_path,
+    )
+    for name, dtype, got in found:
+        assert got["spilled"] == 0 and got["registers"] <= REGISTERS[name], (name, dtype, got)
