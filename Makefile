@@ -18,7 +18,11 @@ export VLLM_NO_USAGE_STATS := 1
 # Without compiled files every process compiles what it imports: each of vLLM's three for 14 s.
 unexport PYTHONDONTWRITEBYTECODE
 
+<<<<<<< HEAD
 .PHONY: setup test test-cuda-path setup-next test-next diff-next features demo lint clean
+=======
+.PHONY: setup test setup-next test-next diff-next features demo lint clean gpu gpu-pack
+>>>>>>> main
 
 setup: $(INSTALLED)
 
@@ -107,6 +111,17 @@ features: setup
 
 demo: setup
 	$(BIN)/python benchmarks/demo.py $(DEMO_OPTIONS)
+
+# With the machine's own Python, whose torch knows the GPU: `make gpu PYTHON=python3 MINUTES=12`.
+# GPU_OPTIONS="--dry" rehearses it on a CPU.
+MINUTES ?= 12
+GIVEN := $(filter-out file default,$(origin PYTHON))
+gpu:
+	$(or $(if $(GIVEN),$(PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(MINUTES) $(GPU_OPTIONS)
+
+# vLLM for a GPU machine without a network, in pieces: copy build/gpu-pack there.
+gpu-pack:
+	$(PYTHON) benchmarks/gpu/pack.py build/gpu-pack
 
 lint: setup
 	$(BIN)/ruff check --fix .

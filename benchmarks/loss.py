@@ -213,6 +213,8 @@ def main() -> None:
             f"{ours['memory_ratio']:.3f} of the memory (accepted: {ACCEPTED_MEMORY})"
         )
     append_csv(RESULTS / "loss.csv", results)
+    print(f"summary: against dense at V = {ours['vocab']}: {ours['time_ratio']:.3f} of the time, "
+          f"{ours['memory_ratio']:.3f} of the memory")  # fmt: skip
     print(json.dumps({"benchmark": "loss", "results": results}))
 
 

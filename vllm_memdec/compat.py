@@ -1,4 +1,4 @@
-"""The only file that wraps or exchanges parts of vLLM: what we touch, and how.
+"""What wraps or exchanges parts of vLLM, beside graphs.py and v2_drafting.py: what, and how.
 
 Checked by running vLLM 0.32.0, and 0.33.0's Python files over the compiled extensions of 0.32.0.
 Ten functions are wrapped, five classes are derived from and one global is exchanged. SIGNATURES,

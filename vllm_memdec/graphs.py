@@ -38,7 +38,8 @@ class MemoryGraphs(CudaGraphManager):
     def adopt(self, batch: Batch, sets: list[tuple[int, ...]]) -> None:
         """Capture full graphs for these sets, and replay them by what the batch asks for."""
         self.memdec_batch, self.memdec_sets = batch, sets
-        full = self._capture_descs.get(CUDAGraphMode.FULL, [])
+        if (full := self._capture_descs.get(CUDAGraphMode.FULL)) is None:
+            return
         # The largest set first: vLLM's memory profile samples the first graphs.
         self._capture_descs[CUDAGraphMode.FULL] = [
             MemoryDescriptor(**vars(desc), memories=memories) for memories in sets for desc in full

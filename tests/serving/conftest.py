@@ -72,6 +72,16 @@ def engine():
     return start
 
 
+@pytest.fixture(scope="module")
+def hostile():
+    """Let engines overwrite what a model inside the composite returned, as CUDA graphs may."""
+    import emulation
+
+    with pytest.MonkeyPatch.context() as patch:
+        emulation.watch(patch, emulation.Hostile())
+        yield
+
+
 @pytest.fixture(scope="session")
 def subprocess_env():
     """Return the environment of a user's shell: no interpreter, plugin from this checkout."""

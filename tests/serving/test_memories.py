@@ -10,6 +10,7 @@ import pytest
 import torch
 from vllm.forward_context import set_forward_context
 
+pytestmark = pytest.mark.usefixtures("hostile")
 VOCAB = 1000
 ALPHAS = {"law": 0.6, "bio": 0.4, "tax": 0.25, "sea": 0.5}
 

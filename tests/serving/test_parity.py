@@ -5,6 +5,7 @@ import random
 import oracle
 import pytest
 
+pytestmark = pytest.mark.usefixtures("hostile")
 ALPHAS = (0.0, 0.3, 0.6, 1.0)
 # base, memory: (kind, options of tiny_model), engine options
 PAIRS = {

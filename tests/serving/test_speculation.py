@@ -95,8 +95,8 @@ def test_what_a_draft_said_is_not_computed_again(engine, models, requests, plain
     """Where one memory has the batch it runs on the last of a request's tokens only."""
     counts = {"tokens": 0, "run": 0, "heads": 0}
 
-    def counted(self, *args):
-        original(self, *args)
+    def counted(self, *args, **kwargs):
+        original(self, *args, **kwargs)
         if args[3:] and self.said is not None:
             [part] = self.parts.values()
             counts["tokens"] += int(args[2].sum())

@@ -1,13 +1,13 @@
-"""The V2 runner's probabilities equal the float64 mixture too: CUDA's default, interpreted here."""
+"""The V2 runner's probabilities equal the float64 mixture too: CUDA's default, interpreted here.
 
-import json
+With rows as on CUDA: each head runs on all of them, and nothing waits for the device.
+"""
+
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import oracle
 import pytest
+import v2
 from gates import gate_weights, random_gate
 from matrix import CHOICES, Choice, greedy, make_models, memdec_block
 
@@ -15,111 +15,127 @@ from vllm_memdec.gate import write_gate
 
 VOCAB = 1000
 LAW, BIO = 0.37, 0.4  # the server's weights
+GREEDY = {"temperature": 0, "max_tokens": 7, "ignore_eos": True}
+CHOSEN = [
+    ({}, ("law", LAW)),
+    ({"memdec_memory": "bio"}, ("bio", BIO)),
+    ({"memdec_memory": "none"}, ("law", 0.0)),
+    ({"memdec_alpha": 0}, ("law", 0.0)),
+    ({"memdec_alpha": 0.6}, ("law", 0.6)),
+    ({"memdec_alpha": 0.3, "memdec_memory": "bio"}, ("bio", 0.3)),
+    ({"memdec_alpha": 1}, ("law", 1.0)),
+    ({"memdec_memory": "gated"}, ("gated", "auto")),
+    ({"memdec_memory": "gated", "memdec_alpha": 0.4}, ("gated", "at most 0.4")),
+]
+SAME = [*CHOICES, Choice("same"), Choice("same", 0.3)]
+NONE, MIXED = [Choice("none")] * 2, [Choice(), Choice("bio"), Choice("none"), Choice("bio", 1.0)]
 
 
-def run_v2(job, env):
-    """Return what run_v2.py prints."""
-    run = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("run_v2.py")), json.dumps(job)],
-        env=env,
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout.strip().splitlines()[-1])
-
-
-@pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
-def test_mixture(tiny_model, subprocess_env, tmp_path):
-    """One batch of three memories and none, prefilled in chunks; one has a gate."""
-    base = tiny_model("qwen2")
+@pytest.fixture(scope="module")
+def mixed(tiny_model, tmp_path_factory):
+    """Return (base, folders by name): three memories unlike the base, one with a gate."""
+    gated = tmp_path_factory.mktemp("v2") / "gated"
+    shutil.copytree(tiny_model("llama", seed=3, layers=1, spread=0.15), gated)
+    write_gate(gated, random_gate(64, 3))
     folders = {
         "law": tiny_model("llama", seed=1, hidden=96, layers=1, vocab=1024),
         "bio": tiny_model("gpt2", seed=2, layers=1),
-        "gated": str(tmp_path / "gated"),
+        "gated": str(gated),
     }
-    shutil.copytree(tiny_model("llama", seed=3, layers=1, spread=0.15), folders["gated"])
-    write_gate(tmp_path / "gated", random_gate(64, 3))
+    return tiny_model("qwen2"), folders
+
+
+@pytest.fixture(scope="module")
+def drafters(tiny_model):
+    """Return the folders of base and memories by dtype, of unequal vocabularies."""
+    widths = {"bfloat16": (1024, 1000), "float16": (1000, 1024)}
+    return {
+        dtype: {
+            "base": tiny_model("llama", vocab=base, spread=0.15),
+            "law": tiny_model("llama", seed=1, hidden=96, layers=3, vocab=memory, spread=0.15),
+            "bio": tiny_model("llama", seed=2, spread=0.15),
+        }
+        for dtype, (base, memory) in widths.items()
+    }
+
+
+def asking(choices, seed=0, **more):
+    prompts = oracle.prompts(len(choices), 2, 20, VOCAB, seed=seed)
+    return [
+        (ids, GREEDY | {"extra_args": choice.extra_args} | more)
+        for ids, choice in zip(prompts, choices, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, subprocess_env, mixed, drafters):
+    """Return what the V2 runner makes of all jobs, in one process."""
+    base, folders = mixed
     memories = {
         "gated": {"model": folders["gated"]},
         "law": {"model": folders["law"], "alpha": LAW},
         "bio": {"model": folders["bio"], "alpha": BIO},
     }
-    chosen = [
-        ({}, ("law", LAW)),
-        ({"memdec_memory": "bio"}, ("bio", BIO)),
-        ({"memdec_memory": "none"}, ("law", 0.0)),
-        ({"memdec_alpha": 0}, ("law", 0.0)),
-        ({"memdec_alpha": 0.6}, ("law", 0.6)),
-        ({"memdec_alpha": 0.3, "memdec_memory": "bio"}, ("bio", 0.3)),
-        ({"memdec_alpha": 1}, ("law", 1.0)),
-        ({"memdec_memory": "gated"}, ("gated", "auto")),
-        ({"memdec_memory": "gated", "memdec_alpha": 0.4}, ("gated", "at most 0.4")),
-    ]
     params = {"temperature": 0, "max_tokens": 3, "logprobs": 5, "ignore_eos": True}
-    prompts = oracle.prompts(len(chosen), 2, 14, VOCAB)
-    job = {
-        "llm": {
-            "model": base,
-            "model_impl": "memdec",
-            "additional_config": {"memdec": {"memories": memories, "default": "law"}},
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 16,
-            "max_model_len": 64,
-            "disable_log_stats": True,
-        },
-        # Every second request asks for its prompt's log-probabilities too.
-        "requests": [
-            (ids, params | {"extra_args": extra, "prompt_logprobs": None if row % 2 else 5})
-            for row, (ids, (extra, _)) in enumerate(zip(prompts, chosen, strict=True))
-        ],
-    }
-    results = run_v2(job, subprocess_env)
-    for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(results, chosen, strict=True):
+    prompts = oracle.prompts(len(CHOSEN), 2, 14, VOCAB)
+    requests = [  # every second one asks for its prompt's log-probabilities too
+        (ids, params | {"extra_args": extra, "prompt_logprobs": None if row % 2 else 5})
+        for row, (ids, (extra, _)) in enumerate(zip(prompts, CHOSEN, strict=True))
+    ]
+    block = {"memories": memories, "default": "law"}
+    jobs = {"mixture": v2.job(base, block, [requests], max_num_batched_tokens=16)}
+
+    models = make_models(tiny_model)
+    block = memdec_block(models) | {"speculative_tokens": 2}
+    block["memories"]["same"] = {"model": models["base"], "alpha": 0.5}
+    jobs["drafting"] = v2.job(models["base"], block, [asking(SAME)])
+    for dtype, models in drafters.items():
+        block = memdec_block(models) | {"speculative_tokens": 2}
+        batches = [asking(choices, seed=1, logprobs=5) for choices in (NONE, [Choice()] * 3, MIXED)]
+        jobs[dtype] = v2.job(models["base"], block, batches, dtype=dtype)
+    return v2.run(jobs, subprocess_env)
+
+
+@pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
+def test_mixture(results, mixed):
+    """One batch of three memories and none, prefilled in chunks; one has a gate."""
+    base, folders = mixed
+    result = v2.answered(results, "mixture")
+    for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(
+        result["requests"], CHOSEN, strict=True
+    ):
         if name == "gated":
             most = 1.0 if alpha == "auto" else 0.4
             models = folders | {"base": base}
             alpha = gate_weights(models, name, most, [*prompt, *sampled])
         error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
         assert error < oracle.TOLERANCE, extra
+    assert v2.check_steps(result) == {"NONE"}
 
 
 @pytest.mark.feature("speculation by the memory itself")
-def test_drafting(tiny_model, subprocess_env):
+def test_drafting(results, tiny_model):
     """Greedy answers are the mixture's, prompts in chunks; what agrees is accepted."""
+    result = v2.answered(results, "drafting")
     models = make_models(tiny_model)
-    block = memdec_block(models)
-    block["memories"]["same"] = {"model": models["base"], "alpha": 0.5}
-    choices = [*CHOICES, Choice("same"), Choice("same", 0.3)]
-    job = {
-        "llm": {
-            "model": models["base"],
-            "model_impl": "memdec",
-            "additional_config": {"memdec": block | {"speculative_tokens": 2}},
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_num_seqs": 4,
-            "max_num_batched_tokens": 32,
-            "max_model_len": 64,
-            "disable_log_stats": False,
-        },
-        "metrics": True,
-    }
-    greedy_params = {"temperature": 0, "max_tokens": 7, "ignore_eos": True}
-    prompts = oracle.prompts(len(choices), 2, 20, VOCAB)
-    job["requests"] = [
-        (ids, greedy_params | {"extra_args": choice.extra_args})
-        for ids, choice in zip(prompts, choices, strict=True)
-    ]
-    *results, drafted, accepted = run_v2(job, subprocess_env)
     folders = models | {"same": models["base"]}
-    for (prompt, sampled, *_), choice in zip(results, choices, strict=True):
+    for (prompt, sampled, *_), choice in zip(result["requests"], SAME, strict=True):
         name, alpha = ("same", 0.5) if choice.memory == "same" else choice.resolved
         key = greedy(
             {"base": models["base"], "law": folders[name]}, Choice("law", alpha), prompt, 7
         )
         assert sampled == key, choice
     # The two whose memory is the base have two rounds of two accepted drafts each.
-    assert 8 <= accepted < drafted
+    assert 8 <= result["accepted"] < result["drafted"]
+    v2.check_steps(result, drafts=2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_drafting_in_16_bits(dtype, results, drafters):
+    """With none, one and two memories in a batch, and vocabularies of unequal width."""
+    result, models = v2.answered(results, dtype), drafters[dtype]
+    choices = [choice.resolved for choice in (*NONE, *[Choice()] * 3, *MIXED)]
+    chosen = [(models[name], alpha) for name, alpha in choices]
+    v2.check_answers(result, models["base"], chosen, dtype)
+    assert 0 < result["accepted"] < result["drafted"]
+    v2.check_steps(result, drafts=2)

