@@ -18,11 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Without compiled files every process compiles what it imports: each of vLLM's three for 14 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-<<<<<<< HEAD
-.PHONY: setup test test-cuda-path setup-next test-next diff-next features demo lint clean
-=======
-.PHONY: setup test setup-next test-next diff-next features demo lint clean gpu gpu-pack
->>>>>>> main
+.PHONY: setup test test-cuda-path setup-next test-next diff-next features demo lint clean gpu gpu-pack
 
 setup: $(INSTALLED)
 
