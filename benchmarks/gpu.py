@@ -56,7 +56,7 @@ class Step:
 
 def shapes_step(name: str, shape: str, seconds: float, *options: str) -> Step:
     """Return the step that times base and memory of a shape on vLLM."""
-    command = ("latency.py", "--shapes", shape, "--tokens", "64", "--rounds", "5", *options)
+    command = ("latency.py", "--shapes", shape, "--tokens", "32", "--rounds", "5", *options)
     rehearsal = ("--shapes", "tiny", "--eager", "--tokens", "6", "--rounds", "1", "--batch", "1")
     return Step(name, seconds, command, rehearsal, needs_vllm=True)
 
