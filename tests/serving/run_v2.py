@@ -8,7 +8,8 @@ argv[1]: JSON of a list of jobs, each an engine, one after the other:
     "graphs": perhaps "full" or "piecewise", the graphs that recorded_graphs.py stands in for
     "no_wait": whether to raise where our code makes the host wait for the device
 Last line of stdout: JSON of one object a job, with "requests": [prompt ids, sampled ids, prompt
-rows, sampled rows] of each, "drafted" and "accepted" tokens, and "steps": what ran in each.
+rows, sampled rows] of each, "drafted" and "accepted" tokens, "steps": what ran in each, and "kept":
+how many logits of drafts are still referred to.
 """
 
 import gc
@@ -116,7 +117,13 @@ def generate(llm, job, log):
         counts[name].value if name in counts else 0
         for name in (f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted"))
     )
-    return {"requests": found, "drafted": drafted, "accepted": accepted, "steps": log.steps}
+    return {
+        "requests": found,
+        "drafted": drafted,
+        "accepted": accepted,
+        "steps": log.steps,
+        "kept": len(runner.speculator.model.heard) if runner.speculator else 0,
+    }
 
 
 if __name__ == "__main__":

@@ -12,7 +12,13 @@ from recorded_graphs import Graph, capture
 
 VOCAB = 1000
 NONE, LAW, BIO = Choice("none"), Choice(), Choice("bio")
-BATCHES = [[NONE, Choice("bio", 0.0)], [LAW] * 3, [BIO, Choice("bio", 1.0)], [LAW, BIO, NONE, LAW]]
+BATCHES = [
+    [NONE, Choice("bio", 0.0)],
+    [LAW] * 3,
+    [BIO, Choice("bio", 1.0)],
+    [LAW, BIO, LAW],
+    [LAW, BIO, NONE, LAW],
+]
 ONE = [[NONE] * 3, [LAW] * 3, [LAW, NONE, Choice("law", 0.3)]]
 
 

@@ -146,4 +146,5 @@ def check_steps(result, drafts=0):
             assert memory >= 0 or not count, step
     drafting = [step for step in result["steps"] if ran(step, "draft")]
     assert bool(drafting) == bool(drafts)
+    assert result["kept"] == 0, "logits of all drafts pile up"
     return modes
