@@ -3,6 +3,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA_VENV ?= .venv-cuda
 INSTALLED := $(VENV)/.installed
 # The newest vLLM that plugin.py allows, which has no wheel for CPUs yet: `make test-next`.
 NEXT_VLLM := 0.33.0
@@ -17,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Without compiled files every process compiles what it imports: each of vLLM's three for 14 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test setup-next test-next diff-next features demo lint clean gpu gpu-pack
+.PHONY: setup test test-cuda-path setup-next test-next diff-next features demo lint clean gpu gpu-pack
 
 setup: $(INSTALLED)
 
@@ -48,6 +49,19 @@ test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# vLLM's CUDA path without a GPU: 8 GB of CUDA wheels in an environment of its own, which
+# CUDA_VENV=FOLDER shares between checkouts. `===`: not a CPU build that pip finds on the machine.
+# vLLM's wheel is the released one; Python imports the plugin from this checkout.
+$(CUDA_VENV)/.installed:
+	@command -v gcc > /dev/null && command -v nm > /dev/null \
+	  || { echo "test-cuda-path needs gcc and nm: install them."; exit 1; }
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/pip install --quiet 'torch===2.13.0' vllm==0.32.0 'pytest>=8'
+	touch $@
+
+test-cuda-path: $(CUDA_VENV)/.installed
+	$(CUDA_VENV)/bin/python -m pytest tests/cuda_path $(CUDA_PATH_OPTIONS)
 
 setup-next: $(NEXT_INSTALLED)
 
@@ -110,4 +124,4 @@ lint: setup
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf build dist $(VENV) $(NEXT) *.egg-info
+	rm -rf build dist $(VENV) $(NEXT) .venv-cuda *.egg-info
