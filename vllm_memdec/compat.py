@@ -761,6 +761,8 @@ def _memory_proposer_cls() -> type:
                 last_B = common_attn_metadata.query_start_loc[1:] - 1
             newest = (next_token_ids, target_positions[last_B.long()])
             if not self.ragged:
+                if not self.model.composite.batch.used:  # nobody is drafted for
+                    return next_token_ids.new_zeros(len(next_token_ids), num_speculative_tokens)
                 return self.draft(
                     num_speculative_tokens, *newest, common_attn_metadata, sampling_metadata
                 )

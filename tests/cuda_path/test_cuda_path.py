@@ -31,11 +31,13 @@ class Start:
     drafts: int = 0
     runner: str = "V2"
     base: str = "base"  # or "wide": of 1024 tokens, and not 1000 as its memory
+    overlap: bool = False  # memories on a stream of their own
 
     def __str__(self) -> str:
         drafts = ["drafts"] if self.drafts else []
         wide = ["wide"] if self.base == "wide" else []
-        return "-".join([self.runner, self.mode, f"{self.memories}", *wide, *drafts])
+        overlap = ["overlap"] if self.overlap else []
+        return "-".join([self.runner, self.mode, f"{self.memories}", *wide, *drafts, *overlap])
 
 
 STARTS = [
@@ -47,6 +49,7 @@ STARTS = [
     Start("default", 1, base="wide", drafts=2),
     Start("full"),
     Start("full", 1, drafts=2),
+    Start("full", overlap=True),
     Start("default", runner="V1"),
     Start("default", drafts=2, runner="V1"),
 ]
@@ -62,6 +65,8 @@ def llm_arguments(start: Start, models: dict[str, str]) -> dict:
     block = {"memories": memories, "default": "law"} if start.memories == 2 else memories["law"]
     if start.drafts:
         block["speculative_tokens"] = start.drafts
+    if start.overlap:
+        block["overlap"] = True
     arguments = {
         "model": models[start.base],
         "model_impl": "memdec",
