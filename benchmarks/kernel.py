@@ -14,8 +14,8 @@ VLLM_BATCH_INVARIANT asks for. On a CPU `chosen` is compiled and `chosen eager` 
 is the other form; `eager` is the formula in five ops; `compiled` is torch.compile of those ("not
 measured" where no compiler works). Triton's interpreter is never timed.
 
-Each variant is called again and again on the same rows; a variant `... cold` (GPU only) finds the
-L2 cache overwritten before each call. Appends to results/kernel.csv, in ms; the last line is JSON.
+Each variant is called again and again on the same rows; a variant `... cold` (GPU only) finds
+the L2 cache overwritten before each call. Appends to results/kernel.csv, in ms; last line: JSON.
 Shape suffixes: N rows, V vocabulary.
 """
 

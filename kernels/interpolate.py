@@ -38,8 +38,7 @@ from torch import Tensor
 
 from vllm_memdec.kernels.interpolate_kernel import combine_kernel, partial_kernel, whole_kernel
 from vllm_memdec.kernels.rows import INTERPRETED, LOGIT_DTYPES, triton
-from vllm_memdec.kernels.weights import LARGEST as LARGEST
-from vllm_memdec.kernels.weights import RowWeights, gate_weights
+from vllm_memdec.kernels.weights import LARGEST, RowWeights, gate_scores
 
 # Columns of one iteration and warps: 2 vectors of each model a thread.
 SLICE, SLICE_WARPS = 4096, 8
@@ -213,17 +212,25 @@ def _mixture_rows(
     memory_peak, memory_logsum, moment_N = _normaliser_rows(m, moment=score_N is not None)
     if score_N is not None:
         top_N = (-memory_logsum[:, 0]).exp()
-        given_N = gate_weights(score_N, certainty_4K, top_N, memory_logsum[:, 0] - moment_N * top_N)
-        alpha_N = torch.where(alpha_N < 0, torch.minimum(given_N, -alpha_N), alpha_N)
+        entropy_N = memory_logsum[:, 0] - moment_N * top_N
+        z_N = gate_scores(score_N, certainty_4K, top_N, entropy_N)
+        given_N, cap_N = LARGEST * z_N.sigmoid(), -alpha_N
+        free_N = given_N < cap_N
+        alpha_N = torch.where(alpha_N < 0, torch.minimum(given_N, cap_N), alpha_N)
     a = alpha_N[:, None]
+    log_keep = torch.log1p(-a)
+    if score_N is not None:
+        # A weight close to 1 has lost the bits of 1 - weight.
+        rest_N = (1 - LARGEST) + LARGEST * (-z_N).sigmoid()
+        log_keep = torch.where(free_N[:, None], rest_N.log()[:, None], log_keep)
     if not as_logits:
-        x = (b - base_peak) + (torch.log1p(-a) - base_logsum)
+        x = (b - base_peak) + (log_keep - base_logsum)
         return torch.logaddexp(x, (m - memory_peak) + (a.log() - memory_logsum))
     gap = memory_peak.double() - base_peak
     shift = gap.float()
     rounded = (gap - shift).float()
     y = (m - shift) + (a.log() + base_logsum - memory_logsum - rounded)
-    return torch.where(a == 0, b, torch.logaddexp(b + torch.log1p(-a), y))
+    return torch.where(a == 0, b, torch.logaddexp(b + log_keep, y))
 
 
 @functools.cache

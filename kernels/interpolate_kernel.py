@@ -163,16 +163,22 @@ def _asked(weights, n, stride, number, COLUMNS: tl.constexpr, GATED: tl.constexp
 
 @jit
 def _gate_weight(a, score, top, entropy, certainty, K, UNITS: tl.constexpr):
-    """Return the weight: of a negative one the gate's, -a at most."""
+    """Return the weight, of a negative one the gate's, -a at most; and 1 minus the weight.
+
+    A weight close to 1 has lost the bits of the latter.
+    """
     k = tl.arange(0, UNITS)
     x = tl.load(certainty + k, mask=k < K, other=0.0) * top
     x += tl.load(certainty + K + k, mask=k < K, other=0.0) * entropy
     x += tl.load(certainty + 2 * K + k, mask=k < K, other=0.0)
     x *= 0.5 * (1 + tl.erf(x * 0.7071067811865476))
     rise = tl.sum(x * tl.load(certainty + 3 * K + k, mask=k < K, other=0.0), axis=0)
-    weight = LARGEST * tl.sigmoid(tl.load(score) + rise)
+    z = tl.load(score) + rise
+    weight = LARGEST * tl.sigmoid(z)
+    rest = (1 - LARGEST) + LARGEST * tl.sigmoid(-z)
+    rest = tl.where(weight >= -a, 1 + a, rest)
     # A NaN of the gate's is kept: the row is broken.
-    return tl.where(a < 0, tl.minimum(weight, -a, KEEP_NAN), a)
+    return tl.where(a < 0, tl.minimum(weight, -a, KEEP_NAN), a), tl.where(a < 0, rest, 1 - a)
 
 
 @jit
@@ -192,9 +198,11 @@ def _terms(
     b_logsum, m_logsum = tl.log(b_total), tl.log(m_total)
     if GATED:
         entropy = m_logsum - m_moment / m_total
-        a = _gate_weight(a, score, _exp(-m_logsum), entropy, certainty, K, UNITS)
+        a, keep = _gate_weight(a, score, _exp(-m_logsum), entropy, certainty, K, UNITS)
+    else:
+        keep = 1 - a
     # log(1-a), log a. The zeros are replaced before the log: the interpreter warns of log(0).
-    log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, 1 - a)))
+    log_keep = tl.where(a == 1, float("-inf"), tl.log(tl.where(a == 1, 1.0, keep)))
     log_take = tl.where(a == 0, float("-inf"), tl.log(tl.where(a == 0, 1.0, a)))
     if AS_LOGITS:
         # Only the difference of the normalisers is needed. Its rounding error is carried along:

@@ -67,7 +67,11 @@ class RowWeights:
 
 def gate_weights(score_N: Tensor, certainty_4K: Tensor, top_N: Tensor, entropy_N: Tensor) -> Tensor:
     """Return a gate's weights [N] by the formula of interpolate.py."""
+    return LARGEST * gate_scores(score_N, certainty_4K, top_N, entropy_N).sigmoid()
+
+
+def gate_scores(score_N: Tensor, certainty_4K: Tensor, top_N: Tensor, entropy_N: Tensor) -> Tensor:
+    """Return scores [N] to which the memory's certainty has been added."""
     sure_N2 = torch.stack([top_N, entropy_N], -1)
     x_NK = torch.addmm(certainty_4K[2], sure_N2, certainty_4K[:2])
-    score_N = torch.addmv(score_N, torch.nn.functional.gelu(x_NK), certainty_4K[3])
-    return LARGEST * score_N.sigmoid()
+    return torch.addmv(score_N, torch.nn.functional.gelu(x_NK), certainty_4K[3])

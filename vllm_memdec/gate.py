@@ -43,7 +43,7 @@ class Gate:
 
     def __call__(self, features_NF: Any) -> Any:
         """Return weights [N] between 0 and LARGEST for rows of `features`."""
-        from vllm_memdec.kernels.interpolate import gate_weights
+        from vllm_memdec.kernels.weights import gate_weights
 
         h_ND, top_N, entropy_N = features_NF[:, :-2], features_NF[:, -2], features_NF[:, -1]
         return gate_weights(self.score(h_ND), self.certainty, top_N, entropy_N)

@@ -35,11 +35,14 @@ CASES = [
     *((33, V, W, BF16, BF16) for V, W in ((4096, 8192), (8192, 4096), (9000, 100))),
     *((4, V, W, BF16, BF16) for V, W in ((151936, 152064), (152064, 151936))),
 ]
-# Odd and even widths, the memory's the same, narrower or wider.
-SPLIT = [
-    *((33, V, W, FP32, FP32) for V, W in ((7, 1), (1000, 1000), (1001, 1003), (4095, 4097))),
-    *((9, V, W, BF16, FP16) for V, W in ((9000, 100), (4097, 4095), (4096, 8192))),
-    *((4, V, V, BF16, BF16) for V in (50257, 151936)),
+# The interpreter takes milliseconds for a row and a slice, so the kernels get fewer cases: all
+# kinds of rows and types, odd and even widths, a slice and several, the memory narrower or wider.
+KERNELS = [
+    (33, 1000, 1003, BF16, FP16),
+    (33, 2051, 2049, FP32, FP32),
+    *((4, V, W, FP32, BF16) for V, W in ((7, 1), (1, 7), (1000, 1000), (4095, 4097))),
+    *((4, V, W, BF16, BF16) for V, W in ((9000, 100), (4097, 4095), (4096, 8192))),
+    *((2, V, W, BF16, BF16) for V, W in ((50257, 50257), (151936, 152064))),
 ]
 # Each new kind of shape takes seconds to compile: one row, more, a narrower memory, a wider one.
 COMPILED = [
@@ -96,9 +99,6 @@ def device(request, monkeypatch):
     if request.param in ("whole", "split"):
         split = request.param == "split"
         monkeypatch.setitem(globals(), "interpolate", partial(interpolate, split=split))
-        if op.INTERPRETED:  # smaller slices: several of them in rows that take little time
-            monkeypatch.setattr(op, "SLICE", 1024)
-            monkeypatch.setattr(op, "WHOLE", 2048)
         yield "cpu" if op.INTERPRETED else "cuda"
         return
     monkeypatch.setattr(op, "INTERPRETED", False)
@@ -114,8 +114,8 @@ def device(request, monkeypatch):
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        *((path, case) for path in ("whole", "torch") for case in CASES),
-        *(("split", case) for case in SPLIT),
+        *(("torch", case) for case in CASES),
+        *((path, case) for path in ("whole", "split") for case in KERNELS),
         *(("compiled", case) for case in COMPILED),
     ],
     indirect=["device"],
@@ -166,7 +166,8 @@ def check_gated(device, case):
 @pytest.mark.parametrize(
     ("device", "case"),
     [
-        *((path, case) for path in ("whole", "split", "torch") for case in GATED),
+        *(("torch", case) for case in GATED),
+        *((path, (9, *case[1:])) for path in ("whole", "split") for case in GATED[1:3]),
         *(("compiled", case) for case in GATED[1:3]),
     ],
     indirect=["device"],
@@ -174,6 +175,19 @@ def check_gated(device, case):
 )
 def test_a_gate_matches_the_oracle(device, case):
     check_gated(device, case)
+
+
+def test_a_sure_gate_leaves_the_base_its_share(device):
+    """Of tokens that the memory rules out the base's 1 - weight, near 0.001, is all there is."""
+    base_NV, memory_NW, _ = (x.to(device) for x in make(6, 100, 50))
+    score_N, certainty_4K = torch.linspace(4, 14, 6), torch.zeros(4, 3)
+    gate = tuple(x.to(device) for x in (score_N, certainty_4K))
+    for cap in (-1.0, -0.9995, -0.5):
+        alpha_N = torch.full((6,), cap, device=device)
+        for as_logits in (False, True):
+            got = interpolate(base_NV, memory_NW, alpha_N, gate=gate, as_logits=as_logits)
+            want = interpolate_reference(base_NV, memory_NW, alpha_N, as_logits, gate)
+            assert_close(got, want)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
@@ -209,7 +223,7 @@ def test_compiled_kernels_match_oracle(monkeypatch):
     assert not op.INTERPRETED, "unset TRITON_INTERPRET to test the compiled kernel"
     for split in (False, True):
         monkeypatch.setitem(globals(), "interpolate", partial(interpolate, split=split))
-        for case in CASES:
+        for case in (*CASES, *KERNELS):
             check("cuda", case)
         for case in GATED:
             check_gated("cuda", case)

@@ -89,6 +89,14 @@ def test_memories_are_mixed_one_after_the_other(mix, dtype, V, W, gated):
         assert_close(out, want)
 
 
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_columns_hold_the_float32_weight_bit_for_bit(mix, dtype):
+    base_NV, (memory_NW, _), columns_NA, _ = rows(dtype, 50, 50, False)
+    alpha_N = torch.where(NUMBERS == 0, WEIGHTS.clamp(min=0), 0).to(DEVICE)
+    got = mix(base_NV, memory_NW, RowWeights(columns_NA, 0))
+    assert bits(got) == bits(mix(base_NV, memory_NW, alpha_N))
+
+
 def test_rows_of_others_may_hold_anything(mix):
     """Neither a broken memory nor a broken base reaches a row that is another memory's."""
     base_NV, (memory_NW, _), columns_NA, _ = rows(BF16, 1001, 1001, False)
