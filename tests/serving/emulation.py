@@ -230,7 +230,7 @@ class NoWait(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.active[-1:] == [True]:
-            check_no_wait(func, args)
+            check_no_wait(func, args, kwargs)
         return func(*args, **(kwargs or {}))
 
 

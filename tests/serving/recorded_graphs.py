@@ -19,17 +19,23 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-WAITS = {"nonzero", "_local_scalar_dense", "masked_select", "is_nonzero", "equal", "_unique2"}
+# In inference mode composite operators such as item() arrive as themselves.
+WAITS = {
+    *("nonzero", "nonzero_numpy", "argwhere", "item", "_local_scalar_dense", "is_nonzero", "equal"),
+    *("masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"),
+}
 UNSET = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"}  # no values
 
 
-def check_no_wait(func: Any, args: tuple) -> None:
+def check_no_wait(func: Any, args: tuple, kwargs: dict[str, Any] | None = None) -> None:
     """Raise where an operator makes the host wait for the device."""
     name = func._schema.name.split("::")[1]
+    counts = name == "repeat_interleave" and func._overloadname in ("Tensor", "self_Tensor")
+    unknown = counts and (kwargs or {}).get("output_size") is None
     masks = name in ("index", "index_put", "index_put_", "_index_put_impl_") and [
         index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)
     ]
-    if masks or name in WAITS or (name == "repeat_interleave" and func._overloadname == "Tensor"):
+    if masks or unknown or name in WAITS:
         raise RuntimeError(f"{func} makes the host wait for the device")
 
 
@@ -116,7 +122,7 @@ class Recording(TorchDispatchMode):
         self.graph = graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        check_no_wait(func, args)
+        check_no_wait(func, args, kwargs)
         found = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[1] in UNSET:
             self.graph.pool.update({block(tensor): tensor for tensor in tensors(found)})

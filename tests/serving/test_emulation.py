@@ -82,7 +82,8 @@ def test_nothing_waits(rules, base, folders, engine):  # noqa: F811
         lambda x_N: x_N[x_N > 0],
     ],
 )
-def test_the_guard_sees_who_waits(waits):
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_the_guard_sees_who_waits(waits, inference):
     class Model(torch.nn.Module):
         base, memories = torch.nn.Identity(), ()
 
@@ -94,6 +95,7 @@ def test_the_guard_sees_who_waits(waits):
 
     Model.base.compute_logits = None
     model = Model()
-    with emulation.no_wait(model), pytest.raises(RuntimeError, match="wait for the device"):
+    waiting = pytest.raises(RuntimeError, match="wait for the device")
+    with inference(), emulation.no_wait(model), waiting:
         model(torch.ones(3))
     model(torch.ones(3))

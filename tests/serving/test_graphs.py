@@ -153,6 +153,8 @@ def test_a_result_lasts_until_the_next_replay(no_graphs):
         lambda x_N: x_N.unique(),
     ],
 )
-def test_a_capture_refuses_to_wait(waits, no_graphs):
-    with pytest.raises(RuntimeError, match="wait for the device"), capture(Graph()):
+@pytest.mark.parametrize("inference", [torch.no_grad, torch.inference_mode])
+def test_a_capture_refuses_to_wait(waits, inference, no_graphs):
+    waiting = pytest.raises(RuntimeError, match="wait for the device")
+    with inference(), waiting, capture(Graph()):
         waits(torch.ones(3))
