@@ -29,6 +29,11 @@ ONLY = "memory"  # the name of a memory that was given without one
 MOST = 256  # memories: bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
 SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
+# Of a model's class, by vLLM's name.
+OWN_HOOKS = {
+    "get_model_state_cls": "keeps a state of its own for each request",
+    "get_kv_cache_groups": "plans its KV cache itself",  # from 0.33 on
+}
 MOST_DRAFTED = 16  # tokens a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
@@ -339,15 +344,16 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
 
 
 def check_state(base: "ModelConfig") -> None:
-    """Refuse a base that keeps a state of its own for each request: the composite keeps its own."""
+    """Refuse a base to which vLLM leaves what it asks the composite for: that would be lost."""
     from vllm import ModelRegistry
 
     model_cls, architecture = ModelRegistry.resolve_model_cls(base.architectures, base)
-    if hasattr(model_cls, "get_model_state_cls"):
-        raise ValueError(
-            f"The base {base.model} ({architecture}) keeps a state of its own for each request, "
-            "which vllm-memdec does not support yet: serve it without a memory."
-        )
+    for hook, what in OWN_HOOKS.items():
+        if hasattr(model_cls, hook):
+            raise ValueError(
+                f"The base {base.model} ({architecture}) {what}, which vllm-memdec does not "
+                "support yet: serve it without a memory."
+            )
 
 
 def check_engine(vllm_config: "VllmConfig") -> None:

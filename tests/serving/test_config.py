@@ -225,13 +225,20 @@ def test_multimodal_and_recurrent_models(start, pair, tmp_path):
         start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
 
 
-def test_a_base_with_a_state_of_its_own(start, pair, monkeypatch):
-    """Its n-grams would silently not be kept: the composite has the runner's only state."""
+@pytest.mark.parametrize(
+    ("hook", "sentence"),
+    [
+        ("get_model_state_cls", "keeps a state of its own for each request"),
+        ("get_kv_cache_groups", "plans its KV cache itself"),
+    ],
+)
+def test_a_base_with_hooks_of_its_own(hook, sentence, start, pair, monkeypatch):
+    """vLLM asks the composite, so what the base keeps by itself would silently be lost."""
     from vllm.model_executor.models.llama import LlamaForCausalLM
 
     start(pair[0], {"model": pair[1], "alpha": 0.5})
-    monkeypatch.setattr(LlamaForCausalLM, "get_model_state_cls", classmethod, raising=False)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM\) keeps a state of its own"):
+    monkeypatch.setattr(LlamaForCausalLM, hook, classmethod, raising=False)
+    with pytest.raises(ValueError, match=rf"LlamaForCausalLM\) {sentence}"):
         start(pair[0], {"model": pair[1], "alpha": 0.5})
 
 
