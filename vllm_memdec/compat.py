@@ -669,16 +669,11 @@ def _group_of_one() -> Any:
     )
 
 
-def install_drafter(v2: bool) -> None:
-    """Let the runner's drafter become ours; called by the composite, before drafters load."""
-    if v2:
-        from vllm_memdec import v2_drafting
+def install_v1_drafter() -> None:
+    """Let the V1 runner's drafter become ours; called by the composite, before drafters load."""
+    from vllm.v1.spec_decode.draft_model import DraftModelProposer
 
-        v2_drafting.install()
-    else:
-        from vllm.v1.spec_decode.draft_model import DraftModelProposer
-
-        wrap(DraftModelProposer, "load_model", _drafting_memory)
+    wrap(DraftModelProposer, "load_model", _drafting_memory)
 
 
 def mend_cpu_speculation() -> None:

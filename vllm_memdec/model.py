@@ -33,7 +33,7 @@ from vllm.model_executor.models.interfaces import SupportsLoRA, supports_lora
 from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
-from vllm_memdec import compat, graphs
+from vllm_memdec import compat, graphs, v2_drafting
 from vllm_memdec.config import AUTO, MemDecConfig, MemoryConfig, memory_model_config
 from vllm_memdec.gate import Gate, read_gate
 from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolate
@@ -128,12 +128,15 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.compiled = mode != CompilationMode.NONE and device.type == "cpu"
         if vllm_config.lora_config is not None:
             self.prepare_lora()
+        drafts = self.settings.speculative_tokens > 0
         if vllm_config.use_v2_model_runner:
             graphs.install()
+            if drafts:
+                v2_drafting.install()
         else:
             compat.install_v1_runner()
-        if self.settings.speculative_tokens:
-            compat.install_drafter(vllm_config.use_v2_model_runner)
+            if drafts:
+                compat.install_v1_drafter()
         if vllm_config.speculative_config is not None and device.type == "cpu":
             compat.mend_cpu_speculation()
         self.log_start(vllm_config)
