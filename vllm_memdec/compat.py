@@ -1,9 +1,8 @@
 """What wraps or exchanges parts of vLLM, beside graphs.py and v2_drafting.py: what, and how.
 
 Checked by running vLLM 0.32.0, and 0.33.0's Python files over the compiled extensions of 0.32.0.
-Ten functions are wrapped, five classes are derived from and one global is exchanged. SIGNATURES,
-CHANGED and ATTRIBUTES record what that relies on; tests/serving/test_compat.py compares them with
-the vLLM that is installed.
+SIGNATURES, CHANGED and ATTRIBUTES record what all three files rely on;
+tests/serving/test_compat.py compares them with the vLLM that is installed.
 
 - EngineArgs.create_model_config (front end): the checks have to run before workers start, and where
   the settings model_impl and additional_config meet. It also swaps in the class to load.
@@ -18,7 +17,8 @@ the vLLM that is installed.
 - OpenAIServingModels.show_available_models (front end): /v1/models names the memories.
 - GPUModelRunner._prepare_inputs and ._dummy_run (V1 worker): V1 does not tell a model whose tokens
   it runs; ._determine_batch_execution_and_padding and ._capture_cudagraphs: nor how the step is
-  executed. Full graphs are captured for several sets of memories.
+  executed. Full graphs are captured for several sets of memories. .initialize_kv_cache: how many
+  groups the KV cache has, which V2 tells the class below.
 - ModelCudaGraphManager.capture (V2 worker), in graphs.py: the same.
 - DefaultModelState (V2 worker): V2 does, through a subclass named by get_model_state_cls().
 - AttentionBackend.get_builder_cls (both workers): a memory's layers get their attention metadata
@@ -88,6 +88,23 @@ SIGNATURES = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._capture_cudagraphs": (
         "self batch_descriptors cudagraph_runtime_mode profiler"
     ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner.initialize_kv_cache": (
+        "self kv_cache_config is_profiling kv_cache_allocation_context"
+    ),
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.initialize_kv_cache": (
+        "self kv_cache_config block_tables"
+    ),
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs": (
+        "self input_batch req_states"
+    ),
+    "vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_dummy_inputs": (
+        "self num_reqs num_tokens"
+    ),
+    "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings": (
+        "self idx_mapping query_start_loc positions num_tokens_padded out"
+    ),
+    "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
+    "vllm.v1.worker.utils:AttentionGroup.map_to_kernel_block_table": "self block_table ubatch_idx",
     f"{GRAPHS}:CudaGraphManager.capture": "self create_forward_fn progress_bar_desc",
     f"{GRAPHS}:CudaGraphManager.run_fullgraph": "self desc",
     f"{GRAPHS}:CudaGraphManager.dispatch": (
@@ -212,6 +229,7 @@ ATTRIBUTES = {
     "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
     "vllm.v1.core.sched.scheduler:Scheduler": "requests vllm_config",
     "vllm.v1.request:Request": "sampling_params spec_token_ids",
+    "vllm.v1.worker.gpu.block_table:BlockTables": "input_block_tables",
     "vllm.engine.arg_utils:EngineArgs": (
         "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
         "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
@@ -599,19 +617,18 @@ def _narrow_backend(backend: type, number: int, batch: state.Batch, memory: Any)
 
 def _narrow_metadata(common: Any, part: state.Part) -> Any:
     """Return vLLM's CommonAttentionMetadata of some requests of a batch."""
-    device = common.query_start_loc.device
-    starts = torch.nn.functional.pad(part.lengths.cumsum(0), (1, 0)).to(torch.int32)
-    rows = part.requests.to(device)
 
     def pick(name: str) -> Any:
         value = getattr(common, name)
-        return value if value is None else value[rows.to(value.device)]
+        if value is None:
+            return None
+        return value[part.requests if value.is_cpu else part.rows]
 
     return common.replace(
-        query_start_loc=starts.to(device),
-        query_start_loc_cpu=starts,
+        query_start_loc=part.starts,
+        query_start_loc_cpu=torch.nn.functional.pad(part.lengths.cumsum(0), (1, 0)).int(),
         seq_lens=pick("seq_lens"),
-        num_reqs=len(rows),
+        num_reqs=len(part.requests),
         num_actual_tokens=len(part.tokens),
         max_query_len=int(part.lengths.max()),
         block_table_tensor=pick("block_table_tensor"),

@@ -40,7 +40,7 @@ class MemoryGraphs(CudaGraphManager):
         self.memdec_batch, self.memdec_sets = batch, sets
         if (full := self._capture_descs.get(CUDAGraphMode.FULL)) is None:
             return
-        # The largest set first: vLLM's memory profile samples the first graphs.
+        # All memories first: vLLM's memory profile samples the first graphs.
         self._capture_descs[CUDAGraphMode.FULL] = [
             MemoryDescriptor(**vars(desc), memories=memories) for memories in sets for desc in full
         ]
@@ -75,10 +75,12 @@ class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):
 
         vLLM captures decoding with as many tokens a request as a step verifies.
         """
+        mode = self.cudagraph_mode
+        if mode.decode_mode() != CUDAGraphMode.FULL or mode.mixed_mode() == CUDAGraphMode.FULL:
+            return
+        full = self._capture_descs.setdefault(CUDAGraphMode.FULL, [])
         sizes = sorted(self.compilation_config.cudagraph_capture_sizes or [])
         sizes = [size for size in sizes if size <= self.max_num_reqs]
-        if self.cudagraph_mode.decode_mode() != CUDAGraphMode.FULL or self.decode_query_len == 1:
-            return
         for loras in self.lora_capture_cases:
             start = 1
             for size in sizes:
@@ -89,10 +91,12 @@ class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):
                     uniform_token_count=1,
                     num_active_loras=loras,
                 )
-                self._capture_descs.setdefault(CUDAGraphMode.FULL, []).append(desc)
+                full.append(desc)
                 for tokens in range(start, size + 1):
                     self._candidates.setdefault((tokens, loras), []).insert(0, desc)
                 start = size + 1
+        # vLLM allocates the buffer of results by the first graph, which has to be the largest.
+        full.sort(key=lambda desc: desc.num_tokens, reverse=True)
 
 
 def install() -> None:

@@ -42,6 +42,7 @@ from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory, decod
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SLICE_BYTES = 1 << 28  # of logits of both models at once: 440 rows of a 152k vocabulary in bfloat16
+OVERLAPPING = {"FLASH_ATTN", "TRITON_ATTN"}  # attention backends without a workspace in common
 MANY_GROUPS = 4  # of KV cache; one is usual, and 50 to 100 us of host time in every step
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
 
@@ -119,6 +120,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             self.layers.append([layer for layer in layers if layer not in before])
             mine = [layers[layer] for layer in self.layers[-1]]
             compat.narrow_attention(mine, number, self.batch, config)
+        layers = vllm_config.compilation_config.static_forward_context
+        self.beside = self.may_overlap(layers.values())
         self.secondary_weights = [
             DefaultModelLoader.Source(m.model, revision=m.revision, prefix=f"{SOURCE}{number}.")
             for number, m in enumerate(memories)
@@ -195,16 +198,33 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
     def overlaps(self) -> bool:
         """Return whether memories run beside the base, on a stream of their own.
 
-        Only while a graph of all is captured: what the streams allocate there is theirs alone. Not
-        across ranks, where both models would use one communicator at once.
+        Only while a full graph is captured, in whose pool each stream has blocks of its own.
         """
         return (
-            self.settings.overlap
-            and aux_stream() is not None
+            self.beside
             and torch.cuda.is_current_stream_capturing()
             and get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
-            and get_tensor_model_parallel_world_size() == 1
         )
+
+    def may_overlap(self, layers: Iterable[Any]) -> bool:
+        """Return whether memories can run beside the base; say so where it was asked in vain.
+
+        Not across ranks, where both would use one communicator at once, and not with attention
+        backends whose layers share a workspace.
+        """
+        if not self.settings.overlap:
+            return False
+        backends = {layer.attn_backend.get_name() for layer in layers if is_attention(layer)}
+        ranks = get_tensor_model_parallel_world_size()
+        may = aux_stream() is not None and ranks == 1 and backends <= OVERLAPPING
+        if not may:
+            logger.warning(
+                "memdec: 'overlap' has no effect here: it needs CUDA, one rank and the attention "
+                "backends %s, not %s.",
+                sorted(OVERLAPPING),
+                sorted(backends),
+            )
+        return may
 
     def run_memories(
         self, input_ids: torch.Tensor, positions: torch.Tensor, out_TD: torch.Tensor
@@ -517,6 +537,11 @@ class Drafter:
                 return self.fitted(memory_NW)
             out_NV[rows] = self.fitted(memory_NW)
         return out_NV
+
+
+def is_attention(layer: Any) -> bool:
+    """Return whether a layer of vLLM's forward context has an attention backend."""
+    return hasattr(layer, "attn_backend")
 
 
 def source_of(name: str) -> int | None:

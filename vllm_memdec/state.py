@@ -144,6 +144,8 @@ class Part:
     requests: Tensor | None = None  # positions in the batch, on the host
     lengths: Tensor | None = None  # their tokens, on the host
     tokens: Tensor | None = None  # positions in the batch, on the device
+    rows: Tensor | None = None  # requests, on the device
+    starts: Tensor | None = None  # of each request's tokens among these [requests + 1], there too
 
 
 def graph_sets(memories: int) -> list[tuple[int, ...]]:
@@ -238,7 +240,8 @@ class Batch:
         """Choose what runs through each memory, by how vLLM executes the step.
 
         NONE: the tokens of its own requests. PIECEWISE: all rows, as the pieces were captured with
-        them, of each memory that is used. FULL: all rows of the captured set that serves the batch.
+        them, of each memory that is used (vLLM's breakable graphs replay all memories whatever is
+        said here). FULL: all rows of the captured set that serves the batch.
         """
         if mode == self.mode:
             return
@@ -266,10 +269,16 @@ class Batch:
         request_T = torch.arange(len(mine_B)).repeat_interleave(self.lengths_B)
         tokens = (mine_B[request_T] & new_T).nonzero().squeeze(1)
         lengths = request_T[tokens].bincount(minlength=len(mine_B))[requests]
+        starts = F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
         device = self.columns_TA.device
-        return Part(requests, lengths, pinned(tokens, device).to(device, non_blocking=True))
+        return Part(requests, lengths, *(copied(x, device) for x in (tokens, requests, starts)))
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
     """Return a host tensor from which a copy to the device does not wait for the device."""
     return tensor if device.type == "cpu" else tensor.pin_memory()
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a host tensor on a device; the host does not wait."""
+    return pinned(tensor, device).to(device, non_blocking=True)

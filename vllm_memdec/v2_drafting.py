@@ -2,8 +2,9 @@
 
 What: DraftModelSpeculator.load_model is wrapped; the speculator of a composite becomes a subclass
 whose model is the composite's own memories, and which records all passes of a step as one CUDA
-graph. Why: vLLM runs a draft model of its own weights, reads every token again, and launches each
-kernel from the host, which beside a base of 7B takes longer than the base's step.
+graph, or one pass, where the attention backend cannot refresh its metadata within a graph.
+Why: vLLM runs a draft model of its own weights, reads every token again, and launches each kernel
+from the host, which beside a base of 7B takes longer than the base's step.
 May go when vLLM captures standalone draft models and lets one share the target's weights.
 """
 

@@ -54,35 +54,39 @@ def pairs(tiny_model):
     }
 
 
-# name: (folders, memories, tokens drafted, graphs, dtype)
+# name: (folders, batches, tokens drafted, graphs, dtype)
 ENGINES = {
-    "full": ("wide memory", 2, 0, "full", "float32"),
-    "piecewise": ("wide base", 2, 0, "piecewise", "float32"),
-    "one memory drafts": ("wide memory", 1, 2, "piecewise", "float32"),
-    "two memories draft": ("wide base", 2, 2, "full", "bfloat16"),
+    "full": ("wide memory", BATCHES, 0, "full", "float32"),
+    "piecewise": ("wide base", BATCHES, 0, "piecewise", "float32"),
+    "one memory drafts": ("wide memory", ONE, 2, "piecewise", "float32"),
+    "two memories draft": ("wide base", BATCHES, 2, "full", "bfloat16"),
+    # Requests without drafts have the largest graph: of 4 tokens, where one with drafts has 3.
+    "few sizes": ("wide memory", [[NONE] * 3, [LAW]], 2, "full", "float32"),
 }
 
 
 @pytest.fixture(scope="module")
 def results(pairs, subprocess_env):
     jobs = {}
-    for name, (pair, memories, drafts, graphs, dtype) in ENGINES.items():
+    for name, (pair, batches, drafts, graphs, dtype) in ENGINES.items():
         block = memdec_block(pairs[pair])
-        if memories == 1:
+        if batches is not BATCHES:
             del block["memories"]["bio"]
         if drafts:
             block["speculative_tokens"] = drafts
-        batches = requests(BATCHES if memories == 2 else ONE)
-        jobs[name] = v2.job(pairs[pair]["base"], block, batches, graphs, dtype=dtype)
+        job = v2.job(pairs[pair]["base"], block, requests(batches), graphs, dtype=dtype)
+        if name == "few sizes":
+            job["llm"]["compilation_config"]["cudagraph_capture_sizes"] = [1, 2, 4]
+        jobs[name] = job
     return v2.run(jobs, subprocess_env)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_graphs(name, results, pairs):
     """Answers are the mixture's; each step replays the graph of its requests' memories."""
-    pair, memories, drafts, graphs, dtype = ENGINES[name]
+    pair, batches, drafts, graphs, dtype = ENGINES[name]
     result, models = v2.answered(results, name), pairs[pair]
-    choices = [choice.resolved for batch in (BATCHES if memories == 2 else ONE) for choice in batch]
+    choices = [choice.resolved for batch in batches for choice in batch]
     chosen = [(models[memory], alpha) for memory, alpha in choices]
     v2.check_answers(result, models["base"], chosen, dtype)
     assert v2.check_steps(result, drafts) == {"FULL", "PIECEWISE" if graphs != "full" else "NONE"}
@@ -92,7 +96,7 @@ def test_graphs(name, results, pairs):
         for step in result["steps"]
         if any(how == "FULL" for who, _, _, how in step["ran"] if who == "target")
     }
-    assert full >= ({(), (0,), (1,), (0, 1)} if memories == 2 else {(), (0,)})
+    assert full >= ({(), (0,), (1,), (0, 1)} if batches is BATCHES else {(), (0,)})
     drafted = [step for step in result["steps"] if v2.ran(step, "draft")]
     for step in drafted:
         assert v2.ran(step, "draft", "FULL") == set(step["used"])

@@ -334,9 +334,15 @@ def test_what_drafting_does_not_go_with_is_refused(models, options, sentence):
 
 def test_auto_is_for_the_v1_runner(models, monkeypatch):
     """Refused before an engine starts, by vLLM's own choice of the runner."""
+    from vllm_memdec import config
+
     block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": "auto"}
     args = EngineArgs(models["base"], model_impl="memdec", additional_config={"memdec": block})
-    args.create_engine_config()
+    checked, check = [], config.check_engine
+    monkeypatch.setattr(config, "check_engine", checked.append)
+    made = args.create_engine_config()
+    assert checked == [made]
+    check(made)
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", True)
     with pytest.raises(ValueError, match="V2 runner drafts a fixed number of tokens"):
-        args.create_engine_config()
+        check(made)
