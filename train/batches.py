@@ -56,18 +56,26 @@ class TargetReader:
 class Batches:
     """Shuffled batches of blocks: which blocks a step sees depends on seed and step alone."""
 
+    ahead: tuple[np.ndarray, Future] | None = None  # blocks that are being read, for CUDA
+
     def __init__(self, settings: MemorySettings, corpus: Path, targets: Path) -> None:
         self.tokens, self.positions = load_blocks(corpus, "train")
         self.rows = load_rows(corpus, "train")  # valid ones of each block
         self.used = np.asarray(load_used(corpus, "train"))  # every label and kNN target is one
         self.reader = TargetReader(targets, self.rows, self.tokens.per_shard)
-        self.block_tokens = self.tokens.shape[1] - 1
         self.seed = settings.seed
         self.size = min(settings.batch_blocks, len(self.tokens))
         self.per_epoch = len(self.tokens) // self.size
         self.steps = max(1, round(settings.epochs * len(self.tokens) / self.size))
-        self.pool = ThreadPoolExecutor(1)  # has no thread until it is given work
-        self.ahead: tuple[np.ndarray, Future] | None = None
+
+    @property
+    def block_tokens(self) -> int:
+        """Return how many tokens of a block are read, its last one being a label only."""
+        return self.tokens.shape[1] - 1
+
+    @functools.cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1)
 
     def blocks(self, step: int) -> np.ndarray:
         """Return the block numbers of a step; each epoch is a new permutation."""
@@ -95,7 +103,7 @@ class Batches:
         if expected is not None and np.array_equal(expected[0], blocks):
             arrays = expected[1].result()
         else:
-            arrays = self.read(blocks)
+            arrays = self.arrays(blocks)
         tokens, positions, mask, labels, *targets = (to_device(x, where) for x in arrays)
         return tokens, positions, mask, labels, SparseRows(*targets)
 
@@ -106,9 +114,9 @@ class Batches:
         25 ms at its published FLOP/s (not measured). A CPU has no core to spare for it.
         """
         if where.type == "cuda":
-            self.ahead = blocks, self.pool.submit(self.read, blocks)
+            self.ahead = blocks, self.pool.submit(self.arrays, blocks)
 
-    def read(self, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
+    def arrays(self, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return what load() does, as arrays; targets as offsets, tokens and probabilities."""
         tokens = self.tokens[blocks].astype(np.int64)
         positions = self.positions[blocks].astype(np.int64)

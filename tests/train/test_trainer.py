@@ -118,8 +118,8 @@ def test_what_is_read_ahead_is_what_is_loaded(pipeline, monkeypatch):
     first, second = np.arange(3), np.arange(3, 6)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     plain = batches.load(first, cpu)
-    read, asked = batches.read, []
-    monkeypatch.setattr(batches, "read", lambda blocks: asked.append(blocks[0]) or read(blocks))
+    read, asked = batches.arrays, []
+    monkeypatch.setattr(batches, "arrays", lambda blocks: asked.append(blocks[0]) or read(blocks))
     batches.expect(first, cpu)
     assert not asked  # a CPU has no core to spare
     batches.expect(first, cuda)
