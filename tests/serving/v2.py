@@ -27,6 +27,8 @@ def job(base, block, requests, graphs=None, **options):
         "disable_log_stats": False,
     }
     if graphs is not None:
+        # vLLM 0.33 tries its sampler's kernels out, of which one is not for the interpreter.
+        llm["kernel_config"] = {"enable_jit_warmup": False}
         llm["compilation_config"] = {
             "mode": 0,
             "cudagraph_mode": "FULL_DECODE_ONLY",
