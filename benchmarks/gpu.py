@@ -218,6 +218,8 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="rehearse on a CPU")
     parser.add_argument("--results", type=Path, help="folder of the CSV files")
     arguments = parser.parse_args()
+    if not arguments.minutes > 0:
+        parser.error(f"minutes must be more than 0, got {arguments.minutes:g}.")
     if not importlib.util.find_spec("torch"):
         parser.error(f"{sys.executable} has no torch: give another with `make gpu PYTHON=...`.")
     import torch

@@ -296,7 +296,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         return self.base.compute_logits(base_ND.to(self.dtypes[0]).contiguous())
 
     def mix(self, hidden_states: torch.Tensor, out_NV: torch.Tensor) -> bool:
-        """Write the mixture [N, V] without waiting for the device; False where logits are not."""
+        """Write the mixture [N, V] without waiting for the device; False where a rank has none."""
         _, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
         base_NV, others = self.base_logits(hidden_states), "base"
         for number in self.batch.used:

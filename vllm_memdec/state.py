@@ -169,7 +169,6 @@ class Batch:
         dtype: torch.dtype,
         device: Any,
     ):
-        self.memories = memories
         self.sets = graph_sets(memories)
         # The memories that a dummy run, or the capture of a graph, runs.
         self.dummy_set = self.sets[0]
