@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE as GATE
 from vllm_memdec.train.heap import trim_heap
 
@@ -104,16 +105,16 @@ def open_artifact(path: Path) -> Artifact | None:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Create a folder and hold it for this process; ValueError if another one has it."""
+    """Create a folder and hold it for this process; MemdecError if another one has it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise ValueError(f"{folder} is a file, not a folder: give another --output.") from None
+        raise MemdecError(f"{folder} is a file, not a folder: give another --output.") from None
     with open(folder / ".lock", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any exit
         except BlockingIOError:
-            raise ValueError(
+            raise MemdecError(
                 f"another memdec build is writing to {folder}: wait for it, or give another folder."
             ) from None
         yield

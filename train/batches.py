@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, load_rows, load_used, valid_rows
@@ -36,7 +37,7 @@ class TargetReader:
             load_shard(self.targets, name, shard) for name in ("offsets", "ids", "probs", "labels")
         )
         if len(offsets) != len(stored) + 1 or not np.array_equal(stored[first:last], labels):
-            raise ValueError(
+            raise MemdecError(
                 f"shard {shard} of {self.targets} is not aligned with block {block} of the "
                 "corpus: delete the targets folder and build again."
             )
@@ -44,7 +45,7 @@ class TargetReader:
         part = slice(bounds[0], bounds[-1])
         lengths, p = np.diff(bounds), probs[part].astype(np.float32)
         if len(p) != bounds[-1] - bounds[0]:
-            raise ValueError(
+            raise MemdecError(
                 f"shard {shard} of {self.targets} is cut off: delete the targets folder and build "
                 "again."
             )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Cluster, World
@@ -356,7 +357,7 @@ def calibrate(
         try:
             build_corpus(settings.corpus, base, sample, None, blocks, quiet, cluster)
         except ValueError as error:  # of the text, which is the user's, not the sample's
-            raise ValueError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
+            raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))
         found["tokenise"] /= counted

@@ -13,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+from vllm_memdec.errors import MemdecError
+
 INSTALL = "is not installed: pip install 'vllm-memdec[train,cpu]', or [train,cuda]."
 try:
     import typer
@@ -101,10 +103,10 @@ def parse_bytes(text: str, option: str) -> int:
     """Return the number of bytes that a text such as 4GiB, 500MB or 1000000 stands for."""
     found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?", text.strip().lower())
     if not found or found[2] not in UNITS:
-        raise ValueError(f"{option} must be a size such as 4GiB or 500MB, got {text!r}.")
+        raise MemdecError(f"{option} must be a size such as 4GiB or 500MB, got {text!r}.")
     size = int(float(found[1]) * UNITS[found[2]])
     if size < LEAST_BUDGET:
-        raise ValueError(f"{option} must be at least 64MiB, got {text!r}.")
+        raise MemdecError(f"{option} must be at least 64MiB, got {text!r}.")
     return size
 
 
@@ -182,7 +184,7 @@ def verify(
         if json_file is not None:
             write_json(json_file, checking.report(artifact, found))
         if failed := [check for check in found if check.status == checking.FAILED]:
-            raise ValueError(f"{failed[0].name} failed: {failed[0].fix}")
+            raise MemdecError(f"{failed[0].name} failed: {failed[0].fix}")
 
 
 @app.command()
@@ -252,11 +254,11 @@ def explain(
 
 
 def check_report(path: Path | None, option: str = "--json") -> None:
-    """Raise ValueError if a report could not be written there, before minutes are spent on it."""
+    """Raise MemdecError if a report could not be written there, before minutes are spent on it."""
     if path is not None and not path.parent.is_dir():
-        raise ValueError(f"{path.parent} is no folder: create it, or check {option}.")
+        raise MemdecError(f"{path.parent} is no folder: create it, or check {option}.")
     if path is not None and path.is_dir():
-        raise ValueError(f"{path} is a folder: give {option} a file.")
+        raise MemdecError(f"{path} is a folder: give {option} a file.")
 
 
 @contextlib.contextmanager

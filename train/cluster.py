@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.heap import trim_heap
 
 CONNECT_SECONDS = 10.0
@@ -118,7 +119,7 @@ def _attempt(function: Callable[..., Any], shared: str, *args: Any) -> tuple[Any
     """Return (function(*args), b""), or (None, the pickled error)."""
     try:
         if shared and not Path(shared).exists():
-            raise ValueError(
+            raise MemdecError(
                 f"a node of the cluster does not see {shared}: give an --output on storage that "
                 "all nodes share."
             )
@@ -154,7 +155,7 @@ class RayCluster:
         self.maps = 0
 
     def start(self) -> None:
-        """Start or join Ray, once; ValueError in one sentence if it does not answer."""
+        """Start or join Ray, once; MemdecError in one sentence if it does not answer."""
         if self.started:
             return
         for name, value in QUIET.items():
@@ -163,7 +164,7 @@ class RayCluster:
             import ray.data
             import ray.train
         except ModuleNotFoundError:
-            raise ValueError(
+            raise MemdecError(
                 "Ray is not installed: pip install 'vllm-memdec[train]', or use --ray-address none."
             ) from None
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -187,7 +188,7 @@ class RayCluster:
                         ray.init(address=self.address, **options)
                 except Exception as error:
                     what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                    raise ValueError(
+                    raise MemdecError(
                         f"no Ray cluster at {self.address} ({what}): check --ray-address."
                     ) from None
         self.started = True
@@ -203,7 +204,7 @@ class RayCluster:
         nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         cpus = [int(n["CPU"]) for n in nodes if n.get("CPU", 0) >= 1]
         if not cpus:
-            raise ValueError("the Ray cluster has no CPU: add a node to it.")
+            raise MemdecError("the Ray cluster has no CPU: add a node to it.")
         gpus = [(int(n["GPU"]), int(n.get("CPU", 0))) for n in nodes if n.get("GPU", 0) >= 1]
         if use_gpus and gpus:
             each = min(cpus // n for n, cpus in gpus)
@@ -224,14 +225,14 @@ class RayCluster:
         return self.hand
 
     def _done_by_hand(self, task: Any) -> Any:
-        """Return what a task of the only worker did; ValueError if it died too often."""
+        """Return what a task of the only worker did; MemdecError if it died too often."""
         import ray
 
         try:
             result, error = ray.get(task)
         except ray.exceptions.RayActorError as lost:
             what = str(lost).strip().splitlines()[0]
-            raise ValueError(
+            raise MemdecError(
                 f"the worker was lost more than {RESTARTS} times ({what}): free some memory and "
                 "run again, finished parts are kept."
             ) from lost
@@ -319,7 +320,7 @@ class RayCluster:
                 if isinstance(failure, (ValueError, OSError)):
                     raise failure from None
             what = str(failures[0] if failures else error).strip().splitlines()[0]
-            raise ValueError(
+            raise MemdecError(
                 f"training processes were lost more than {RESTARTS} times ({what}): run "
                 "again to go on from the last checkpoint."
             ) from error
@@ -342,16 +343,16 @@ def _muted() -> Iterator[None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise ValueError unless something listens at HOST:PORT; "auto" is Ray's to find."""
+    """Raise MemdecError unless something listens at HOST:PORT; "auto" is Ray's to find."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if address == "auto":
         return
     if not host or not port.isdigit():
-        raise ValueError(f"--ray-address must be HOST:PORT, auto, local or none, got {address!r}.")
+        raise MemdecError(f"--ray-address must be HOST:PORT, auto, local or none, got {address!r}.")
     try:
         socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
-        raise ValueError(
+        raise MemdecError(
             f"no Ray cluster answers at {address} ({error}): check --ray-address."
         ) from None
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from vllm_memdec.errors import MemdecError
+
 BLOCKS = 4  # a forward pass, by default; on CUDA this number stands for more: see datastore.py
 
 
@@ -117,18 +119,18 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def load_settings(path: Path | None) -> Settings:
-    """Return the settings of a YAML file, defaults for what it leaves out; ValueError if wrong."""
+    """Return the settings of a YAML file, defaults for what it leaves out; MemdecError if wrong."""
     if path is None:
         return Settings()
     import yaml
 
     if not path.is_file():
-        raise ValueError(f"settings file {path} does not exist: check --config.")
+        raise MemdecError(f"settings file {path} does not exist: check --config.")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())
-        raise ValueError(f"{path} is not valid YAML ({what}): mend it.") from None
+        raise MemdecError(f"{path} is not valid YAML ({what}): mend it.") from None
     return parse_settings(values)
 
 
@@ -136,14 +138,14 @@ def parse_settings(values: dict[str, Any]) -> Settings:
     """Return Settings of {stage: {name: value}}, every name, type and range checked."""
     stages = {f.name: f.default_factory for f in dataclasses.fields(Settings)}
     if not isinstance(values, dict):
-        raise ValueError("settings must be a mapping of stages, as in configs/tiny.yaml.")
+        raise MemdecError("settings must be a mapping of stages, as in configs/tiny.yaml.")
     for stage, entries in values.items():
         _check_name(stage, list(stages), "stage")
         if not isinstance(entries, dict):
-            raise ValueError(f"settings of stage {stage} must be a mapping, got {entries!r}.")
+            raise MemdecError(f"settings of stage {stage} must be a mapping, got {entries!r}.")
     parsed = {s: _parse_stage(s, make, values.get(s, {})) for s, make in stages.items()}
     if parsed["memory"].early_stop and not parsed["memory"].evaluate_steps:
-        raise ValueError("memory.early_stop needs memory.evaluate_steps: set that as well.")
+        raise MemdecError("memory.early_stop needs memory.evaluate_steps: set that as well.")
     return Settings(**parsed)
 
 
@@ -160,27 +162,27 @@ def _check_name(name: Any, known: list[str], what: str) -> None:
     if name not in known:
         close = difflib.get_close_matches(str(name), known, 1)
         hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
-        raise ValueError(f"unknown {what}: {name}; {hint}")
+        raise MemdecError(f"unknown {what}: {name}; {hint}")
 
 
 def _convert(name: str, value: Any, kind: Any) -> Any:
     if get_origin(kind) is Literal:
         if value not in get_args(kind):
-            raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
+            raise MemdecError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}.")
         return value
     if kind is bool:
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, got {value!r}.")
+            raise MemdecError(f"{name} must be true or false, got {value!r}.")
         return value
     if value is None and kind in (float | None, int | None, str | None):
         return None
     if kind in (str, str | None):
         if not isinstance(value, str):
-            raise ValueError(f"{name} must be text, got {value!r}.")
+            raise MemdecError(f"{name} must be text, got {value!r}.")
         return value
     number = float if kind in (float, float | None) else int
     kind_name = "an integer" if number is int else "a number"
-    wrong = ValueError(f"{name} must be {kind_name}, got {value!r}.")
+    wrong = MemdecError(f"{name} must be {kind_name}, got {value!r}.")
     if isinstance(value, str):  # YAML 1.1 reads 1e-3 as text
         try:
             value = float(value)
@@ -190,7 +192,7 @@ def _convert(name: str, value: Any, kind: Any) -> Any:
         raise wrong
     low, high = RANGES[name]
     if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
+        raise MemdecError(f"{name} must be between {low:g} and {high:g}, got {value!r}.")
     if number(value) != value:
         raise wrong
     return number(value)

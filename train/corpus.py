@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import CorpusSettings
@@ -37,7 +38,7 @@ LARGEST_SHARE = 3  # of the fraction to hold out, taken by documents that are lo
 
 
 def load_tokenizer(folder: str) -> Any:
-    """Return the tokenizer of a model folder, or raise ValueError in one sentence."""
+    """Return the tokenizer of a model folder, or raise MemdecError in one sentence."""
     from transformers import AutoTokenizer
 
     from vllm_memdec.checkpoint import tokenizer_vocabulary
@@ -48,29 +49,29 @@ def load_tokenizer(folder: str) -> Any:
     except (OSError, ValueError, KeyError):
         usable = False
     if not usable:
-        raise ValueError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
+        raise MemdecError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
     return tokenizer
 
 
 def load_config(folder: str) -> Any:
-    """Return the Hugging Face config of a model folder, or raise ValueError in one sentence."""
+    """Return the Hugging Face config of a model folder, or raise MemdecError in one sentence."""
     from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{folder} has no usable config.json: {what}.") from None
+        raise MemdecError(f"{folder} has no usable config.json: {what}.") from None
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
-        raise ValueError(f"{folder} is {config.model_type}, no text decoder: give another model.")
+        raise MemdecError(f"{folder} is {config.model_type}, no text decoder: give another model.")
     return config
 
 
 def check_positions(config: Any, folder: str, block_tokens: int) -> None:
-    """Raise ValueError unless a model has positions for a block."""
+    """Raise MemdecError unless a model has positions for a block."""
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < block_tokens:
-        raise ValueError(
+        raise MemdecError(
             f"{folder} has {positions} positions: lower corpus.block_tokens from {block_tokens}."
         )
 
@@ -118,7 +119,7 @@ def build_corpus(
         return
     tokenizer = load_tokenizer(base)
     if tokenizer.eos_token_id is None:
-        raise ValueError(
+        raise MemdecError(
             f"the tokenizer of {base} has no end-of-text token: set eos_token "
             "in its tokenizer_config.json."
         )
@@ -129,15 +130,15 @@ def build_corpus(
     train, held_out = tokenised[0], tokenised[-1]
     lengths = np.concatenate(list(train.lengths()))
     if not len(lengths):
-        raise ValueError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
+        raise MemdecError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
     highest = max(text.highest() for text in tokenised)
     if highest >= config.vocab_size:
-        raise ValueError(
+        raise MemdecError(
             f"{base} has {config.vocab_size} vocabulary rows, but its tokenizer gives token "
             f"{highest}: give a model that belongs to this tokenizer."
         )
     if validation is None and lengths.sum() < 2 * (settings.block_tokens + 1):
-        raise ValueError(
+        raise MemdecError(
             f"{corpus} has {lengths.sum()} tokens, less than one block of {settings.block_tokens} "
             "to train on and one to hold out: give more text or lower corpus.block_tokens."
         )
@@ -285,7 +286,7 @@ def write_blocks(
             save_array(shard_path(work, f"tokens-{name}", shard), tokens)
             save_array(shard_path(work, f"positions-{name}", shard), positions)
     if counts["tokens"] < settings.block_tokens + 1:
-        raise ValueError(
+        raise MemdecError(
             f"the {name} text has {counts['tokens']} tokens, less than one block of "
             f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
         )

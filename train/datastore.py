@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import BLOCKS, DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
@@ -62,7 +63,7 @@ def to_device(array: np.ndarray, where: torch.device) -> torch.Tensor:
 def load_model(
     folder: str, dtype: str = "float32", where: torch.device | None = None, config: Any = None
 ) -> Any:
-    """Return the causal LM of a folder in eval mode, or raise ValueError in one sentence.
+    """Return the causal LM of a folder in eval mode, or raise MemdecError in one sentence.
 
     config: in place of the folder's own; it may leave out layers, but nothing may be missing.
     """
@@ -76,9 +77,9 @@ def load_model(
     # ImportError: of what a quantised model would need
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"no causal LM could be loaded from {folder}: {what}.") from None
+        raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from None
     if report["missing_keys"]:  # transformers would go on with random numbers
-        raise ValueError(
+        raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
         )
     return model.eval().to(where or device())
@@ -96,7 +97,7 @@ def last_mlp(model: torch.nn.Module) -> torch.nn.Module:
     for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe"):
         if hasattr(last, name):
             return getattr(last, name)
-    raise ValueError(
+    raise MemdecError(
         f"{type(model).__name__} has no MLP module known here: set datastore.key to final_hidden."
     )
 
@@ -136,7 +137,7 @@ def hidden_keys(
 
 @torch.inference_mode()
 def check_isolation(model: torch.nn.Module, key: str | float = "final_hidden") -> None:
-    """Raise ValueError unless documents packed into a block leave each other alone.
+    """Raise MemdecError unless documents packed into a block leave each other alone.
 
     Not every architecture of transformers takes the restart of positions for a boundary.
     """
@@ -146,7 +147,7 @@ def check_isolation(model: torch.nn.Module, key: str | float = "final_hidden") -
     packed_nD = hidden_keys(model, key, tokens, positions)[0, n:].float()
     alone_nD = hidden_keys(model, key, tokens[:, n:], positions[:, n:])[0].float()
     if ((packed_nD - alone_nD).norm(dim=-1) > 0.05 * alone_nD.norm(dim=-1)).any():
-        raise ValueError(
+        raise MemdecError(
             f"{type(model).__name__} of transformers lets packed documents see each other, so it "
             "is not supported: give another model."
         )
@@ -168,7 +169,7 @@ def embed(
         host = kept.cpu().numpy()
         # An H100 has the keys of 1.5B sooner than one core has checked them, by arithmetic.
         if not (kept.isfinite() if kept.is_cuda else np.isfinite(host)).all():
-            raise ValueError("a key is too large for fp16: set datastore.key to the other layer.")
+            raise MemdecError("a key is too large for fp16: set datastore.key to the other layer.")
         yield host, block[:, 1:][valid].astype(np.int32)
 
 

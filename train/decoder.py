@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import tokenizer_fingerprint
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
@@ -30,13 +31,13 @@ def truncated_config(base: str, layers: int | None) -> Any:
     """Return the base's config cut to its first `layers` transformer blocks."""
     config = load_config(base)
     if getattr(config, "quantization_config", None):
-        raise ValueError(
+        raise MemdecError(
             f"{base} is quantised, so it cannot be trained from: set memory.init to a plain model."
         )
     if layers is None:
         layers = min(DEFAULT_LAYERS, config.num_hidden_layers)
     if layers > config.num_hidden_layers:
-        raise ValueError(
+        raise MemdecError(
             f"memory.layers is {layers}, but {base} has only {config.num_hidden_layers} layers: "
             "lower it."
         )
@@ -50,7 +51,7 @@ def truncated_config(base: str, layers: int | None) -> Any:
 
 
 def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any:
-    """Return the memory's config; ValueError if memory.init or memory.layers cannot work."""
+    """Return the memory's config; MemdecError if memory.init or memory.layers cannot work."""
     adapting = other_vocabulary(settings, base)
     if settings.init == "base":
         return truncated_config(base, settings.layers)
@@ -60,11 +61,11 @@ def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any
     check_positions(config, folder, block_tokens)
     if adapting:
         if getattr(config, "quantization_config", None):
-            raise ValueError(
+            raise MemdecError(
                 f"memory.init: {folder} is quantised, so it cannot be adapted: give a plain model."
             )
         if not has_any(folder, WEIGHT_FILES):
-            raise ValueError(
+            raise MemdecError(
                 f"memory.init: {folder} has no weights to adapt: copy the whole memory there."
             )
         for each in (load_tokenizer(folder), tokenizer):
@@ -72,7 +73,7 @@ def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any
         return config
     needed = min(len(tokenizer), load_config(base).vocab_size)
     if config.vocab_size < needed:
-        raise ValueError(
+        raise MemdecError(
             f"memory.init: {folder} has {config.vocab_size} vocabulary rows, the tokenizer of "
             f"{base} needs {needed}: raise vocab_size, or give another model."
         )
@@ -80,21 +81,21 @@ def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any
 
 
 def other_vocabulary(settings: MemorySettings, base: str) -> bool:
-    """Return whether memory.init has to be adapted to the base's tokenizer; ValueError if unasked.
+    """Return whether memory.init has to be adapted to the base's tokenizer; MemdecError if unasked.
 
     A folder without tokenizer files is taken to fit, unless it is to be adapted.
     """
     init, given = settings.init, settings.tokenizer
     if init == "base":
         if given is not None:
-            raise ValueError(
+            raise MemdecError(
                 "--tokenizer adapts a memory that was compiled for another tokenizer: give that "
                 "memory with --init, or leave --tokenizer out."
             )
         return False
     ours = tokenizer_fingerprint(load_tokenizer(base))
     if given is not None and tokenizer_fingerprint(load_tokenizer(given)) != ours:
-        raise ValueError(
+        raise MemdecError(
             f"--tokenizer: {given} has another tokenizer than {base}, which the memory is to serve "
             f"beside: give --tokenizer {base}."
         )
@@ -102,7 +103,7 @@ def other_vocabulary(settings: MemorySettings, base: str) -> bool:
         return False
     differs = tokenizer_fingerprint(load_tokenizer(init)) != ours
     if differs and given is None:
-        raise ValueError(
+        raise MemdecError(
             f"memory.init: {init} has another tokenizer than {base}: give --tokenizer {base} to "
             "adapt it, or a model of one family."
         )
@@ -133,7 +134,7 @@ def training_budget(
 
 
 def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
-    """Return the memory before training, float32, on the CPU; ValueError if init does not fit."""
+    """Return the memory before training, float32, on the CPU; MemdecError if init does not fit."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = memory_config(settings, base, block_tokens)

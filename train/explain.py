@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
 from vllm_memdec.gate import Gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
@@ -112,23 +113,23 @@ def explain(
         alpha = 1.0
     elif alpha is None:
         if block is None:
-            raise ValueError(f"{memory} has no memdec block, so no default weight: give --alpha.")
+            raise MemdecError(f"{memory} has no memdec block, so no default weight: give --alpha.")
         alpha = block.alpha
     alpha = check_alpha(alpha, "--alpha")
     tokenizer = load_tokenizer(base)
     theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
     if theirs != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
+        raise MemdecError(
             f"the memory {memory} has another tokenizer than the base {base}: give a memory that "
             "was built for this base."
         )
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
-        raise ValueError("the text is empty: give a few words to explain.")
+        raise MemdecError("the text is empty: give a few words to explain.")
     for folder in (base, memory):
         longest = getattr(load_config(folder), "max_position_embeddings", None)
         if longest is not None and len(ids) + write > longest:
-            raise ValueError(
+            raise MemdecError(
                 f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
                 f"{longest} positions: give less text, or a smaller --tokens."
             )

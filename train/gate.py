@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
@@ -113,7 +114,7 @@ def score(
     """Read texts with both models."""
     count, (fewest, most) = sum(map(len, ids)), BLOCK_TOKENS
     if count < FEWEST:
-        raise ValueError(
+        raise MemdecError(
             f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
         )
     for model in (base, memory):
@@ -241,13 +242,13 @@ def calibrate_gate(
     """
     folder = Path(memory)
     if not folder.is_dir():
-        raise ValueError(f"{memory} is not a folder: give the memory's, the gate is put there.")
+        raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
     with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
         pass
     tokenizer, block = load_tokenizer(base), read_block(memory)
     theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
     if theirs != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
+        raise MemdecError(
             f"the memory {memory} has another tokenizer than the base {base}: give a base that "
             "it serves."
         )

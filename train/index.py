@@ -23,6 +23,7 @@ import faiss
 import numpy as np
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_atomic, write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import IndexSettings
@@ -74,7 +75,7 @@ def factory_string(kind: str, n_keys: int, width: int, budget: int) -> str:
     if kind in ("sq8", "fp16"):
         return f"IVF{lists},SQ{'8' if kind == 'sq8' else 'fp16'}"
     if n_keys < PQ_KEYS:
-        raise ValueError(
+        raise MemdecError(
             f"index.kind pq needs {PQ_KEYS} keys to train on, this corpus has {n_keys}: choose sq8."
         )
     codes = max(m for m in range(1, PQ_BYTES + 1) if width % m == 0)
@@ -310,7 +311,7 @@ class Index:
         """Return the label of every row [rows] int32, memory-mapped."""
         labels = np.memmap(self.folder / LABELS, dtype="<i4", mode="r")
         if len(labels) != self.facts["keys"]:
-            raise ValueError(
+            raise MemdecError(
                 f"{self.folder / LABELS} is cut off: delete the folder {self.folder} and build "
                 "again."
             )
@@ -334,7 +335,7 @@ class Index:
         try:
             index = faiss.read_index(str(path), 0 if on_gpu else faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
-            raise ValueError(
+            raise MemdecError(
                 f"{path} is damaged or missing: delete the folder {self.folder} and build again."
             ) from error
         if not isinstance(index, faiss.IndexFlat):

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
 from vllm_memdec.train.cluster import Cluster, Here
 from vllm_memdec.train.config import Settings
@@ -22,9 +23,9 @@ STAGES = ("corpus", "datastore", "index", "targets", "memory", "export")
 
 
 def model_hash(folder: str, option: str) -> str:
-    """Return a hash over a model folder's weights, configs and tokenizer; ValueError if none."""
+    """Return a hash over a model folder's weights, configs and tokenizer; MemdecError if none."""
     if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{folder} is not a model folder, it has no config.json: check {option}.")
+        raise MemdecError(f"{folder} is not a model folder, it has no config.json: check {option}.")
     return folder_sha256(Path(folder), MODEL_FILES)
 
 
@@ -43,7 +44,7 @@ def build(
 
     cluster: where the work runs, by default in this process; budget: bytes a process may take for
     what grows with the corpus; until: the last stage, "targets" for what memories are trained on.
-    Raises ValueError, in one sentence, for input or settings that cannot work.
+    Raises MemdecError, in one sentence, for input or settings that cannot work.
     """
     progress = progress or Progress()
     # Workers have another working directory.
@@ -61,13 +62,13 @@ def check_places(corpus: Path, validation: Path | None, output: Path) -> None:
     files = corpus_files(corpus)[0]
     for option, path in (("--corpus", corpus), ("--validation", validation)):
         if path and path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            raise ValueError(
+            raise MemdecError(
                 f"--output {output} lies inside {option} {path}: choose a folder outside."
             )
     if validation is not None and validation.resolve() != corpus.resolve():
         held_out = {path.resolve() for path in corpus_files(validation)[0]}
         if shared := sorted(held_out & {path.resolve() for path in files}):
-            raise ValueError(
+            raise MemdecError(
                 f"{shared[0]} is in both --corpus and --validation: move it out of one."
             )
 
@@ -88,7 +89,7 @@ def _build(
     if settings.memory.init != "base":
         init = Path(settings.memory.init)
         if init.resolve().is_relative_to(output.resolve()):
-            raise ValueError(
+            raise MemdecError(
                 f"--init {init} lies inside --output {output}, which is written anew: "
                 "choose another output."
             )

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.calibrate import Rates, calibrate, count_tokens
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import Settings
@@ -262,9 +263,9 @@ def plan(
 ) -> Plan:
     """Return what a build of a corpus, or of so many tokens, would cost here or on GPUs."""
     if corpus is None and tokens is None:
-        raise ValueError("memdec plan needs --corpus or --tokens: give the text or its size.")
+        raise MemdecError("memdec plan needs --corpus or --tokens: give the text or its size.")
     if gpu is not None and gpu.lower() not in GPUS:
-        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
+        raise MemdecError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
     if validation is not None:
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory

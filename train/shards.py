@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_atomic
 
 
@@ -29,13 +30,13 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Return an .npy file's array, memory-mapped; ValueError if the file is cut off or absent."""
+    """Return an .npy file's array, memory-mapped; MemdecError if the file is cut off or absent."""
     try:
         return np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise ValueError(
+        raise MemdecError(
             f"{path} is damaged or missing: delete the folder {path.parent} and build again."
         ) from None
 

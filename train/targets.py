@@ -17,6 +17,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import TargetSettings
@@ -192,7 +193,7 @@ class Searcher:
         labels = load_shard(self.keys.datastore, "labels", shard)
         keys, rows = self.keys(shard), np.arange(self.starts[shard], self.starts[shard + 1])
         if not len(keys) == len(labels) == len(rows):
-            raise ValueError(
+            raise MemdecError(
                 f"shard {shard} of {self.keys.datastore} does not fit the corpus: delete the "
                 f"folder {self.keys.datastore} and build again."
             )

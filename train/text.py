@@ -11,19 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.errors import MemdecError
+
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 256  # rows read at once; one may be a book
 PIECE_BYTES = 8 * 2**20  # of a file, read and tokenised as one
 
 
 def corpus_files(path: Path) -> tuple[list[Path], int]:
-    """Return (corpus files at path, how many others), or raise ValueError if there are none."""
+    """Return (corpus files at path, how many others), or raise MemdecError if there are none."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist: check --corpus and --validation.")
+        raise MemdecError(f"{path} does not exist: check --corpus and --validation.")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     kept = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not kept:
-        raise ValueError(f"{path} is no text: give {', '.join(SUFFIXES)}, or a folder of them.")
+        raise MemdecError(f"{path} is no text: give {', '.join(SUFFIXES)}, or a folder of them.")
     return kept, len(files) - len(kept)
 
 
@@ -54,9 +56,9 @@ def read_documents(piece: Piece) -> Iterator[str]:
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
     for where, text in readers[piece.path.suffix.lower()](piece):
         if not isinstance(text, str):
-            raise ValueError(f"{where}: every row needs a string field `text`.")
+            raise MemdecError(f"{where}: every row needs a string field `text`.")
         if "\0" in text or not _encodable(text):
-            raise ValueError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
+            raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
         if text.strip():
             yield text
 
@@ -100,7 +102,7 @@ def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Any]]:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             what = str(error).split(":")[0]
-            raise ValueError(f"{where} is not valid JSON ({what}): mend the line.") from None
+            raise MemdecError(f"{where} is not valid JSON ({what}): mend the line.") from None
         yield where, row.get("text") if isinstance(row, dict) else None
 
 
@@ -112,14 +114,14 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if "text" not in file.schema_arrow.names:
-                raise ValueError(f"{path}: a parquet corpus needs a string column `text`.")
+                raise MemdecError(f"{path}: a parquet corpus needs a string column `text`.")
             yield file
     except PermissionError:
         raise
     # OSError for a broken page, UnicodeDecodeError for a string column that is none
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())
-        raise ValueError(
+        raise MemdecError(
             f"{path} is not a readable parquet file ({what}): copy it again."
         ) from None
 
@@ -140,7 +142,7 @@ def _decode(data: bytes, where: str, place: int = 0) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise MemdecError(
             f"{where} is not UTF-8 text (byte {place + error.start}): convert it or leave it out."
         ) from None
 
@@ -166,5 +168,5 @@ def text_hash(path: Path) -> str:
             digest.update(len(data).to_bytes(8) + data)
             documents += 1
     if not documents:
-        raise ValueError(f"{path} is empty: give a corpus that holds text.")
+        raise MemdecError(f"{path} is empty: give a corpus that holds text.")
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels.head_loss import backpropagate
 from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.artifacts import LOGS, write_atomic
@@ -168,7 +169,7 @@ class Training:
                 step += 1
                 row = {"step": step, **row, "rows_per_second": row["rows"] / seconds_since(began)}
                 if not math.isfinite(row["kl"] + row["ce"]):
-                    raise ValueError(
+                    raise MemdecError(
                         f"the loss is no longer finite at step {step}: lower memory.learning_rate."
                     )
                 if settings.evaluate_steps and step % settings.evaluate_steps == 0:

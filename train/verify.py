@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.train import checks
 from vllm_memdec.train.artifacts import (
@@ -74,7 +75,7 @@ CONTENT: dict[str, tuple[Callable[[Build], Result], tuple[str, ...], str]] = {
 def verify(
     artifact: Path, sample: int = 1024, base: Path | None = None, progress: Progress | None = None
 ) -> list[Check]:
-    """Check a build's output folder, or one stage's folder in it; ValueError if it is neither."""
+    """Check a build's output folder, or one stage's folder in it; MemdecError if it is neither."""
     progress = progress or Progress()
     root, stages = locate(artifact)
     manifests = {stage: read_manifest(root / stage) for stage in STAGES if (root / stage).is_dir()}
@@ -102,7 +103,7 @@ def locate(artifact: Path) -> tuple[Path, list[str]]:
         return artifact.parent, [artifact.name]
     stages = [stage for stage in STAGES if (artifact / stage).is_dir()]
     if not stages:
-        raise ValueError(
+        raise MemdecError(
             f"{artifact} is no build: give the --output folder of a memdec build, "
             "or a finished stage's folder in it."
         )
@@ -125,7 +126,7 @@ def check_base(base: Path, manifests: dict[str, Any]) -> None:
     """Refuse another base than the build's."""
     made_with = {m["inputs"]["base"] for m in manifests.values() if m and "base" in m["inputs"]}
     if model_hash(str(base), "--base") not in made_with:
-        raise ValueError(f"{base} is not the base of this build: give the one it was made with.")
+        raise MemdecError(f"{base} is not the base of this build: give the one it was made with.")
 
 
 def find_damage(folder: Path, manifest: dict[str, Any] | None, progress: Progress) -> Iterator[str]:

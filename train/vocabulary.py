@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import tokenizer_vocabulary
 
 ROLES = ("eos", "bos", "unk", "pad")  # the first that a token has counts
@@ -64,7 +65,7 @@ class Transfer:
 
 
 def spelling(tokenizer: Any) -> str:
-    """Return how a tokenizer spells text: bytes, metaspace or wordpiece; ValueError if none."""
+    """Return how a tokenizer spells text: bytes, metaspace or wordpiece; MemdecError if none."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     part = backend and (backend.decoder or backend.pre_tokenizer)
     if part:
@@ -73,7 +74,7 @@ def spelling(tokenizer: Any) -> str:
         for mark, name in marks.items():
             if mark in found:
                 return name
-    raise ValueError(
+    raise MemdecError(
         f"the tokenizer of {tokenizer.name_or_path} is neither byte-level BPE nor SentencePiece "
         "nor WordPiece with a tokenizer.json, so the text of a token is not known: give another."
     )

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.errors import MemdecError
+
 FORMAT_VERSION = 1
 
 
@@ -37,16 +39,16 @@ def brief(value: Any) -> str:
 
 
 def check_alpha(alpha: Any, name: str = "alpha") -> float:
-    """Return alpha as a float, or raise ValueError unless it is a number between 0 and 1."""
+    """Return alpha as a float, or raise MemdecError unless it is a number between 0 and 1."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
-        raise ValueError(f"{name} must be a number between 0 and 1, got {brief(alpha)}.")
+        raise MemdecError(f"{name} must be a number between 0 and 1, got {brief(alpha)}.")
     return float(alpha)
 
 
 def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | None:
     """Return the memdec block of a model folder or hub id, or None if its config.json has none.
 
-    Raises ValueError if the folder or its config.json is missing, or the block is unusable.
+    Raises MemdecError if the folder or its config.json is missing, or the block is unusable.
     """
     try:
         path = Path(model) / "config.json"
@@ -55,17 +57,17 @@ def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | 
         config = json.loads(path.read_text())
     except OSError:
         at = f" at revision {revision}" if revision else ""
-        raise ValueError(
+        raise MemdecError(
             f"{model} is not a model folder: it has no config.json that can be read, and no "
             f"repository of that name{at} can be had from the Hugging Face hub. "
             "Give the `export` folder of a `memdec build`, or a Hugging Face causal-LM folder."
         ) from None
     except ValueError as error:
-        raise ValueError(
+        raise MemdecError(
             f"{model}: config.json is not valid JSON ({error}): copy the memory again."
         ) from None
     if not isinstance(config, dict):
-        raise ValueError(f"{path} is not a JSON object: copy the memory again.")
+        raise MemdecError(f"{path} is not a JSON object: copy the memory again.")
     return parse_block(config.get("memdec"), str(path))
 
 
@@ -85,17 +87,17 @@ def parse_block(block: Any, where: str) -> MemoryBlock | None:
         return None
     version = block.get("format_version") if isinstance(block, dict) else None
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise MemdecError(
             f"{where}: memdec format version {version!r} is not supported "
             f"(this release reads {FORMAT_VERSION}): build the memory again."
         )
     try:
         result = MemoryBlock(**block)
     except TypeError as error:
-        raise ValueError(f"{where}: broken memdec block ({error}): build it again.") from None
+        raise MemdecError(f"{where}: broken memdec block ({error}): build it again.") from None
     check_alpha(result.alpha, f"{where}: memdec.alpha")
     if not (isinstance(result.temperature, (int, float)) and math.isfinite(result.temperature)):
-        raise ValueError(f"{where}: memdec.temperature is not a number: build the memory again.")
+        raise MemdecError(f"{where}: memdec.temperature is not a number: build the memory again.")
     return result
 
 

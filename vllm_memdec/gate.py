@@ -18,6 +18,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from vllm_memdec.errors import MemdecError
+
 FILE = "memdec_gate.npz"  # .safetensors would be taken for weights of the memory
 FORMAT_VERSION = 2  # 1 did without the memory's certainty
 # [H, D], [H], [H], [], [4, K]: a row each of t, e, bias and out.
@@ -81,7 +83,7 @@ def gate_path(model: str, revision: str | None = None) -> Path | None:
 
 
 def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
-    """Return a gate's arrays, or raise ValueError; width: D of the memory it is to serve."""
+    """Return a gate's arrays, or raise MemdecError; width: D of the memory it is to serve."""
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
@@ -89,9 +91,9 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
             version = None if version is None else int(version)
             whole = all(np.isfinite(arrays[name]).all() for name in NAMES if name in arrays)
     except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read ({error}): run memdec calibrate again.") from None
+        raise MemdecError(f"{path} cannot be read ({error}): run memdec calibrate again.") from None
     if version != FORMAT_VERSION:
-        raise ValueError(
+        raise MemdecError(
             f"{path}: gate format version {version} is not supported (this release reads "
             f"{FORMAT_VERSION}): run memdec calibrate again."
         )
@@ -99,9 +101,9 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
     H, D = shapes[0] if shapes[0] and len(shapes[0]) == 2 else (0, 0)
     K = shapes[4][-1] if shapes[4] else 0
     if not (whole and H and K) or shapes != [(H, D), (H,), (H,), (), (4, K)]:
-        raise ValueError(f"{path} is not a whole gate: run memdec calibrate again.")
+        raise MemdecError(f"{path} is not a whole gate: run memdec calibrate again.")
     if width is not None and width != D:
-        raise ValueError(
+        raise MemdecError(
             f"{path} is for a memory of width {D}, this one has {width}: run memdec calibrate "
             "for it."
         )
