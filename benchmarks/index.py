@@ -27,16 +27,17 @@ from demo import write_corpus
 from knn_lm import Neighbours, tune
 from transformers import AutoTokenizer
 
-from vllm_memdec.train.artifacts import build_artifact, open_artifact, write_json
+from vllm_memdec.train.artifacts import build_artifact, json_sha256, open_artifact, write_json
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import DatastoreSettings, IndexSettings, TargetSettings
 from vllm_memdec.train.corpus import pack, tokenise
 from vllm_memdec.train.datastore import Keys, embed, load_model
 from vllm_memdec.train.evaluate import label_logprobs, mix, perplexity
 from vllm_memdec.train.exact import nearest, recall, take
-from vllm_memdec.train.index import Index, build_index, factory_string
+from vllm_memdec.train.index import build_index, shaping
 from vllm_memdec.train.pipeline import MEMORY_BUDGET, model_hash
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.shards import save_array, shards
 from vllm_memdec.train.targets import fit_temperature, neighbours_without_self
 from vllm_memdec.train.text import documents
@@ -47,6 +48,7 @@ REGIONS = (
     "east-n-southeast-asia", "south-america", "south-asia", "north-america", "central-asia",
 )  # fmt: skip
 SECTIONS = ("Introduction", "Geography", "People and Society", "Government", "Economy")
+WIDTH = 576  # of a key of SmolLM2-135M
 BLOCK, BATCH = 512, 4  # tokens a block, blocks a forward pass
 SHARD = 50_000  # keys a file
 LONGEST = 20_000  # characters of a fact
@@ -150,7 +152,7 @@ def cached_index(name: str, n_keys: int, progress: Progress) -> Path:
         {"kind": settings.kind, "seed": settings.seed, "name": name},
         {
             "keys": open_artifact(keys).hash,
-            "lists": factory_string("sq8", n_keys, 1, MEMORY_BUDGET),
+            "shape": json_sha256(shaping(settings, n_keys, WIDTH)),
         },
         make,
         progress.say,

@@ -23,8 +23,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 
 from vllm_memdec.train.datastore import last_mlp, layers_of
-from vllm_memdec.train.index import Index
 from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.targets import neighbour_weights
 
 ARCHITECTURE = "KNNForCausalLM"

@@ -15,8 +15,8 @@ import numpy as np
 from vllm_memdec.train.config import Settings
 from vllm_memdec.train.datastore import embed
 from vllm_memdec.train.evaluate import best_alpha, mix, perplexity
-from vllm_memdec.train.index import Index
 from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.targets import neighbour_weights
 
 TEMPERATURES = np.geomspace(0.1, 10, 9)  # multiples of the one the targets were made with

@@ -43,9 +43,9 @@ from vllm_memdec.train.datastore import embed, load_model
 from vllm_memdec.train.decoder import truncated_config
 from vllm_memdec.train.evaluate import ALPHAS, best_alpha, label_logprobs, mix, perplexity
 from vllm_memdec.train.head import head
-from vllm_memdec.train.index import Index
 from vllm_memdec.train.pipeline import MEMORY_BUDGET, build, model_hash
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.targets import neighbour_weights
 from vllm_memdec.train.text import documents
 from vllm_memdec.train.trainer import train_memory

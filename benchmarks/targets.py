@@ -32,9 +32,9 @@ from index import SEARCH_ROWS, cached_index, cached_keys
 
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.exact import StoredTargets, evenly, take
-from vllm_memdec.train.index import Index
 from vllm_memdec.train.pipeline import MEMORY_BUDGET
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.shards import save_array, shards
 from vllm_memdec.train.targets import (
     SMALLEST,

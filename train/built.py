@@ -82,7 +82,7 @@ class Build:
     def found(self) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids as the index finds them, one more than `true`, own row among them."""
         from vllm_memdec.train.config import IndexSettings
-        from vllm_memdec.train.index import Index
+        from vllm_memdec.train.search import Index
         from vllm_memdec.train.pipeline import MEMORY_BUDGET
 
         probes = IndexSettings().probes

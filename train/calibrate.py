@@ -35,8 +35,9 @@ from vllm_memdec.train.decoder import build_memory, memory_config
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.exact import nearest
 from vllm_memdec.train.export import SCORE_BLOCKS
-from vllm_memdec.train.index import PQ_KEYS, factory_string, time_search
+from vllm_memdec.train.index import PQ_KEYS, shape
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.search import time_search
 from vllm_memdec.train.shards import save_array, shard_path
 from vllm_memdec.train.targets import fit_temperature, sparse_targets
 from vllm_memdec.train.text import Piece, corpus_files, pieces, read_documents
@@ -157,7 +158,6 @@ class StageProbe:
     corpus: Path
     work: Path
     n_keys: int  # of the corpus that is planned
-    budget: int
 
     def __call__(self, _: int) -> int:
         began = time.perf_counter()
@@ -168,7 +168,7 @@ class StageProbe:
         found["reload"] = seconds(load_model, self.base, settings.datastore.dtype)
         keys, labels, blocks, found["key"] = self.embed(model)
         found["embed_bytes"] = peak_bytes()
-        found |= measure_index(keys, labels, settings, self.n_keys, self.budget)
+        found |= measure_index(keys, labels, settings, self.n_keys)
         entries = self.write(keys, labels, blocks)
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(self.corpus, "train"))
         scored = seconds(label_logprobs, model, tokens, positions, SCORE_BLOCKS)
@@ -238,10 +238,10 @@ def sparse_sample(
 
 
 def measure_index(
-    keys: np.ndarray, labels: np.ndarray, settings: Settings, n_keys: int, budget: int
+    keys: np.ndarray, labels: np.ndarray, settings: Settings, n_keys: int
 ) -> dict[str, float]:
     """Return the rates of training, filling and searching an index such as n_keys would get."""
-    kind = factory_string(settings.index.kind, n_keys, keys.shape[1], budget)
+    kind = shape(settings.index, n_keys, keys.shape[1]).kind
     if "PQ" in kind:  # which needs as many to train on
         keys, labels = (np.resize(a, (max(len(a), PQ_KEYS), *a.shape[1:])) for a in (keys, labels))
     own = np.arange(0, len(keys), -(-len(keys) // QUERIES))
@@ -327,7 +327,6 @@ def calibrate(
     work: Path,
     progress: Progress,
     cluster: Cluster,
-    budget: int,
 ) -> tuple[Rates, int]:
     """Return (rates, tokens of the corpus), measured in a working folder.
 
@@ -368,9 +367,7 @@ def calibrate(
         if tokens is None:
             tokens = round(total * found["tokens_per_byte"])
         advance(1)
-        probe = StageProbe(
-            settings, base, blocks, work, round(tokens * found["rows_per_token"]), budget
-        )
+        probe = StageProbe(settings, base, blocks, work, round(tokens * found["rows_per_token"]))
         spent = seconds(lambda: list(cluster.map(probe, [0])))
         found |= json.loads((work / "stages.json").read_text())
         found["map"] = max(0.0, spent - found.pop("inside"))

@@ -2,19 +2,16 @@
 
 Squared L2 distance, as in the paper. Small datastores are searched exactly; larger ones get
 inverted lists with 8-bit scalar quantisation, very large ones product quantisation. The quantiser
-is trained once, on a sample; every part of the index is a copy of it filled with its own rows, so
-that the nearest of all parts, merged, are what one large index would have found.
+is trained once, on a sample, and stored once; the parts of the index are the inverted lists of
+runs of rows, so that the nearest of all parts, merged, are what one large index would have found.
+What an index is follows from the number and width of its keys: see Shape. The memory budget only
+decides in how many parts it lies.
 """
 
-import functools
 import json
-import logging
-import subprocess
-import sys
-import time
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +19,7 @@ from typing import Any, ClassVar
 import faiss
 import numpy as np
 import torch
+from faiss.contrib.factory_tools import get_code_size
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_atomic, write_json
@@ -29,66 +27,93 @@ from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.corpus import shard_rows
 from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.faiss_gpu import no_gpu, to_cpu, to_gpu
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard
 
 FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
+TWO_LEVELS_FROM = 1_000_000  # keys: k-means of all lists at once takes longer than the filling
 PQ_ABOVE = 20_000_000  # keys: 8-bit scalars no longer fit in memory comfortably
+GRAPH_ABOVE = 20_000_000  # keys: to compare each with all lists takes longer than to visit some
+GRAPH_LINKS = 32  # of a centroid, as faiss advises
+GRAPH_SEARCH, GRAPH_CONSTRUCTION = 64, 200  # candidates; faiss's 16 and 40 miss near lists
 PQ_KEYS = 39 * 256  # faiss's minimum for sound codes of 8 bits
 PQ_BYTES = 64  # a key, as in the paper
+CODE_SAMPLE = 256 * 256  # keys that codes are trained on: faiss takes no more
 POINTS_PER_LIST = 256  # faiss samples no more for k-means
+LEAST_PER_LIST = 40  # and wants as many for a sound centroid
+TWO_LEVEL_POINTS = 64  # a list, of large corpora: what is read of them grows with the lists
+KMEANS_PASSES = 10  # faiss's own number for the lists of an index
+SAMPLE_BYTES = 2**30  # for the sample in fp16 and float32, of which lists are trained at once
 SAMPLE_SHARDS = 64  # at least so many, evenly spread, give the sample
-PART_SHARE = 4  # a part of the index, or the sample, takes a fourth of the memory budget
+MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
+PART_SHARE = 4  # a part of the index takes a fourth of the memory budget
 LABELS = "labels.i32"  # of all rows, in order
-OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned() has one thread
-GPU_LARGEST_K = 2048  # neighbours, or lists to visit, that faiss finds on a GPU
-# Numbers of a key that one byte of a code stands for, of which faiss makes no tables in advance.
-GPU_PQ_WIDTHS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
-# Parts stay on a GPU while so much of its memory is free. Every shard of queries needs all parts,
-# and one of 1 GiB takes 0.2 s to come from cached files and 0.04 s over PCIe; the half of an H100
-# that may be filled holds 550 M keys of 72 bytes (arithmetic, not measured).
-GPU_FREE = 0.5
-GPU_TRIAL = """
-import faiss, numpy
-index = faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, faiss.IndexFlatL2(8))
-index.add(numpy.eye(8, dtype="float32"))
-assert index.search(numpy.eye(8, dtype="float32"), 1)[1].ravel().tolist() == list(range(8))
-"""
+TRAINED = "trained.faiss"  # the index without keys
+SAMPLE = "sample.f16"  # keys that lists are trained on
 
 
-def most_sampled(width: int, budget: int) -> int:
-    """Return how many keys may be sampled: they are held in fp16 and in float32."""
-    return budget // PART_SHARE // (6 * width)
+@dataclass(frozen=True)
+class Shape:
+    """All that decides what an index finds, beside the keys and the seed."""
+
+    kind: str  # faiss's factory string
+    lists: int  # inverted lists, 0: none
+    sample: int  # keys the lists are trained on
+    levels: int  # of k-means: 2, where lists are clusters within clusters
 
 
-def factory_string(kind: str, n_keys: int, width: int, budget: int) -> str:
-    """Return the faiss factory string for a kind of index, "auto" choosing by the key count.
+def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
+    """Return what an index over so many keys is like; MemdecError if they are too few for it.
 
-    budget: bytes a process may take, which bounds the sample and by that the number of lists.
+    The number of lists follows the corpus alone: about sqrt(n), and from a million keys on a power
+    of two from 2 to 4 sqrt(n), so that the keys that a probe visits grow with sqrt(n) at most.
     """
+    kind = settings.kind
     if kind == "auto":
         kind = "flat" if n_keys < FLAT_BELOW else "sq8" if n_keys < PQ_ABOVE else "pq"
     if kind == "flat":
-        return "Flat"
-    # About sqrt(n) lists; at least 40 keys each, faiss's minimum for a sound centroid.
-    lists = max(1, min(int(n_keys**0.5), min(n_keys, most_sampled(width, budget)) // 40))
-    if kind in ("sq8", "fp16"):
-        return f"IVF{lists},SQ{'8' if kind == 'sq8' else 'fp16'}"
-    if n_keys < PQ_KEYS:
+        return Shape("Flat", 0, 0, 0)
+    if kind == "pq" and n_keys < PQ_KEYS:
         raise MemdecError(
             f"index.kind pq needs {PQ_KEYS} keys to train on, this corpus has {n_keys}: choose sq8."
         )
+    if n_keys < TWO_LEVELS_FROM:
+        lists, levels = max(1, min(math.isqrt(n_keys), n_keys // LEAST_PER_LIST)), 1
+        at_once = SAMPLE_BYTES // (6 * width)
+        sample = max(LEAST_PER_LIST * lists, min(POINTS_PER_LIST * lists, at_once))
+    else:
+        lists, levels = 1 << int(math.log2(4 * math.isqrt(n_keys))), 2
+        sample = TWO_LEVEL_POINTS * lists
+    sample = min(n_keys, max(sample, PQ_KEYS))
+    inverted = f"IVF{lists}" + (f"_HNSW{GRAPH_LINKS}" if n_keys > GRAPH_ABOVE else "")
+    if kind != "pq":
+        return Shape(f"{inverted},SQ{'8' if kind == 'sq8' else 'fp16'}", lists, sample, levels)
     codes = max(m for m in range(1, PQ_BYTES + 1) if width % m == 0)
-    return f"OPQ{codes},IVF{lists},PQ{codes}"
+    return Shape(f"OPQ{codes},{inverted},PQ{codes}", lists, sample, levels)
 
 
-def key_bytes(description: str, width: int) -> int:
-    """Return how many bytes an index holds a key, its row number among them."""
-    if description == "Flat":
-        return 4 * width
-    code = description.rsplit(",", 1)[1]
-    sizes = {"SQ8": width, "SQfp16": 2 * width}
-    return 8 + (sizes[code] if code in sizes else int(code.removeprefix("PQ")))
+def shaping(settings: IndexSettings, n_keys: int, width: int) -> dict[str, Any]:
+    """Return what shapes an index, for its manifest: the memory budget is no part of it."""
+    return {"seed": settings.seed, **asdict(shape(settings, n_keys, width))}
+
+
+def key_bytes(kind: str, width: int) -> int:
+    """Return how many bytes an index of a kind holds a key, its row number among them."""
+    return get_code_size(width, kind) + (8 if "IVF" in kind else 0)
+
+
+def trained_bytes(found: Shape, width: int) -> int:
+    """Return how many bytes the centroids take, and the graph of them."""
+    return found.lists * (4 * width + (8 * GRAPH_LINKS if "HNSW" in found.kind else 0))
+
+
+def training_bytes(found: Shape, width: int) -> int:
+    """Return how many bytes the training of an index takes, whatever the memory budget."""
+    if found.levels == 2:
+        at_once = max(POINTS_PER_LIST * math.isqrt(found.lists), CODE_SAMPLE)
+        return trained_bytes(found, width) + 8 * width * min(at_once, found.sample)
+    return 6 * width * found.sample  # in fp16 and float32
 
 
 def index_parts(starts: np.ndarray, width_bytes: int, budget: int) -> list[range]:
@@ -102,121 +127,166 @@ def index_parts(starts: np.ndarray, width_bytes: int, budget: int) -> list[range
     return parts
 
 
-@functools.cache
-def no_gpu() -> str:
-    """Return why faiss uses no GPU in this process, "" if it uses the one that torch has.
-
-    Tried in another process: a faiss without kernels for a GPU ends the process that asks it.
-    """
-    if not torch.cuda.is_available():
-        return "there is no GPU"
-    if not hasattr(faiss, "StandardGpuResources"):
-        return "this faiss was built without CUDA"
-    return failure(GPU_TRIAL)
-
-
-def failure(code: str) -> str:
-    """Return the last line that Python code ends with in another process if it fails, else ""."""
-    tried = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if tried.returncode == 0:
-        return ""
-    return (tried.stderr.strip().splitlines() or [f"faiss ended with {tried.returncode}"])[-1]
-
-
-def gpu_options(index: Any) -> dict[str, bool]:
-    """Return the options with which faiss takes an index to a GPU."""
-    options = {"use_cuvs": False}  # which knows no 8-bit scalars
+def inverted(index: Any) -> Any:
+    """Return the inverted lists' index within an index, None if it has no such."""
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None and isinstance(ivf := faiss.downcast_index(ivf), faiss.IndexIVFPQ):
-        # A query's table of 64-byte codes has 64 x 256 entries: 32 kB in fp16; in float32 it is
-        # larger than the 48 kB of shared memory.
-        options["useFloat16"] = True
-        # Tables made in advance take 32 kB a list, and their fp16 is of larger numbers.
-        options["usePrecomputed"] = ivf.pq.dsub not in GPU_PQ_WIDTHS
-    return options
+    return None if ivf is None else faiss.downcast_index(ivf)
 
 
-def to_gpu(index: Any, resources: Any = None) -> Any:
-    """Return the index on this process's GPU if faiss has one and takes it there, else unchanged.
-
-    On one only: a worker of cluster.py has one. resources: faiss's, 1.5 GB of the GPU's memory.
-    """
-    if no_gpu():
-        return index
-    options = faiss.GpuClonerOptions()
-    for name, value in gpu_options(index).items():
-        assert hasattr(options, name), name  # one that faiss does not know it would not miss
-        setattr(options, name, value)
-    try:
-        return faiss.index_cpu_to_gpu(resources or faiss.StandardGpuResources(), 0, index, options)
-    except RuntimeError as error:
-        logging.getLogger(__name__).warning("an index stays on CPUs: %s", error)
-        return index
-
-
-def to_cpu(index: Any) -> Any:
-    """Return the index in host memory, where it can be written."""
-    return faiss.index_gpu_to_cpu(index) if hasattr(faiss, "index_gpu_to_cpu") else index
-
-
-def inverted_lists(index: Any, queries: np.ndarray) -> tuple[np.ndarray, Any]:
-    """Return (queries as its lists hold keys, the IVF index) of an index, None if it has no such.
-
-    One on GPUs finds its lists by itself.
-    """
+def transformed(index: Any, keys: np.ndarray) -> np.ndarray:
+    """Return keys [rows, D] float32 as the lists of an index hold them."""
     index = faiss.downcast_index(index)
     if isinstance(index, faiss.IndexPreTransform):
-        inner = faiss.downcast_index(index.index)
-        if isinstance(inner, faiss.IndexIVF):
-            for n in range(index.chain.size()):
-                queries = faiss.downcast_VectorTransform(index.chain.at(n)).apply(queries)
-            return queries, inner
-    return queries, index if isinstance(index, faiss.IndexIVF) else None
+        for n in range(index.chain.size()):
+            keys = faiss.downcast_VectorTransform(index.chain.at(n)).apply(keys)
+    return keys
+
+
+def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (row numbers, keys fp16) of so many rows in all, evenly spread over the shards."""
+    n_shards, n_rows = len(starts) - 1, int(starts[-1])
+    most = MOST_SAMPLE_SHARDS
+    if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
+        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
+    shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
+    ends = np.cumsum(np.diff(starts)[shards])  # of the shards, one after the other
+    wanted = np.linspace(0, int(ends[-1]) - 1, min(rows, int(ends[-1]))).astype(np.int64)
+    for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
+        first = end - (starts[shard + 1] - starts[shard])
+        local = wanted[slice(*np.searchsorted(wanted, (first, end)))] - first
+        if len(local):
+            yield local + starts[shard], keys(shard)[local]
 
 
 def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row numbers, keys fp16) of about so many rows, evenly spread over the shards."""
-    n_shards, n_rows = len(starts) - 1, int(starts[-1])
-    shards = np.arange(n_shards)
-    if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
-        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
-        shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
-    available = int(np.diff(starts)[shards].sum())
-    stride = max(1, available // rows)
-    found, numbers = [], []
-    for shard in shards:
-        found.append(keys(int(shard))[::stride].copy())  # what stays mapped counts as memory
-        numbers.append(np.arange(starts[shard], starts[shard + 1])[::stride])
+    """Return (row numbers, keys fp16) of so many rows, or of all, evenly spread over the shards."""
+    numbers, found = zip(*sampled(keys, starts, rows), strict=True)
     return np.concatenate(numbers), np.concatenate(found)
 
 
-def train_index(settings: IndexSettings, keys: Keys, budget: int, work: Path) -> dict[str, Any]:
-    """Write trained.faiss, empty and trained on a sample of the keys; return its description."""
+def kmeans(points: np.ndarray, lists: int, seed: int) -> np.ndarray:
+    """Return the centroids [lists, D] float32 of points [rows, D]."""
+    points = np.ascontiguousarray(points, np.float32)
+    found = faiss.Kmeans(
+        points.shape[1],
+        lists,
+        niter=KMEANS_PASSES,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=POINTS_PER_LIST,
+        gpu=0 if no_gpu() else 1,
+    )
+    found.train(points)
+    return found.centroids
+
+
+def two_level_kmeans(sample: np.ndarray, lists: int, seed: int) -> np.ndarray:
+    """Return centroids [lists, D] float32 of a sample: of clusters, then within each of them.
+
+    Of the sample, which may be mapped, only the points of a few clusters are in memory at once;
+    faiss.contrib.clustering's function of this kind holds all of it in float32.
+    """
+    coarse = math.isqrt(lists)
+    centroids = kmeans(sample[:: max(1, len(sample) // (POINTS_PER_LIST * coarse))], coarse, seed)
+    cluster = np.empty(len(sample), np.int64)
+    for start in range(0, len(sample), CODE_SAMPLE):
+        part = np.asarray(sample[start : start + CODE_SAMPLE], np.float32)
+        cluster[start : start + len(part)] = faiss.knn(part, centroids, 1)[1][:, 0]
+    # Each cluster has lists by the number of its points.
+    ends = np.cumsum(np.bincount(cluster, minlength=coarse)) * lists // len(sample)
+    found = [
+        kmeans(sample[cluster == n], count, seed)
+        for n, count in enumerate(np.diff(ends, prepend=0).tolist())
+        if count
+    ]
+    return np.concatenate(found)
+
+
+def train_index(settings: IndexSettings, keys: Keys, work: Path) -> dict[str, Any]:
+    """Write trained.faiss, an index without keys, its lists trained on a sample of them.
+
+    A flat index has none. Returns the description of the index.
+    """
     starts = shard_rows(keys.corpus)
     n_keys, width = int(starts[-1]), keys(0).shape[1]
-    description = factory_string(settings.kind, n_keys, width, budget)
-    index = faiss.index_factory(width, description)
-    if not index.is_trained:
-        ivf = faiss.extract_index_ivf(index)
-        ivf.cp.seed = settings.seed
-        wanted = min(POINTS_PER_LIST * ivf.nlist, most_sampled(width, budget))
-        least = PQ_KEYS if "PQ" in description else 40 * ivf.nlist
-        sample = sample_rows(keys, starts, max(wanted, least))[1].astype(np.float32)
+    found = shape(settings, n_keys, width)
+    if found.lists:
+
+        def write_sample(path: Path) -> None:  # a shard at a time: all of it may be large
+            with open(path, "wb") as file:
+                for _, some in sampled(keys, starts, found.sample):
+                    some.tofile(file)
+
+        if not (work / SAMPLE).exists():
+            write_atomic(work / SAMPLE, write_sample)
+        sample = np.memmap(work / SAMPLE, np.float16, "r").reshape(-1, width)
+        index = train_lists(faiss.index_factory(width, found.kind), sample, found, settings.seed)
+        write_atomic(work / TRAINED, lambda p: faiss.write_index(index, str(p)))
+        (work / SAMPLE).unlink()
+    return {"kind": found.kind, "width": width, "keys": n_keys}
+
+
+def train_lists(index: Any, sample: np.ndarray, found: Shape, seed: int) -> Any:
+    """Train an index on a sample of keys [rows, D] fp16; return it."""
+    ivf = inverted(index)
+    ivf.cp.seed = seed
+    if found.levels == 1:
         index = to_gpu(index)
-        index.train(sample)
-        index = to_cpu(index)
-    write_atomic(work / "trained.faiss", lambda p: faiss.write_index(index, str(p)))
-    return {"kind": description, "width": width, "keys": n_keys}
+        index.train(np.asarray(sample, np.float32))
+        return to_cpu(index)
+    chosen = np.linspace(0, len(sample) - 1, min(CODE_SAMPLE, len(sample))).astype(np.int64)
+    few = np.asarray(sample[chosen], np.float32)
+    outer = faiss.downcast_index(index)
+    if isinstance(outer, faiss.IndexPreTransform):  # what stands before the lists comes first
+        faiss.downcast_VectorTransform(outer.chain.at(0)).train(few)
+    rotated = Rotated(index, sample)
+    centroids = two_level_kmeans(rotated, found.lists, seed)
+    quantizer = faiss.downcast_index(ivf.quantizer)
+    if isinstance(quantizer, faiss.IndexHNSW):
+        quantizer.hnsw.efConstruction = GRAPH_CONSTRUCTION
+        quantizer.hnsw.efSearch = GRAPH_SEARCH
+    quantizer.train(centroids)
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)  # several would link a graph in another order every time
+    quantizer.add(centroids)
+    faiss.omp_set_num_threads(threads)
+    index.train(few)
+    return index
+
+
+@dataclass(frozen=True)
+class Rotated:
+    """Keys of a sample [rows, D] as the lists of an index hold them, computed when read."""
+
+    index: Any
+    sample: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, rows: Any) -> np.ndarray:
+        return transformed(self.index, np.ascontiguousarray(self.sample[rows], np.float32))
 
 
 def part_path(folder: Path, part: int) -> Path:
-    """Return the file of one part of the index."""
-    return folder / f"index-{part:05d}.faiss"
+    """Return the file of one part of an index: its inverted lists, or all of it."""
+    what = "lists" if (folder / TRAINED).exists() else "index"
+    return folder / f"{what}-{part:05d}.faiss"
+
+
+def write_part(index: Any, path: Path) -> None:
+    """Write the inverted lists of an index; of one without lists, all of it."""
+    if (ivf := inverted(index)) is None:
+        faiss.write_index(index, str(path))
+        return
+    file = faiss.FileIOWriter(str(path))
+    faiss.write_InvertedLists(ivf.invlists, file)
+    del file  # closes it
 
 
 @dataclass
 class Filler:
-    """Writes one part of the index: the trained quantiser, filled with the keys of its shards."""
+    """Writes one part of the index: what the trained one becomes with the keys of some shards."""
 
     gpu: ClassVar[bool] = True
     keys: Keys
@@ -224,15 +294,25 @@ class Filler:
     work: Path
 
     def __call__(self, part: int) -> int:
-        index = to_gpu(faiss.read_index(str(self.work / "trained.faiss")))
-        rows = 0
+        index, rows, starts = None, 0, shard_rows(self.keys.corpus)
+        lists = (self.work / TRAINED).exists()
         for shard in self.parts[part]:
             added = np.asarray(self.keys(shard), dtype=np.float32)
-            index.add(added)
+            if index is None:
+                index = to_gpu(self.empty(added.shape[1]))
+            if lists:
+                index.add_with_ids(added, np.arange(starts[shard], starts[shard + 1]))
+            else:
+                index.add(added)
             rows += len(added)
         index = to_cpu(index)
-        write_atomic(part_path(self.work, part), lambda p: faiss.write_index(index, str(p)))
+        write_atomic(part_path(self.work, part), lambda p: write_part(index, p))
         return rows
+
+    def empty(self, width: int) -> Any:
+        """Return the index without keys."""
+        trained = self.work / TRAINED
+        return faiss.read_index(str(trained)) if trained.exists() else faiss.IndexFlatL2(width)
 
 
 def build_index(
@@ -243,17 +323,18 @@ def build_index(
     progress: Progress,
     cluster: Cluster,
 ) -> None:
-    """Write index-N.faiss, each over a run of rows, labels.i32 [rows] and index.json.
+    """Write trained.faiss, lists-N.faiss (of a flat index: index-N.faiss), labels.i32, index.json.
 
-    budget: bytes a process may take for a part of the index.
+    Each part is over a run of rows; labels are [rows] int32. budget: bytes a process may take for
+    a part of the index.
     """
     if (work / "index.json").exists():  # killed just before the end
-        (work / "trained.faiss").unlink(missing_ok=True)
+        (work / "training.json").unlink(missing_ok=True)
         return
     starts = shard_rows(keys.corpus)
     if not (work / "training.json").exists():
         with progress.task("index: training", 1, "pass") as advance:
-            facts = cluster.call(train_index, settings, keys, budget, work)
+            facts = cluster.call(train_index, settings, keys, work)
             parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget)
             # Kept, so that a resumed run with another budget does not divide the rows anew.
             facts["first_shards"] = [part.start for part in parts]
@@ -280,148 +361,8 @@ def build_index(
     facts["first_rows"] = [int(starts[part.start]) for part in parts]
     write_json(work / "index.json", facts)
     (work / "training.json").unlink()
-    (work / "trained.faiss").unlink()
 
 
 def read_facts(path: Path) -> dict[str, Any]:
     """Return index.json."""
     return json.loads(path.read_text())
-
-
-@dataclass
-class Index:
-    """The parts of an index, searched as one.
-
-    Parts are mapped, and kept so up to a share of the budget: what is mapped counts as the
-    process's memory. Each of the others is mapped for a search, which costs little where its file
-    stays cached, and takes another share.
-    """
-
-    folder: Path
-    probes: int
-    budget: int
-    opened: dict[tuple[int, bool], Any] = field(default_factory=dict)
-
-    @cached_property
-    def facts(self) -> dict[str, Any]:
-        return read_facts(self.folder / "index.json")
-
-    @cached_property
-    def labels(self) -> np.ndarray:
-        """Return the label of every row [rows] int32, memory-mapped."""
-        labels = np.memmap(self.folder / LABELS, dtype="<i4", mode="r")
-        if len(labels) != self.facts["keys"]:
-            raise MemdecError(
-                f"{self.folder / LABELS} is cut off: delete the folder {self.folder} and build "
-                "again."
-            )
-        return labels
-
-    @cached_property
-    def resources(self) -> Any:
-        return faiss.StandardGpuResources()
-
-    def on_cpu(self, k: int) -> str:
-        """Return why a search for k neighbours is done on CPUs, "" if a GPU does it."""
-        lists = self.probes if "IVF" in self.facts["kind"] else 1
-        if why := no_gpu():
-            return why
-        return f"a GPU finds at most {GPU_LARGEST_K}" if max(k, lists) > GPU_LARGEST_K else ""
-
-    def _part(self, part: int, on_gpu: bool) -> Any:
-        if (part, on_gpu) in self.opened:
-            return self.opened[part, on_gpu]
-        path = part_path(self.folder, part)
-        try:
-            index = faiss.read_index(str(path), 0 if on_gpu else faiss.IO_FLAG_MMAP)
-        except RuntimeError as error:
-            raise MemdecError(
-                f"{path} is damaged or missing: delete the folder {self.folder} and build again."
-            ) from error
-        if not isinstance(index, faiss.IndexFlat):
-            ivf = faiss.extract_index_ivf(index)
-            ivf.nprobe = min(self.probes, ivf.nlist)
-            ivf.parallel_mode = OVER_QUERIES
-        held = to_gpu(index, self.resources) if on_gpu else index
-        if held is not index:
-            free, total = torch.cuda.mem_get_info()
-            stays = free >= GPU_FREE * total
-        else:
-            size = key_bytes(self.facts["kind"], self.facts["width"])
-            total = sum(i.ntotal for i in self.opened.values()) + index.ntotal
-            stays = total * size <= self.budget // PART_SHARE
-        if stays:
-            self.opened[part, on_gpu] = held
-        return held
-
-    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (squared distances, row ids), both [rows, k], nearest first; -1 where none."""
-        queries = np.ascontiguousarray(queries, dtype=np.float32)
-        distances = np.full((len(queries), k), np.inf, dtype=np.float32)
-        ids = np.full((len(queries), k), -1, dtype=np.int64)
-        lists, on_gpu = None, not self.on_cpu(k)
-        for part, first in enumerate(self.facts["first_rows"]):
-            index = ivf = None  # the part before, before the next is mapped
-            index = self._part(part, on_gpu)
-            transformed, ivf = inverted_lists(index, queries)
-            if ivf is None:
-                d, i = index.search(queries, k)
-            else:  # every part has the same lists: which are near is found once
-                lists = lists or ivf.quantizer.search(transformed, ivf.nprobe)
-                d, i = ivf.search_preassigned(transformed, k, lists[1], lists[0])
-            i = np.where(i < 0, -1, i + first)
-            if part == 0:
-                distances, ids = np.where(i < 0, np.inf, d).astype(np.float32), i
-                continue
-            distances = np.concatenate([distances, np.where(i < 0, np.inf, d)], axis=1)
-            ids = np.concatenate([ids, i], axis=1)
-            # By distance, then by row: as one index would, and the same however it is divided.
-            order = np.lexsort((ids, distances), axis=1)[:, :k]
-            distances = np.take_along_axis(distances, order, axis=1)
-            ids = np.take_along_axis(ids, order, axis=1)
-        return distances, ids
-
-    def blocks(self, queries: np.ndarray, k: int) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-        """Yield (rows, distances, ids) of as many queries at once as the budget allows."""
-        at_once = max(1, self.budget // 8 // (3 * 12 * k))
-        for start in range(0, len(queries), at_once):
-            rows = slice(start, min(start + at_once, len(queries)))
-            yield rows, *self.search(queries[rows], k)
-
-
-@dataclass(frozen=True)
-class TimedSearch:
-    """Seconds of an index's training, filling and search, and what was found."""
-
-    train: float
-    add: float
-    search: float
-    compare: float  # of the search: finding the lists
-    lists: int
-    visited: int  # keys that queries were compared with
-    distances: np.ndarray
-    ids: np.ndarray
-
-
-def time_search(keys: np.ndarray, own: np.ndarray, kind: str, k: int, probes: int) -> TimedSearch:
-    """Build an index over a few keys, of the codes that a factory string names; search rows own."""
-
-    def timed(function: Any, *args: Any) -> tuple[float, Any]:
-        began = time.perf_counter()
-        found = function(*args)
-        return time.perf_counter() - began, found
-
-    data, code = np.asarray(keys, dtype=np.float32), kind.split(",")[-1]
-    lists = 1 if code == "Flat" else max(1, min(int(len(data) ** 0.5), len(data) // 40))
-    index = faiss.index_factory(data.shape[1], code if code == "Flat" else f"IVF{lists},{code}")
-    train, _ = timed(index.train, data)
-    add, _ = timed(index.add, data)
-    compare, queries = 0.0, data[own]
-    if code != "Flat":
-        index.nprobe = min(probes, lists)
-        index.quantizer.search(queries, index.nprobe)  # warms up
-        compare, _ = timed(index.quantizer.search, queries, index.nprobe)
-        faiss.cvar.indexIVF_stats.reset()
-    search, (distances, ids) = timed(index.search, queries, k)
-    visited = len(own) * len(data) if code == "Flat" else faiss.cvar.indexIVF_stats.ndis
-    return TimedSearch(train, add, search, compare, lists, visited, distances, ids)

@@ -114,6 +114,9 @@ def _build(
         from vllm_memdec.train.decoder import memory_config
 
         memory_config(settings.memory, base, settings.corpus.block_tokens)
+        from vllm_memdec.train.search import check_width
+
+        check_width(settings.targets.neighbours, settings.index.probes, cluster)
 
     def stage(
         name: str, stage_settings: dict, stage_inputs: dict, make: Callable[[Path], None]
@@ -160,7 +163,7 @@ def _build(
     index = stage("index", index_settings, {"datastore": datastore.hash}, make_index)
 
     def make_targets(work: Path) -> None:
-        from vllm_memdec.train.index import Index
+        from vllm_memdec.train.search import Index
         from vllm_memdec.train.targets import build_targets
 
         searched = Index(index.path, probes, budget)

@@ -22,10 +22,11 @@ from vllm_memdec.train.config import Settings
 from vllm_memdec.train.export import CALIBRATION_TOKENS
 from vllm_memdec.train.index import (
     PART_SHARE,
-    POINTS_PER_LIST,
-    factory_string,
+    Shape,
     key_bytes,
-    most_sampled,
+    shape,
+    trained_bytes,
+    training_bytes,
 )
 from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.targets import FIT_ROWS
@@ -142,17 +143,12 @@ class Job:
         return min(self.workers, math.ceil(self.blocks / self.settings.corpus.shard_blocks))
 
     @cached_property
-    def kind(self) -> str:
-        return factory_string(self.settings.index.kind, self.rows, self.rates.width, self.budget)
-
-    @cached_property
-    def lists(self) -> int:
-        """Inverted lists of the index, 0 if it has none."""
-        return int(self.kind.split("IVF")[1].split(",")[0]) if "IVF" in self.kind else 0
+    def shape(self) -> Shape:
+        return shape(self.settings.index, self.rows, self.rates.width)
 
     @cached_property
     def key_bytes(self) -> int:
-        return key_bytes(self.kind, self.rates.width)
+        return key_bytes(self.shape.kind, self.rates.width)
 
     @cached_property
     def parts(self) -> int:
@@ -179,24 +175,24 @@ class Job:
 
     def index(self) -> Stage:
         rates, share = self.rates, self.budget // PART_SHARE
-        wanted = min(POINTS_PER_LIST * self.lists, most_sampled(rates.width, self.budget))
-        sample = min(self.rows, max(40 * self.lists, wanted))
-        seconds = FAISS + rates.call + rates.train_index * sample * self.lists
+        sample = self.shape.sample
+        seconds = FAISS + rates.call + rates.train_index * sample * self.shape.lists
         seconds += self.keys_again * sample / self.rows
-        fill = (rates.compare * self.lists + rates.encode) * self.rows + self.keys_again
+        fill = (rates.compare * self.shape.lists + rates.encode) * self.rows + self.keys_again
         seconds += rates.map + fill / min(self.workers, self.parts)
         filled = self.rows * self.key_bytes
-        disk = filled + 4 * self.lists * rates.width + 4 * self.rows
-        peak = max(min(filled, share), 6 * rates.width * sample)  # the sample in fp16 and float32
+        disk = filled + 4 * self.shape.lists * rates.width + 4 * self.rows
+        trained = trained_bytes(self.shape, rates.width)
+        peak = max(min(filled, share) + trained, training_bytes(self.shape, rates.width))
         return Stage("index", seconds, disk, rates.process_bytes + peak)
 
     def targets(self) -> Stage:
         rates = self.rates
         k = min(self.settings.targets.neighbours, self.rows - 1)
         visited = float(self.rows)
-        if self.lists:
-            visited *= min(1.0, self.settings.index.probes / self.lists * rates.imbalance)
-        search = rates.compare * self.lists + rates.scan * visited
+        if self.shape.lists:
+            visited *= min(1.0, self.settings.index.probes / self.shape.lists * rates.imbalance)
+        search = rates.compare * self.shape.lists + rates.scan * visited
         search += rates.aggregate * k
         seconds = rates.map + (search * self.rows + self.keys_again) / self.side_by_side
         if self.settings.targets.temperature is None:
@@ -205,6 +201,7 @@ class Job:
         opened = min(self.rows * self.key_bytes, self.budget // 2)
         at_once = min(36 * k * self.rows / self.side_by_side, self.budget // 8)
         disk = round(self.rows * (12 + 6 * rates.entries))
+        opened += trained_bytes(self.shape, rates.width)
         return Stage("targets", seconds, disk, round(rates.process_bytes + opened + at_once))
 
     def memory(self) -> Stage:
@@ -269,7 +266,7 @@ def plan(
     if validation is not None:
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
-    rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster, budget)
+    rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster)
     held_out = None if validation is None else count_tokens(base, validation, work)
     workers, where = cluster.workers(), "this machine, measured"
     gpus = gpus if gpu else workers if torch.cuda.is_available() else 0

@@ -8,11 +8,12 @@ labels [rows] int32, which training checks against its batches.
 """
 
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,13 +24,15 @@ from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import TargetSettings
 from vllm_memdec.train.corpus import load_used, shard_rows
 from vllm_memdec.train.datastore import Keys
-from vllm_memdec.train.index import Index, sample_rows
+from vllm_memdec.train.index import sample_rows
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.search import Index, check_width
 from vllm_memdec.train.shards import load_shard, save_array, shard_path
 
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
+GROUPS_A_WORKER = 4  # that read the index, so that all workers end at about the same time
 FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
 
 
@@ -153,13 +156,15 @@ def fit_temperature(distances: np.ndarray, ids: np.ndarray, hit: np.ndarray) -> 
 
 @dataclass
 class Searcher:
-    """Writes the targets of one shard: its keys' neighbours, weighed and summed by token."""
+    """Writes the targets of a group of shards: their keys' neighbours, weighed, summed by token."""
 
     gpu: ClassVar[bool] = True
     settings: TargetSettings
     keys: Keys
     index: Index
     work: Path
+    groups: list[list[int]] = field(default_factory=list)  # of shards that are searched together
+    held: tuple[int, Any] = (-1, None)
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -180,38 +185,89 @@ class Searcher:
 
     def fit(self) -> float:
         """Return the temperature that suits rows spread over the corpus."""
-        numbers, sample = sample_rows(self.keys, self.starts, FIT_ROWS)
-        chosen = np.linspace(0, len(numbers) - 1, min(FIT_ROWS, len(numbers))).astype(np.int64)
-        found = list(self.index.blocks(sample[chosen], self.neighbours + 1))
-        distances, ids = (np.concatenate([f[n] for f in found]) for n in (1, 2))
-        distances, ids = neighbours_without_self(distances, ids, numbers[chosen])
+        own, sample = sample_rows(self.keys, self.starts, FIT_ROWS)
+        at_once = self.index.rows_at_once(self.neighbours + 1)
+        batches = [sample[n : n + at_once] for n in range(0, len(sample), at_once)]
+        found = list(self.index.search_all(batches, self.neighbours + 1))
+        distances, ids = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        distances, ids = neighbours_without_self(distances, ids, own)
         labels = self.index.labels
-        hit = (ids >= 0) & (labels[ids] == labels[numbers[chosen]][:, None])
+        hit = (ids >= 0) & (labels[ids] == labels[own][:, None])
         return fit_temperature(distances, ids, hit)
 
-    def __call__(self, shard: int) -> int:
-        labels = load_shard(self.keys.datastore, "labels", shard)
-        keys, rows = self.keys(shard), np.arange(self.starts[shard], self.starts[shard + 1])
-        if not len(keys) == len(labels) == len(rows):
-            raise MemdecError(
-                f"shard {shard} of {self.keys.datastore} does not fit the corpus: delete the "
-                f"folder {self.keys.datastore} and build again."
-            )
-        found = []
-        for part, distances, ids in self.index.blocks(keys, self.neighbours + 1):
-            neighbours = (distances, ids, rows[part], self.index.labels)
-            least = self.settings.min_probability
-            found.append(sparse_targets(*neighbours, self.used, self.temperature, least))
-        lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in found])
+    def __call__(self, group: int) -> int:
+        k = self.neighbours + 1
+        at_once, batches = self.index.rows_at_once(k), []
+        for shard in self.groups[group]:
+            rows = range(self.starts[shard], self.starts[shard + 1])
+            batches += [(shard, rows[n : n + at_once]) for n in range(0, len(rows), at_once)]
+
+        def queries() -> Iterator[np.ndarray]:
+            for shard, rows in batches:
+                first = self.starts[shard]
+                yield self.shard_keys(shard)[rows.start - first : rows.stop - first]
+
+        done, parts = 0, []
+        found = self.index.search_all(queries(), k)
+        for (shard, rows), (distances, ids) in zip(
+            batches, found if self.index.on_cpu(k) else ahead(found), strict=True
+        ):
+            own, least = np.arange(rows.start, rows.stop), self.settings.min_probability
+            neighbours = (distances, ids, own, self.index.labels)
+            parts.append(sparse_targets(*neighbours, self.used, self.temperature, least))
+            if rows.stop == self.starts[shard + 1]:
+                self.write(shard, parts)
+                parts = []
+            done += len(rows)
+        return done
+
+    def shard_keys(self, shard: int) -> np.ndarray:
+        """Return the keys of a shard [rows, D] fp16; those of one are kept."""
+        if self.held[0] != shard:
+            labels, keys = load_shard(self.keys.datastore, "labels", shard), self.keys(shard)
+            if not len(keys) == len(labels) == self.starts[shard + 1] - self.starts[shard]:
+                raise MemdecError(
+                    f"shard {shard} of {self.keys.datastore} does not fit the corpus: delete the "
+                    f"folder {self.keys.datastore} and build again."
+                )
+            self.held = shard, keys
+        return self.held[1]
+
+    def write(self, shard: int, parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> None:
+        """Write the targets of a shard, probs last: all of it is whole then."""
+        lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in parts])
         files = {
             "offsets": np.r_[0, np.cumsum(lengths)],
-            "labels": np.asarray(labels),
-            "ids": np.concatenate([f[1] for f in found]),
-            "probs": np.concatenate([f[2] for f in found]).astype(np.float16),
+            "labels": np.asarray(load_shard(self.keys.datastore, "labels", shard)),
+            "ids": np.concatenate([p[1] for p in parts]),
+            "probs": np.concatenate([p[2] for p in parts]).astype(np.float16),
         }
-        for name, array in files.items():  # probs last: all are whole then
+        for name, array in files.items():
             save_array(shard_path(self.work, name, shard), array)
-        return len(rows)
+
+
+def ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """Yield what an iterator yields, the next of it made meanwhile, in a thread."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item
+
+
+def grouped(todo: list[int], starts: np.ndarray, rows: int, most: int) -> list[list[int]]:
+    """Return shards in groups of so many rows and shards at most, of one shard at least."""
+    groups: list[list[int]] = []
+    filled = 0
+    for shard in todo:
+        size = int(starts[shard + 1] - starts[shard])
+        if not groups or filled + size > rows or len(groups[-1]) >= most:
+            groups.append([])
+            filled = 0
+        groups[-1].append(shard)
+        filled += size
+    return groups
 
 
 def build_targets(
@@ -224,6 +280,7 @@ def build_targets(
 ) -> None:
     """Write offsets-N.npy, ids-N.npy, probs-N.npy, labels-N.npy of each shard, and targets.json."""
     searcher = Searcher(settings, keys, index, work)
+    check_width(searcher.neighbours, index.probes, cluster)
     starts = searcher.starts
     if not (work / "targets.json").exists():  # else shards were made with its temperature
         temperature = settings.temperature
@@ -233,12 +290,17 @@ def build_targets(
                 advance(1)
         facts = {"temperature": temperature, "neighbours": searcher.neighbours}
         write_json(work / "targets.json", facts)
-    if torch.cuda.is_available() and (why := index.on_cpu(searcher.neighbours + 1)):
+    k = searcher.neighbours + 1
+    if torch.cuda.is_available() and (why := index.on_cpu(k)):
         progress.say(f"targets: searched on CPUs, {why}")
     n_shards = len(starts) - 1
     todo = [n for n in range(n_shards) if not shard_path(work, "probs", n).exists()]
+    # Of an index that does not fit in memory parts are read for every group: as many shards as
+    # the budget allows. A few groups for each worker, as one may be lost.
+    most = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * cluster.workers()))
+    searcher = replace(searcher, groups=grouped(todo, starts, index.group_rows(k), most))
     with progress.task("targets", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))
         advance(int(np.diff(starts)[done].sum()), done_before=True)
-        for rows in cluster.map(Searcher(settings, keys, index, work), todo):
+        for rows in cluster.map(searcher, list(range(len(searcher.groups)))):
             advance(rows)
