@@ -33,10 +33,10 @@ OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned
 PARTS_SHARE = 4
 GROUP_SHARE = 8  # queries that are searched together, and what has been found for them
 BLOCK_SHARE = 8  # what all parts of a pass find for queries searched at once
-# A product quantiser's tables, made in advance for lists and codes: of 16,384 lists and 64
-# bytes a code at most.
-# Whatever the budget, as distances are rounded in another way without them.
-TABLES_BYTES = 2**30
+# A product quantiser's tables, made in advance for all lists: 64 kB a list and 64-byte codes. Not
+# decided by the budget, as distances are rounded in another way without them. Where a byte of a code
+# stands for few numbers of a key, a list's table is made sooner than one is read from memory.
+TABLES_BYTES, TABLES_FROM = 2**30, 8
 # Of a GPU's free memory that parts may fill: 60 GB of an H100 hold 830 M keys of 72 bytes
 # (arithmetic, not measured). The rest is for faiss's own memory and for the parts of a pass.
 GPU_PARTS = 0.75
@@ -132,7 +132,8 @@ class Index:
             graph.hnsw.efSearch = max(GRAPH_SEARCH, 2 * ivf.nprobe)
         if isinstance(ivf, faiss.IndexIVFPQ) and not self.on_gpu:
             tables = 4 * ivf.nlist * ivf.pq.M * ivf.pq.ksub
-            ivf.use_precomputed_table = 1 if tables <= TABLES_BYTES else -1
+            pays = ivf.pq.dsub >= TABLES_FROM and tables <= TABLES_BYTES
+            ivf.use_precomputed_table = 1 if pays else -1
             ivf.precompute_table()
         return index
 

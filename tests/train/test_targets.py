@@ -246,8 +246,8 @@ def test_sq8_recall_on_real_keys(pipeline):
         ("auto", 999_999, "IVF999,SQ8"),
         ("auto", 10**6, "IVF2048,SQ8"),
         ("auto", 10**7, "IVF8192,SQ8"),
-        ("auto", 30_000_000, "OPQ64,IVF16384_HNSW32,PQ64"),
-        ("auto", 10**8, "OPQ64,IVF32768_HNSW32,PQ64"),
+        ("auto", 30_000_000, "OPQ64,IVF16384,PQ64"),
+        ("auto", 10**8, "OPQ64,IVF32768,PQ64"),
         ("auto", 10**9, "OPQ64,IVF65536_HNSW32,PQ64"),
         ("auto", 10**10, "OPQ64,IVF262144_HNSW32,PQ64"),
         ("sq8", 30, "IVF1,SQ8"),
@@ -312,6 +312,9 @@ def test_parts_find_what_faiss_finds_in_the_whole(tmp_path, monkeypatch, kind):
     build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
     index, ivf = whole_index(folder)
     ivf.nprobe = 8
+    if kind == "pq":  # tables made in advance, for wider keys only: they round in another way
+        ivf.use_precomputed_table = -1
+        ivf.precompute_table()
     distances, ids = index.search(keys[:200].astype(np.float32), 5)
     by_row(distances, ids)  # which faiss does not promise
 
@@ -374,9 +377,9 @@ def test_two_level_lists_are_as_good_as_one_level(tmp_path):
 
 @pytest.mark.parametrize(("kind", "least"), [("sq8", 0.95), ("pq", 0.5)])
 def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, least):
-    """What is made from 1 M and 20 M keys on, made here of few: recall, and the same every time."""
+    """What is made from 1 M and 270 M keys on, made here of few: recall, and the same every time."""
     monkeypatch.setattr(index_stage, "TWO_LEVELS_FROM", 5000)
-    monkeypatch.setattr(index_stage, "GRAPH_ABOVE", 5000)
+    monkeypatch.setattr(index_stage, "GRAPH_FROM", 256)
     monkeypatch.setattr(index_stage, "PQ_BYTES", 1)
     keys, labels = clustered(PQ_KEYS)
     keys = keys[:, :4]
