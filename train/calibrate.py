@@ -4,8 +4,10 @@ Every rate is taken from the stages' own code on a sample of the text, in the pr
 would use, so that what a process costs to start is measured with it.
 """
 
+import hashlib
 import io
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ import torch
 from rich.console import Console
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.artifacts import write_atomic, write_json
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Cluster, World
 from vllm_memdec.train.config import Settings
@@ -35,8 +37,9 @@ from vllm_memdec.train.decoder import build_memory, memory_config
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.exact import nearest
 from vllm_memdec.train.export import SCORE_BLOCKS
-from vllm_memdec.train.index import PQ_KEYS, shape
+from vllm_memdec.train.index import CODE_SAMPLE, POINTS_PER_LIST, PQ_KEYS, shape
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.rates import Rates
 from vllm_memdec.train.search import time_search
 from vllm_memdec.train.shards import save_array, shard_path
 from vllm_memdec.train.targets import fit_temperature, sparse_targets
@@ -48,47 +51,9 @@ EMBED_SECONDS = 12.0
 SCORED_BLOCKS = 8
 QUERIES = 2048  # whose search is timed
 SEARCHED_ROWS = 256  # that targets to train on are made of
+STORAGE_BYTES = 1 << 26  # written and read, for the speed of the disk
+LINK = 1e9  # bytes a second between machines without GPUs: assumed, not measured
 STEPS = 8  # timed, of each kind, after one that warms up
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Seconds that one worker needs, and sizes seen on the sample."""
-
-    prepare: float  # the command's own reading of tokenizer and configs
-    start: float  # of the cluster
-    first: float  # of its first process, which imports what stages do
-    map: float  # of the workers of a stage
-    call: float  # of one process
-    train: float  # of the training's processes
-    tokenise: float  # a token
-    load: float  # the base, in a process that has loaded no model
-    reload: float  # the base, in one that has
-    key: float  # a row, the base up to the key
-    train_index: float  # a key of the sample and list, all passes of k-means
-    compare: float  # a key and list
-    encode: float  # a key, beside finding its list
-    scan: float  # a key visited by a query
-    imbalance: float  # keys visited, against lists of equal length
-    aggregate: float  # a neighbour of a row
-    fit: float  # the temperature
-    build_memory: float
-    step: float  # a row, all of the vocabulary
-    sampled_step: float  # a row, with memory.sampled_negatives
-    checkpoint: float
-    score_base: float  # a row, with the head
-    score_memory: float
-    tokens_per_byte: float
-    rows_per_token: float
-    entries: float  # tokens of a target
-    width: int
-    vocabulary: int
-    used: int  # tokens of the vocabulary that occur in the sample
-    sample_tokens: int
-    memory_parameters: int
-    process_bytes: int  # peak resident memory of a process that has loaded no model,
-    embed_bytes: int  # of one that embeds,
-    train_bytes: int  # and of one that trains
 
 
 def seconds(function: Any, *arguments: Any) -> float:
@@ -248,9 +213,13 @@ def measure_index(
     k = min(settings.targets.neighbours + 1, len(keys))
     timed = time_search(keys, own, kind, k, settings.index.probes)
     ids, found = timed.ids, {}
-    found["train_index"] = timed.train / (len(keys) * timed.lists)
+    # k-means takes no more of them for a list.
+    trained_on = min(len(keys), POINTS_PER_LIST * timed.lists)
+    found["train_index"] = timed.kmeans / (trained_on * timed.lists)
+    found["codes"] = timed.codes / min(len(keys), CODE_SAMPLE)
     found["compare"] = timed.compare / (len(own) * timed.lists)
     found["encode"] = max(0.0, timed.add / len(keys) - found["compare"] * timed.lists)
+    found["merge"] = timed.merge / ids.size
     found["scan"] = max(0.0, timed.search - timed.compare) / max(timed.visited, 1)
     probes = min(settings.index.probes, timed.lists)
     found["imbalance"] = timed.visited / (len(own) * probes * len(keys) / timed.lists)
@@ -315,6 +284,18 @@ class TrainingProbe:
         write_json(self.work / "training.json", found)
 
 
+def measure_storage(work: Path) -> dict[str, float]:
+    """Return seconds a byte of hashing, of writing to the disk and of reading from it."""
+    path, block = work / "storage", np.random.default_rng(0).bytes(STORAGE_BYTES)
+    found = {"hash": seconds(lambda: hashlib.sha256(block).hexdigest())}
+    found["write"] = seconds(write_atomic, path, lambda p: p.write_bytes(block))
+    with open(path, "rb") as file:  # what was just written is in memory, too
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    found["read"] = seconds(path.read_bytes)
+    path.unlink()
+    return {name: spent / STORAGE_BYTES for name, spent in found.items()}
+
+
 def nothing() -> None:
     """Do nothing, in a process that has to be started for it."""
 
@@ -341,6 +322,7 @@ def calibrate(
         found: dict[str, float] = {"prepare": seconds(prepare), "start": seconds(cluster.workers)}
         found["first"] = seconds(cluster.call, nothing)
         found["call"] = seconds(cluster.call, nothing)
+        found |= cluster.call(measure_storage, work) | {"launch": 0.0, "reduce": 1 / LINK}
         read = total = 1
         if corpus is None:
             sample = random_text(base, work)

@@ -9,6 +9,9 @@ from typing import Any
 import faiss
 import torch
 
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.cluster import Cluster
+
 GPU_LARGEST_K = 2048  # neighbours, or lists to visit, that faiss finds on a GPU
 # Numbers of a key that one byte of a code stands for, of which faiss makes no tables in advance.
 GPU_PQ_WIDTHS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
@@ -39,6 +42,16 @@ def failure(code: str) -> str:
     if tried.returncode == 0:
         return ""
     return (tried.stderr.strip().splitlines() or [f"faiss ended with {tried.returncode}"])[-1]
+
+
+def check_width(neighbours: int, probes: int, cluster: Cluster) -> None:
+    """Refuse, before hours are spent, a search too wide for the GPUs that would do it."""
+    if max(neighbours + 1, probes) > GPU_LARGEST_K and not cluster.call(no_gpu):
+        raise MemdecError(
+            f"targets.neighbours is {neighbours} and index.probes {probes}, on a GPU faiss finds "
+            f"at most {GPU_LARGEST_K - 1} and visits {GPU_LARGEST_K} lists: lower them, or hide "
+            'the GPUs (CUDA_VISIBLE_DEVICES="") to search on CPUs.'
+        )
 
 
 def gpu_options(index: Any) -> dict[str, bool]:

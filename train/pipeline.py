@@ -114,7 +114,7 @@ def _build(
         from vllm_memdec.train.decoder import memory_config
 
         memory_config(settings.memory, base, settings.corpus.block_tokens)
-        from vllm_memdec.train.search import check_width
+        from vllm_memdec.train.faiss_gpu import check_width
 
         check_width(settings.targets.neighbours, settings.index.probes, cluster)
 

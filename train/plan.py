@@ -1,12 +1,13 @@
 """`memdec plan`: what a build will cost, before it starts.
 
-Sizes follow from what the stages write; times are amounts of work times the rates of calibrate.py.
+Sizes follow from what the stages write; times are amounts of work times the rates of rates.py. Work
+is divided among the workers; files are written and read at the speed of one disk, which they share.
 For a GPU that is not here, rates follow from its published figures: an estimate, and called so.
 """
 
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.calibrate import Rates, calibrate, count_tokens
+from vllm_memdec.train.calibrate import calibrate, count_tokens
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import Settings
+from vllm_memdec.train.datastore import TRAINED
 from vllm_memdec.train.export import CALIBRATION_TOKENS
 from vllm_memdec.train.index import (
+    CODE_SAMPLE,
+    KMEANS_PASSES,
     PART_SHARE,
     Shape,
     key_bytes,
@@ -29,6 +33,8 @@ from vllm_memdec.train.index import (
     training_bytes,
 )
 from vllm_memdec.train.progress import Progress, human_seconds
+from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
+from vllm_memdec.train.search import GPU_PARTS, group_rows
 from vllm_memdec.train.targets import FIT_ROWS
 from vllm_memdec.train.text import corpus_files
 from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
@@ -36,28 +42,18 @@ from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
 HEAPS = 0.5  # the vocabulary in use grows as this power of the text
 PLOT = 1.5  # seconds
+MEMORY_LAYERS = 24  # whose launch a step waits for, where settings do not tell: of a 0.5B memory
 FAISS = 0.5  # seconds until two processes have imported it and started its threads
-KMEANS_PASSES = 10  # faiss's own number for the lists of an index
+GRAPH_LISTS = 40_000  # with as many a key is compared in the time of a walk through their graph
+OPQ_PASSES = 15  # of training codes, until the rotation before them is found
+CACHED = 1.5e-10  # seconds a byte that is read from memory and sent to a GPU: assumed, not measured
+GPU_HOST = 5e11  # bytes of memory of a machine with GPUs that is not here: assumed
 GPU_STAGES = ("datastore", "index", "targets", "memory")
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """Published dense bf16 FLOP/s and memory bandwidth in bytes/s."""
-
-    flops: float
-    bandwidth: float
-
-
-GPUS = {
-    "a100": Gpu(312e12, 2.04e12),
-    "a800": Gpu(312e12, 2.04e12),
-    "h100": Gpu(989e12, 3.35e12),
-    "h200": Gpu(989e12, 4.8e12),
-    "l4": Gpu(121e12, 0.3e12),
-    "l40s": Gpu(362e12, 0.864e12),
-}
-UTILISATION = 0.35  # of a GPU's FLOP/s and bandwidth that is taken to be reached
+# What is not the stage's own work: its files are hashed, read and written; parts of an index are
+# merged; optimiser steps wait for their launch and for the gradients of other workers.
+OVERHEADS = ("hashing", "reading", "writing", "merging", "steps")
 
 
 @dataclass(frozen=True)
@@ -68,27 +64,7 @@ class Stage:
     seconds: float
     disk: int  # bytes
     memory: int  # bytes of the largest process, at its peak
-
-
-def on_gpu(rates: Rates, gpu: Gpu, base_parameters: int, key_bytes: int) -> Rates:
-    """Return rates for a GPU, from its figures; what runs on CPUs keeps those measured.
-
-    key_bytes: of a key in the index, all of which a search reads of each that it visits.
-    """
-    flop, byte = 1 / (gpu.flops * UTILISATION), 1 / (gpu.bandwidth * UTILISATION)
-    memory = rates.memory_parameters
-    return replace(
-        rates,
-        key=2 * base_parameters * flop,
-        score_base=2 * base_parameters * flop,
-        score_memory=2 * memory * flop,
-        step=6 * memory * flop,
-        sampled_step=6 * memory * flop,
-        train_index=KMEANS_PASSES * 2 * rates.width * flop,
-        compare=2 * rates.width * flop,
-        encode=2 * rates.width * byte,
-        scan=key_bytes * byte,
-    )
+    of: dict[str, float] = field(default_factory=dict)  # of the seconds: see OVERHEADS
 
 
 @dataclass(frozen=True)
@@ -96,7 +72,8 @@ class Job:
     """A build whose cost is asked for: amounts of work, and each stage's cost.
 
     validation: tokens of a validation text, None if a part of the corpus is held out; budget: bytes
-    a process may take for what grows with the corpus.
+    a process may take for what grows with the corpus; gpu_memory: bytes of a worker's GPU, 0: none;
+    host_memory: of a machine.
     """
 
     rates: Rates
@@ -105,6 +82,8 @@ class Job:
     validation: int | None
     budget: int
     workers: int
+    gpu_memory: float = 0.0
+    host_memory: float = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def stages(self) -> list[Stage]:
         """Return the cost of every stage, in order."""
@@ -160,49 +139,107 @@ class Job:
         """Seconds to compute all keys anew, where they are not kept."""
         return 0.0 if self.settings.datastore.keep_keys else self.rows * self.rates.key
 
+    def read(self, size: float) -> float:
+        """Seconds to read files again: none of what stays in memory."""
+        return 0.0 if size < self.host_memory / 2 else size * self.rates.read
+
+    def stage(self, name: str, seconds: float, disk: float, memory: float, **of: float) -> Stage:
+        """Return a stage's cost, its own files hashed and written on top of the seconds."""
+        of["hashing"] = disk * self.rates.hash / self.side_by_side
+        of["writing"] = disk * self.rates.write
+        seconds += of["hashing"] + of["writing"]
+        return Stage(name, seconds, round(disk), round(memory), of)
+
     def corpus(self) -> Stage:
         rates, tokens = self.rates, self.trained_on + self.held_out
         # The command itself imports, too, what its workers do.
         seconds = rates.prepare + rates.start + 2 * rates.first + rates.map
         seconds += tokens * rates.tokenise / self.side_by_side
-        return Stage("corpus", seconds, 8 * tokens, rates.process_bytes)
+        return self.stage("corpus", seconds, 8 * tokens, rates.process_bytes)
 
     def datastore(self) -> Stage:
         rates, kept = self.rates, self.settings.datastore.keep_keys
         embedded = rates.load + self.rows * rates.key / self.side_by_side if kept else 0.0
         disk = self.rows * (4 + 2 * rates.width * kept)
-        return Stage("datastore", rates.map + embedded, disk, rates.embed_bytes)
+        return self.stage("datastore", rates.map + embedded, disk, rates.embed_bytes)
+
+    @cached_property
+    def lists_compared(self) -> float:
+        """Lists in whose time those near a key are found."""
+        lists = self.shape.lists
+        return (
+            min(lists, GRAPH_LISTS) if "HNSW" in self.shape.kind and not self.gpu_memory else lists
+        )
+
+    @cached_property
+    def keys_read(self) -> float:
+        """Seconds to read all keys, where they are kept."""
+        kept = self.settings.datastore.keep_keys
+        return self.read(2 * self.rates.width * self.rows) if kept else 0.0
 
     def index(self) -> Stage:
-        rates, share = self.rates, self.budget // PART_SHARE
+        rates, share, lists = self.rates, self.budget // PART_SHARE, self.shape.lists
         sample = self.shape.sample
-        seconds = FAISS + rates.call + rates.train_index * sample * self.shape.lists
+        # In two levels a key of the sample is compared with the clusters, then with those within.
+        compared = math.sqrt(lists) * (1 + 1 / KMEANS_PASSES) if self.shape.levels == 2 else lists
+        seconds = FAISS + rates.call + rates.train_index * sample * compared
+        codes = rates.codes * min(sample, CODE_SAMPLE)
+        seconds += codes * (1 + OPQ_PASSES * ("OPQ" in self.shape.kind))
         seconds += self.keys_again * sample / self.rows
-        fill = (rates.compare * self.shape.lists + rates.encode) * self.rows + self.keys_again
-        seconds += rates.map + fill / min(self.workers, self.parts)
+        fill = (rates.compare * self.lists_compared + rates.encode) * self.rows + self.keys_again
+        seconds += rates.map + fill / min(self.workers, self.parts) + self.keys_read
         filled = self.rows * self.key_bytes
-        disk = filled + 4 * self.shape.lists * rates.width + 4 * self.rows
         trained = trained_bytes(self.shape, rates.width)
         peak = max(min(filled, share) + trained, training_bytes(self.shape, rates.width))
-        return Stage("index", seconds, disk, rates.process_bytes + peak)
+        disk, memory = filled + trained + 4 * self.rows, rates.process_bytes + peak
+        return self.stage("index", seconds, disk, memory, reading=self.keys_read)
+
+    @cached_property
+    def parts_read(self) -> float:
+        """Seconds in which a worker reads the parts of the index that do not stay open."""
+        size, budget, k = self.rows * self.key_bytes, self.budget, self.settings.targets.neighbours
+        left = size - (self.gpu_memory * GPU_PARTS or budget // PART_SHARE)
+        together = group_rows(self.rates.width, k + 1, self.probes, budget, self.gpu_memory > 0)
+        groups = max(1.0, self.rows / together / self.side_by_side)
+        if left <= 0:  # all of it once
+            left, groups = size, 1.0
+        return left * groups * (CACHED if self.gpu_memory else self.read(size) / size)
+
+    @cached_property
+    def probes(self) -> int:
+        return min(self.settings.index.probes, self.shape.lists)
 
     def targets(self) -> Stage:
         rates = self.rates
         k = min(self.settings.targets.neighbours, self.rows - 1)
         visited = float(self.rows)
         if self.shape.lists:
-            visited *= min(1.0, self.settings.index.probes / self.shape.lists * rates.imbalance)
-        search = rates.compare * self.shape.lists + rates.scan * visited
-        search += rates.aggregate * k
-        seconds = rates.map + (search * self.rows + self.keys_again) / self.side_by_side
+            visited *= min(1.0, self.probes / self.shape.lists * rates.imbalance)
+        # On a GPU all parts are merged at once, at a cost that grows with their logarithm; else one
+        # after the other.
+        merged = math.log2(self.parts) if self.gpu_memory else self.parts - 1
+        merging, aggregate = rates.merge * k * merged, rates.aggregate * k
+        search = rates.compare * self.lists_compared + rates.scan * visited + merging
+        done = [(search * self.rows + self.keys_again) / self.side_by_side + self.parts_read]
+        done += [aggregate * self.rows / self.side_by_side, self.keys_read]
+        # Beside a GPU what it found before is summed, and keys are read for what it does next.
+        seconds = rates.map + (max(done) if self.gpu_memory else sum(done))
         if self.settings.targets.temperature is None:
             fitted = min(FIT_ROWS, self.rows)
-            seconds += rates.call + search * fitted + rates.fit * fitted / FIT_ROWS
+            seconds += rates.call + (search + aggregate) * fitted + rates.fit * fitted / FIT_ROWS
+        # Parts, queries and what is found for them; the labels are mapped, and count.
         opened = min(self.rows * self.key_bytes, self.budget // 2)
-        at_once = min(36 * k * self.rows / self.side_by_side, self.budget // 8)
-        disk = round(self.rows * (12 + 6 * rates.entries))
-        opened += trained_bytes(self.shape, rates.width)
-        return Stage("targets", seconds, disk, round(rates.process_bytes + opened + at_once))
+        opened += trained_bytes(self.shape, rates.width) + 4 * self.rows
+        at_once = min(36 * k * self.rows / self.side_by_side, self.budget // 4)
+        disk = self.rows * (12 + 6 * rates.entries)
+        return self.stage(
+            "targets",
+            seconds,
+            disk,
+            rates.process_bytes + opened + at_once,
+            reading=self.keys_read + self.parts_read,
+            merging=merging * self.rows / self.side_by_side,
+        )
 
     def memory(self) -> Stage:
         rates, settings = self.rates, self.settings.memory
@@ -213,14 +250,26 @@ class Job:
         used = rates.used * max(1, self.tokens / rates.sample_tokens) ** HEAPS
         sampling = (settings.sampled_negatives or math.inf) < rates.vocabulary - used
         later = rates.sampled_step if sampling else rates.step
-        rows_a_step = batch * self.rows / self.blocks / min(self.workers, batch)
-        seconds = rows_a_step * (warm * rates.step + (steps - warm) * later)
+        busy = min(self.workers, batch)  # each has a block at least
+        rows_a_step = batch * self.rows / self.blocks / busy
+        micro = settings.micro_batch_blocks
+        if self.gpu_memory:
+            micro = max(micro, TRAINED // self.settings.corpus.block_tokens)
+        launches = math.ceil(batch / busy / micro) * rates.launch
+        reduce = 8 * rates.memory_parameters * (busy - 1) / busy * rates.reduce
+        computed = rows_a_step * (warm * rates.step + (steps - warm) * later)
+        seconds = max(computed, launches * steps) + reduce * steps
+        waited = seconds - computed
+        # A prefetching thread reads what the next steps are trained on.
+        reading = epochs * self.read(self.rows * (20 + 6 * rates.entries))
+        seconds = max(seconds, reading)
         if settings.evaluate_steps:
             scored = min(self.held_out, EVALUATION_TOKENS)
             seconds += steps // settings.evaluate_steps * scored * rates.score_memory
         seconds *= 1 + rates.checkpoint / max(settings.checkpoint_seconds, rates.checkpoint)
         seconds += rates.train + rates.build_memory + rates.checkpoint + PLOT
-        return Stage("memory", seconds, 4 * rates.memory_parameters, rates.train_bytes)
+        disk = 4 * rates.memory_parameters
+        return self.stage("memory", seconds, disk, rates.train_bytes, reading=reading, steps=waited)
 
     def export(self) -> Stage:
         rates = self.rates
@@ -229,7 +278,7 @@ class Job:
         seconds = rates.reload + rates.checkpoint / 2
         seconds += scored * (rates.score_base + rates.score_memory)
         disk = {"float32": 4, "bfloat16": 2}[self.settings.export.dtype] * rates.memory_parameters
-        return Stage("export", seconds, disk, rates.embed_bytes)
+        return self.stage("export", seconds, disk, rates.embed_bytes)
 
 
 @dataclass(frozen=True)
@@ -276,26 +325,18 @@ def plan(
         parameters = base_parameters(base)
 
     def job(n: int, held_out: int | None) -> Job:
-        found = Job(rates, settings, n, held_out, budget, workers)
+        here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
+        found = Job(rates, settings, n, held_out, budget, workers, here)
         if gpu is None:
             return found
-        there = on_gpu(rates, GPUS[gpu.lower()], parameters, found.key_bytes)
-        return replace(found, rates=there)
+        figures = GPUS[gpu.lower()]
+        layers = settings.memory.layers or MEMORY_LAYERS
+        there = on_gpu(rates, figures, parameters, found.key_bytes, layers)
+        return replace(found, rates=there, gpu_memory=figures.memory, host_memory=GPU_HOST)
 
     sizes = {n: job(n, None).stages() for n in TABLE}
     mine = job(total, held_out)
     return Plan(total, where, workers, gpus, mine.stages(), sizes, mine.rates)
-
-
-def base_parameters(base: str) -> int:
-    """Return how many weights a model has, from its config alone."""
-    from transformers import AutoModelForCausalLM
-
-    from vllm_memdec.train.corpus import load_config
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(base))
-    return sum(p.numel() for p in model.parameters())
 
 
 def human_bytes(count: float) -> str:
@@ -325,18 +366,24 @@ def show(found: Plan, console: Console) -> None:
         human_bytes(max(s.memory for s in found.stages)),
     )
     console.print(table)
-    sizes = Table("tokens", "keys", "index", "targets", "peak RAM", "time")
+    sizes = Table("tokens", "keys", "index", "targets", "peak RAM", "time", "longest stage")
     if gpus:
         sizes.add_column("GPU-hours")
+    parts = Table("tokens", *OVERHEADS, title="of the time")
     for tokens, stages_ in found.sizes.items():
         disk = {stage.name: human_bytes(stage.disk) for stage in stages_}
+        seconds = sum(s.seconds for s in stages_)
+        longest = max(stages_, key=lambda stage: stage.seconds)
         cells = [f"{tokens:.0e}", disk["datastore"], disk["index"], disk["targets"]]
         cells.append(human_bytes(max(s.memory for s in stages_)))
-        cells.append(human_seconds(sum(s.seconds for s in stages_)))
+        cells += [human_seconds(seconds), f"{longest.name}, {longest.seconds / seconds:.0%}"]
         if gpus:
             cells.append(f"{sum(gpu_hours(s, gpus) for s in stages_):.3g}")
         sizes.add_row(*cells)
+        spent = [human_seconds(sum(s.of.get(name, 0.0) for s in stages_)) for name in OVERHEADS]
+        parts.add_row(f"{tokens:.0e}", *spent)
     console.print(sizes)
+    console.print(parts)
 
 
 def gpu_hours(stage: Stage, gpus: int) -> float:

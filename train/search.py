@@ -16,13 +16,14 @@ import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.faiss_gpu import GPU_LARGEST_K, no_gpu, to_gpu
 from vllm_memdec.train.index import (
+    CODE_SAMPLE,
     GRAPH_SEARCH,
     LABELS,
     TRAINED,
     inverted,
+    kmeans,
     part_path,
     read_facts,
     transformed,
@@ -32,24 +33,21 @@ OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned
 # Shares of the memory budget. Half of it is for parts: those that stay, and those of one pass.
 PARTS_SHARE = 4
 GROUP_SHARE = 8  # queries that are searched together, and what has been found for them
+GPU_GROUP_SHARE = 2  # where the parts are in a GPU's memory
 BLOCK_SHARE = 8  # what all parts of a pass find for queries searched at once
 # A product quantiser's tables, made in advance for all lists: 64 kB a list and 64-byte codes. Not
-# decided by the budget, as distances are rounded in another way without them. Where a byte of a code
-# stands for few numbers of a key, a list's table is made sooner than one is read from memory.
+# decided by the budget, as distances are rounded in another way without them. Where a byte of a
+# code stands for few numbers of a key, a list's table is made sooner than read from memory.
 TABLES_BYTES, TABLES_FROM = 2**30, 8
 # Of a GPU's free memory that parts may fill: 60 GB of an H100 hold 830 M keys of 72 bytes
 # (arithmetic, not measured). The rest is for faiss's own memory and for the parts of a pass.
 GPU_PARTS = 0.75
 
 
-def check_width(neighbours: int, probes: int, cluster: Cluster) -> None:
-    """Refuse, before hours are spent, a search too wide for the GPUs that would do it."""
-    if max(neighbours + 1, probes) > GPU_LARGEST_K and not cluster.call(no_gpu):
-        raise MemdecError(
-            f"targets.neighbours is {neighbours} and index.probes {probes}, on a GPU faiss finds "
-            f"at most {GPU_LARGEST_K - 1} and visits {GPU_LARGEST_K} lists: lower them, or hide "
-            'the GPUs (CUDA_VISIBLE_DEVICES="") to search on CPUs.'
-        )
+def group_rows(width: int, k: int, probes: int, budget: int, on_gpu: bool) -> int:
+    """Return how many queries may be searched together: they and what is found are in memory."""
+    share = budget // (GPU_GROUP_SHARE if on_gpu else GROUP_SHARE)
+    return max(1, share // (4 * width + 12 * (k + probes)))
 
 
 @dataclass
@@ -177,8 +175,7 @@ class Index:
 
     def group_rows(self, k: int) -> int:
         """Return how many queries the budget allows to search together for k neighbours each."""
-        width = 4 * self.facts["width"] + 12 * (k + self.probes)
-        return max(1, self.budget // GROUP_SHARE // width)
+        return group_rows(self.facts["width"], k, self.probes, self.budget, self.on_gpu)
 
     def rows_at_once(self, k: int) -> int:
         """Return how many queries the budget allows to search at once."""
@@ -340,10 +337,12 @@ def by_row(distances: np.ndarray, ids: np.ndarray) -> None:
 class TimedSearch:
     """Seconds of an index's training, filling and search, and what was found."""
 
-    train: float
+    kmeans: float  # of the lists
+    codes: float  # training of what a key is stored as
     add: float
     search: float
     compare: float  # of the search: finding the lists
+    merge: float  # the results of two parts
     lists: int
     visited: int  # keys that queries were compared with
     distances: np.ndarray
@@ -351,24 +350,42 @@ class TimedSearch:
 
 
 def time_search(keys: np.ndarray, own: np.ndarray, kind: str, k: int, probes: int) -> TimedSearch:
-    """Build an index over a few keys, of the codes that a factory string names; search rows own."""
+    """Build an index over a few keys, of the codes that a factory string names; search rows own.
+
+    On the GPU, if this process has one that faiss can use for it, as a build would.
+    """
 
     def timed(function: Any, *args: Any) -> tuple[float, Any]:
         began = time.perf_counter()
         found = function(*args)
         return time.perf_counter() - began, found
 
+    def there(index: Any) -> Any:
+        return index if max(k, probes) > GPU_LARGEST_K else to_gpu(index)
+
     data, code = np.asarray(keys, dtype=np.float32), kind.split(",")[-1]
-    lists = 1 if code == "Flat" else max(1, min(int(len(data) ** 0.5), len(data) // 40))
-    index = faiss.index_factory(data.shape[1], code if code == "Flat" else f"IVF{lists},{code}")
-    train, _ = timed(index.train, data)
-    add, _ = timed(index.add, data)
-    compare, queries = 0.0, data[own]
-    if code != "Flat":
-        index.nprobe = min(probes, lists)
-        index.quantizer.search(queries, index.nprobe)  # warms up
-        compare, _ = timed(index.quantizer.search, queries, index.nprobe)
-        faiss.cvar.indexIVF_stats.reset()
+    queries = data[own]
+    train = codes = compare = 0.0
+    if code == "Flat":
+        lists, index, visited = 1, there(faiss.IndexFlatL2(data.shape[1])), len(own) * len(data)
+        add, _ = timed(index.add, data)
+    else:
+        lists = max(1, min(int(len(data) ** 0.5), len(data) // 40))
+        index = faiss.index_factory(data.shape[1], f"IVF{lists},{code}")
+        train, centroids = timed(kmeans, data, lists, 0)
+        index.quantizer.add(centroids)
+        codes, _ = timed(index.train, data[:CODE_SAMPLE])
+        index.nprobe = probes = min(probes, lists)
+        index = there(index)
+        add, _ = timed(index.add, data)
+        quantizer = there(faiss.IndexFlatL2(data.shape[1]))
+        quantizer.add(centroids)
+        quantizer.search(queries, probes)  # warms up
+        compare, (_, near) = timed(quantizer.search, queries, probes)
+        in_lists = np.bincount(quantizer.search(data, 1)[1][:, 0], minlength=lists)
+        visited = int(in_lists[near].sum())
+        index.nprobe = probes
     search, (distances, ids) = timed(index.search, queries, k)
-    visited = len(own) * len(data) if code == "Flat" else faiss.cvar.indexIVF_stats.ndis
-    return TimedSearch(train, add, search, compare, lists, visited, distances, ids)
+    two = np.stack([distances, distances]), np.stack([ids, ids])
+    merge, _ = timed(faiss.merge_knn_results, *two)
+    return TimedSearch(train, codes, add, search, compare, merge, lists, visited, distances, ids)

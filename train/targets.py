@@ -24,9 +24,10 @@ from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import TargetSettings
 from vllm_memdec.train.corpus import load_used, shard_rows
 from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.faiss_gpu import check_width
 from vllm_memdec.train.index import sample_rows
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index, check_width
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.shards import load_shard, save_array, shard_path
 
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache

@@ -16,6 +16,7 @@ from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import DatastoreSettings, IndexSettings, TargetSettings
 from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.faiss_gpu import check_width
 from vllm_memdec.train.index import (
     PQ_KEYS,
     build_index,
@@ -26,7 +27,7 @@ from vllm_memdec.train.index import (
     two_level_kmeans,
 )
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index, by_row, check_width
+from vllm_memdec.train.search import Index, by_row
 from vllm_memdec.train.shards import save_array, shards
 from vllm_memdec.train.targets import (
     aggregate,
@@ -377,7 +378,7 @@ def test_two_level_lists_are_as_good_as_one_level(tmp_path):
 
 @pytest.mark.parametrize(("kind", "least"), [("sq8", 0.95), ("pq", 0.5)])
 def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, least):
-    """What is made from 1 M and 270 M keys on, made here of few: recall, and the same every time."""
+    """What 1 M and 270 M keys get, made of few: recall, and the same every time."""
     monkeypatch.setattr(index_stage, "TWO_LEVELS_FROM", 5000)
     monkeypatch.setattr(index_stage, "GRAPH_FROM", 256)
     monkeypatch.setattr(index_stage, "PQ_BYTES", 1)
@@ -503,9 +504,9 @@ def test_a_search_too_wide_for_a_gpu_is_done_on_cpus(
 
 @pytest.mark.parametrize(("neighbours", "probes"), [(2048, 32), (256, 2049)])
 def test_a_build_too_wide_for_its_gpus_is_refused_early(monkeypatch, neighbours, probes):
-    monkeypatch.setattr(search_module, "no_gpu", lambda: "there is no GPU")
+    monkeypatch.setattr(faiss_gpu, "no_gpu", lambda: "there is no GPU")
     check_width(neighbours, probes, Here())
-    monkeypatch.setattr(search_module, "no_gpu", lambda: "")
+    monkeypatch.setattr(faiss_gpu, "no_gpu", lambda: "")
     check_width(2047, 2048, Here())
     with pytest.raises(ValueError, match=f"neighbours is {neighbours} .* at most 2047 and visits"):
         check_width(neighbours, probes, Here())
