@@ -9,7 +9,6 @@ import shlex
 import signal
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +81,7 @@ def build(
         settings = load_settings(config)
         given = {"init": init, "tokenizer": tokenizer}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = replace(settings, memory=replace(settings.memory, **chosen))
+        settings = settings.changed({"memory": chosen})
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")

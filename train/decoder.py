@@ -4,14 +4,13 @@ A memory compiled for another tokenizer is adapted if memory.tokenizer says so: 
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import tokenizer_fingerprint
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.datastore import check_isolation, load_model
@@ -130,7 +129,7 @@ def training_budget(
         f"memory: training {epochs:g} epochs, memory.transfer_fraction "
         f"{settings.transfer_fraction:g} of memory.epochs {settings.epochs:g}"
     )
-    return replace(settings, epochs=epochs)
+    return settings.changed(epochs=epochs)
 
 
 def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:

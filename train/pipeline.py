@@ -6,7 +6,6 @@ Every stage is a function of its settings and of finished artifacts; what is up 
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -131,7 +130,7 @@ def _build(
 
         build_corpus(settings.corpus, base, corpus, validation, work, progress, cluster)
 
-    blocks = stage("corpus", asdict(settings.corpus), inputs, make_corpus)
+    blocks = stage("corpus", settings.corpus.model_dump(), inputs, make_corpus)
 
     def keys(folder: Path) -> Any:
         from vllm_memdec.train.datastore import Keys
@@ -145,7 +144,7 @@ def _build(
 
     datastore = stage(
         "datastore",
-        asdict(settings.datastore),
+        settings.datastore.model_dump(),
         {"corpus": blocks.hash, "base": base_hash},
         make_datastore,
     )
@@ -155,7 +154,7 @@ def _build(
 
         build_index(settings.index, keys(datastore.path), budget, work, progress, cluster)
 
-    index_settings = asdict(settings.index)
+    index_settings = settings.index.model_dump()
     probes = index_settings.pop("probes")  # of the search: another value needs no other index
     index = stage("index", index_settings, {"datastore": datastore.hash}, make_index)
 
@@ -168,7 +167,7 @@ def _build(
 
     targets = stage(
         "targets",
-        asdict(settings.targets) | {"probes": probes},
+        settings.targets.model_dump() | {"probes": probes},
         {"datastore": datastore.hash, "index": index.hash},
         make_targets,
     )
@@ -182,12 +181,12 @@ def _build(
 
         trained = training_budget(settings.memory, base, progress.say)
         if trained.init != "base":
-            trained = replace(trained, init=os.path.abspath(trained.init))
+            trained = trained.changed(init=os.path.abspath(trained.init))
         if trained.tokenizer is not None:
-            trained = replace(trained, tokenizer=os.path.abspath(trained.tokenizer))
+            trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
         train_memory(trained, base, blocks.path, targets.path, work, progress, cluster)
 
-    memory_settings = asdict(settings.memory)
+    memory_settings = settings.memory.model_dump()
     memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
     if memory_settings.pop("tokenizer") is None:  # else its hash is an input
         memory_settings.pop("transfer_fraction")
@@ -200,7 +199,7 @@ def _build(
         artifacts = {"corpus": blocks, "targets": targets, "memory": memory}
         provenance = {
             "artifacts": {name: artifact.hash for name, artifact in artifacts.items()},
-            "settings": asdict(settings) | {"memory": memory_settings},
+            "settings": settings.model_dump() | {"memory": memory_settings},
         }
         export_memory(
             settings.export,
@@ -215,7 +214,7 @@ def _build(
 
     return stage(
         "export",
-        asdict(settings.export),
+        settings.export.model_dump(),
         {"memory": memory.hash, "corpus": blocks.hash, "targets": targets.hash, "base": base_hash},
         make_export,
     )
