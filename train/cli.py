@@ -46,6 +46,13 @@ ENVIRONMENT = {
 }
 
 
+SET = typer.Option(
+    "--set",
+    metavar="STAGE.NAME=VALUE",
+    help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
+)
+
+
 @app.callback()
 def memdec() -> None:
     """Memory Decoder: compile a corpus into a small model that vLLM serves beside any base."""
@@ -74,11 +81,13 @@ def build(
         str | None,
         typer.Option(help="Adapt --init to this tokenizer, the base's: a folder with its files."),
     ] = None,
+    assignments: Annotated[list[str] | None, SET] = None,
+    until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
     with explained(progress):
-        settings = load_settings(config)
+        settings = load_settings(config, assignments or ())
         given = {"init": init, "tokenizer": tokenizer}
         chosen = {name: value for name, value in given.items() if value is not None}
         settings = settings.changed({"memory": chosen})
@@ -86,9 +95,12 @@ def build(
 
         budget = parse_bytes(memory_budget, "--memory-budget")
         cluster = choose_cluster(ray_address, output)
-        export = run(base, corpus, output, settings, validation, progress, cluster, budget)
-        block = shlex.quote(json.dumps({"memdec": {"model": str(export.path)}}))
-        progress.say(f"The memory is {export.path}. Serve it beside its base:")
+        made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+        if until != "export":
+            progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
+            return
+        block = shlex.quote(json.dumps({"memdec": {"model": str(made.path)}}))
+        progress.say(f"The memory is {made.path}. Serve it beside its base:")
         progress.say(
             f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
         )
@@ -135,6 +147,7 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    assignments: Annotated[list[str] | None, SET] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
@@ -149,7 +162,7 @@ def plan(
             corpus,
             validation,
             tokens,
-            load_settings(config),
+            load_settings(config, assignments or ()),
             Path(work),
             progress,
             choose_cluster(ray_address, Path(work)),

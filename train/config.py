@@ -4,6 +4,8 @@ The defaults suit a small corpus; configs/wikitext103.yaml holds the paper's set
 """
 
 import difflib
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args
 
@@ -138,10 +140,15 @@ class Settings(BaseModel):
         return parse_settings(given | stages)
 
 
-def load_settings(path: Path | None) -> Settings:
-    """Return the settings of a YAML file, defaults for what it leaves out; MemdecError if wrong."""
+def load_settings(path: Path | None, assignments: Sequence[str] = ()) -> Settings:
+    """Return the settings of a YAML file, defaults for what it leaves out; MemdecError if wrong.
+
+    assignments: of --set, such as "memory.epochs=3"; they win over the file, a later one over an
+    earlier one.
+    """
+    changes = _assigned(assignments)
     if path is None:
-        return Settings()
+        return parse_settings(changes)
     import yaml
 
     if not path.is_file():
@@ -151,7 +158,27 @@ def load_settings(path: Path | None) -> Settings:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())
         raise MemdecError(f"{path} is not valid YAML ({what}): mend it.") from None
-    return parse_settings(values)
+    parsed = parse_settings(values)
+    return parsed.changed(changes) if changes else parsed
+
+
+def _assigned(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return {stage: {name: value}} of texts STAGE.NAME=VALUE, each value read as YAML."""
+    import yaml
+
+    changes: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        found = re.fullmatch(r"\s*([^.=]+?)\.([^.=]+?)\s*=(.*)", text, re.DOTALL)
+        if found is None:
+            raise MemdecError(
+                f"--set must be STAGE.NAME=VALUE, such as memory.epochs=3, got {text!r}."
+            )
+        stage, name, value = found.groups()
+        try:
+            changes.setdefault(stage, {})[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise MemdecError(f"--set {text}: the value is no YAML, put it in quotes.") from None
+    return changes
 
 
 def parse_settings(values: dict[str, Any]) -> Settings:

@@ -7,7 +7,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
@@ -37,14 +37,24 @@ def build(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
     budget: int = MEMORY_BUDGET,
-    until: Literal["targets", "export"] = "export",
+    until: str = "export",
 ) -> Artifact:
     """Compile a corpus into a memory under output/; return the last stage's artifact.
 
     cluster: where the work runs, by default in this process; budget: bytes a process may take for
-    what grows with the corpus; until: the last stage, "targets" for what memories are trained on.
+    what grows with the corpus; until: the last stage to make, one of STAGES.
     Raises MemdecError, in one sentence, for input or settings that cannot work.
+
+    >>> from pathlib import Path
+    >>> from vllm_memdec.train.config import parse_settings
+    >>> from vllm_memdec.train.pipeline import build
+    >>> settings = parse_settings({"corpus": {"block_tokens": 128}, "memory": {"layers": 1}})
+    >>> export = build("models/base", Path("corpus.jsonl"), Path("build/memory"), settings)
+    >>> export.path.name, export.manifest["stage"], len(export.hash)
+    ('export', 'export', 64)
     """
+    if until not in STAGES:
+        raise MemdecError(f"--until must be one of {', '.join(STAGES)}, got {until!r}.")
     progress = progress or Progress()
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
@@ -131,6 +141,8 @@ def _build(
         build_corpus(settings.corpus, base, corpus, validation, work, progress, cluster)
 
     blocks = stage("corpus", settings.corpus.model_dump(), inputs, make_corpus)
+    if until == "corpus":
+        return blocks
 
     def keys(folder: Path) -> Any:
         from vllm_memdec.train.datastore import Keys
@@ -149,6 +161,9 @@ def _build(
         make_datastore,
     )
 
+    if until == "datastore":
+        return datastore
+
     def make_index(work: Path) -> None:
         from vllm_memdec.train.index import build_index
 
@@ -157,6 +172,9 @@ def _build(
     index_settings = settings.index.model_dump()
     probes = index_settings.pop("probes")  # of the search: another value needs no other index
     index = stage("index", index_settings, {"datastore": datastore.hash}, make_index)
+
+    if until == "index":
+        return index
 
     def make_targets(work: Path) -> None:
         from vllm_memdec.train.index import Index
@@ -192,6 +210,9 @@ def _build(
         memory_settings.pop("transfer_fraction")
     memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}
     memory = stage("memory", memory_settings, memory_inputs, make_memory)
+
+    if until == "memory":
+        return memory
 
     def make_export(work: Path) -> None:
         from vllm_memdec.train.export import export_memory
