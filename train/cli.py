@@ -77,10 +77,10 @@ def build(
     init: Annotated[
         str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Adapt --init to this tokenizer, the base's: a folder with its files."),
-    ] = None,
+    adapt_tokenizer: Annotated[
+        bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
     assignments: Annotated[list[str] | None, SET] = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
 ) -> None:
@@ -88,9 +88,9 @@ def build(
     progress = Progress()
     with explained(progress):
         settings = load_settings(config, assignments or ())
-        given = {"init": init, "tokenizer": tokenizer}
+        given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = settings.changed({"memory": chosen})
+        settings = settings.changed({"memory": chosen}) if chosen else settings
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")

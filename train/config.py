@@ -25,6 +25,8 @@ from vllm_memdec.errors import MemdecError
 
 Model = TypeVar("Model", bound=BaseModel)
 
+# In place of the defaults, where a memory starts from trained weights (arXiv 2508.09874).
+PRETRAINED: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 15.0}
 BLOCKS = 4  # a forward pass, by default; on CUDA this number stands for more: see datastore.py
 
 
@@ -48,6 +50,10 @@ class StageSettings(BaseModel):
         given = {name: getattr(self, name) for name in self.model_fields_set}
         return _checked(type(self), given | changes)
 
+    def _given(self, name: str) -> bool:
+        """Return whether a setting was set, to something else than nothing."""
+        return name in self.model_fields_set and getattr(self, name) is not None
+
 
 class CorpusSettings(StageSettings):
     block_tokens: int = Field(512, ge=8, le=1 << 20)  # predicted tokens a block
@@ -64,6 +70,15 @@ class DatastoreSettings(StageSettings):
     batch_blocks: int = Field(BLOCKS, ge=1, le=1 << 16)  # a forward pass
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
 
+    @model_validator(mode="after")
+    def _uses_what_it_is_given(self) -> Self:
+        if self._given("layer_fraction") and self.key != "layer":
+            raise ValueError(
+                "datastore.layer_fraction is for datastore.key layer: set that as well, or leave "
+                "it out."
+            )
+        return self
+
     @property
     def key_layer(self) -> str | float:
         """Return the name of the key, or the share of the layers it is the output of."""
@@ -75,6 +90,14 @@ class IndexSettings(StageSettings):
     probes: int = Field(32, ge=1, le=1 << 20)  # inverted lists visited a query
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)
 
+    @model_validator(mode="after")
+    def _uses_what_it_is_given(self) -> Self:
+        if self._given("probes") and self.kind == "flat":
+            raise ValueError(
+                "index.probes is for inverted lists, which index.kind flat has not: leave it out."
+            )
+        return self
+
 
 class TargetSettings(StageSettings):
     neighbours: int = Field(256, ge=1, le=1 << 16)  # the paper's: 1024
@@ -85,14 +108,16 @@ class TargetSettings(StageSettings):
 
 class MemorySettings(StageSettings):
     init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
-    tokenizer: str | None = None  # folder of the base's, if init is to be adapted to it
+    adapt_tokenizer: StrictBool = False  # of init, to the base's: see vocabulary.py
+    tokenizer: str | None = None  # the same as it was written before: a folder of the base's
     # of the epochs, trained where init is adapted
     transfer_fraction: float = Field(0.1, ge=1e-6, le=1)
     # kept of the base; None: 4, or all of a base with fewer
     layers: int | None = Field(None, ge=1, le=1 << 10)
     beta: float = Field(0.5, ge=0, le=1)  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
+    # of init base, of a folder without weights, or adapted; else see PRETRAINED
     epochs: float = Field(20.0, ge=1e-6, le=1e6)
-    learning_rate: float = Field(1e-3, ge=1e-9, le=1)
+    learning_rate: float = Field(1e-3, ge=1e-9, le=1)  # likewise
     warmup_fraction: float = Field(0.05, ge=0, le=1)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"  # to a tenth, to 0, or level
     # steps between evaluations on validation text; None: none
@@ -110,10 +135,35 @@ class MemorySettings(StageSettings):
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)
 
     @model_validator(mode="after")
-    def _stops_by_evaluations(self) -> Self:
+    def _uses_what_it_is_given(self) -> Self:
         if self.early_stop and not self.evaluate_steps:
             raise ValueError("memory.early_stop needs memory.evaluate_steps: set that as well.")
+        if self.layers is not None and self.init != "base":
+            raise ValueError(
+                f"memory.layers cuts the base, but memory.init {self.init} keeps all its layers: "
+                "leave memory.layers out, or set it to null."
+            )
+        if self.adapts and self.init == "base":
+            raise ValueError(
+                "memory.adapt_tokenizer is for a memory that was compiled for another tokenizer: "
+                "give that memory with --init, or leave --adapt-tokenizer out."
+            )
+        if self._given("transfer_fraction") and not self.adapts:
+            raise ValueError(
+                "memory.transfer_fraction is for memory.adapt_tokenizer: set that as well, or "
+                "leave it out."
+            )
         return self
+
+    @property
+    def adapts(self) -> bool:
+        """Return whether init is to be adapted to the base's tokenizer."""
+        return self.adapt_tokenizer or self.tokenizer is not None
+
+    def pretrained(self) -> Self:
+        """Return a copy with the defaults for a memory that starts from trained weights."""
+        missing = PRETRAINED.keys() - self.model_fields_set
+        return self.changed(**{name: PRETRAINED[name] for name in missing})
 
 
 class ExportSettings(StageSettings):

@@ -48,7 +48,7 @@ def build(
     >>> from pathlib import Path
     >>> from vllm_memdec.train.config import parse_settings
     >>> from vllm_memdec.train.pipeline import build
-    >>> settings = parse_settings({"corpus": {"block_tokens": 128}, "memory": {"layers": 1}})
+    >>> settings = parse_settings({"corpus": {"block_tokens": 128}, "memory": {"epochs": 1}})
     >>> export = build("models/base", Path("corpus.jsonl"), Path("build/memory"), settings)
     >>> export.path.name, export.manifest["stage"], len(export.hash)
     ('export', 'export', 64)
@@ -104,12 +104,22 @@ def _build(
             )
         memory_inputs["init"] = model_hash(str(init), "memory.init or --init")
     if settings.memory.tokenizer is not None:
+        progress.say(
+            "--tokenizer FOLDER (memory.tokenizer) is now --adapt-tokenizer "
+            "(memory.adapt_tokenizer): a memory is always adapted to its base's."
+        )
+    if settings.memory.adapts:
         from vllm_memdec.checkpoint import tokenizer_fingerprint
         from vllm_memdec.train.corpus import load_tokenizer
 
         memory_inputs["tokenizer"] = tokenizer_fingerprint(
-            load_tokenizer(settings.memory.tokenizer)
+            load_tokenizer(settings.memory.tokenizer or base)
         )
+    if settings.memory.init != "base":
+        from vllm_memdec.train.decoder import with_defaults
+
+        memory_defaults = with_defaults(settings.memory, base, progress.say)
+        settings = settings.model_copy(update={"memory": memory_defaults})
     inputs = {"base": base_hash}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
@@ -206,7 +216,8 @@ def _build(
 
     memory_settings = settings.memory.model_dump()
     memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
-    if memory_settings.pop("tokenizer") is None:  # else its hash is an input
+    memory_settings.pop("adapt_tokenizer"), memory_settings.pop("tokenizer")
+    if not settings.memory.adapts:  # else the tokenizer's hash is an input
         memory_settings.pop("transfer_fraction")
     memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}
     memory = stage("memory", memory_settings, memory_inputs, make_memory)

@@ -2,13 +2,17 @@
 
 import doctest
 import json
+import shutil
 
 import pytest
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import pipeline as building
-from vllm_memdec.train.config import load_settings
+from vllm_memdec.train.config import MemorySettings, load_settings
+from vllm_memdec.train.decoder import with_defaults
 from vllm_memdec.train.pipeline import STAGES
+
+REBUILT = [f"{s}: building again, its settings or inputs changed" for s in ("memory", "export")]
 
 
 def test_assignments_win_over_the_file(tmp_path):
@@ -72,6 +76,41 @@ def test_a_plan_takes_assignments(pipeline, memdec_here, tmp_path):
     words = ["plan", "--base", pipeline.base, "--config", config, "--tokens", 5000]
     code, _, err = memdec_here(*words, "--set", "memory.epochs=many")
     assert code == 1 and "memory.epochs must be a number, got 'many'." in err
+
+
+def test_a_trained_memory_is_trained_on_gently(pipeline, build, tmp_path):
+    """The defaults depend on init, are said first, and make the manifest that set ones make."""
+    output = shutil.copytree(pipeline.output, tmp_path / "out")
+    init = shutil.copytree(output / "export", tmp_path / "init")
+
+    def run(**memory):
+        lines = build(pipeline.base, pipeline.corpus, output, {"memory": memory})
+        settings = json.loads((output / "memory/manifest.json").read_text())["settings"]
+        return lines, (settings["learning_rate"], settings["epochs"])
+
+    lines, used = run(init=str(init), epochs=1)
+    assert lines[0] == f"memory: {init} is trained already, so memory.learning_rate 0.0001"
+    assert used == (1e-4, 1)
+    lines, used = run(init=str(init), epochs=1, learning_rate=1e-4)
+    assert lines == [f"{stage}: up to date" for stage in STAGES]
+    lines, used = run()
+    assert used == (1e-3, 2) and [line for line in lines if "again" in line] == REBUILT
+
+
+def test_other_memories_keep_the_defaults(pipeline, tiny_model, tmp_path):
+    said = []
+    assert with_defaults(MemorySettings(), pipeline.base, said.append) == MemorySettings()
+    fresh = MemorySettings(init=str(tmp_path))  # a configuration alone
+    shutil.copy(f"{pipeline.base}/config.json", tmp_path)
+    assert with_defaults(fresh, pipeline.base, said.append) == fresh
+    adapted = MemorySettings(init=tiny_model("llama", tokenizer=3), adapt_tokenizer=True)
+    assert with_defaults(adapted, pipeline.base, said.append) == adapted
+    assert said == []
+    same = MemorySettings(init=pipeline.base, adapt_tokenizer=True)
+    found = with_defaults(same, pipeline.base, said.append)
+    assert (found.learning_rate, found.epochs) == (1e-4, 15)
+    usual = "is trained already, so memory.learning_rate 0.0001 and memory.epochs 15"
+    assert said == [f"memory: {pipeline.base} {usual}"]
 
 
 def test_the_example_of_the_python_api(pipeline, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import config
-from vllm_memdec.train.config import Settings, limits, load_settings, parse_settings
+from vllm_memdec.train.config import MemorySettings, Settings, limits, load_settings, parse_settings
 
 CONFIGS = Path(config.__file__).parent / "configs"
 
@@ -56,6 +56,12 @@ def test_defaults_are_within_their_ranges_and_every_number_has_one():
         ({"memory": {"seed": -1}}, "memory.seed must be between 0 and 2.14748e+09, got -1."),
         ({"memory": {"layers": 10**400}}, "memory.layers must be between 1 and 1024, got 1000"),
         ({"memory": {"early_stop": 3}}, "memory.early_stop needs memory.evaluate_steps: set that"),
+        ({"memory": {"layers": 2, "init": "folder"}}, "memory.layers cuts the base, but memory.in"),
+        ({"memory": {"transfer_fraction": 0.1}}, "memory.transfer_fraction is for memory.adapt_to"),
+        ({"memory": {"adapt_tokenizer": True}}, "memory.adapt_tokenizer is for a memory that was"),
+        ({"memory": {"tokenizer": "folder"}}, "memory.adapt_tokenizer is for a memory that was"),
+        ({"datastore": {"layer_fraction": 0.7}}, "datastore.layer_fraction is for datastore.key"),
+        ({"index": {"kind": "flat", "probes": 2}}, "index.probes is for inverted lists, which ind"),
         ({"datastore": {"keep_keys": 1}}, "datastore.keep_keys must be true or false, got 1."),
         ({"memory": {"init": 3}}, "memory.init must be text, got 3."),
         ({"index": {"kind": "hnsw"}}, "index.kind must be one of auto, flat, fp16, sq8, pq, got"),
@@ -128,3 +134,19 @@ def test_a_change_is_checked_as_a_file_is(change):
 def test_settings_cannot_be_written_to():
     with pytest.raises(ValueError, match="frozen"):
         Settings().memory.epochs = 3
+
+
+def test_what_is_set_to_nothing_is_not_in_the_way():
+    values = {"memory": {"layers": None, "init": "folder", "early_stop": None}}
+    assert parse_settings(values).memory.init == "folder"
+    both = {"init": "folder", "tokenizer": "base", "transfer_fraction": 0.2}
+    assert parse_settings({"memory": both}).memory.adapts
+    assert parse_settings({"datastore": {"key": "layer", "layer_fraction": 0.5}})
+
+
+def test_defaults_of_a_trained_memory_give_way_to_what_is_set():
+    found = MemorySettings(init="folder").pretrained()
+    assert (found.learning_rate, found.epochs) == (1e-4, 15)
+    found = MemorySettings(init="folder", epochs=20).pretrained()
+    assert (found.learning_rate, found.epochs) == (1e-4, 20)
+    assert found == MemorySettings(init="folder", epochs=20, learning_rate=1e-4)
