@@ -22,6 +22,7 @@ try:
     from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
@@ -46,6 +47,11 @@ ENVIRONMENT = {
 }
 
 
+TRUST = typer.Option(
+    "--trust-remote-code",
+    help="Run the Python code that a model's folder brings with it.",
+    callback=allow_code,  # for all that the command loads: it is never asked for on the way
+)
 SET = typer.Option(
     "--set",
     metavar="STAGE.NAME=VALUE",
@@ -83,6 +89,7 @@ def build(
     tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
     assignments: Annotated[list[str] | None, SET] = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
+    trust_remote_code: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
@@ -101,8 +108,9 @@ def build(
             return
         block = shlex.quote(json.dumps({"memdec": {"model": str(made.path)}}))
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
+        trust = " --trust-remote-code" if trust_remote_code else ""
         progress.say(
-            f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
+            f"vllm serve {shlex.quote(base)} --model-impl memdec{trust} --additional-config {block}"
         )
 
 
@@ -148,6 +156,7 @@ def plan(
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     assignments: Annotated[list[str] | None, SET] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
@@ -182,6 +191,7 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The build's base, to compare its answers with.")
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
@@ -220,6 +230,7 @@ def calibrate(
             "be given several times."
         ),
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -247,6 +258,7 @@ def explain(
     tokens: Annotated[
         int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
     ] = 16,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:

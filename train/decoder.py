@@ -14,6 +14,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.config import PRETRAINED, MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.datastore import check_isolation, load_model
+from vllm_memdec.train.trust import code_allowed
 from vllm_memdec.train.vocabulary import exchange, spelling, transfer
 
 DEFAULT_LAYERS = 4
@@ -156,7 +157,9 @@ def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
         model = load_model(folder, where=torch.device("cpu"), config=config)
     else:
         torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=code_allowed()
+        )
     if other_vocabulary(settings, base):
         rows = load_config(base).vocab_size
         exchange(model, load_tokenizer(folder), load_tokenizer(base), rows)

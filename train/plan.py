@@ -32,6 +32,7 @@ from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.targets import FIT_ROWS
 from vllm_memdec.train.text import corpus_files
 from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
+from vllm_memdec.train.trust import code_allowed
 
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
 HEAPS = 0.5  # the vocabulary in use grows as this power of the text
@@ -300,7 +301,9 @@ def base_parameters(base: str) -> int:
     from vllm_memdec.train.corpus import load_config
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(base))
+        model = AutoModelForCausalLM.from_config(
+            load_config(base), trust_remote_code=code_allowed()
+        )
     return sum(p.numel() for p in model.parameters())
 
 
