@@ -12,7 +12,7 @@ from vllm_memdec.train.config import MemorySettings, Settings, limits, load_sett
 CONFIGS = Path(config.__file__).parent / "configs"
 
 
-@pytest.mark.parametrize("name", ["tiny.yaml", "wikitext103.yaml"])
+@pytest.mark.parametrize("name", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_shipped_configs_parse(name):
     assert load_settings(CONFIGS / name) != Settings()
 
