@@ -6,10 +6,8 @@ resumed run repeats the undisturbed one, step for step.
 """
 
 import contextlib
-import json
 import math
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,16 +22,32 @@ from vllm_memdec.train.artifacts import LOGS, write_atomic
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device
+from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device, load_model
 from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.evaluate import label_logprobs, sampled_validation
+from vllm_memdec.train.evaluate import (
+    best_alpha,
+    label_logprobs,
+    mix,
+    perplexity,
+    sampled_validation,
+)
 from vllm_memdec.train.head import Candidates, logits_transform
+from vllm_memdec.train.metrics import (
+    CURVE,
+    METRICS,
+    judgement,
+    metrics_file,
+    plot_loss,
+    read_metrics,
+    stopped_early,
+)
 from vllm_memdec.train.progress import Progress
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"  # weights of the best evaluation, where training may stop early
 EVALUATION_TOKENS = 2**15
-METRICS, CURVE = "metrics.jsonl", "loss.png"  # in logs/; the curve is drawn last
+BASE = "base-logprobs.npy"  # of the validation text, computed once
+SCRATCH = (CHECKPOINT, BEST, BASE)  # in the working folder while training goes on
 
 
 def warmup_steps(steps: int, fraction: float) -> int:
@@ -129,6 +143,23 @@ def reduce_gradients(model: Any, sums: np.ndarray, world: World) -> np.ndarray:
     return total.cpu().numpy()
 
 
+def from_rank_0(value: Any, world: World) -> Any:
+    """Return rank 0's value on every training process."""
+    if world.size == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=device())
+    return values[0]
+
+
+def save_npy(path: Path, array: np.ndarray) -> None:
+    """Save an array under a name that need not end in .npy."""
+    with open(path, "wb") as file:
+        np.save(file, array)
+
+
 @dataclass
 class Training:
     """The training loop, run by one process or, on the same batches, by several side by side."""
@@ -143,6 +174,7 @@ class Training:
         """Train from the last checkpoint to the end; rank 0 writes weights, config and logs/."""
         settings, logs = self.settings, self.work / LOGS
         batches = Batches(settings, self.corpus, self.targets)
+        base_N = self.base_logprobs(world)
         model = build_memory(settings, self.base, batches.tokens.shape[1] - 1)
         model = model.to(device()).train()
         optimizer = new_optimizer(model, settings)
@@ -167,15 +199,15 @@ class Training:
                 began = time.monotonic()
                 row = self.step(model, optimizer, batches, step, world)
                 step += 1
-                row = {"step": step, **row, "rows_per_second": row["rows"] / seconds_since(began)}
+                row |= {"step": step, "tokens_per_second": row["rows"] / seconds_since(began)}
                 if not math.isfinite(row["kl"] + row["ce"]):
                     raise MemdecError(
                         f"the loss is no longer finite at step {step}: lower memory.learning_rate."
                     )
                 if settings.evaluate_steps and step % settings.evaluate_steps == 0:
-                    row["validation_ce"] = self.evaluate(model)
-                    best = row["validation_ce"] < min(evaluations, default=math.inf)
-                    evaluations.append(row["validation_ce"])
+                    row |= self.evaluate(model, base_N, world)
+                    best = judgement(row) < min(evaluations, default=(math.inf,))
+                    evaluations.append(judgement(row))
                     if best and settings.early_stop and world.rank == 0:
                         write_atomic(self.work / BEST, lambda p: torch.save(model.state_dict(), p))
                 write(row)
@@ -187,23 +219,52 @@ class Training:
                 model.load_state_dict(torch.load(self.work / BEST, weights_only=True))
             model.to(torch.float32).save_pretrained(self.work)
 
-    def evaluate(self, model: Any) -> float:
-        """Return the cross-entropy on validation blocks, nats a token; all processes compute it."""
+    def base_logprobs(self, world: World) -> np.ndarray | None:
+        """Return the base's log-probabilities [rows] of the validation text; None if not needed.
+
+        Rank 0 computes them, before the memory takes its room on the device, once: they are kept in
+        the working folder.
+        """
+        if self.settings.evaluate_steps is None or world.rank != 0:
+            return None
+        if not (self.work / BASE).exists():
+            tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
+            base = load_model(self.base, self.settings.dtype)
+            found = label_logprobs(base, tokens, positions, self.scored_blocks(tokens))
+            del base
+            write_atomic(self.work / BASE, lambda p: save_npy(p, found))
+        return np.load(self.work / BASE)
+
+    def scored_blocks(self, tokens: np.ndarray) -> int:
+        """Return how many of the validation blocks [B, T+1] a forward pass takes."""
+        most = self.settings.micro_batch_blocks
+        return blocks_at_once(most, tokens.shape[1] - 1, device(), EMBEDDED)
+
+    def evaluate(self, model: Any, base_N: np.ndarray | None, world: World) -> dict[str, float]:
+        """Return perplexities of the validation text, and alpha, at which the mixture's is least.
+
+        All processes run the memory; all get what rank 0 found, so that they stop at one step.
+        """
         tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
         model.eval()
-        batch = blocks_at_once(
-            self.settings.micro_batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
-        )
-        autocast = autocast_to(self.settings.dtype, model.device)
-        with autocast:
-            found = -label_logprobs(model, tokens, positions, batch).mean()
+        with autocast_to(self.settings.dtype, device()):
+            memory_N = label_logprobs(model, tokens, positions, self.scored_blocks(tokens))
         model.train()
-        return float(found)
+        found = {}
+        if base_N is not None:
+            alpha = best_alpha(base_N, memory_N)
+            found = {
+                "validation_base": perplexity(base_N),
+                "validation_memory": perplexity(memory_N),
+                "validation_mixture": perplexity(mix(base_N, memory_N, alpha)),
+                "validation_alpha": alpha,
+            }
+        return from_rank_0(found, world)
 
     def step(
         self, model: Any, optimizer: Any, batches: Batches, step: int, world: World
     ) -> dict[str, float]:
-        """Take one step of the optimiser; return KL and cross-entropy, means over its rows."""
+        """Take one step of the optimiser; return its metrics, losses as means over its rows."""
         settings = self.settings
         # Of dropout, which some models have.
         torch.manual_seed(batches.step_seed(step) + world.rank)
@@ -224,11 +285,21 @@ class Training:
         for micro, following in zip(micros, [*micros[1:], *after[:1], None], strict=False):
             sums += add_gradients(model, batches, micro, rows, candidates, settings, following)
         sums = reduce_gradients(model, sums, world)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         kl, ce = (sums / max(rows, 1)).tolist()
-        return {"kl": kl, "ce": ce, "rows": rows}
+        found = {
+            "kl": kl,
+            "ce": ce,
+            "rows": rows,
+            "epoch": (step + 1) * batches.size / len(batches.tokens),
+            "learning_rate": settings.learning_rate * factor,
+            "gradient_norm": float(norm),
+        }
+        if device().type == "cuda":
+            found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
 
     def micro_batches(self, batches: Batches, step: int, world: World) -> list[np.ndarray]:
         """Return the block numbers of a training process's forward passes of a step."""
@@ -245,50 +316,6 @@ def seconds_since(moment: float) -> float:
     return time.monotonic() - moment
 
 
-def stopped_early(evaluations: list[float], patience: int | None) -> bool:
-    """Tell whether the last `patience` evaluations brought none better than those before."""
-    if patience is None or len(evaluations) <= patience:
-        return False
-    return min(evaluations[-patience:]) >= min(evaluations[:-patience])
-
-
-def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, float]]:
-    """Return the metrics of the first steps, or of all; a line that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # a whole line has its end
-    return [json.loads(line) for line in lines[:steps]]
-
-
-@contextlib.contextmanager
-def metrics_file(
-    logs: Path, step: int, world: World
-) -> Iterator[tuple[Callable[[dict], None], list[float]]]:
-    """Yield (a function that records a step's metrics, evaluations so far), from `step` on.
-
-    They go to metrics.jsonl, a line a step, and to TensorBoard. What is recorded of later steps,
-    which a killed run did after its last checkpoint, is dropped.
-    """
-    rows = read_metrics(logs / METRICS, step)
-    evaluations = [row["validation_ce"] for row in rows if "validation_ce" in row]
-    if world.rank != 0:
-        yield lambda row: None, evaluations
-        return
-    from tensorboardX import SummaryWriter
-
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomic(logs / METRICS, lambda p: p.write_text(text))
-    board = SummaryWriter(str(logs / "tensorboard"), purge_step=step + 1)
-    with open(logs / METRICS, "a", buffering=1) as file, contextlib.closing(board):
-
-        def write(row: dict) -> None:
-            file.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step"}:
-                board.add_scalar(name, row[name], row["step"])
-
-        yield write, evaluations
-
-
 def train_memory(
     settings: MemorySettings,
     base: str,
@@ -302,7 +329,7 @@ def train_memory(
     logs = work / LOGS
     logs.mkdir(exist_ok=True)
     if (logs / CURVE).exists():  # killed just before the end
-        for name in (CHECKPOINT, BEST):
+        for name in SCRATCH:
             (work / name).unlink(missing_ok=True)
         return
     steps = Batches(settings, corpus, targets).steps
@@ -321,27 +348,5 @@ def train_memory(
     if len(metrics) < steps:
         progress.say(f"memory: stopped early after step {len(metrics)} of {steps}")
     write_atomic(logs / CURVE, lambda p: plot_loss(metrics, settings.beta, p))
-    for name in (CHECKPOINT, BEST):
+    for name in SCRATCH:
         (work / name).unlink(missing_ok=True)
-
-
-def plot_loss(metrics: list[dict[str, float]], beta: float, path: Path) -> None:
-    """Draw the two losses over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps = [row["step"] for row in metrics]
-    axes.plot(steps, [row["kl"] for row in metrics], label="KL(kNN || memory)")
-    axes.plot(steps, [row["ce"] for row in metrics], label="cross-entropy")
-    evaluated = [row for row in metrics if "validation_ce" in row]
-    if evaluated:
-        values = [row["validation_ce"] for row in evaluated]
-        axes.plot([row["step"] for row in evaluated], values, label="cross-entropy, validation")
-    axes.set(xlabel="step", ylabel="nats per token", title=f"memory training, beta = {beta:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)

@@ -19,6 +19,7 @@ from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.head import ALL, Candidates
+from vllm_memdec.train.metrics import stopped_early
 from vllm_memdec.train.progress import Progress
 
 BETA = 0.3  # not a half: a swap of the two terms would show
@@ -258,45 +259,91 @@ def train(pipeline, tiny_model, work, **changes):
     return lines, trainer.read_metrics(work / "logs/metrics.jsonl")
 
 
-def test_evaluation_is_the_cross_entropy_on_validation_text(pipeline, tiny_model, tmp_path):
+def validation(pipeline):
+    return (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
+
+
+def test_evaluation_is_of_the_mixture_that_is_served(pipeline, tiny_model, tmp_path):
     _, rows = train(pipeline, tiny_model, tmp_path / "a", evaluate_steps=3)
-    found = {row["step"]: row["validation_ce"] for row in rows if "validation_ce" in row}
+    found = {row["step"]: row for row in rows if "validation_mixture" in row}
     assert list(found) == [row["step"] for row in rows if row["step"] % 3 == 0]
     last = len(rows) - len(rows) % 3
     # To the last evaluation and no further: the weights it was made with.
     blocks = len(
         Batches(MemorySettings(), pipeline.output / "corpus", pipeline.output / "targets").tokens
     )
-    epochs = last * 4 / blocks
-    train(pipeline, tiny_model, tmp_path / "b", epochs=epochs, schedule="constant")
-    train(
-        pipeline,
-        tiny_model,
-        tmp_path / "c",
-        epochs=epochs,
-        schedule="constant",
-        evaluate_steps=last,
+    changes = {"epochs": last * 4 / blocks, "schedule": "constant"}
+    train(pipeline, tiny_model, tmp_path / "b", **changes)
+    train(pipeline, tiny_model, tmp_path / "c", **changes, evaluate_steps=last)
+    tokens, positions = validation(pipeline)
+    base_N, memory_N = (
+        label_logprobs(AutoModelForCausalLM.from_pretrained(folder), tokens, positions, 2)
+        for folder in (pipeline.base, tmp_path / "c")
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
-    tokens, positions = (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
-    log_p = label_logprobs(model, tokens, positions, 2)
-    value = trainer.read_metrics(tmp_path / "c/logs/metrics.jsonl")[-1]["validation_ce"]
-    assert value == pytest.approx(-log_p.mean(), abs=1e-5)
+    row = trainer.read_metrics(tmp_path / "c/logs/metrics.jsonl")[-1]
+    # Every weight in float64, without the code that is tested.
+    mixtures = {
+        a: np.exp(-np.log((1 - a) * np.exp(base_N) + a * np.exp(memory_N)).mean())
+        for a in np.arange(101) / 100
+    }
+    best = min(mixtures, key=mixtures.get)
+    assert row["validation_alpha"] == best
+    assert row["validation_mixture"] == pytest.approx(mixtures[best], rel=1e-5)
+    assert row["validation_base"] == pytest.approx(np.exp(-base_N.mean()), rel=1e-5)
+    assert row["validation_memory"] == pytest.approx(np.exp(-memory_N.mean()), rel=1e-5)
     b, c = (load_file(tmp_path / n / "model.safetensors") for n in "bc")
     assert all(torch.equal(b[name], c[name]) for name in b)  # looking changes nothing
+    assert not (tmp_path / "c" / trainer.BASE).exists()
 
 
-def test_early_stop_keeps_the_best_weights(pipeline, tiny_model, tmp_path):
+def test_the_base_is_scored_once(pipeline, tiny_model, tmp_path, monkeypatch):
+    """A resumed run reads what the run before it computed, and does not load the base."""
+    training, save = trainer.Training, trainer.write_atomic
+    monkeypatch.setattr(trainer, "load_model", lambda *_: pytest.fail("the base was loaded"))
+    out = pipeline.output
+    tokens, positions = validation(pipeline)
+    model = AutoModelForCausalLM.from_pretrained(pipeline.base)
+    known_N = label_logprobs(model, tokens, positions, 2) - 1  # another base than the folder's
+    tmp_path.mkdir(exist_ok=True)
+    save(tmp_path / trainer.BASE, lambda p: trainer.save_npy(p, known_N))
+    settings = MemorySettings(evaluate_steps=1)
+    work = training(settings, pipeline.base, out / "corpus", out / "targets", tmp_path)
+    assert np.array_equal(work.base_logprobs(World()), known_N)
+    assert work.base_logprobs(World(1, 2)) is None  # rank 0 mixes for all
+
+
+def test_every_step_records_what_it_was_taken_with(pipeline, tiny_model, tmp_path):
+    _, rows = train(pipeline, tiny_model, tmp_path, gradient_clip=1e-6)
+    steps = len(rows)
+    for number, row in enumerate(rows):
+        factor = trainer.learning_rate_factor(number, steps, 0.05)
+        assert row["learning_rate"] == pytest.approx(1e-3 * factor)
+        assert row["gradient_norm"] > 1e-6  # of before it was clipped
+        assert row["tokens_per_second"] > 0
+    assert rows[-1]["epoch"] == pytest.approx(1, abs=4 / 20)
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
+
+
+def test_a_young_memory_is_judged_by_its_own_perplexity():
+    """While the best weight is 0 the mixture stands still: that is no reason to stop."""
+    flat = [(30.0, 900.0), (30.0, 500.0), (30.0, 300.0)]
+    assert not stopped_early(flat, 2)
+    assert stopped_early([(30.0, 300.0), (30.0, 500.0), (30.0, 300.0)], 2)
+    # A memory that gets worse by itself may still serve better.
+    assert not stopped_early([(29.0, 300.0), (28.0, 310.0), (27.0, 320.0)], 2)
+
+
+def test_early_stop_keeps_the_weights_of_the_best_mixture(pipeline, tiny_model, tmp_path):
     """A rate far too high: validation gets worse, and what is kept is the best that was seen."""
     changes = {"evaluate_steps": 1, "early_stop": 2, "learning_rate": 0.5, "schedule": "constant"}
     lines, rows = train(pipeline, tiny_model, tmp_path, **changes)
-    seen = [row["validation_ce"] for row in rows]
-    best = int(np.argmin(seen))
+    seen = [(row["validation_mixture"], row["validation_memory"]) for row in rows]
+    best = seen.index(min(seen))
     assert len(seen) == best + 3  # two without a better one
     assert any("stopped early after step" in line for line in lines)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens, positions = (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
-    assert -label_logprobs(model, tokens, positions, 2).mean() == pytest.approx(min(seen), abs=1e-5)
+    memory = np.exp(-label_logprobs(model, *validation(pipeline), 2).mean())
+    assert memory == pytest.approx(min(seen)[1], rel=1e-4)
     assert not (tmp_path / trainer.BEST).exists()
 
 
