@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.kernels.head_loss import backpropagate
+from vllm_memdec.kernels.head_loss import head_loss
 from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.artifacts import LOGS, write_atomic
 from vllm_memdec.train.batches import Batches
@@ -108,7 +108,7 @@ def add_gradients(
     with autocast_to(settings.dtype, where):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
     layer = model.get_output_embeddings()
-    sums = backpropagate(
+    loss, sums = head_loss(
         trunk.last_hidden_state[mask],
         layer.weight,
         candidates.rank(labels),
@@ -120,7 +120,8 @@ def add_gradients(
         dtype=dtype,
         scale=1 / max(rows, 1),
     )
-    return torch.stack(sums).cpu().numpy()
+    loss.backward()
+    return sums.cpu().numpy()
 
 
 def reduce_gradients(model: Any, sums: np.ndarray, world: World) -> np.ndarray:
