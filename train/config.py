@@ -69,6 +69,8 @@ class MemorySettings:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
     sampled_negatives: int | None = None  # columns beside the corpus's own; None: all, see head.py
     checkpoint_seconds: float = 60.0
+    gradient_checkpointing: bool = False  # activations computed twice: slower, and far fewer bytes
+    parallel: Literal["replicate", "shard"] = "replicate"  # on several GPUs, see parallel.py
     seed: int = 42
 
 

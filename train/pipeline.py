@@ -188,7 +188,8 @@ def _build(
         train_memory(trained, base, blocks.path, targets.path, work, progress, cluster)
 
     memory_settings = asdict(settings.memory)
-    memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
+    for name in ("checkpoint_seconds", "gradient_checkpointing", "parallel"):
+        memory_settings.pop(name)  # changes nothing in the result
     if memory_settings.pop("tokenizer") is None:  # else its hash is an input
         memory_settings.pop("transfer_fraction")
     memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from vllm_memdec.kernels.head_loss import Columns
-from vllm_memdec.train import trainer
+from vllm_memdec.train import checkpoints, trainer
 from vllm_memdec.train.artifacts import write_atomic
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Here, World
@@ -20,6 +20,7 @@ from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.head import ALL, Candidates
 from vllm_memdec.train.metrics import stopped_early
+from vllm_memdec.train.parallel import Spread
 from vllm_memdec.train.progress import Progress
 
 BETA = 0.3  # not a half: a swap of the two terms would show
@@ -69,7 +70,7 @@ def test_gradient_equals_plain_autograd_of_the_dense_loss(pipeline, tiny_model, 
     assert len(packed) == 2 and rows > 50
     ours, plain = (AutoModelForCausalLM.from_pretrained(tiny_model(kind)).eval() for _ in range(2))
     for part in (blocks[:2], blocks[2:]):  # two micro-batches
-        trainer.add_gradients(ours, batches, part, rows, ALL, settings)
+        trainer.add_gradients(Spread(ours), batches, part, 1 / rows, ALL, settings)
     dense_gradients(plain, batches, blocks, rows)
     if kind != "llama":
         assert ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
@@ -92,7 +93,7 @@ def test_gradient_over_all_candidates_is_the_full_one_where_it_is_passed_on(pipe
         AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval() for _ in range(2)
     )
     sums = [
-        trainer.add_gradients(model, batches, blocks, rows, candidates, settings)
+        trainer.add_gradients(Spread(model), batches, blocks, 1 / rows, candidates, settings)
         for model, candidates in ((full, ALL), (part, every))
     ]
     assert np.allclose(sums[0], sums[1], rtol=1e-5)
@@ -116,39 +117,55 @@ def test_an_epoch_sees_every_block_once(pipeline):
 
 def test_what_is_read_ahead_is_what_is_loaded(pipeline, monkeypatch):
     _, batches = batches_of(pipeline)
-    first, second = np.arange(3), np.arange(3, 6)
+    first, second, third = np.arange(3), np.arange(3, 6), np.arange(6, 7)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     plain = batches.load(first, cpu)
     read, asked = batches.arrays, []
     monkeypatch.setattr(batches, "arrays", lambda blocks: asked.append(blocks[0]) or read(blocks))
-    batches.expect(first, cpu)
+    batches.expect([first, second], cpu)
     assert not asked  # a CPU has no core to spare
-    batches.expect(first, cuda)
+    batches.expect([first, second], cuda)
     *ahead, targets = batches.load(first, cpu)
-    assert asked == [0]
     for a, b in zip(ahead, plain, strict=False):
         assert torch.equal(a, b)
     assert all(
         torch.equal(a, b) for a, b in zip(targets.entries(), plain[-1].entries(), strict=True)
     )
-    batches.expect(first, cuda)  # and another is loaded
-    assert torch.equal(batches.load(second, cpu)[3], batches_of(pipeline)[1].load(second, cpu)[3])
+    batches.expect([second, third], cuda)
+    same = batches_of(pipeline)[1]
+    for blocks in (third, second):
+        assert torch.equal(batches.load(blocks, cpu)[3], same.load(blocks, cpu)[3])
+    assert sorted(asked) == [0, 3, 6]  # each once
+    batches.expect([first], cuda)
+    batches.expect([second], cuda)
+    assert len(batches.ahead) == 1  # what nobody came for is let go
 
 
 def test_a_micro_batch_is_followed_by_the_next_of_this_step_or_another(pipeline, tmp_path):
     settings, batches = batches_of(pipeline, batch_blocks=5, micro_batch_blocks=2)
     training = trainer.Training(settings, "", tmp_path, tmp_path, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(pipeline.base)
-    optimizer = trainer.new_optimizer(model, settings)
+    module = Spread(AutoModelForCausalLM.from_pretrained(pipeline.base))
+    optimizer = trainer.new_optimizer(module, settings)
     loaded, expected = [], []
     load = batches.load
     batches.load = lambda blocks, where: loaded.append(blocks.tolist()) or load(blocks, where)
-    batches.expect = lambda blocks, where: expected.append(blocks.tolist())
+    batches.expect = lambda coming, where: expected.append([blocks.tolist() for blocks in coming])
     for step in (0, 1, batches.steps - 1):
-        training.step(model, optimizer, batches, step, World())
+        training.step(module, optimizer, batches, step, World())
     assert [len(blocks) for blocks in loaded] == 3 * [2, 2, 1]
-    assert expected[:5] == loaded[1:6]
-    assert expected[6:] == loaded[7:]  # nothing follows the last
+    assert expected[0] == loaded[1:5]
+    assert [coming[0] for coming in expected[:5]] == loaded[1:6]
+    assert expected[6:] == [loaded[7:], loaded[8:], []]  # nothing follows the last
+
+
+def test_processes_have_as_many_passes_and_all_blocks_between_them(pipeline, tmp_path):
+    for size in (1, 2, 3, 5, 7):
+        settings, batches = batches_of(pipeline, batch_blocks=5, micro_batch_blocks=1)
+        training = trainer.Training(settings, "", tmp_path, tmp_path, tmp_path)
+        passes = [training.micro_batches(batches, 0, World(rank, size)) for rank in range(size)]
+        assert {len(p) for p in passes} == {-(-5 // size)}
+        blocks = np.concatenate([micro for p in passes for micro in p])
+        assert sorted(blocks) == sorted(batches.blocks(0))
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
@@ -196,7 +213,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     )  # fmt: skip
 
     def train(work, save=write_atomic):
-        monkeypatch.setattr(trainer, "write_atomic", save)
+        monkeypatch.setattr(checkpoints, "write_atomic", save)
         work.mkdir(exist_ok=True)
         trainer.train_memory(
             settings, tiny_model(kind), out / "corpus", out / "targets", work, Progress(), Here()
@@ -207,12 +224,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(
 
     def save_some(path, write):
         write_atomic(path, write)
-        saved.count += path.name == trainer.CHECKPOINT
-        if saved.count == 3:
+        saved.count += 1
+        if saved.count == 3:  # it is whole, and has no name yet
             raise Killed
 
     with pytest.raises(Killed):
         train(tmp_path / "broken", save_some)
+    assert checkpoints.saved_step(tmp_path / "broken") == 2
     torch.manual_seed(99)  # a new process starts with other random numbers
     train(tmp_path / "broken")
     whole, broken = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
@@ -226,7 +244,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(
         for n in ("whole", "broken")
     ]
     assert [r["kl"] for r in curves[0]] == [r["kl"] for r in curves[1]]
-    assert len(curves[0]) > 4 and not (tmp_path / "broken" / trainer.CHECKPOINT).exists()
+    assert len(curves[0]) > 4
+    left = {p.name for p in (tmp_path / "broken").iterdir()}
+    assert left == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert not left & set(trainer.SCRATCH)
 
 
 def test_finished_work_is_not_done_again(pipeline, tiny_model, tmp_path):
