@@ -20,6 +20,7 @@ it fits. Replicated: 27.5 GB + the same 32 GB: it fits, too. 8 B: sharded 16 GB 
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -63,13 +64,17 @@ def spread(memory: Any, settings: MemorySettings, world: World) -> torch.nn.Modu
         for part in module.modules():
             if isinstance(part, FSDPModule):  # a batch's rows are the divisor already
                 part.set_gradient_divide_factor(1.0)
+                part.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing
         return module
-    module = torch.nn.parallel.DistributedDataParallel(
-        module,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,  # else a second copy of the gradients
-        find_unused_parameters=True,  # experts that no token of a process went to
-    )
+    experts = any(name.endswith("experts") for name, _ in memory.named_modules())
+    with warnings.catch_warnings():  # torch 2.13 has another name for what 2.11 calls so
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        module = torch.nn.parallel.DistributedDataParallel(
+            module,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # else a second copy of the gradients
+            find_unused_parameters=experts,  # to which no token of a process may have gone
+        )
     module.register_comm_hook(None, _summed)
     return module
 

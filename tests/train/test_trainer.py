@@ -373,28 +373,3 @@ def test_schedules():
         rates = [trainer.learning_rate_factor(s, 100, 0.1, schedule) for s in range(100)]
         assert rates[9] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
         assert rates[-1] == pytest.approx(last)
-
-
-def two_processes(rank, training, folder):
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    training(World(rank, 2))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_as_one(pipeline, tiny_model, tmp_path, monkeypatch):
-    """The same batches, divided: gradients summed, losses of all rows."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # see users_loss, which they lack
-    _, one = train(pipeline, tiny_model, tmp_path / "one", batch_blocks=3)
-    out, work = pipeline.output, tmp_path / "two"
-    (work / "logs").mkdir(parents=True)
-    settings = MemorySettings(layers=1, epochs=1.0, batch_blocks=3, dtype="float32")
-    training = trainer.Training(
-        settings, tiny_model("llama"), out / "corpus", out / "targets", work
-    )
-    torch.multiprocessing.spawn(two_processes, (training, tmp_path), nprocs=2)
-    two = trainer.read_metrics(work / "logs/metrics.jsonl")
-    assert [row["rows"] for row in one] == [row["rows"] for row in two] and len(one) > 4
-    for name in ("kl", "ce"):
-        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)
