@@ -22,7 +22,6 @@ import itertools
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import data
@@ -114,7 +113,7 @@ def parts(module, optimizer, batches, blocks, settings):
 def measure(arguments, base, attention, compiled, blocks):
     """Return one row: what a step of so many blocks takes."""
     settings = MemorySettings(init=base, batch_blocks=blocks, micro_batch_blocks=blocks)
-    settings = replace(settings, gradient_checkpointing=arguments.checkpointing)
+    settings = settings.changed(gradient_checkpointing=arguments.checkpointing)
     batches = Packed(settings, blocks, arguments.tokens, SHAPES[arguments.shape]["vocab_size"])
     memory = arguments.memory
     memory.set_attn_implementation(attention)

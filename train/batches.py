@@ -67,7 +67,7 @@ class Batches:
         self.ahead: dict[bytes, Future] = {}  # what is being read, by its blocks
         self.reader = TargetReader(targets, self.rows, self.tokens.per_shard)
         self.seed = settings.seed
-        self.size = min(settings.batch_blocks, len(self.tokens))
+        self.size = min(settings.batch(len(self.tokens)), len(self.tokens))
         self.per_epoch = len(self.tokens) // self.size
         self.steps = max(1, round(settings.epochs * len(self.tokens) / self.size))
 

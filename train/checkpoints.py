@@ -18,7 +18,7 @@ import torch
 from vllm_memdec.train.artifacts import write_atomic
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-NEXT = "checkpoint.pt.tmp"  # swept when a run goes on
+NEXT = "checkpoint.next.pt"  # whole, but without its name yet
 BEST = "best.pt"  # weights of the best evaluation, where training may stop early
 STOP = "stop"  # asks the training to end with a checkpoint
 

@@ -68,7 +68,7 @@ from vllm_memdec.train.parallel import (
 from vllm_memdec.train.progress import Progress
 
 EVALUATION_TOKENS = 2**15
-BASE = "base-logprobs.npy"  # of the validation text, computed once
+BASE = "base.pt"  # its log-probabilities of the validation text, computed once
 SCRATCH = (
     CHECKPOINT,
     PREVIOUS,
@@ -158,12 +158,6 @@ def add_gradients(
     return sums
 
 
-def save_npy(path: Path, array: np.ndarray) -> None:
-    """Save an array under a name that need not end in .npy."""
-    with open(path, "wb") as file:
-        np.save(file, array)
-
-
 @dataclass
 class Training:
     """The training loop, run by one process or, on the same batches, by several side by side."""
@@ -244,8 +238,8 @@ class Training:
             base = load_model(self.base, self.settings.dtype)
             found = label_logprobs(base, tokens, positions, self.scored_blocks(tokens))
             del base
-            write_atomic(self.work / BASE, lambda p: save_npy(p, found))
-        return np.load(self.work / BASE)
+            write_atomic(self.work / BASE, lambda p: torch.save(torch.from_numpy(found), p))
+        return torch.load(self.work / BASE, weights_only=True).numpy()
 
     def scored_blocks(self, tokens: np.ndarray) -> int:
         """Return how many of the validation blocks [B, T+1] a forward pass takes."""
@@ -358,7 +352,13 @@ def train_memory(
         for name in SCRATCH:
             (work / name).unlink(missing_ok=True)
         return
-    steps = Batches(settings, corpus, targets).steps
+    batches = Batches(settings, corpus, targets)
+    steps, fed = batches.steps, batches.size
+    if fed < (workers := cluster.workers()):
+        progress.say(
+            f"memory: a step of {fed} blocks gives work to {fed} of {workers} processes: raise "
+            "memory.batch_blocks to use all of them"
+        )
     if done := saved_step(work):
         progress.say(f"memory: resuming at step {done} of {steps}")
     # Steps after the checkpoint are done again: they are not to be counted twice.

@@ -47,11 +47,10 @@ def runs(pipeline, tiny_model, tmp_path_factory):
     folder, out = tmp_path_factory.mktemp("runs"), pipeline.output
 
     def training(name, **changes):
-        settings = SETTINGS.__class__(**{**SETTINGS.__dict__, **changes})
         work = folder / name
         (work / "logs").mkdir(parents=True, exist_ok=True)
-        args = settings, tiny_model("qwen2"), out / "corpus", out / "targets", work
-        return trainer.Training(*args)
+        args = SETTINGS.changed(**changes), tiny_model("qwen2"), out / "corpus"
+        return trainer.Training(*args, out / "targets", work)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # see users_loss, which they lack

@@ -168,6 +168,20 @@ def test_processes_have_as_many_passes_and_all_blocks_between_them(pipeline, tmp
         assert sorted(blocks) == sorted(batches.blocks(0))
 
 
+def test_a_batch_grows_with_the_corpus_and_not_with_the_machine():
+    sizes = [MemorySettings().batch(blocks) for blocks in (1, 15_999, 16_000, 195_000, 10**9)]
+    assert sizes == [8, 8, 16, 128, 512]
+    assert MemorySettings(batch_blocks=3).batch(10**9) == 3
+
+
+def test_processes_that_get_no_block_are_told_of(pipeline, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Here, "workers", lambda self: 9)
+    lines, _ = train(pipeline, tiny_model, tmp_path / "few", batch_blocks=8, epochs=0.2)
+    assert any("gives work to 8 of 9 processes: raise memory.batch_blocks" in x for x in lines)
+    lines, _ = train(pipeline, tiny_model, tmp_path / "all", batch_blocks=9, epochs=0.2)
+    assert not any("gives work" in x for x in lines)
+
+
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
     rates = [trainer.learning_rate_factor(s, 100, 0.1) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1
@@ -326,7 +340,7 @@ def test_the_base_is_scored_once(pipeline, tiny_model, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(pipeline.base)
     known_N = label_logprobs(model, tokens, positions, 2) - 1  # another base than the folder's
     tmp_path.mkdir(exist_ok=True)
-    save(tmp_path / trainer.BASE, lambda p: trainer.save_npy(p, known_N))
+    save(tmp_path / trainer.BASE, lambda p: torch.save(torch.from_numpy(known_N), p))
     settings = MemorySettings(evaluate_steps=1)
     work = training(settings, pipeline.base, out / "corpus", out / "targets", tmp_path)
     assert np.array_equal(work.base_logprobs(World()), known_N)
