@@ -1,5 +1,11 @@
 """Training on two processes over gloo, replicated and sharded, against one process."""
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -84,3 +90,37 @@ def test_what_several_processes_left_is_gone_on_with_by_one(runs, pipeline, tiny
     args = SETTINGS, tiny_model("qwen2"), out / "corpus", out / "targets", work
     trainer.train_memory(*args, Progress(), Here())
     assert losses(work) == pytest.approx(losses(runs / "one"), rel=LOSS)
+
+
+def test_torchrun_builds_with_all_its_processes(pipeline, quick, tmp_path):
+    """Rank 0 makes the stages before and after; what it trains with the other equals one's."""
+    output, config = tmp_path / "out", tmp_path / "settings.json"
+    for stage in ("corpus", "datastore", "index", "targets"):
+        shutil.copytree(pipeline.output / stage, output / stage)
+    config.write_text(json.dumps(quick()))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    memdec = ["-m", "vllm_memdec.train.cli", "build", "--base", pipeline.base, "--config", config]
+    memdec += ["--corpus", pipeline.corpus, "--output", output, "--ray-address", "none"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [str(word) for word in launch + memdec],
+        env=environment | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("The memory is ") == 1  # said by rank 0 alone
+    assert done.stderr.count("up to date") == 4
+    ours, theirs = losses(output / "memory"), losses(pipeline.output / "memory")
+    assert ours == pytest.approx(theirs, rel=LOSS) and len(ours) > 20
+    weights = [load_file(o / "memory/model.safetensors") for o in (output, pipeline.output)]
+    assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])  # divided
+
+
+def test_torchrun_wants_no_ray(pipeline, tmp_path, memdec_here, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
+    words = ["--base", pipeline.base, "--corpus", pipeline.corpus, "--output", tmp_path / "out"]
+    code, _, err = memdec_here("build", *words)
+    assert code == 1 and "add --ray-address none" in err
