@@ -101,8 +101,10 @@ def build(
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
-        cluster = choose_cluster(ray_address, output)
-        made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+        with joined(ray_address, output) as cluster:
+            if cluster is None:  # the training of another process, to its end
+                return
+            made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
@@ -134,6 +136,22 @@ def choose_cluster(address: str, output: Path) -> Cluster:
     if address == "none":
         return Here()
     return RayCluster(None if address == "local" else address, shared=output.resolve())
+
+
+@contextlib.contextmanager
+def joined(address: str, output: Path) -> Iterator[Cluster | None]:
+    """Yield where the work runs; None in a process of torchrun that has done what was its to do."""
+    from vllm_memdec.train.torchrun import Torchrun, started
+
+    if not started():
+        yield choose_cluster(address, output)
+        return
+    if address != "none":
+        raise MemdecError("under torchrun the processes are there already: add --ray-address none.")
+    with contextlib.closing(Torchrun()) as processes:
+        if processes.world.rank:
+            processes.follow()
+        yield None if processes.world.rank else processes
 
 
 @app.command()
