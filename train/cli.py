@@ -8,7 +8,9 @@ import re
 import shlex
 import signal
 import tempfile
+import traceback
 from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -47,9 +49,21 @@ ENVIRONMENT = {
 }
 
 
+DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend show a traceback
+DEFECT = (
+    "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
+    "it: the lines above, the command, and the output of `pip list`."
+)
+
+
 @app.callback()
-def memdec() -> None:
+def memdec(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MEMDEC_DEBUG", help="Show where an error was raised.")
+    ] = False,
+) -> None:
     """Memory Decoder: compile a corpus into a small model that vLLM serves beside any base."""
+    DEBUG.set(debug)
 
 
 @app.command()
@@ -263,7 +277,10 @@ def check_report(path: Path | None, option: str = "--json") -> None:
 
 @contextlib.contextmanager
 def explained(progress: Progress) -> Iterator[None]:
-    """End the command with one sentence for an error a user can mend; let our defects through."""
+    """End the command with one sentence for an error a user can mend; defects keep their traceback.
+
+    With --debug, both show one.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -272,13 +289,19 @@ def explained(progress: Progress) -> Iterator[None]:
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None:
+            error.add_note(DEFECT)  # Python prints notes at the end
             raise
+        if DEBUG.get():
+            error.__suppress_context__ = False  # what a library said as well
+            traceback.print_exc()
         progress.say(f"memdec: {sentence}")
         raise typer.Exit(1) from None
 
 
 def sentence_of(error: Exception) -> str | None:
-    """Return one sentence for an error a user can mend, None for a defect of ours."""
+    """Return one sentence for an error a user can mend, None for a defect, ours or a library's."""
+    if isinstance(error, MemdecError):
+        return str(error)
     number = error.errno if isinstance(error, OSError) else None
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or not isinstance(error, ValueError) and any(text in str(error) for text in FULL):
@@ -293,9 +316,7 @@ def sentence_of(error: Exception) -> str | None:
         return f"{error.name} {INSTALL}"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission for {error.filename}: choose a place you may read or write."
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
-    return None
+    return None if number is None else str(error)
 
 
 def main() -> None:
