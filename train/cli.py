@@ -124,11 +124,14 @@ def parse_bytes(text: str, option: str) -> int:
     return size
 
 
-def choose_cluster(address: str, output: Path) -> Cluster:
-    """Return where the work runs: in this process, on this machine's Ray, or on a cluster."""
+def choose_cluster(address: str, shared: Path, option: str = "--output") -> Cluster:
+    """Return where the work runs: in this process, on this machine's Ray, or on a cluster.
+
+    shared: the folder that all nodes must see; option: what it is given by.
+    """
     if address == "none":
         return Here()
-    return RayCluster(None if address == "local" else address, shared=output.resolve())
+    return RayCluster(None if address == "local" else address, shared.resolve(), option)
 
 
 @app.command()
@@ -150,24 +153,34 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a sample, removed after: on a cluster, one that nodes share."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
     progress = Progress()
-    with explained(progress), tempfile.TemporaryDirectory(prefix="memdec-plan-") as work:
+    with explained(progress), contextlib.ExitStack() as stack:
         from vllm_memdec.train import plan as planning
         from vllm_memdec.train.artifacts import write_json
 
         check_report(json_file)
+        if work is not None and not work.is_dir():
+            raise MemdecError(f"{work} is no folder: create it, or check --work.")
+        sample = tempfile.TemporaryDirectory(prefix="memdec-plan-", dir=work)
+        folder = Path(stack.enter_context(sample))
         found = planning.plan(
             base,
             corpus,
             validation,
             tokens,
             load_settings(config),
-            Path(work),
+            folder,
             progress,
-            choose_cluster(ray_address, Path(work)),
+            choose_cluster(ray_address, folder, "--work"),
             parse_bytes(memory_budget, "--memory-budget"),
             gpu,
             gpus,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 from jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
 
 from vllm_memdec.errors import MemdecError
@@ -195,6 +196,21 @@ def test_a_folder_of_the_same_name_is_not_shared(machines, cluster, monkeypatch)
     with pytest.raises(MemdecError, match=f"does not see {machines.hidden}: give --work on"):
         list(cluster.map(Slow(0), range(2)))
     assert not list(machines.hidden.iterdir()) and not list(machines.shared.glob(".memdec*"))
+
+
+def test_a_plan_needs_a_folder_that_is_shared(
+    machines, cluster, folder, tiny_model, memdec_here, english, jsonl, quick
+):
+    cluster.crew.close()
+    corpus = jsonl(folder / "corpus.jsonl", english(40))
+    base = shutil.copytree(tiny_model("llama"), folder / "base")
+    (folder / "quick.yaml").write_text(yaml.safe_dump(quick()))
+    words = ["plan", "--base", base, "--corpus", corpus, "--config", folder / "quick.yaml"]
+    words += ["--ray-address", machines.address]
+    code, _, err = memdec_here(*words)
+    assert code == 1 and "give --work on storage that all nodes share" in err.splitlines()[-1]
+    code, _, err = memdec_here(*words, "--work", folder / "nowhere")
+    assert code == 1 and "nowhere is no folder: create it, or check --work." in err
 
 
 def test_machines_come_and_go(machines, cluster, folder):
