@@ -11,7 +11,6 @@ import tempfile
 import traceback
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +24,7 @@ try:
     from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
@@ -53,6 +53,16 @@ DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend
 DEFECT = (
     "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
     "it: the lines above, the command, and the output of `pip list`."
+)
+TRUST = typer.Option(
+    "--trust-remote-code",
+    help="Run the Python code that a model's folder brings with it.",
+    callback=allow_code,  # for all that the command loads: it is never asked for on the way
+)
+SET = typer.Option(
+    "--set",
+    metavar="STAGE.NAME=VALUE",
+    help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
 )
 
 
@@ -85,27 +95,34 @@ def build(
     init: Annotated[
         str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Adapt --init to this tokenizer, the base's: a folder with its files."),
-    ] = None,
+    adapt_tokenizer: Annotated[
+        bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
+    assignments: Annotated[list[str] | None, SET] = None,
+    until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
+    trust_remote_code: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
     with explained(progress):
-        settings = load_settings(config)
-        given = {"init": init, "tokenizer": tokenizer}
+        settings = load_settings(config, assignments or ())
+        given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = replace(settings, memory=replace(settings.memory, **chosen))
+        settings = settings.changed({"memory": chosen}) if chosen else settings
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
         cluster = choose_cluster(ray_address, output)
-        export = run(base, corpus, output, settings, validation, progress, cluster, budget)
-        block = shlex.quote(json.dumps({"memdec": {"model": str(export.path)}}))
-        progress.say(f"The memory is {export.path}. Serve it beside its base:")
+        made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+        if until != "export":
+            progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
+            return
+        block = shlex.quote(json.dumps({"memdec": {"model": str(made.path)}}))
+        progress.say(f"The memory is {made.path}. Serve it beside its base:")
+        trust = " --trust-remote-code" if trust_remote_code else ""
         progress.say(
-            f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
+            f"vllm serve {shlex.quote(base)} --model-impl memdec{trust} --additional-config {block}"
         )
 
 
@@ -153,6 +170,8 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    assignments: Annotated[list[str] | None, SET] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     work: Annotated[
         Path | None,
         typer.Option(
@@ -170,14 +189,14 @@ def plan(
         check_report(json_file)
         if work is not None and not work.is_dir():
             raise MemdecError(f"{work} is no folder: create it, or check --work.")
-        sample = tempfile.TemporaryDirectory(prefix="memdec-plan-", dir=work)
+        sample = tempfile.TemporaryDirectory(prefix="memdec-plan-", dir=work and work.resolve())
         folder = Path(stack.enter_context(sample))
         found = planning.plan(
             base,
             corpus,
             validation,
             tokens,
-            load_settings(config),
+            load_settings(config, assignments or ()),
             folder,
             progress,
             choose_cluster(ray_address, folder, "--work"),
@@ -197,6 +216,7 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The build's base, to compare its answers with.")
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
@@ -235,6 +255,7 @@ def calibrate(
             "be given several times."
         ),
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -262,6 +283,7 @@ def explain(
     tokens: Annotated[
         int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
     ] = 16,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.crew import TRIES, Crew, Process, alike, reason, slots
+from vllm_memdec.train.trust import VARIABLE, code_allowed
 from vllm_memdec.train.worker import Parted, World
 
 CONNECT_SECONDS = 10.0
@@ -117,6 +118,8 @@ class RayCluster:
                 "Ray is not installed: pip install 'vllm-memdec[train]', or use --ray-address none."
             ) from None
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if code_allowed() and self.address:  # another machine's workers inherit nothing from us
+            options["runtime_env"] = {"env_vars": {VARIABLE: "1"}}
         if not ray.is_initialized():
             if self.address is None:
                 # address="local": never join a cluster by chance, as RAY_ADDRESS would have it.

@@ -28,6 +28,7 @@ from vllm_memdec.train.config import CorpusSettings
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import Sharded, load_array, load_shard, save_array, shard_path
 from vllm_memdec.train.text import Piece, pieces, read_documents
+from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 SPLITS = ("train", "validation")
 TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
@@ -45,11 +46,12 @@ def load_tokenizer(folder: str) -> Any:
 
     unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
     except Exception as error:  # of any class: tokenizers and transformers check little
         if of_the_machine(error):
             raise
+        check_needs_no_code(folder, error)
         raise MemdecError(unreadable) from error
     if not usable:
         raise MemdecError(unreadable)
@@ -61,10 +63,11 @@ def load_config(folder: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
     except Exception as error:  # of any class, as above
         if of_the_machine(error):
             raise
+        check_needs_no_code(folder, error)
         raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
         raise MemdecError(f"{folder} is {config.model_type}, no text decoder: give another model.")

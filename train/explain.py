@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer

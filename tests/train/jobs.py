@@ -46,15 +46,15 @@ class Deadly:
 
 @dataclass
 class Slow:
-    """Returns the node on which it is, after some time."""
+    """Returns the item and the node on which it is, after some time."""
 
     seconds: float
 
-    def __call__(self, item: int) -> str:
+    def __call__(self, item: int) -> tuple[int, str]:
         import ray
 
         time.sleep(self.seconds)
-        return ray.get_runtime_context().get_node_id()
+        return item, ray.get_runtime_context().get_node_id()
 
 
 @dataclass
