@@ -9,6 +9,7 @@ import torch
 
 from vllm_memdec.gate import features
 from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
 
@@ -24,11 +25,14 @@ def label_logprobs(
     progress: Progress | None = None,
     name: str = "",
     gated_by: list[torch.Tensor] | None = None,
+    scored: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1].
 
     gated_by: if given, the features that a gate goes by, [., D + 2], are appended to it.
+    scored: the rows [B, T] in place of the valid ones, where positions run on across documents.
     """
+    scored = valid_rows(positions) if scored is None else scored
     where = model.device
     found = []
     with contextlib.ExitStack() as stack:
@@ -39,7 +43,7 @@ def label_logprobs(
         for start in range(0, len(tokens), batch):
             block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(where)
             position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
-            mask = torch.from_numpy(valid_rows(position.numpy())).to(where)
+            mask = torch.from_numpy(scored[start : start + batch]).to(where)
             h_ND = model.base_model(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
             ).last_hidden_state[mask]
@@ -62,6 +66,24 @@ def sampled_validation(corpus: Path, most_tokens: int) -> tuple[np.ndarray, np.n
     most = max(1, most_tokens // (tokens.shape[1] - 1))
     chosen = np.linspace(0, len(tokens) - 1, min(most, len(tokens))).astype(int)
     return tokens[chosen], positions[chosen]
+
+
+def validation_logprobs(
+    folder: str,
+    dtype: str,
+    corpus: Path,
+    most_tokens: int,
+    batch: int,
+    progress: Progress | None = None,
+    name: str = "the base",
+) -> np.ndarray:
+    """Return log p(next token) [rows] float64 of a model folder on sampled validation blocks.
+
+    The rows are those of label_logprobs(model, *sampled_validation(corpus, most_tokens), batch) for
+    any other model, so both can be mixed row by row. The model is loaded and let go of again.
+    """
+    model = load_model(folder, dtype)
+    return label_logprobs(model, *sampled_validation(corpus, most_tokens), batch, progress, name)
 
 
 def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float) -> np.ndarray:
