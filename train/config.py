@@ -18,6 +18,7 @@ BLOCKS = 4  # a forward pass, by default; on CUDA this number stands for more: s
 class CorpusSettings:
     block_tokens: int = 512  # predicted tokens a block
     validation_fraction: float = 0.05  # of the documents, unless a validation text is given
+    group: str | None = None  # a field of the rows: rows of one value are held out together
     shard_blocks: int = 64  # blocks a file of every stage, and the most that is done twice
 
 

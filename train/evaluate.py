@@ -86,8 +86,8 @@ def validation_logprobs(
     return label_logprobs(model, *sampled_validation(corpus, most_tokens), batch, progress, name)
 
 
-def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float) -> np.ndarray:
-    """Return log((1-alpha) p_base + alpha p_memory) [N] of log-probabilities."""
+def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float | np.ndarray) -> np.ndarray:
+    """Return log((1-alpha) p_base + alpha p_memory) [N]; alpha: one weight, or each row's [N]."""
     with np.errstate(divide="ignore"):
         return np.logaddexp(base_N + np.log1p(-alpha), memory_N + np.log(alpha))
 

@@ -209,7 +209,7 @@ def test_a_fresh_memory_of_another_architecture(pipeline, build, tiny_model, tmp
     shutil.copy(tiny_model("gpt2") + "/config.json", tmp_path)
     out = tmp_path / "out"
     changes = {"memory": {"init": str(tmp_path), "epochs": 0.2}, "export": {"dtype": "bfloat16"}}
-    build(pipeline.base, pipeline.corpus, out, changes, validation=pipeline.corpus)
+    build(pipeline.base, pipeline.corpus, out, changes)
     export = AutoModelForCausalLM.from_pretrained(out / "export", dtype="auto")
     assert type(export).__name__ == "GPT2LMHeadModel" and export.dtype == torch.bfloat16
     assert read_block(out / "export").base == pipeline.base.split("/")[-1]
