@@ -75,7 +75,9 @@ class MemorySettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
-    alpha: float | None = None  # None: calibrated on the validation text
+    alpha: float | None = None  # None: tuned on the validation text, for each length of context
+    # Of the longest requests that alpha is tuned on; None: as many as the text fills (windows.py)
+    context_tokens: int | None = None
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
@@ -116,6 +118,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "memory.checkpoint_seconds": (0, 1e9),
     "memory.seed": (0, (1 << 31) - 1),
     "export.alpha": (0, 1),
+    "export.context_tokens": (32, 1 << 20),
 }
 
 

@@ -24,17 +24,17 @@ def label_logprobs(
     batch: int,
     progress: Progress | None = None,
     name: str = "",
-    gated_by: list[torch.Tensor] | None = None,
+    features_NF: torch.Tensor | None = None,
     scored: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1].
 
-    gated_by: if given, the features that a gate goes by, [., D + 2], are appended to it.
+    features_NF: if given, what a gate goes by is written into it, a row of D + 3 for each.
     scored: the rows [B, T] in place of the valid ones, where positions run on across documents.
     """
     scored = valid_rows(positions) if scored is None else scored
     where = model.device
-    found = []
+    found, done = [], 0
     with contextlib.ExitStack() as stack:
         advance = None
         if progress is not None:
@@ -47,14 +47,15 @@ def label_logprobs(
             h_ND = model.base_model(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
             ).last_hidden_state[mask]
-            labels_N = block[:, 1:][mask]
+            rows = h_ND, block[:, 1:][mask], position[:, :-1].to(where)[mask]
             chunk = rows_at_once(model.config.vocab_size)
-            for h_PD, labels_P in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
+            for h_PD, labels_P, position_P in zip(*(r.split(chunk) for r in rows), strict=True):
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
                 found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
-                if gated_by is not None:
-                    gated_by.append(features(h_PD, logits_PV).cpu())
+                if features_NF is not None:
+                    features_NF[done : done + len(h_PD)] = features(h_PD, logits_PV, position_P)
+                done += len(h_PD)
             if advance is not None:
                 advance(len(block))
     return np.concatenate(found)

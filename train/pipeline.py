@@ -216,6 +216,7 @@ def _build(
             provenance,
             work,
             progress,
+            cluster,
         )
 
     return stage(
