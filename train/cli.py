@@ -9,7 +9,6 @@ import shlex
 import signal
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ try:
     from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
@@ -45,6 +45,18 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+TRUST = typer.Option(
+    "--trust-remote-code",
+    help="Run the Python code that a model's folder brings with it.",
+    callback=allow_code,  # for all that the command loads: it is never asked for on the way
+)
+SET = typer.Option(
+    "--set",
+    metavar="STAGE.NAME=VALUE",
+    help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
+)
 
 
 @app.callback()
@@ -71,27 +83,34 @@ def build(
     init: Annotated[
         str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Adapt --init to this tokenizer, the base's: a folder with its files."),
-    ] = None,
+    adapt_tokenizer: Annotated[
+        bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
+    assignments: Annotated[list[str] | None, SET] = None,
+    until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
+    trust_remote_code: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
     with explained(progress):
-        settings = load_settings(config)
-        given = {"init": init, "tokenizer": tokenizer}
+        settings = load_settings(config, assignments or ())
+        given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = replace(settings, memory=replace(settings.memory, **chosen))
+        settings = settings.changed({"memory": chosen}) if chosen else settings
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
         cluster = choose_cluster(ray_address, output)
-        export = run(base, corpus, output, settings, validation, progress, cluster, budget)
-        block = shlex.quote(json.dumps({"memdec": {"model": str(export.path)}}))
-        progress.say(f"The memory is {export.path}. Serve it beside its base:")
+        made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+        if until != "export":
+            progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
+            return
+        block = shlex.quote(json.dumps({"memdec": {"model": str(made.path)}}))
+        progress.say(f"The memory is {made.path}. Serve it beside its base:")
+        trust = " --trust-remote-code" if trust_remote_code else ""
         progress.say(
-            f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
+            f"vllm serve {shlex.quote(base)} --model-impl memdec{trust} --additional-config {block}"
         )
 
 
@@ -136,6 +155,8 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    assignments: Annotated[list[str] | None, SET] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
@@ -150,7 +171,7 @@ def plan(
             corpus,
             validation,
             tokens,
-            load_settings(config),
+            load_settings(config, assignments or ()),
             Path(work),
             progress,
             choose_cluster(ray_address, Path(work)),
@@ -170,6 +191,7 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The build's base, to compare its answers with.")
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
@@ -185,6 +207,12 @@ def verify(
             write_json(json_file, checking.report(artifact, found))
         if failed := [check for check in found if check.status == checking.FAILED]:
             raise MemdecError(f"{failed[0].name} failed: {failed[0].fix}")
+
+
+TEXTS = typer.Option(help="Text to read. May be given several times.")
+CONTEXT = typer.Option(
+    min=32, help="Tokens of the longest contexts; default: as many as the text fills, up to 4096."
+)
 
 
 @app.command()
@@ -208,6 +236,8 @@ def calibrate(
             "be given several times."
         ),
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
+    context: Annotated[int | None, CONTEXT] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -218,16 +248,10 @@ def calibrate(
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
-        found = gate.calibrate_gate(str(memory), str(base), texts, progress)
+        found = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
         gate_report.show(found, Console())
         if json_file is not None:
             write_json(json_file, found)
-
-
-TEXTS = typer.Option(help="Text to read. May be given several times.")
-CONTEXT = typer.Option(
-    min=32, help="Tokens of the longest contexts; default: as many as the text fills, up to 4096."
-)
 
 
 @app.command()
@@ -240,6 +264,7 @@ def evaluate(
     ] = None,
     context: Annotated[int | None, CONTEXT] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compare base, memory and mixture on text: perplexity, also by length of context."""
     progress = Progress()
@@ -261,6 +286,7 @@ def alpha(
     text: Annotated[list[Path], TEXTS],
     context: Annotated[int | None, CONTEXT] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
 ) -> None:
     """Tune the memory's weight for another base, on text of the domain that it has not learnt."""
     progress = Progress()
@@ -286,6 +312,7 @@ def explain(
     tokens: Annotated[
         int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
     ] = 16,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
