@@ -262,6 +262,26 @@ def test_a_broken_table_stops_the_start(models, start, tmp_path, table, sentence
         start({"model": str(folder)})
 
 
+def test_weights_by_context_of_a_server(models, tmp_path):
+    """`memdec alpha` prints them for another base: they take the place of the memory's own."""
+    from vllm_memdec.config import MemoryConfig
+
+    table = [[0, 0.5], [256, 0.1]]
+    for name in ("law", "steps"):
+        found = MemoryConfig.parse("m", {"model": models[name], "alpha_by_context": table})
+        assert (found.alpha, found.gate, found.alpha_by_context) == ("auto", False, table)
+    found = MemoryConfig.parse("m", {"model": models["steps"], "alpha": 0.3})
+    assert found.alpha == 0.3 and found.alpha_by_context == STEPS  # for requests that say "auto"
+    for more, sentence in (
+        ({"gate": True}, "takes the place of a gate"),
+        ({"alpha_by_context": [[5, 0.1]]}, "pairs from 0 on"),
+        ({"alpha_by_context": "auto"}, "must be of type list"),
+    ):
+        settings = {"model": models["law"], "alpha_by_context": table} | more
+        with pytest.raises(ValueError, match=sentence):
+            MemoryConfig.parse("m", settings)
+
+
 def test_a_weight_that_is_asked_for_is_no_cap():
     choices = Choices({"steps": "auto", "law": "auto"}, "steps", {"law"}, by_context={"steps"})
     found = [choices.resolve(args)[1] for args in (
