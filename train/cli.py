@@ -252,6 +252,12 @@ def verify(
             raise MemdecError(f"{failed[0].name} failed: {failed[0].fix}")
 
 
+TEXTS = typer.Option(help="Text to read. May be given several times.")
+CONTEXT = typer.Option(
+    min=32, help="Tokens of the longest contexts; default: as many as the text fills, up to 4096."
+)
+
+
 @app.command()
 def calibrate(
     memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
@@ -274,18 +280,66 @@ def calibrate(
         ),
     ] = None,
     trust_remote_code: Annotated[bool, TRUST] = False,
+    context: Annotated[int | None, CONTEXT] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import gate
+        from vllm_memdec.train import gate, gate_report
         from vllm_memdec.train.artifacts import write_json
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
-        found = gate.calibrate_gate(str(memory), str(base), texts, progress)
-        gate.show(found, Console())
+        found = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
+        gate_report.show(found, Console())
+        if json_file is not None:
+            write_json(json_file, found)
+
+
+@app.command()
+def evaluate(
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
+    base: Annotated[Path, typer.Option(help="Folder of a base that it serves.")],
+    text: Annotated[list[Path], TEXTS],
+    alpha: Annotated[
+        float | None, typer.Option(help="Weight of the memory; default: its own.")
+    ] = None,
+    context: Annotated[int | None, CONTEXT] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
+) -> None:
+    """Compare base, memory and mixture on text: perplexity, also by length of context."""
+    progress = Progress()
+    with explained(progress):
+        from vllm_memdec.train import compare
+        from vllm_memdec.train.artifacts import write_json
+
+        check_report(json_file)
+        found = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
+        compare.show(found, Console())
+        if json_file is not None:
+            write_json(json_file, found)
+
+
+@app.command()
+def alpha(
+    memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
+    base: Annotated[Path, typer.Option(help="Folder of the base to tune it for.")],
+    text: Annotated[list[Path], TEXTS],
+    context: Annotated[int | None, CONTEXT] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
+) -> None:
+    """Tune the memory's weight for another base, on text of the domain that it has not learnt."""
+    progress = Progress()
+    with explained(progress):
+        from vllm_memdec.train import compare
+        from vllm_memdec.train.artifacts import write_json
+
+        check_report(json_file)
+        found = compare.best_weights(str(memory), str(base), text, progress, context)
+        compare.show_weights(found, Console())
         if json_file is not None:
             write_json(json_file, found)
 
