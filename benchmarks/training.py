@@ -19,7 +19,6 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import data
@@ -33,6 +32,7 @@ from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.datastore import device
 from vllm_memdec.train.decoder import build_memory
+from vllm_memdec.train.parallel import Spread
 from vllm_memdec.train.trainer import add_gradients
 
 ACCEPTED = 1.8
@@ -49,6 +49,7 @@ class RandomBatches(Batches):
         self.used = np.unique(self.tokens)
         self.reader = self  # of targets
         self.seed, self.size, self.per_epoch = settings.seed, settings.batch_blocks, 1
+        self.ahead = {}
 
     def read(self, block, labels):
         """Return (row lengths, ids, probabilities) of a block; the label is one of a row's ids."""
@@ -59,16 +60,17 @@ class RandomBatches(Batches):
         return np.full(len(labels), PER_ROW), ids.ravel(), (p / p.sum(1, keepdims=True)).ravel()
 
 
-def dense_gradients(model, batches, blocks, rows, _candidates, settings):
+def dense_gradients(module, batches, blocks, scale, _candidates, settings):
     """trainer.add_gradients with dense targets and autograd."""
-    tokens, positions, mask, labels_N, targets = batches.load(blocks, device())
+    model = module.memory
+    tokens, positions, places, labels_N, targets = batches.load(blocks, device())
     target_NV = dense_targets(targets, len(labels_N), model.config.vocab_size)
     with torch.autocast(device().type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-        logits_NV = model.lm_head(trunk.last_hidden_state[mask])
+        logits_NV = model.lm_head(trunk.last_hidden_state.flatten(0, 1)[places])
     kl, ce = losses(logits_NV, labels_N, target_NV)
-    ((settings.beta * kl + (1 - settings.beta) * ce) / rows).backward()
-    return torch.stack([kl, ce]).double().detach().cpu().numpy()
+    ((settings.beta * kl + (1 - settings.beta) * ce) * scale).backward()
+    return torch.stack([kl, ce]).double().detach()
 
 
 class Run:
@@ -78,6 +80,7 @@ class Run:
         self.gradients, self.settings, self.batches = gradients, settings, batches
         model = build_memory(settings, base, batches.tokens.shape[1] - 1)
         self.model = model.to(device()).train()
+        self.module = Spread(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
         )
@@ -94,7 +97,8 @@ class Run:
         sums = np.zeros(2)
         size = self.settings.micro_batch_blocks
         for micro in (blocks[i : i + size] for i in range(0, len(blocks), size)):
-            sums += self.gradients(self.model, self.batches, micro, rows, candidates, self.settings)
+            how = (1 / rows, candidates, self.settings)
+            sums += self.gradients(self.module, self.batches, micro, *how).cpu().numpy()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -132,18 +136,18 @@ def main() -> None:
     if arguments.shape:
         # From a configuration alone: random weights of all its layers.
         arguments.base = str(make_shape(arguments.shape, data.BUILD / "shapes"))
-        settings = replace(settings, init=arguments.base, layers=None)
+        settings = settings.changed(init=arguments.base, layers=None)
         known = SHAPES[arguments.shape]["vocab_size"]
         batches = RandomBatches(settings, arguments.blocks, arguments.tokens, known)
     else:
         batches = Batches(settings, arguments.data / "corpus", arguments.data / "targets")
-    sampled = replace(settings, sampled_negatives=arguments.sampled)
+    sampled = settings.changed(sampled_negatives=arguments.sampled)
     runs = {
         "dense": Run(dense_gradients, settings, arguments.base, batches),
         "exact": Run(add_gradients, settings, arguments.base, batches),
         "sampled": Run(add_gradients, sampled, arguments.base, batches),
     }
-    full = replace(settings, dtype="float32")
+    full = settings.changed(dtype="float32")
     reference = Run(dense_gradients, full, arguments.base, batches)
     origin = provenance("torch", "transformers")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))

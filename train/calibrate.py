@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -36,8 +36,8 @@ from vllm_memdec.train.datastore import (
 from vllm_memdec.train.decoder import build_memory, memory_config
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.exact import nearest
-from vllm_memdec.train.export import SCORE_BLOCKS
 from vllm_memdec.train.index import CODE_SAMPLE, POINTS_PER_LIST, PQ_KEYS, shape
+from vllm_memdec.train.parallel import spread
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.rates import Rates
 from vllm_memdec.train.search import time_search
@@ -48,7 +48,7 @@ from vllm_memdec.train.trainer import Training, new_optimizer
 
 SAMPLE_BYTES = 2**23  # of text
 EMBED_SECONDS = 12.0
-SCORED_BLOCKS = 8
+SCORED_BLOCKS, SCORE_BLOCKS = 8, 4  # and of these at once
 QUERIES = 2048  # whose search is timed
 SEARCHED_ROWS = 256  # that targets to train on are made of
 STORAGE_BYTES = 1 << 26  # written and read, for the speed of the disk
@@ -248,8 +248,8 @@ class TrainingProbe:
             self.work / "targets",
         )
         model = build_memory(settings, self.base, self.settings.corpus.block_tokens)
-        model = model.to(device()).train()
-        optimizer = new_optimizer(model, settings)
+        module = spread(model.to(device()).train(), settings, world)
+        optimizer = new_optimizer(module, settings)
         found = {"build_memory": time.perf_counter() - began}
         for name, sampled in (("step", None), ("sampled_step", settings.sampled_negatives)):
             if name == "sampled_step" and sampled is None:
@@ -257,7 +257,7 @@ class TrainingProbe:
                 continue
             training = Training(
                 # Warm-up steps take the whole vocabulary: one of them, or all.
-                replace(settings, sampled_negatives=sampled, warmup_fraction=0, epochs=1e3),
+                settings.changed(sampled_negatives=sampled, warmup_fraction=0, epochs=1e3),
                 self.base,
                 corpus,
                 targets,
@@ -266,7 +266,7 @@ class TrainingProbe:
             batches, spent = Batches(training.settings, corpus, targets), []
             for step in range(1, STEPS + 2):
                 started = time.perf_counter()
-                rows = training.step(model, optimizer, batches, step, world)["rows"]
+                rows = training.step(module, optimizer, batches, step, world)["rows"]
                 spent.append((time.perf_counter() - started) / rows)
             found[name] = statistics.median(spent[1:])
         if world.rank:
@@ -337,7 +337,7 @@ def calibrate(
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
             build_corpus(settings.corpus, base, sample, None, blocks, quiet, cluster)
-        except ValueError as error:  # of the text, which is the user's, not the sample's
+        except MemdecError as error:  # of the text, which is the user's, not the sample's
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))

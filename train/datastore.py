@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_memdec.errors import MemdecError
+from vllm_memdec.errors import MemdecError, of_the_machine, said_by
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import BLOCKS, DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 # Tokens a forward pass on CUDA, by arithmetic for an H100 (not measured). transformers launches a
 # layer's forward pass in about 0.6 ms. The 24 layers of a 0.5B base take 14 ms to launch; on 2,048
@@ -67,17 +68,22 @@ def load_model(
 
     config: in place of the folder's own; it may leave out layers, but nothing may be missing.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=code_allowed(),
         )
-    # ImportError: of what a quantised model would need
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from None
+    except Exception as error:  # of any class, for instance of what a quantised model would need
+        if of_the_machine(error):
+            raise
+        check_needs_no_code(folder, error)
+        what = said_by(error)
+        raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from error
     if report["missing_keys"]:  # transformers would go on with random numbers
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."

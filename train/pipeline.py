@@ -6,9 +6,8 @@ Every stage is a function of its settings and of finished artifacts; what is up 
 import functools
 import os
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
@@ -38,14 +37,24 @@ def build(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
     budget: int = MEMORY_BUDGET,
-    until: Literal["targets", "export"] = "export",
+    until: str = "export",
 ) -> Artifact:
     """Compile a corpus into a memory under output/; return the last stage's artifact.
 
     cluster: where the work runs, by default in this process; budget: bytes a process may take for
-    what grows with the corpus; until: the last stage, "targets" for what memories are trained on.
+    what grows with the corpus; until: the last stage to make, one of STAGES.
     Raises MemdecError, in one sentence, for input or settings that cannot work.
+
+    >>> from pathlib import Path
+    >>> from vllm_memdec.train.config import parse_settings
+    >>> from vllm_memdec.train.pipeline import build
+    >>> settings = parse_settings({"corpus": {"block_tokens": 128}, "memory": {"epochs": 1}})
+    >>> export = build("models/base", Path("corpus.jsonl"), Path("build/memory"), settings)
+    >>> export.path.name, export.manifest["stage"], len(export.hash)
+    ('export', 'export', 64)
     """
+    if until not in STAGES:
+        raise MemdecError(f"--until must be one of {', '.join(STAGES)}, got {until!r}.")
     progress = progress or Progress()
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
@@ -95,18 +104,33 @@ def _build(
             )
         memory_inputs["init"] = model_hash(str(init), "memory.init or --init")
     if settings.memory.tokenizer is not None:
+        progress.say(
+            "--tokenizer FOLDER (memory.tokenizer) is now --adapt-tokenizer "
+            "(memory.adapt_tokenizer): a memory is always adapted to its base's."
+        )
+    if settings.memory.adapts:
         from vllm_memdec.checkpoint import tokenizer_fingerprint
         from vllm_memdec.train.corpus import load_tokenizer
 
         memory_inputs["tokenizer"] = tokenizer_fingerprint(
-            load_tokenizer(settings.memory.tokenizer)
+            load_tokenizer(settings.memory.tokenizer or base)
         )
+    if settings.memory.init != "base":
+        from vllm_memdec.train.decoder import with_defaults
+
+        memory_defaults = with_defaults(settings.memory, base, progress.say)
+        settings = settings.model_copy(update={"memory": memory_defaults})
     inputs = {"base": base_hash}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
             inputs[name] = text_hash(path)
             if others := corpus_files(path)[1]:
                 progress.say(f"{name}: files in {path} that are no text and left out: {others}")
+    if inputs.get("validation") == inputs["corpus"]:
+        raise MemdecError(
+            "--validation is the text of --corpus, which the memory learns by heart: give text "
+            "that it does not see, or leave --validation out."
+        )
 
     @functools.cache
     def check_memory() -> None:
@@ -134,7 +158,9 @@ def _build(
 
         build_corpus(settings.corpus, base, corpus, validation, work, progress, cluster)
 
-    blocks = stage("corpus", asdict(settings.corpus), inputs, make_corpus)
+    blocks = stage("corpus", settings.corpus.model_dump(), inputs, make_corpus)
+    if until == "corpus":
+        return blocks
 
     def keys(folder: Path) -> Any:
         from vllm_memdec.train.datastore import Keys
@@ -148,19 +174,25 @@ def _build(
 
     datastore = stage(
         "datastore",
-        asdict(settings.datastore),
+        settings.datastore.model_dump(),
         {"corpus": blocks.hash, "base": base_hash},
         make_datastore,
     )
+
+    if until == "datastore":
+        return datastore
 
     def make_index(work: Path) -> None:
         from vllm_memdec.train.index import build_index
 
         build_index(settings.index, keys(datastore.path), budget, work, progress, cluster)
 
-    index_settings = asdict(settings.index)
+    index_settings = settings.index.model_dump()
     probes = index_settings.pop("probes")  # of the search: another value needs no other index
     index = stage("index", index_settings, {"datastore": datastore.hash}, make_index)
+
+    if until == "index":
+        return index
 
     def make_targets(work: Path) -> None:
         from vllm_memdec.train.search import Index
@@ -171,7 +203,7 @@ def _build(
 
     targets = stage(
         "targets",
-        asdict(settings.targets) | {"probes": probes},
+        settings.targets.model_dump() | {"probes": probes},
         {"datastore": datastore.hash, "index": index.hash},
         make_targets,
     )
@@ -185,17 +217,25 @@ def _build(
 
         trained = training_budget(settings.memory, base, progress.say)
         if trained.init != "base":
-            trained = replace(trained, init=os.path.abspath(trained.init))
+            trained = trained.changed(init=os.path.abspath(trained.init))
         if trained.tokenizer is not None:
-            trained = replace(trained, tokenizer=os.path.abspath(trained.tokenizer))
+            trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
         train_memory(trained, base, blocks.path, targets.path, work, progress, cluster)
 
-    memory_settings = asdict(settings.memory)
-    memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
-    if memory_settings.pop("tokenizer") is None:  # else its hash is an input
+    from vllm_memdec.train.corpus import load_rows
+
+    memory_settings = settings.memory.model_dump()
+    for name in ("checkpoint_seconds", "gradient_checkpointing", "parallel"):
+        memory_settings.pop(name)  # changes nothing in the result
+    memory_settings["batch_blocks"] = settings.memory.batch(len(load_rows(blocks.path, "train")))
+    memory_settings.pop("adapt_tokenizer"), memory_settings.pop("tokenizer")
+    if not settings.memory.adapts:  # else the tokenizer's hash is an input
         memory_settings.pop("transfer_fraction")
     memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}
     memory = stage("memory", memory_settings, memory_inputs, make_memory)
+
+    if until == "memory":
+        return memory
 
     def make_export(work: Path) -> None:
         from vllm_memdec.train.export import export_memory
@@ -203,7 +243,7 @@ def _build(
         artifacts = {"corpus": blocks, "targets": targets, "memory": memory}
         provenance = {
             "artifacts": {name: artifact.hash for name, artifact in artifacts.items()},
-            "settings": asdict(settings) | {"memory": memory_settings},
+            "settings": settings.model_dump() | {"memory": memory_settings},
         }
         export_memory(
             settings.export,
@@ -214,11 +254,12 @@ def _build(
             provenance,
             work,
             progress,
+            cluster,
         )
 
     return stage(
         "export",
-        asdict(settings.export),
+        settings.export.model_dump(),
         {"memory": memory.hash, "corpus": blocks.hash, "targets": targets.hash, "base": base_hash},
         make_export,
     )

@@ -21,6 +21,7 @@ from vllm_memdec.train.calibrate import calibrate, count_tokens
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import Settings
 from vllm_memdec.train.datastore import TRAINED
+from vllm_memdec.train.decoder import with_defaults
 from vllm_memdec.train.export import CALIBRATION_TOKENS
 from vllm_memdec.train.index import (
     CODE_SAMPLE,
@@ -243,8 +244,8 @@ class Job:
 
     def memory(self) -> Stage:
         rates, settings = self.rates, self.settings.memory
-        batch = min(settings.batch_blocks, self.blocks)
-        epochs = settings.epochs * (settings.transfer_fraction if settings.tokenizer else 1)
+        batch = min(settings.batch(self.blocks), self.blocks)
+        epochs = settings.epochs * (settings.transfer_fraction if settings.adapts else 1)
         steps = max(1, round(epochs * self.blocks / batch))
         warm = min(steps, warmup_steps(steps, settings.warmup_fraction))
         used = rates.used * max(1, self.tokens / rates.sample_tokens) ** HEAPS
@@ -315,6 +316,8 @@ def plan(
     if validation is not None:
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
+    memory = with_defaults(settings.memory, base, progress.say)
+    settings = settings.model_copy(update={"memory": memory})
     rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster)
     held_out = None if validation is None else count_tokens(base, validation, work)
     workers, where = cluster.workers(), "this machine, measured"

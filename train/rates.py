@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vllm_memdec.train.index import KMEANS_PASSES
+from vllm_memdec.train.trust import code_allowed
 
 
 @dataclass(frozen=True)
@@ -109,5 +110,7 @@ def base_parameters(base: str) -> int:
     from vllm_memdec.train.corpus import load_config
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(base))
+        model = AutoModelForCausalLM.from_config(
+            load_config(base), trust_remote_code=code_allowed()
+        )
     return sum(p.numel() for p in model.parameters())

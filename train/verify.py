@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import read_block
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import checks
 from vllm_memdec.train.artifacts import (
     HASHED,
