@@ -206,7 +206,8 @@ def do_quality(folder: Path, kind: str, budget: int) -> dict[str, float]:
     ivf = inverted(index.trained)
     sizes = np.zeros(ivf.nlist, np.int64)
     for part in range(len(index.sizes)):
-        lists = inverted(index._open(part)).invlists
+        held = index._open(part)  # which the lists are lent from
+        lists = inverted(held).invlists
         sizes += [lists.list_size(n) for n in range(ivf.nlist)]
     own = np.arange(RECALL_QUERIES) * (SHARD // RECALL_QUERIES)
     queries = np.asarray(keys(0))[own]
