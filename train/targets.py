@@ -223,13 +223,14 @@ class Searcher:
         def queries() -> Iterator[np.ndarray]:
             for shard, rows in batches:
                 first = self.starts[shard]
-                yield self.shard_keys(shard)[rows.start - first : rows.stop - first]
+                part = slice(rows.start - first, rows.stop - first)
+                yield np.asarray(self.shard_keys(shard)[part], np.float32)
 
+        # Beside a GPU keys are read and targets summed while it searches.
+        meanwhile = iter if self.index.on_cpu(k) else ahead
+        found = meanwhile(self.index.search_all(meanwhile(queries()), k))
         done, parts = 0, []
-        found = self.index.search_all(queries(), k)
-        for (shard, rows), (distances, ids) in zip(
-            batches, found if self.index.on_cpu(k) else ahead(found), strict=True
-        ):
+        for (shard, rows), (distances, ids) in zip(batches, found, strict=True):
             own, least = np.arange(rows.start, rows.stop), self.settings.min_probability
             neighbours = (distances, ids, own, self.index.labels)
             parts.append(sparse_targets(*neighbours, self.used, self.temperature, least))

@@ -434,6 +434,21 @@ def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, le
     assert shared(found, other.search(queries, 10)[1]) > 0.99
 
 
+def test_what_is_made_ahead_is_the_same(tmp_path, monkeypatch):
+    """As beside a GPU: keys are read in one thread, searched in another, summed in a third."""
+    assert list(targets_stage.ahead(iter(range(5)))) == list(range(5))
+    broken = (1 // n for n in (1, 0))
+    with pytest.raises(ZeroDivisionError):
+        list(targets_stage.ahead(broken))
+    keys, labels = clustered(1000)
+    found = []
+    for name in ("plain", "ahead"):
+        (tmp_path / name).mkdir()
+        found.append(run(tmp_path / name, keys, labels, neighbours=9, temperature=1.0)[0])
+        monkeypatch.setattr(Index, "on_cpu", lambda self, k: "")
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("rows", [1, 7, 1000, 2048, 2999, 3000, 4000])
 def test_a_sample_has_as_many_rows_as_asked_for(tmp_path, rows):
     keys, labels = clustered(3000)
