@@ -15,7 +15,7 @@ a run has finished, the next one keeps. Every stage runs in a process of its own
 seconds are the process's CPU time, so that they hold on a machine that others use; RAM is its peak,
 `files` the most descriptors that it had open.
 
-A query's cost grows with the keys that its lists hold: from 2,048 lists at a million keys to 16,384
+A query's cost grows with the keys that its lists hold: from 1,024 lists at a million keys to 8,192
 at 30 million their length grows 3.75 times. So search and targets are compared by the nanoseconds a
 row and key visited, `search_ns_a_key`, beside seconds a million rows; the index, which compares
 every key with all lists, by those a row and list.

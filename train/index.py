@@ -32,7 +32,7 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard
 
 FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
-TWO_LEVELS_FROM = 1_000_000  # keys: k-means of all lists at once takes longer than the filling
+TWO_LEVELS_FROM = 10**6  # keys: k-means of all lists at once takes longer than the filling
 PQ_ABOVE = 20_000_000  # keys: 8-bit scalars no longer fit in memory comfortably
 # Lists: to compare a key with all takes longer than to walk a graph of them. Measured on one core,
 # width 96: 16,384 lists take 45 us by matrix products, 113 us by a graph that finds 99 % of them.
@@ -68,8 +68,8 @@ class Shape:
 def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
     """Return what an index over so many keys is like; MemdecError if they are too few for it.
 
-    The number of lists follows the corpus alone: about sqrt(n), and from a million keys on a power
-    of two from 2 to 4 sqrt(n), so that the keys that a probe visits grow with sqrt(n) at most.
+    The number of lists follows the corpus alone: sqrt(n), and from a million keys on a power of two
+    near n^0.6, which is 2 sqrt(n) at 10^9. What the probes of a query visit grows with n^0.4.
     """
     kind = settings.kind
     if kind == "auto":
@@ -85,7 +85,8 @@ def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
         at_once = SAMPLE_BYTES // (6 * width)
         sample = max(LEAST_PER_LIST * lists, min(POINTS_PER_LIST * lists, at_once))
     else:
-        lists, levels = 1 << int(math.log2(4 * math.isqrt(n_keys))), 2
+        many = TWO_LEVELS_FROM**0.5 * (n_keys / TWO_LEVELS_FROM) ** 0.6
+        lists, levels = 1 << round(math.log2(many)), 2
         sample = TWO_LEVEL_POINTS * lists
     sample = min(n_keys, max(sample, PQ_KEYS))
     inverted = f"IVF{lists}" + (f"_HNSW{GRAPH_LINKS}" if lists >= GRAPH_FROM else "")
