@@ -34,7 +34,14 @@ from vllm_memdec.train.index import (
     training_bytes,
 )
 from vllm_memdec.train.progress import Progress, human_seconds
-from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
+from vllm_memdec.train.rates import (
+    GPUS,
+    MEMORY_LAYERS,
+    UTILISATION,
+    Rates,
+    base_parameters,
+    on_gpu,
+)
 from vllm_memdec.train.search import GPU_PARTS, group_rows
 from vllm_memdec.train.targets import FIT_ROWS
 from vllm_memdec.train.text import corpus_files
@@ -43,7 +50,6 @@ from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
 HEAPS = 0.5  # the vocabulary in use grows as this power of the text
 PLOT = 1.5  # seconds
-MEMORY_LAYERS = 24  # whose launch a step waits for, where settings do not tell: of a 0.5B memory
 FAISS = 0.5  # seconds until two processes have imported it and started its threads
 GRAPH_LISTS = 40_000  # with as many a key is compared in the time of a walk through their graph
 OPQ_PASSES = 15  # of training codes, until the rotation before them is found

@@ -75,10 +75,13 @@ GPUS = {
     "l40s": Gpu(362e12, 91e12, 0.864e12, 32e9, 48e9),
 }
 UTILISATION = 0.35  # of a GPU's figures that is taken to be reached
+MEMORY_LAYERS = 24  # whose launch a step waits for, where settings do not tell: of a 0.5B memory
 LAUNCH = 3 * 0.6e-3  # seconds of a layer's forward and backward pass: see datastore.py
 
 
-def on_gpu(rates: Rates, gpu: Gpu, base_parameters: int, key_bytes: int, layers: int) -> Rates:
+def on_gpu(
+    rates: Rates, gpu: Gpu, base_parameters: int, key_bytes: int, layers: int = MEMORY_LAYERS
+) -> Rates:
     """Return rates for a GPU, from its figures; what runs on CPUs keeps those measured.
 
     key_bytes: of a key in the index, all of which a search reads of each that it visits; layers: of
