@@ -35,7 +35,7 @@ setup(
             "matplotlib>=3.9",
             "pydantic>=2.12,<3",
             "pyyaml>=6",
-            "ray[data,train]>=2.60,<3",
+            "ray>=2.60,<3",
             "rich>=13",
             "tensorboardX>=2.6",
             "typer>=0.12",

@@ -1,7 +1,8 @@
 """On Ray, with machines that do not share /tmp: errors, deaths, machines that come and go.
 
-A machine is a Ray node in a mount namespace of its own: its /tmp is another, one folder is shared
-with the driver, and a small disk fills up at once.
+A machine is a Ray node in mount and network namespaces of its own: it has another address, another
+/tmp, one folder that it shares with the driver, and a small disk that fills up at once. As on many
+machines, the name of the host stands for loopback.
 """
 
 import contextlib
@@ -37,18 +38,24 @@ mkdir -p "$SHARED" "$DISK"
 mount --bind /mnt/shared "$SHARED"
 mount -t tmpfs -o size=64k tmpfs "$DISK"
 exec "$PYTHON" -c 'from ray.scripts.scripts import main; main()' \
-    start --address="$ADDRESS" --num-cpus="$CPUS" --block
+    start --address="$ADDRESS" --node-ip-address="$OWN" --num-cpus="$CPUS" --block
 """
 
 
+def ip(*words: str) -> None:
+    """Run the command of that name."""
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+
 def can_unshare() -> bool:
-    words = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
-    return (
-        bool(shutil.which("unshare")) and subprocess.run(words, capture_output=True).returncode == 0
-    )
+    """Tell whether this process may make namespaces."""
+    if not shutil.which("ip") or not shutil.which("unshare"):
+        return False
+    words = ["unshare", "-m", "-n", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(words, capture_output=True).returncode == 0
 
 
-pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs mount namespaces")
+pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs mount and network namespaces")
 
 
 class Machines:
@@ -61,38 +68,59 @@ class Machines:
         self.shared, self.hidden, self.disk = (folder / n for n in ("shared", "hidden", "disk"))
         for path in (self.shared, self.hidden):
             path.mkdir()
-        self.head = Cluster(
-            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-        )
-        self.address, self.nodes = self.head.address, []
+        # Of the range for tests of networks (RFC 2544).
+        self.name, self.network = f"md{os.getpid()}", f"198.18.{os.getpid() % 256}"
+        ip("link", "add", self.name, "type", "bridge")
+        ip("addr", "add", f"{self.network}.1/24", "dev", self.name)
+        ip("link", "set", self.name, "up")
+        here = {"node_ip_address": f"{self.network}.1", "include_dashboard": False}
+        self.head = Cluster(initialize_head=True, head_node_args={"num_cpus": 0} | here)
+        self.address, self.nodes, self.made = self.head.address, {}, 0
 
-    def add(self, cpus: int = 1) -> subprocess.Popen:
+    def add(self, cpus: int = 1) -> None:
+        """Start a machine."""
+        self.made += 1
+        name, address = f"{self.name}-{self.made}", f"{self.network}.{self.made + 1}"
+        outside, inside = (f"{end}{os.getpid()}-{self.made}" for end in "vw")
+        ip("netns", "add", name)
+        ip("link", "add", outside, "type", "veth", "peer", "name", inside, "netns", name)
+        ip("link", "set", outside, "master", self.name, "up")
+        ip("-n", name, "addr", "add", f"{address}/24", "dev", inside)
+        for device in ("lo", inside):
+            ip("-n", name, "link", "set", device, "up")
         places = {"SHARED": self.shared, "DISK": self.disk, "CPUS": cpus, "PYTHON": sys.executable}
-        environment = os.environ | {name: str(value) for name, value in places.items()}
-        node = subprocess.Popen(
-            ["unshare", "-m", "--propagation", "private", "bash", "-c", NODE],
-            env=environment | {"ADDRESS": self.address, "TMPDIR": "/tmp"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+        places |= {"ADDRESS": self.address, "OWN": address, "TMPDIR": "/tmp"}
+        within = ["ip", "netns", "exec", name, "unshare", "-m", "--propagation", "private"]
+        self.nodes[name] = subprocess.Popen(
+            [*within, "bash", "-c", NODE],
+            env=os.environ | {key: str(value) for key, value in places.items()},
+            stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
-        self.nodes.append(node)
-        return node
 
-    def lose(self, node: subprocess.Popen) -> None:
-        """Kill all processes of a node at once, as a power cut would."""
-        self.nodes.remove(node)
+    def lose(self) -> None:
+        """Kill all processes of the oldest machine at once, as a power cut would."""
+        name = next(iter(self.nodes))
+        node = self.nodes.pop(name)
         main = psutil.Process(node.pid)
         for process in [*main.children(recursive=True), main]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         node.wait(10)
+        ip("netns", "del", name)
+
+    def close(self) -> None:
+        """End all."""
+        while self.nodes:
+            self.lose()
+        self.head.shutdown()
+        ip("link", "del", self.name)
 
     def wait_for(self, count: int) -> None:
         """Wait until Ray knows so many nodes."""
         until = time.monotonic() + 60
         while len(slots()) != count:
-            assert time.monotonic() < until, [node.poll() for node in self.nodes]
+            assert time.monotonic() < until, [node.poll() for node in self.nodes.values()]
             time.sleep(0.1)
 
 
@@ -113,14 +141,17 @@ def machines(tmp_path_factory):
         try:
             for _ in range(2):
                 found.add()
-            ray.init(address=found.address, logging_level="ERROR", log_to_driver=False)
+            ray.init(
+                address=found.address,
+                _node_ip_address=f"{found.network}.1",
+                logging_level="ERROR",
+                log_to_driver=False,
+            )
             found.wait_for(2)
             yield found
         finally:
-            for node in list(found.nodes):
-                found.lose(node)
             ray.shutdown()
-            found.head.shutdown()
+            found.close()
 
 
 @pytest.fixture(scope="module")
@@ -225,7 +256,7 @@ def test_machines_come_and_go(machines, cluster, folder):
             done[item] = node
 
     do_until(2)
-    machines.lose(machines.nodes[0])
+    machines.lose()
     machines.add()
     do_until(3)
     results.close()
@@ -233,7 +264,7 @@ def test_machines_come_and_go(machines, cluster, folder):
 
 
 def test_a_machine_that_comes_is_trained_on(machines, cluster, folder):
-    machines.lose(machines.nodes[0])
+    machines.lose()
     machines.wait_for(1)
     thread = threading.Timer(3, machines.add)
     thread.start()
