@@ -214,7 +214,7 @@ def main() -> None:
     for (name, probes), index in indexes.items():
         found = index.search(queries, neighbours + 1)
         kept = neighbours_without_self(*found, own)[1]
-        size = sum(p.stat().st_size for p in variants[name, probes].glob("index*.faiss"))
+        size = sum(p.stat().st_size for p in variants[name, probes].glob("*.faiss"))
         row = {
             "index": name,
             "probes": probes if name != "flat" else "",

@@ -34,14 +34,7 @@ from vllm_memdec.train.index import (
     training_bytes,
 )
 from vllm_memdec.train.progress import Progress, human_seconds
-from vllm_memdec.train.rates import (
-    GPUS,
-    MEMORY_LAYERS,
-    UTILISATION,
-    Rates,
-    base_parameters,
-    on_gpu,
-)
+from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
 from vllm_memdec.train.search import GPU_PARTS, group_rows
 from vllm_memdec.train.targets import FIT_ROWS
 from vllm_memdec.train.text import corpus_files
@@ -339,8 +332,8 @@ def plan(
         if gpu is None:
             return found
         figures = GPUS[gpu.lower()]
-        layers = settings.memory.layers or MEMORY_LAYERS
-        there = on_gpu(rates, figures, parameters, found.key_bytes, layers)
+        layers = {} if settings.memory.layers is None else {"layers": settings.memory.layers}
+        there = on_gpu(rates, figures, parameters, found.key_bytes, **layers)
         return replace(found, rates=there, gpu_memory=figures.memory, host_memory=GPU_HOST)
 
     sizes = {n: job(n, None).stages() for n in TABLE}

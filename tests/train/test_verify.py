@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from vllm_memdec.train import targets as targets_stage
 from vllm_memdec.train.artifacts import HASHED, data_files, file_sha256, json_sha256
 from vllm_memdec.train.exact import StoredTargets, evenly, nearest, target
+from vllm_memdec.train.index import write_part
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.shards import save_array, shards
 from vllm_memdec.train.verify import FAILED, MEASURED, NOT_CHECKED, OK, verify
@@ -283,14 +284,16 @@ def test_probabilities_that_are_none(copy, name, change, says):
 
 
 def test_an_index_of_other_keys(copy):
-    path = next((copy / "index").glob("index*.faiss"))
+    path = next((copy / "index").glob("lists*.faiss"))
     keys = np.concatenate(shards(copy / "datastore", "keys")).astype(np.float32)
-    wrong = faiss.IndexFlatL2(keys.shape[1])
+    wrong = faiss.read_index(str(copy / "index/trained.faiss"))
     wrong.add(np.roll(keys, 1, axis=0))
-    faiss.write_index(wrong, str(path))
+    write_part(wrong, path)
     seal(copy)
     found = checked(copy)
-    assert failed(found) == ["recall"] and found["recall"].figures["recall_at_64"] < 0.5
+    assert "recall" in failed(found) and found["recall"].figures["recall_at_64"] < 0.5
+    # Rows are allowed what the index gives them: one that is wrong may allow less than they have.
+    assert set(failed(found)) <= {"recall", "label leak"}
 
 
 def test_a_memory_that_learned_nothing(copy, pipeline):
