@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,11 +22,18 @@ from typing import Any
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE as GATE
 from vllm_memdec.train.heap import trim_heap
+from vllm_memdec.train.ownership import (
+    LOGS,
+    MANIFEST,
+    PARTIAL,
+    PLAN,
+    check_ours,
+    read_object,
+    remove,
+    retire,
+)
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-PLAN = "plan.json"  # of a working folder: what it is to become
-LOGS = "logs"
 HASHED = ("schema", "stage", "settings", "inputs", "files")  # of a manifest
 PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy")
 
@@ -91,14 +97,17 @@ def versions() -> dict[str, str]:
 
 
 def open_artifact(path: Path) -> Artifact | None:
-    """Return the artifact in a folder, or None if there is none or a file of it is damaged."""
+    """Return the artifact in a folder, or None if there is none or a file of it is damaged.
+
+    Whatever else keeps it from being read is raised as the OSError that it is.
+    """
+    manifest = read_object(path / MANIFEST)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
         whole = manifest["hash"] == json_sha256({key: manifest[key] for key in HASHED}) and all(
             (path / name).stat().st_size == entry["bytes"]
             for name, entry in manifest["files"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError):
         return None
     return Artifact(path, manifest) if whole else None
 
@@ -110,7 +119,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise MemdecError(f"{folder} is a file, not a folder: give another --output.") from None
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any exit
         except BlockingIOError:
@@ -135,22 +144,23 @@ def build_artifact(
     """
     plan = {"schema": SCHEMA, "stage": stage, "settings": settings, "inputs": inputs}
     plan = json.loads(json.dumps(plan))  # as a manifest gives it back: a tuple is a list there
+    check_ours(path, stage)
     found = open_artifact(path)
     if found is not None and all(found.manifest[key] == plan[key] for key in plan):
         say(f"{stage}: up to date")
         return found
     if path.exists():
-        why = "its settings or inputs changed" if found is not None else "it is damaged"
-        say(f"{stage}: building again, {why}")
-    work = path.with_name(path.name + ".partial")
-    if _read_plan(work) == plan:
+        say(f"{stage}: building again, {_why_again(found, plan)}")
+    work = path.with_name(path.name + PARTIAL)
+    if read_object(work / PLAN) == plan:
         say(f"{stage}: resuming")
         _sweep(work)
     else:
         if work.exists():
             say(f"{stage}: starting over, the unfinished work was for other settings or inputs")
-            (work / PLAN).unlink(missing_ok=True)  # first: what is half removed is nobody's work
-            shutil.rmtree(work)
+            # First: no run may take up what is half removed.
+            write_json(work / PLAN, plan | {"settings": None, "inputs": None})
+            remove(work, PLAN)
         work.mkdir(parents=True)
         write_json(work / PLAN, plan)
     if open_artifact(work) is None:  # else it was killed just before it got its name
@@ -169,23 +179,27 @@ def build_artifact(
         }
         write_json(work / MANIFEST, manifest)
     if path.exists():
-        shutil.rmtree(path)
+        retire(path, work, say)
     os.replace(work, path)
     (path / PLAN).unlink()
     return Artifact(path, json.loads((path / MANIFEST).read_text()))
+
+
+def _why_again(found: Artifact | None, plan: dict[str, Any]) -> str:
+    """Return why an artifact that is there is made again."""
+    if found is None:
+        return "it is damaged"
+    made = found.manifest
+    same_release = made["schema"] == plan["schema"] and made["settings"].keys() == (
+        plan["settings"].keys()
+    )
+    return "its settings or inputs changed" if same_release else "another release made it"
 
 
 def _sweep(work: Path) -> None:
     """Remove the half-written files of processes that were killed, or lost on the way."""
     for leftover in work.rglob("*.tmp"):
         leftover.unlink(missing_ok=True)
-
-
-def _read_plan(work: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((work / PLAN).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _seal(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
@@ -224,7 +224,8 @@ def show(found: Explanation, console: Console) -> None:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>memdec explain</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="memdec">
+<title>memdec explain</title>
 <style>
 body {{ font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222; }}
 .text {{ font: 18px/2.1 ui-monospace, monospace; white-space: pre-wrap; }}

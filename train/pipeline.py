@@ -13,7 +13,8 @@ from typing import Any, Literal
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
 from vllm_memdec.train.cluster import Cluster, Here
-from vllm_memdec.train.config import Settings
+from vllm_memdec.train.config import MemorySettings, Settings
+from vllm_memdec.train.ownership import check_ours, check_places
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import corpus_files, text_hash
 
@@ -50,21 +51,27 @@ def build(
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
     validation = validation and validation.absolute()
-    check_places(corpus, validation, output)
+    check_inputs(base, corpus, validation, output, settings.memory)
     with locked(output):
         return _build(
             base, corpus, output, settings, validation, progress, cluster or Here(), budget, until
         )
 
 
-def check_places(corpus: Path, validation: Path | None, output: Path) -> None:
-    """Refuse an output that would become corpus, and validation text that would be trained on."""
+def check_inputs(
+    base: str, corpus: Path, validation: Path | None, output: Path, settings: MemorySettings
+) -> None:
+    """Refuse an output that the build could harm something in, before anything is touched.
+
+    And validation text that would be trained on.
+    """
     files = corpus_files(corpus)[0]
-    for option, path in (("--corpus", corpus), ("--validation", validation)):
-        if path and path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            raise MemdecError(
-                f"--output {output} lies inside {option} {path}: choose a folder outside."
-            )
+    inputs = [("--corpus", corpus), ("--validation", validation), ("--base", base)]
+    inputs.append(("--init", None if settings.init == "base" else settings.init))
+    inputs.append(("--tokenizer", settings.tokenizer))
+    check_places(inputs, output)
+    for stage in STAGES:
+        check_ours(output / stage, stage)
     if validation is not None and validation.resolve() != corpus.resolve():
         held_out = {path.resolve() for path in corpus_files(validation)[0]}
         if shared := sorted(held_out & {path.resolve() for path in files}):
@@ -87,13 +94,7 @@ def _build(
     base_hash = model_hash(base, "--base")
     memory_inputs = {"base": base_hash}
     if settings.memory.init != "base":
-        init = Path(settings.memory.init)
-        if init.resolve().is_relative_to(output.resolve()):
-            raise MemdecError(
-                f"--init {init} lies inside --output {output}, which is written anew: "
-                "choose another output."
-            )
-        memory_inputs["init"] = model_hash(str(init), "memory.init or --init")
+        memory_inputs["init"] = model_hash(settings.memory.init, "memory.init or --init")
     if settings.memory.tokenizer is not None:
         from vllm_memdec.checkpoint import tokenizer_fingerprint
         from vllm_memdec.train.corpus import load_tokenizer
