@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated
 
 from vllm_memdec.errors import MemdecError
-
 from vllm_memdec.train.faults import INSTALL, sentence_of
 
 try:

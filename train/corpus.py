@@ -12,6 +12,7 @@ block's content does not depend on how the text was divided.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,9 +25,18 @@ import numpy as np
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
+from vllm_memdec.train.complete import check_there, numbered
 from vllm_memdec.train.config import CorpusSettings
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import Sharded, load_array, load_shard, save_array, shard_path
+from vllm_memdec.train.shards import (
+    Sharded,
+    load_array,
+    load_shard,
+    save_array,
+    shard_path,
+    unfinished,
+)
 from vllm_memdec.train.text import Piece, pieces, read_documents
 
 SPLITS = ("train", "validation")
@@ -46,7 +56,8 @@ def load_tokenizer(folder: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError) as error:
+        reraise(error, folder)
         usable = False
     if not usable:
         raise MemdecError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
@@ -60,6 +71,7 @@ def load_config(folder: str) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
+        reraise(error, folder)
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MemdecError(f"{folder} has no usable config.json: {what}.") from None
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
@@ -93,7 +105,7 @@ class Tokeniser:
         tokens = np.concatenate([np.zeros(0, np.int32), *documents])
         save_array(shard_path(self.work, "tokens", number), tokens)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        save_array(shard_path(self.work, "lengths", number), lengths)  # the last: both are whole
+        save_array(shard_path(self.work, "lengths", number), lengths)
         return 1
 
 
@@ -128,7 +140,7 @@ def build_corpus(
     texts = [corpus] if validation is None else [corpus, validation]
     tokenised = tokenise_pieces(base, texts, work / PIECES, progress, cluster)
     train, held_out = tokenised[0], tokenised[-1]
-    lengths = np.concatenate(list(train.lengths()))
+    lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
     if not len(lengths):
         raise MemdecError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
     highest = max(text.highest() for text in tokenised)
@@ -230,11 +242,12 @@ def tokenise_pieces(
         first = len(parts)
         parts += pieces(text)
         found.append(Tokenised(folder, range(first, len(parts))))
-    todo = [n for n in range(len(parts)) if not shard_path(folder, "lengths", n).exists()]
+    todo = unfinished(folder, ("tokens", "lengths"), len(parts))
     with progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
         for done in cluster.map(Tokeniser(base, parts, folder), todo):
             advance(done)
+    check_there(folder, numbered(("tokens", "lengths"), len(parts)), os.listdir(folder))
     return found
 
 
@@ -275,16 +288,17 @@ def write_blocks(
             counts["documents"] += 1
             yield document
 
-    rows, used = [np.zeros(0, np.int32)], np.zeros(0, np.int32)
+    rows, used = [np.zeros(0, np.int32)], np.zeros(0, bool)  # used: does a token occur?
     per_shard = settings.shard_blocks
     for shard, (tokens, positions) in enumerate(
         packed(counted(), settings.block_tokens, filler, per_shard)
     ):
         rows.append(valid_rows(positions).sum(axis=1, dtype=np.int32))
-        used = np.union1d(used, tokens)
-        if not shard_path(work, f"positions-{name}", shard).exists():  # the last to be written
-            save_array(shard_path(work, f"tokens-{name}", shard), tokens)
-            save_array(shard_path(work, f"positions-{name}", shard), positions)
+        used = np.pad(used, (0, max(0, int(tokens.max()) + 1 - len(used))))
+        used[tokens] = True
+        for kind, array in (("tokens", tokens), ("positions", positions)):
+            if not (path := shard_path(work, f"{kind}-{name}", shard)).exists():
+                save_array(path, array)
     if counts["tokens"] < settings.block_tokens + 1:
         raise MemdecError(
             f"the {name} text has {counts['tokens']} tokens, less than one block of "
@@ -292,7 +306,7 @@ def write_blocks(
         )
     row_counts = np.concatenate(rows)
     save_array(work / f"rows-{name}.npy", row_counts)
-    save_array(work / f"used-{name}.npy", used)
+    save_array(work / f"used-{name}.npy", np.flatnonzero(used).astype(np.int32))
     n_blocks = len(row_counts)
     progress.say(f"corpus: {counts['tokens']:,} tokens of {name} text in {n_blocks:,} blocks")
     return counts | {"blocks": n_blocks, "rows": int(row_counts.sum())}
@@ -322,7 +336,7 @@ def packed(
         return t, p - np.where(np.minimum.accumulate(p, axis=1) > 0, p[:, :1], 0)
 
     for document in documents:
-        tokens.append(np.asarray(document, dtype=np.int32))
+        tokens.append(np.array(document, dtype=np.int32))  # a copy: a view keeps its file open
         positions.append(np.arange(len(document), dtype=np.int32))
         held += len(document)
         while held > size:

@@ -20,8 +20,9 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import BLOCKS, DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
 
 # Tokens a forward pass on CUDA, by arithmetic for an H100 (not measured). transformers launches a
 # layer's forward pass in about 0.6 ms. The 24 layers of a 0.5B base take 14 ms to launch; on 2,048
@@ -76,6 +77,7 @@ def load_model(
         )
     # ImportError: of what a quantised model would need
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reraise(error, folder)
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from None
     if report["missing_keys"]:  # transformers would go on with random numbers
@@ -219,7 +221,7 @@ class Embedder:
         assert self.checked
         keys, labels = self.keys.compute(shard)
         save_array(shard_path(self.work, "keys", shard), keys)
-        save_array(shard_path(self.work, "labels", shard), labels)  # the last: both are whole
+        save_array(shard_path(self.work, "labels", shard), labels)
         return len(labels)
 
 
@@ -241,7 +243,8 @@ def build_datastore(keys: Keys, work: Path, progress: Progress, cluster: Cluster
     """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
     starts = shard_rows(keys.corpus)
     n_shards = len(starts) - 1
-    todo = [n for n in range(n_shards) if not shard_path(work, "labels", n).exists()]
+    names = ("keys", "labels") if keys.settings.keep_keys else ("labels",)
+    todo = unfinished(work, names, n_shards)
     worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
     with progress.task("datastore", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))

@@ -7,7 +7,6 @@ Shapes: T tokens, V vocabulary of the base, W of the memory.
 """
 
 import html
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.checkpoint import check_alpha, json_text, read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
@@ -274,7 +273,7 @@ def page(found: Explanation) -> str:
         alpha=weight_of(found),
         text="".join(spans),
         rows="\n".join(rows),
-        figures=json.dumps(report(found)).replace("<", "\\u003c"),
+        figures=json_text(report(found)).replace("<", "\\u003c"),
         base_rgb=BASE_RGB,
         memory_rgb=MEMORY_RGB,
     )

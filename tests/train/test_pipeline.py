@@ -12,13 +12,15 @@ from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import locked, open_artifact
 from vllm_memdec.train.corpus import load_blocks
+from vllm_memdec.train.inputs import REMEMBERED
 from vllm_memdec.train.pipeline import STAGES
 
 UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
 
 
 def times(folder):
-    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.name != ".lock"}
+    found = sorted(p for p in folder.rglob("*") if p.name not in (".lock", REMEMBERED))
+    return {p: p.stat().st_mtime_ns for p in found}
 
 
 @pytest.fixture
