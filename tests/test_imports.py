@@ -60,7 +60,10 @@ def forbidden(file: str, name: str) -> str | None:
     if folder == "train":
         if within(name, "vllm"):
             return "training does not need vLLM"
-        shared = [f"vllm_memdec.{module}" for module in ("checkpoint", "errors", "gate", "kernels", "train")]
+        shared = [
+            f"vllm_memdec.{module}"
+            for module in ("checkpoint", "errors", "gate", "kernels", "train")
+        ]
         if root == "vllm_memdec" and not within(name, *shared):
             return "training shares kernels and what lies in a memory's folder with serving"
     return None

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import tokenizer_fingerprint
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.datastore import check_isolation, load_model

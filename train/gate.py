@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
 from vllm_memdec.train.corpus import load_config, load_tokenizer, pack, tokenise, valid_rows

@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from vllm_memdec.errors import MemdecError
 from vllm_memdec.checkpoint import tokenizer_vocabulary
+from vllm_memdec.errors import MemdecError
 
 ROLES = ("eos", "bos", "unk", "pad")  # the first that a token has counts
 # Texts to put before a piece of text, so that a tokenizer takes it for the middle of a text. The
