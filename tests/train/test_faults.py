@@ -221,12 +221,21 @@ READ = {
     "memory": r"targets/ids-00002\.npy$",
     "export": r"corpus/positions-validation-00000\.npy$",
 }
+# And one that it writes there.
+WRITTEN = {
+    "corpus": r"corpus\.partial/positions-train-00002\.npy\..*tmp$",
+    "datastore": r"datastore\.partial/labels-00003\.npy\..*tmp$",
+    "index": r"index\.partial/index-00000\.faiss\..*tmp$",
+    "targets": r"targets\.partial/probs-00003\.npy\..*tmp$",
+    "memory": r"memory\.partial/logs/loss\.png\..*tmp$",
+    "export": r"export\.partial/tokenizer_config\.json$",
+}
 NUMBERS = dict(zip(STAGES, (errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES) * 2))  # noqa: B905
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_build_goes_on_afterwards(pipeline, command, quick, hashes, stage):
-    """Whatever could not be read for a while: finished stages and shards are kept."""
+    """What cannot be read for a while, then a full disk: finished stages and shards are kept."""
     memdec = command(pipeline.base, pipeline.corpus, quick())
     shutil.copytree(pipeline.output, memdec.output)
     for later in STAGES[STAGES.index(stage) :]:
@@ -236,6 +245,10 @@ def test_a_build_goes_on_afterwards(pipeline, command, quick, hashes, stage):
     assert code == 1 and "Traceback" not in err, err
     said = err.splitlines()[-1]
     assert "delete" not in said and "damaged" not in said, said
+    with refusing(WRITTEN[stage], errno.ENOSPC):
+        code, err = memdec.here()
+    assert code == 1 and err.splitlines()[-1].startswith("memdec: the disk is full: free"), err
+    assert not list(memdec.output.rglob("*.tmp"))
     done = {p: p.stat().st_mtime_ns for p in memdec.output.rglob("*-0000?.npy")}
     assert stage not in ("datastore", "targets") or any(".partial" in str(p) for p in done)
     code, err = memdec.here()
