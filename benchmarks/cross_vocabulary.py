@@ -10,7 +10,7 @@ SmolLM2-135M-Instruct with its rows exchanged in the same way and NOT trained af
 worse model than a real one, which weakens the kNN targets and the mixtures of all arms alike.
 
 Arms, each with a tenth of the source's epochs, the same blocks, targets, steps and settings:
-`adapted` is `memdec build --init SOURCE --tokenizer BASE`; `fresh` has the same architecture and
+`adapted` is `memdec build --init SOURCE --adapt-tokenizer`; `fresh` has the same architecture and
 random weights; `truncated` is the first layers of the base, what `memdec build` does by default.
 `untrained` is the adapted memory before its first step. `source` and its base are scored with their
 own tokenizer. The trunk of `adapted` alone has seen the facts in all of the source's epochs: that
@@ -199,14 +199,15 @@ def main() -> None:
         outs["source"], smollm2, *built_from, settings_of(size, size.epochs, sampled_negatives=2048)
     )
     init = str(outs["source"] / "export")
-    adapting = ("--init", init, "--tokenizer", str(base))
-    compile_memory(outs["adapted"], base, *built_from, settings_of(size, size.epochs), *adapting)
+    adapting = ("--init", init, "--adapt-tokenizer")
+    whole = settings_of(size, size.epochs, layers=None)
+    compile_memory(outs["adapted"], base, *built_from, whole, *adapting)
     truncated_config(str(base), size.layers).save_pretrained(size.out / "architecture")
-    few = settings_of(size, size.epochs * FRACTION)
-    for arm, options in (
-        ("fresh", ("--init", str(size.out / "architecture"))),
-        ("truncated", ()),
+    for arm, layers, options in (
+        ("fresh", None, ("--init", str(size.out / "architecture"))),
+        ("truncated", size.layers, ()),
     ):
+        few = settings_of(size, size.epochs * FRACTION, layers=layers)
         share(outs["adapted"], outs[arm])
         compile_memory(outs[arm], base, *built_from, few, *options)
 

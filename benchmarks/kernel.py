@@ -14,14 +14,16 @@ VLLM_BATCH_INVARIANT asks for. On a CPU `chosen` is compiled and `chosen eager` 
 is the other form; `eager` is the formula in five ops; `compiled` is torch.compile of those ("not
 measured" where no compiler works). Triton's interpreter is never timed.
 
-Each variant is called again and again on the same rows; a variant `... cold` (GPU only) finds
-the L2 cache overwritten before each call. Appends to results/kernel.csv, in ms; last line: JSON.
+On a GPU a variant is timed inside a CUDA graph, so without the host: again and again on the same
+rows, as `... cold` with the L2 cache written over before each call. `... launched` is what a call
+costs where the host waits in between, launches and Python included: vLLM calls the op outside its
+graphs, while the device still works on what came before. Appends to results/kernel.csv, in ms; last
+line: JSON.
 Shape suffixes: N rows, V vocabulary.
 """
 
 import argparse
 import json
-import statistics
 
 import torch
 from common import RESULTS, append_csv, interleaved_ms, provenance
@@ -31,6 +33,7 @@ from vllm_memdec.state import encode
 
 ALPHA = 0.4
 FLUSH = 2**28  # bytes, several times the L2 cache of any GPU
+CALLS = 20  # of a function in a graph
 
 
 def eager(base_NV, memory_NV, alpha_N):
@@ -84,23 +87,29 @@ def variants(base_NV, memory_NV, compiled):
     return functions
 
 
-def cold_ms(functions, rounds=20):
-    """Return the median milliseconds of each function, the L2 cache written over before a call.
-
-    The flush keeps the device busy while the host launches: no wait for the host is timed.
-    """
-    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
-    times = {name: [] for name in functions}
-    for _ in range(rounds):
-        for name, function in functions.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
+def graph_of(function, calls):
+    """Return a CUDA graph of so many calls of each of some functions, one after the other."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
             function()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return graph.replay
+
+
+def device_ms(functions, seconds):
+    """Return the milliseconds of each function on the device, warm and cold."""
+    warm = {name: graph_of(function, CALLS) for name, function in functions.items()}
+    measured = {name: ms / CALLS for name, ms in interleaved_ms(warm, seconds).items()}
+    flush = torch.empty(FLUSH, dtype=torch.int8, device="cuda")
+
+    def flushed(function):
+        flush.zero_()
+        function()
+
+    cold = {name: graph_of(lambda f=f: flushed(f), 5) for name, f in functions.items()}
+    cold["flush"] = graph_of(flush.zero_, 5)
+    found = {name: ms / 5 for name, ms in interleaved_ms(cold, seconds).items()}
+    return measured | {f"{name} cold": found[name] - found["flush"] for name in functions}
 
 
 def main() -> None:
@@ -131,11 +140,14 @@ def main() -> None:
             )
             functions = variants(base_NV, memory_NV, compiled)
             size = N * V * (2 * dtype.itemsize + 4)
-            inner = 20 if on_gpu else 1
-            measured = interleaved_ms(functions, arguments.seconds, inner)
+            measured = interleaved_ms(functions, arguments.seconds, 20 if on_gpu else 1)
             if on_gpu:
-                measured |= {f"{name} cold": ms for name, ms in cold_ms(functions).items()}
+                measured = {f"{name} launched": ms for name, ms in measured.items()}
+                measured = device_ms(functions, arguments.seconds) | measured
             for name, ms in measured.items():
+                if ms <= 0:  # cold: less than the noise of writing the cache over
+                    print(f"{V:>7} {N:>4} {name:>14} not measured")
+                    continue
                 rate = size / ms / 1e6
                 print(f"{V:>7} {N:>4} {name:>14} {ms * 1e3:>10.1f} {rate:>8.2f}")
                 point = {"vocab": V, "rows": N, "dtype": arguments.dtype, "variant": name}

@@ -18,7 +18,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -318,14 +318,13 @@ class Domain:
         """Return a trained model; share: of the FLOPs that a training may take."""
         before, token = self.costs[system]
         epochs = share * (self.budget - before) / token / self.corpus_tokens
-        settings = replace(
-            self.settings.memory,
+        settings = self.settings.memory.changed(
             beta=TRAINED[system].beta,
             learning_rate=rate,
             epochs=round(epochs, 4),
         )
         if system in ("dapt", "lora"):
-            settings = replace(settings, init=self.base, layers=None, sampled_negatives=None)
+            settings = settings.changed(init=self.base, layers=None, sampled_negatives=None)
 
         def make(work: Path) -> None:
             files = (self.base, self.corpus, self.targets.path, work, self.progress)
@@ -334,7 +333,7 @@ class Domain:
             else:
                 train_memory(settings, *files, Here())
 
-        chosen = asdict(settings) | {"system": system, "init": Path(settings.init).name}
+        chosen = settings.model_dump() | {"system": system, "init": Path(settings.init).name}
         if system == "lora":
             chosen["rank"] = LORA_RANK
         inputs = {"targets": self.targets.hash, "base": self.base_hash}

@@ -19,7 +19,6 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import data
@@ -132,18 +131,18 @@ def main() -> None:
     if arguments.shape:
         # From a configuration alone: random weights of all its layers.
         arguments.base = str(make_shape(arguments.shape, data.BUILD / "shapes"))
-        settings = replace(settings, init=arguments.base, layers=None)
+        settings = settings.changed(init=arguments.base, layers=None)
         known = SHAPES[arguments.shape]["vocab_size"]
         batches = RandomBatches(settings, arguments.blocks, arguments.tokens, known)
     else:
         batches = Batches(settings, arguments.data / "corpus", arguments.data / "targets")
-    sampled = replace(settings, sampled_negatives=arguments.sampled)
+    sampled = settings.changed(sampled_negatives=arguments.sampled)
     runs = {
         "dense": Run(dense_gradients, settings, arguments.base, batches),
         "exact": Run(add_gradients, settings, arguments.base, batches),
         "sampled": Run(add_gradients, sampled, arguments.base, batches),
     }
-    full = replace(settings, dtype="float32")
+    full = settings.changed(dtype="float32")
     reference = Run(dense_gradients, full, arguments.base, batches)
     origin = provenance("torch", "transformers")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))

@@ -9,7 +9,7 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -288,7 +288,7 @@ class TrainingProbe:
                 continue
             training = Training(
                 # Warm-up steps take the whole vocabulary: one of them, or all.
-                replace(settings, sampled_negatives=sampled, warmup_fraction=0, epochs=1e3),
+                settings.changed(sampled_negatives=sampled, warmup_fraction=0, epochs=1e3),
                 self.base,
                 corpus,
                 targets,

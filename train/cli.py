@@ -8,7 +8,6 @@ import shlex
 import signal
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +22,7 @@ try:
     from vllm_memdec.train.config import load_settings
     from vllm_memdec.train.ownership import check_report, signed
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
@@ -36,6 +36,18 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+TRUST = typer.Option(
+    "--trust-remote-code",
+    help="Run the Python code that a model's folder brings with it.",
+    callback=allow_code,  # for all that the command loads: it is never asked for on the way
+)
+SET = typer.Option(
+    "--set",
+    metavar="STAGE.NAME=VALUE",
+    help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
+)
 
 
 @app.callback()
@@ -62,27 +74,34 @@ def build(
     init: Annotated[
         str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
     ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(help="Adapt --init to this tokenizer, the base's: a folder with its files."),
-    ] = None,
+    adapt_tokenizer: Annotated[
+        bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
+    ] = False,
+    tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
+    assignments: Annotated[list[str] | None, SET] = None,
+    until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
+    trust_remote_code: Annotated[bool, TRUST] = False,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
     with explained(progress):
-        settings = load_settings(config)
-        given = {"init": init, "tokenizer": tokenizer}
+        settings = load_settings(config, assignments or ())
+        given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = replace(settings, memory=replace(settings.memory, **chosen))
+        settings = settings.changed({"memory": chosen}) if chosen else settings
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
         cluster = choose_cluster(ray_address, output)
-        export = run(base, corpus, output, settings, validation, progress, cluster, budget)
-        block = shlex.quote(json.dumps({"memdec": {"model": str(export.path)}}))
-        progress.say(f"The memory is {export.path}. Serve it beside its base:")
+        made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+        if until != "export":
+            progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
+            return
+        block = shlex.quote(json.dumps({"memdec": {"model": str(made.path)}}))
+        progress.say(f"The memory is {made.path}. Serve it beside its base:")
+        trust = " --trust-remote-code" if trust_remote_code else ""
         progress.say(
-            f"vllm serve {shlex.quote(base)} --model-impl memdec --additional-config {block}"
+            f"vllm serve {shlex.quote(base)} --model-impl memdec{trust} --additional-config {block}"
         )
 
 
@@ -127,6 +146,8 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    assignments: Annotated[list[str] | None, SET] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
@@ -141,7 +162,7 @@ def plan(
             corpus,
             validation,
             tokens,
-            load_settings(config),
+            load_settings(config, assignments or ()),
             Path(work),
             progress,
             choose_cluster(ray_address, Path(work)),
@@ -161,6 +182,7 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The build's base, to compare its answers with.")
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
@@ -199,6 +221,7 @@ def calibrate(
             "be given several times."
         ),
     ] = None,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -226,6 +249,7 @@ def explain(
     tokens: Annotated[
         int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
     ] = 16,
+    trust_remote_code: Annotated[bool, TRUST] = False,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.heap import trim_heap
+from vllm_memdec.train.trust import VARIABLE, code_allowed
 
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20  # data goes through files, results are numbers
@@ -171,6 +172,8 @@ class RayCluster:
         for name in ("ray.data", "ray.train"):  # we tell the progress
             logging.getLogger(name).setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+        if code_allowed() and self.address:  # another machine's workers inherit nothing from us
+            options["runtime_env"] = {"env_vars": {VARIABLE: "1"}}
         if not ray.is_initialized():
             if self.address is None:
                 # address="local": never join a cluster by chance, as RAY_ADDRESS would have it.

@@ -38,6 +38,7 @@ from vllm_memdec.train.shards import (
     unfinished,
 )
 from vllm_memdec.train.text import Piece, pieces, read_documents
+from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 SPLITS = ("train", "validation")
 TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
@@ -54,10 +55,11 @@ def load_tokenizer(folder: str) -> Any:
     from vllm_memdec.checkpoint import tokenizer_vocabulary
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
     except (OSError, ValueError, KeyError) as error:
         reraise(error, folder)
+        check_needs_no_code(folder, error)
         usable = False
     if not usable:
         raise MemdecError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
@@ -69,9 +71,10 @@ def load_config(folder: str) -> Any:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
     except (OSError, ValueError, KeyError) as error:
         reraise(error, folder)
+        check_needs_no_code(folder, error)
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MemdecError(f"{folder} has no usable config.json: {what}.") from None
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):

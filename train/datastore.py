@@ -23,6 +23,7 @@ from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
+from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 # Tokens a forward pass on CUDA, by arithmetic for an H100 (not measured). transformers launches a
 # layer's forward pass in about 0.6 ms. The 24 layers of a 0.5B base take 14 ms to launch; on 2,048
@@ -73,11 +74,16 @@ def load_model(
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=getattr(torch, dtype), output_loading_info=True
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=code_allowed(),
         )
     # ImportError: of what a quantised model would need
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reraise(error, folder)
+        check_needs_no_code(folder, error)
         what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from None
     if report["missing_keys"]:  # transformers would go on with random numbers

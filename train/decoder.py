@@ -1,10 +1,9 @@
 """Build the untrained memory: a causal LM that shares the base's tokenizer.
 
-A memory compiled for another tokenizer is adapted if memory.tokenizer says so: see vocabulary.py.
+One compiled for another tokenizer is adapted if memory.adapt_tokenizer says so: see vocabulary.py.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,10 @@ import torch
 
 from vllm_memdec.checkpoint import tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.config import PRETRAINED, MemorySettings
 from vllm_memdec.train.corpus import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.datastore import check_isolation, load_model
+from vllm_memdec.train.trust import code_allowed
 from vllm_memdec.train.vocabulary import exchange, spelling, transfer
 
 DEFAULT_LAYERS = 4
@@ -87,27 +87,41 @@ def other_vocabulary(settings: MemorySettings, base: str) -> bool:
     """
     init, given = settings.init, settings.tokenizer
     if init == "base":
-        if given is not None:
-            raise MemdecError(
-                "--tokenizer adapts a memory that was compiled for another tokenizer: give that "
-                "memory with --init, or leave --tokenizer out."
-            )
         return False
     ours = tokenizer_fingerprint(load_tokenizer(base))
     if given is not None and tokenizer_fingerprint(load_tokenizer(given)) != ours:
         raise MemdecError(
             f"--tokenizer: {given} has another tokenizer than {base}, which the memory is to serve "
-            f"beside: give --tokenizer {base}."
+            f"beside: give --adapt-tokenizer instead."
         )
-    if given is None and not has_any(init, TOKENIZER_FILES):
+    if not settings.adapts and not has_any(init, TOKENIZER_FILES):
         return False
     differs = tokenizer_fingerprint(load_tokenizer(init)) != ours
-    if differs and given is None:
+    if differs and not settings.adapts:
         raise MemdecError(
-            f"memory.init: {init} has another tokenizer than {base}: give --tokenizer {base} to "
-            "adapt it, or a model of one family."
+            f"memory.init: {init} has another tokenizer than {base}: give --adapt-tokenizer "
+            "to adapt it, or a model of one family."
         )
     return differs
+
+
+def with_defaults(
+    settings: MemorySettings, base: str, say: Callable[[str], None]
+) -> MemorySettings:
+    """Return the settings with the defaults that suit memory.init; say which are not the usual.
+
+    A model that is adapted has new rows to learn: its defaults are those of an untrained one.
+    """
+    if settings.init == "base" or not has_any(settings.init, WEIGHT_FILES):
+        return settings
+    if other_vocabulary(settings, base):
+        return settings
+    found = settings.pretrained()
+    missing = [name for name in PRETRAINED if name not in settings.model_fields_set]
+    if missing:
+        said = (f"memory.{name} {getattr(found, name):g}" for name in missing)
+        say(f"memory: {settings.init} is trained already, so {' and '.join(said)}")
+    return found
 
 
 def training_budget(
@@ -118,7 +132,7 @@ def training_budget(
     What a memory knows is in its trunk, so the rows it gets anew need a tenth of the training.
     """
     if not other_vocabulary(settings, base):
-        if settings.tokenizer is not None:
+        if settings.adapts:
             say(f"memory: {settings.init} has the tokenizer of {base} already, nothing to adapt")
         return settings
     old, new = load_tokenizer(settings.init), load_tokenizer(base)
@@ -130,7 +144,7 @@ def training_budget(
         f"memory: training {epochs:g} epochs, memory.transfer_fraction "
         f"{settings.transfer_fraction:g} of memory.epochs {settings.epochs:g}"
     )
-    return replace(settings, epochs=epochs)
+    return settings.changed(epochs=epochs)
 
 
 def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
@@ -143,7 +157,9 @@ def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
         model = load_model(folder, where=torch.device("cpu"), config=config)
     else:
         torch.manual_seed(settings.seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=code_allowed()
+        )
     if other_vocabulary(settings, base):
         rows = load_config(base).vocab_size
         exchange(model, load_tokenizer(folder), load_tokenizer(base), rows)

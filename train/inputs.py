@@ -108,7 +108,7 @@ def weights_hash(folder: str, option: str, hashes: Hashes) -> str:
     path = check_model(folder, option)
     config = read_object(path / CONFIG)
     shape = hashes.file(path / CONFIG) if config is None else without_what_does_not_matter(config)
-    return json_sha256([shape, contents(path, WEIGHTS, hashes)])
+    return json_sha256([shape, contents(path, (*WEIGHTS, *code(path)), hashes)])
 
 
 def tokenizer_hash(folder: str, option: str, hashes: Hashes) -> str:
@@ -123,7 +123,13 @@ def tokenizer_hash(folder: str, option: str, hashes: Hashes) -> str:
         [part.get(name) for name in ("model_type", "vocab_size", "max_position_embeddings")]
         for part in (config, text if isinstance(text, dict) else {})
     ]
-    return json_sha256([of_model, contents(path, TOKENIZER, hashes)])
+    return json_sha256([of_model, contents(path, (*TOKENIZER, *code(path)), hashes)])
+
+
+def code(folder: Path) -> tuple[str, ...]:
+    """Return the pattern of a folder's own code if its model or tokenizer is made of that."""
+    configs = (read_object(folder / name) or {} for name in (CONFIG, "tokenizer_config.json"))
+    return ("*.py",) if any("auto_map" in config for config in configs) else ()
 
 
 def contents(folder: Path, patterns: Iterable[str], hashes: Hashes) -> list[list[Any]]:

@@ -9,9 +9,9 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import complete
@@ -41,14 +41,24 @@ def build(
     progress: Progress | None = None,
     cluster: Cluster | None = None,
     budget: int = MEMORY_BUDGET,
-    until: Literal["targets", "export"] = "export",
+    until: str = "export",
 ) -> Artifact:
     """Compile a corpus into a memory under output/; return the last stage's artifact.
 
     cluster: where the work runs, by default in this process; budget: bytes a process may take for
-    what grows with the corpus; until: the last stage, "targets" for what memories are trained on.
+    what grows with the corpus; until: the last stage to make, one of STAGES.
     Raises MemdecError, in one sentence, for input or settings that cannot work.
+
+    >>> from pathlib import Path
+    >>> from vllm_memdec.train.config import parse_settings
+    >>> from vllm_memdec.train.pipeline import build
+    >>> settings = parse_settings({"corpus": {"block_tokens": 128}, "memory": {"epochs": 1}})
+    >>> export = build("models/base", Path("corpus.jsonl"), Path("build/memory"), settings)
+    >>> export.path.name, export.manifest["stage"], len(export.hash)
+    ('export', 'export', 64)
     """
+    if until not in STAGES:
+        raise MemdecError(f"--until must be one of {', '.join(STAGES)}, got {until!r}.")
     progress = progress or Progress()
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
@@ -60,6 +70,11 @@ def build(
             inputs = find_inputs(base, corpus, validation, settings.memory, hashes, progress)
         finally:
             hashes.save()
+        if settings.memory.init != "base":
+            from vllm_memdec.train.decoder import with_defaults
+
+            memory = with_defaults(settings.memory, base, progress.say)
+            settings = settings.model_copy(update={"memory": memory})
         cluster = cluster or Here()
         return Compilation(
             base, corpus, output, settings, validation, progress, cluster, budget, inputs, {}
@@ -108,10 +123,15 @@ def find_inputs(
         parts = [find(settings.init, option, hashes) for find in (weights_hash, tokenizer_hash)]
         of_memory = {"base tokenizer": tokenizer, "init": json_sha256(parts)}
     if settings.tokenizer is not None:
+        progress.say(
+            "--tokenizer FOLDER (memory.tokenizer) is now --adapt-tokenizer "
+            "(memory.adapt_tokenizer): a memory is always adapted to its base's."
+        )
+    if settings.adapts:
         from vllm_memdec.checkpoint import tokenizer_fingerprint
         from vllm_memdec.train.corpus import load_tokenizer
 
-        of_memory["tokenizer"] = tokenizer_fingerprint(load_tokenizer(settings.tokenizer))
+        of_memory["tokenizer"] = tokenizer_fingerprint(load_tokenizer(settings.tokenizer or base))
     text = {}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
@@ -198,7 +218,7 @@ class Compilation:
         return Keys(self.settings.datastore, self.base, self.path("corpus"), datastore)
 
     def corpus_stage(self) -> Stage:
-        settings = asdict(self.settings.corpus)
+        settings = self.settings.corpus.model_dump()
         if self.validation is not None:
             settings["validation_fraction"] = None  # nothing is held out
 
@@ -212,7 +232,7 @@ class Compilation:
         return Stage(settings, (), make, complete.corpus_files, remedy)
 
     def datastore_stage(self) -> Stage:
-        settings = asdict(self.settings.datastore)
+        settings = self.settings.datastore.model_dump()
         batch = settings.pop("batch_blocks")  # bounds memory
         if self.settings.datastore.key != "layer":
             settings["layer_fraction"] = None
@@ -256,7 +276,7 @@ class Compilation:
 
     def targets_stage(self) -> Stage:
         # Another number of probes needs no other index, but finds other neighbours.
-        settings = asdict(self.settings.targets) | {"probes": self.settings.index.probes}
+        settings = self.settings.targets.model_dump() | {"probes": self.settings.index.probes}
 
         def make(work: Path) -> None:
             from vllm_memdec.train.index import Index
@@ -281,9 +301,9 @@ class Compilation:
 
             trained = training_budget(self.settings.memory, self.base, self.progress.say)
             if trained.init != "base":
-                trained = replace(trained, init=os.path.abspath(trained.init))
+                trained = trained.changed(init=os.path.abspath(trained.init))
             if trained.tokenizer is not None:
-                trained = replace(trained, tokenizer=os.path.abspath(trained.tokenizer))
+                trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
             read = self.path("corpus"), self.path("targets")
             train_memory(trained, self.base, *read, work, self.progress, self.cluster)
 
@@ -294,19 +314,19 @@ class Compilation:
 
     def memory_settings(self) -> dict[str, Any]:
         """Return what decides what is trained; what is read from folders is among the inputs."""
-        settings = asdict(self.settings.memory)
-        for name in ("checkpoint_seconds", "micro_batch_blocks"):
+        settings = self.settings.memory.model_dump()
+        for name in ("checkpoint_seconds", "micro_batch_blocks", "adapt_tokenizer", "tokenizer"):
             settings.pop(name)
         if settings["init"] != "base":
             settings["init"] = "folder"
         if settings["early_stop"] is None:
             settings["evaluate_steps"] = None  # only looked at
-        if settings.pop("tokenizer") is None:
+        if not self.settings.memory.adapts:  # else the tokenizer's hash is an input
             settings.pop("transfer_fraction")
         return settings
 
     def export_stage(self) -> Stage:
-        settings = asdict(self.settings.export)
+        settings = self.settings.export.model_dump()
         read = ("corpus", "targets", "memory")
 
         def make(work: Path) -> None:

@@ -19,6 +19,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.calibrate import Rates, calibrate, count_tokens
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import Settings
+from vllm_memdec.train.decoder import with_defaults
 from vllm_memdec.train.export import CALIBRATION_TOKENS
 from vllm_memdec.train.index import (
     PART_SHARE,
@@ -31,6 +32,7 @@ from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.targets import FIT_ROWS
 from vllm_memdec.train.text import corpus_files
 from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
+from vllm_memdec.train.trust import code_allowed
 
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
 HEAPS = 0.5  # the vocabulary in use grows as this power of the text
@@ -210,7 +212,7 @@ class Job:
     def memory(self) -> Stage:
         rates, settings = self.rates, self.settings.memory
         batch = min(settings.batch_blocks, self.blocks)
-        epochs = settings.epochs * (settings.transfer_fraction if settings.tokenizer else 1)
+        epochs = settings.epochs * (settings.transfer_fraction if settings.adapts else 1)
         steps = max(1, round(epochs * self.blocks / batch))
         warm = min(steps, warmup_steps(steps, settings.warmup_fraction))
         used = rates.used * max(1, self.tokens / rates.sample_tokens) ** HEAPS
@@ -269,6 +271,8 @@ def plan(
     if validation is not None:
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
+    memory = with_defaults(settings.memory, base, progress.say)
+    settings = settings.model_copy(update={"memory": memory})
     rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster, budget)
     held_out = None if validation is None else count_tokens(base, validation, work)
     workers, where = cluster.workers(), "this machine, measured"
@@ -297,7 +301,9 @@ def base_parameters(base: str) -> int:
     from vllm_memdec.train.corpus import load_config
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(base))
+        model = AutoModelForCausalLM.from_config(
+            load_config(base), trust_remote_code=code_allowed()
+        )
     return sum(p.numel() for p in model.parameters())
 
 

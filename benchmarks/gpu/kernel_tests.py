@@ -6,6 +6,8 @@ Writes a row with the counts to results/gpu_kernel_tests.csv. Fails if a test do
 """
 
 import argparse
+import importlib.util
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -37,6 +39,8 @@ def main() -> int:
     arguments = parser.parse_args()
     count = Count(arguments.dry)
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "-rs", str(TESTS)]
+    if not arguments.dry and importlib.util.find_spec("xdist"):
+        options += ["-n", str(max(1, (os.cpu_count() or 1) // 2))]  # most of it is compilation
     code = pytest.main(options, plugins=[count])
     found = {name: count.outcomes[name] for name in ("passed", "failed", "skipped")}
     append_csv(RESULTS / "gpu_kernel_tests.csv", [provenance("torch", "triton") | found])

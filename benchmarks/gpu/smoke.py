@@ -53,6 +53,7 @@ ALPHAS = {"law": 0.5, "wide": 0.4, "same": 0.5}
 CHOICES = [("law", None), ("none", None), ("wide", None), ("same", None), ("law", 0.0),
            ("wide", 0.7), ("law", 1.0), ("same", 0.3)]  # fmt: skip
 LONGEST, ANSWER = 1024, 12  # tokens
+JOBS = max(4, min(12, (os.cpu_count() or 1) - 4))  # a start compiles, on one core each
 STARTS = {
     "default": {},
     "FULL_DECODE_ONLY": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
@@ -283,7 +284,7 @@ def main() -> int:
     parser.add_argument("--drafts", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--longest", type=int, default=900, help="prompt, tokens")
-    parser.add_argument("--jobs", type=int, default=6 if cuda else 1, help="engines at a time")
+    parser.add_argument("--jobs", type=int, default=JOBS if cuda else 1, help="engines at a time")
     parser.add_argument("--seconds", type=float, default=140, help="for all")
     parser.add_argument("--dry", action="store_true", help="on a CPU: two starts")
     parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)

@@ -58,9 +58,12 @@ def quick():
     """Return a function: settings that suit a tiny model, with changes {stage: {name: value}}."""
 
     def make(changes: dict | None = None) -> dict:
-        return {
+        made = {
             s: values | (changes or {}).get(s, {}) for s, values in ({"index": {}} | QUICK).items()
         }
+        if "init" in made["memory"]:  # a folder keeps its own layers
+            del made["memory"]["layers"]
+        return made
 
     return make
 

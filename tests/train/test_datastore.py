@@ -70,7 +70,8 @@ def keys_one_document_at_a_time(folder, key, tokens, positions):
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "gpt2"])
 def test_keys_are_those_of_each_document_alone(tiny_model, corpus, tmp_path, kind, key):
     base = tiny_model(kind)
-    settings = DatastoreSettings(key=key, layer_fraction=0.5, **SETTINGS)  # the first of two
+    depth = {"layer_fraction": 0.5} if key == "layer" else {}  # the first of two
+    settings = DatastoreSettings(key=key, **depth, **SETTINGS)
     embed_all(settings, base, corpus, tmp_path)
     tokens, positions = (array[:] for array in load_blocks(corpus, "train"))
     expected, labels = keys_one_document_at_a_time(base, key, tokens, positions)

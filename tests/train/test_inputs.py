@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict
 
 import pytest
 
@@ -39,7 +38,6 @@ def rebuilt(lines):
     "changes",
     [
         {"datastore": {"batch_blocks": 1}},
-        {"datastore": {"layer_fraction": 0.3}},  # of another kind of key
         {"memory": {"micro_batch_blocks": 1}},
         {"memory": {"checkpoint_seconds": 1}},
         {"memory": {"evaluate_steps": 7}},  # looked at, no more
@@ -153,13 +151,11 @@ def test_what_does_change_the_result(copy, build, change, first):
     assert rebuilt(lines) == list(STAGES[STAGES.index(first) :]), lines
 
 
-def test_the_budget_is_in_the_manifest_if_it_shapes_the_index():
-    """Whatever index.py says shapes it."""
-    small, large = (
-        index.shaping(parse_settings({"index": {"kind": "sq8"}}).index, 10**6, 64, budget)
-        for budget in (2**26, 2**32)
-    )
-    assert (small != large) == (small["kind"] != large["kind"])
+def test_what_shapes_the_index_is_in_its_manifest(pipeline):
+    """Not the setting, which may be "auto", but what it came to."""
+    settings = json.loads((pipeline.output / "index/manifest.json").read_text())["settings"]
+    kind = json.loads((pipeline.output / "index/index.json").read_text())["kind"]
+    assert settings["kind"] == kind and settings["kind"] != "auto" and "probes" not in settings
 
 
 def test_hashes_are_remembered_beside_the_output(copy, build, monkeypatch):
@@ -337,10 +333,10 @@ def as_before(copy, build):
     for stage in STAGES:
         path = copy / "out" / stage / "manifest.json"
         manifest = json.loads(path.read_text())
-        was = asdict(getattr(settings, stage)) | manifest["settings"]
+        was = getattr(settings, stage).model_dump() | manifest["settings"]
         if stage == "index":
             was = {"kind": "auto", "seed": 42}
-        for name in ("checkpoint_seconds", "tokenizer", "transfer_fraction"):
+        for name in ("checkpoint_seconds", "tokenizer", "adapt_tokenizer", "transfer_fraction"):
             was.pop(name, None)
         read = {n: hashes.get(n, h) for n, h in manifest["inputs"].items()}
         if stage == "corpus":

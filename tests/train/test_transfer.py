@@ -93,7 +93,7 @@ def adapted(pipeline, bases, build, tmp_path_factory):
     """Return a finished run that adapted the pipeline's memory: output, changes, lines."""
     output = tmp_path_factory.mktemp("adapted") / "out"
     init = str(pipeline.output / "export")
-    changes = {"memory": {"init": init, "tokenizer": bases.tokenizer, "epochs": 5}}
+    changes = {"memory": {"init": init, "adapt_tokenizer": True, "epochs": 5}}
     lines = build(bases.base, pipeline.corpus, output, changes)
     return SimpleNamespace(output=output, changes=changes, lines=lines, init=init)
 
@@ -142,7 +142,8 @@ def test_adapting_is_training_from_the_exchanged_model(
     exchange(by_hand, old, new, ROWS)
     by_hand.save_pretrained(tmp_path / "by_hand")
     new.save_pretrained(tmp_path / "by_hand")
-    changes = {"memory": {"init": str(tmp_path / "by_hand"), "epochs": 0.5}}
+    memory = {"init": str(tmp_path / "by_hand"), "epochs": 0.5, "learning_rate": 1e-3}
+    changes = {"memory": memory}
     build(bases.base, pipeline.corpus, tmp_path / "out", changes)
     outputs = (adapted.output, tmp_path / "out")
     first, second = ((o / "memory/model.safetensors").read_bytes() for o in outputs)
@@ -162,7 +163,9 @@ def test_what_rebuilds_an_adapted_memory(adapted, pipeline, bases, build, tmp_pa
 
     assert run() == [f"{stage}: up to date" for stage in STAGES]
     elsewhere = shutil.copytree(bases.tokenizer, tmp_path / "elsewhere")
-    assert run(tokenizer=str(elsewhere)) == [f"{stage}: up to date" for stage in STAGES]
+    old_spelling, *lines = run(tokenizer=str(elsewhere))
+    assert old_spelling.startswith("--tokenizer FOLDER (memory.tokenizer) is now --adapt-tokenizer")
+    assert lines == [f"{stage}: up to date" for stage in STAGES]
     assert rebuilt(run(transfer_fraction=0.2)) == {"memory", "export"}
     assert abs(steps(output) - 2 * steps(adapted.output)) <= 1
     init = shutil.copytree(adapted.init, tmp_path / "init")
@@ -172,19 +175,17 @@ def test_what_rebuilds_an_adapted_memory(adapted, pipeline, bases, build, tmp_pa
     assert rebuilt(run(init=str(init))) == {"memory", "export"}
 
 
-def test_unused_settings_rebuild_nothing(pipeline, build, tmp_path):
-    """Memories that are not adapted know nothing of the fraction, nor do those of before it."""
-    output = shutil.copytree(pipeline.output, tmp_path / "out")
-    lines = build(pipeline.base, pipeline.corpus, output, {"memory": {"transfer_fraction": 0.3}})
-    assert lines == [f"{stage}: up to date" for stage in STAGES]
-    manifest = json.loads((output / "memory/manifest.json").read_text())
-    assert not {"tokenizer", "transfer_fraction"} & (manifest["settings"].keys())
+def test_memories_that_are_not_adapted_know_nothing_of_it(pipeline):
+    """Nor do those of before there was such a setting: their manifests are equal."""
+    manifest = json.loads((pipeline.output / "memory/manifest.json").read_text())
+    adapting = {"adapt_tokenizer", "tokenizer", "transfer_fraction"}
+    assert not adapting & manifest["settings"].keys()
 
 
 def test_the_same_tokenizer_needs_no_adapting(pipeline, tiny_model):
     """Another base of one family: the memory is trained on as it is, for all the epochs."""
     base, init = tiny_model("qwen3", seed=4), str(pipeline.output / "export")
-    settings = MemorySettings(init=init, tokenizer=base)
+    settings = MemorySettings(init=init, adapt_tokenizer=True)
     said = []
     assert training_budget(settings, base, said.append) == settings
     assert said == [f"memory: {init} has the tokenizer of {base} already, nothing to adapt"]
@@ -197,13 +198,12 @@ def test_misfits_are_refused(pipeline, bases, adapted, tiny_model, tmp_path):
     base, init = bases.base, adapted.init
 
     def refused(match, **changes):
-        settings = MemorySettings(**{"init": init, "tokenizer": base} | changes)
+        settings = MemorySettings(**{"init": init, "adapt_tokenizer": True} | changes)
         with pytest.raises(ValueError, match=match):
             build_memory(settings, base, BLOCK)
 
-    refused("give that memory with --init, or leave --tokenizer out", init="base")
-    refused(f"another tokenizer than .*: give --tokenizer {base} to adapt it", tokenizer=None)
-    refused(f"which the memory is to serve beside: give --tokenizer {base}", tokenizer=init)
+    refused("another tokenizer than .*: give --adapt-tokenizer to adapt", adapt_tokenizer=False)
+    refused("the memory is to serve beside: give --adapt-tokenizer instead", tokenizer=init)
     folder = shutil.copytree(init, tmp_path / "init")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
@@ -223,22 +223,24 @@ def test_misfits_are_refused(pipeline, bases, adapted, tiny_model, tmp_path):
 
 
 def test_the_command(pipeline, bases, command, quick, tmp_path):
-    """--init and --tokenizer of the command line, and what it refuses in one sentence."""
-    init = str(pipeline.output / "export")
+    """--init and --adapt-tokenizer of the command line; what it refuses in one sentence."""
+    init, settings = str(pipeline.output / "export"), quick({"memory": {"layers": None}})
 
     def refused(match, **options):
-        memdec = command(bases.base, pipeline.corpus, quick(), match)
+        memdec = command(bases.base, pipeline.corpus, settings, match)
         code, err = memdec.here(**options)
-        assert code == 1 and len(err.splitlines()) == 1 and match in err, err
+        said = [line for line in err.splitlines() if "is now --adapt-tokenizer" not in line]
+        assert code == 1 and len(said) == 1 and match in said[0], err
         assert not any((memdec.output / stage).exists() for stage in STAGES)
 
     refused("to adapt it, or a model of one family", init=init)
     refused("give that memory with --init", tokenizer=bases.tokenizer)
     refused("nowhere is not a model folder", init=tmp_path / "nowhere", tokenizer=bases.tokenizer)
     refused("nowhere has no readable tokenizer", init=init, tokenizer=tmp_path / "nowhere")
-    refused("is to serve beside: give --tokenizer", init=init, tokenizer=pipeline.base)
-    memdec = command(bases.base, pipeline.corpus, quick())
-    code, err = memdec.run(init=init, tokenizer=bases.tokenizer)
+    refused("is to serve beside: give --adapt-tokenizer", init=init, tokenizer=pipeline.base)
+    refused("memory.layers cuts the base, but memory.init", init=init, set="memory.layers=1")
+    memdec = command(bases.base, pipeline.corpus, settings)
+    code, _, err = memdec.memdec_here(*memdec.words({"init": init}), "--adapt-tokenizer")
     assert code == 0 and "memory.transfer_fraction 0.1 of memory.epochs 2" in err, err
     fingerprint = read_block(memdec.output / "export").tokenizer_fingerprint
     assert fingerprint == tokenizer_fingerprint(AutoTokenizer.from_pretrained(bases.base))
