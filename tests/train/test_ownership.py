@@ -14,7 +14,7 @@ from vllm_memdec.train.ownership import MANIFEST, PLAN, is_ours, retire, unused
 from vllm_memdec.train.pipeline import STAGES
 
 TEXT = "Some words that make a corpus. " * 40
-SMALL = {"corpus": {"block_tokens": 32}, "memory": {"layers": 1}}
+SMALL = {"corpus": {"block_tokens": 32}}
 
 
 def files(folder):
@@ -84,6 +84,8 @@ def test_links_are_followed(project):
 def test_inputs_inside_the_output(project, option):
     shutil.copytree("validation" if option in ("corpus", "validation") else "base", "out/export")
     options = {option: "out/export", "output": "out"}
+    if option == "tokenizer":
+        options["init"] = "./base"
     refused(project, f"--{option} ", "lies inside --output", "choose another output", **options)
 
 
