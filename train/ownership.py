@@ -153,6 +153,10 @@ def check_report(path: Path | None, option: str = "--json") -> None:
         raise MemdecError(f"{path.parent} is no folder: create it, or check {option}.")
     if path.is_dir():
         raise MemdecError(f"{path} is a folder: give {option} a file.")
+    if {"stage", "files"} <= (read_object(path.parent / MANIFEST) or {}).keys():
+        raise MemdecError(
+            f"{path} would lie among the files of a build's stage: give {option} another place."
+        )
     if path.exists() and not path.is_file():
         raise MemdecError(f"{path} is no regular file: give {option} another one.")
     if path.exists() and not any(text.encode() in path.read_bytes() for text in SIGNATURES):

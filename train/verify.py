@@ -33,6 +33,7 @@ from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
 
 OK, FAILED, MEASURED, NOT_CHECKED = "ok", "FAILED", "measured", "not checked"
+STRAY = "is no part of the build"
 COLOURS = {OK: "green", FAILED: "red", MEASURED: "cyan", NOT_CHECKED: "yellow"}
 
 
@@ -148,7 +149,7 @@ def find_damage(folder: Path, manifest: dict[str, Any] | None, progress: Progres
             advance(entry["bytes"])
     for path in sorted(data_files(folder)):
         if str(path.relative_to(folder)) not in manifest["files"]:
-            yield f"{folder.name}/{path.relative_to(folder)} is no part of the build"
+            yield f"{folder.name}/{path.relative_to(folder)} {STRAY}"
 
 
 def check_files(stages: list[str], damage: dict[str, list[str]]) -> Check:
@@ -158,7 +159,15 @@ def check_files(stages: list[str], damage: dict[str, list[str]]) -> Check:
         all_of_it = [what for stage in broken for what in damage[stage]]
         more = f" and {len(all_of_it) - 3} more" if len(all_of_it) > 3 else ""
         said = "; ".join(all_of_it[:3]) + more
-        return Check("files", FAILED, said, delete(*broken), {"damage": all_of_it})
+        # A file that is one too many may be the user's own: it is not for memdec to delete.
+        strays = [what.removesuffix(f" {STRAY}") for what in all_of_it if what.endswith(STRAY)]
+        fix = f"move {', '.join(strays[:3])} out of the build's folders" if strays else ""
+        damaged = [s for s in broken if not all(w.endswith(STRAY) for w in damage[s])]
+        if damaged:
+            fix += f"{'; then ' if fix else ''}{delete(*damaged)}"
+        else:
+            fix += " and verify again."
+        return Check("files", FAILED, said, fix, {"damage": all_of_it})
     return Check("files", OK, f"whole: {', '.join(stages)}")
 
 
