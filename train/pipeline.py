@@ -29,6 +29,9 @@ __all__ = ["MEMORY_BUDGET", "STAGES", "build", "model_hash"]
 
 MEMORY_BUDGET = 4 * 2**30
 STAGES = ("corpus", "datastore", "index", "targets", "memory", "export")
+# Settings of a memory that change nothing in it, or whose meaning is among its inputs.
+NO_MATTER = ("adapt_tokenizer", "checkpoint_seconds", "gradient_checkpointing",
+             "micro_batch_blocks", "parallel", "tokenizer")  # fmt: skip
 OTHERS = "close other programs or take a larger machine"  # if memory runs out
 
 
@@ -138,6 +141,11 @@ def find_inputs(
             text[name] = hashes.text(path)
             if others := corpus_files(path)[1]:
                 progress.say(f"{name}: files in {path} that are no text and left out: {others}")
+    if text.get("validation") == text["corpus"]:
+        raise MemdecError(
+            "--validation is the text of --corpus, which the memory learns by heart: give text "
+            "that it does not see, or leave --validation out."
+        )
     return {
         "corpus": {"tokenizer": tokenizer} | text,
         "datastore": {"base": weights},
@@ -314,9 +322,13 @@ class Compilation:
 
     def memory_settings(self) -> dict[str, Any]:
         """Return what decides what is trained; what is read from folders is among the inputs."""
+        from vllm_memdec.train.corpus import load_rows
+
         settings = self.settings.memory.model_dump()
-        for name in ("checkpoint_seconds", "micro_batch_blocks", "adapt_tokenizer", "tokenizer"):
+        for name in NO_MATTER:
             settings.pop(name)
+        rows = load_rows(self.path("corpus"), "train")
+        settings["batch_blocks"] = self.settings.memory.batch(len(rows))
         if settings["init"] != "base":
             settings["init"] = "folder"
         if settings["early_stop"] is None:
@@ -338,7 +350,8 @@ class Compilation:
                 "settings": made | {"export": settings},
             }
             paths = [self.path(name) for name in read]
-            export_memory(self.settings.export, self.base, *paths, provenance, work, self.progress)
+            runs = self.progress, self.cluster
+            export_memory(self.settings.export, self.base, *paths, provenance, work, *runs)
 
         return Stage(settings, read, make, complete.model_files, OTHERS)
 
