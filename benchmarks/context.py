@@ -81,7 +81,7 @@ def general_text(folder: Path, base: Path, use: str) -> Path:
 def of_demo(base: Path, progress: Progress) -> dict[str, Any]:
     """Return what the demo's memory gives to countries that it has not learnt."""
     folder, general = data.BUILD / "demo", data.BUILD / "context"
-    text = folder / "text"
+    text = data.BUILD / "demo-text"
     texts = {
         "domain": [text / f"validation_{name}.jsonl" for name in ("pages", "facts")],
         "corpus": [text / "corpus.jsonl"],

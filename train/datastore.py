@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_memdec.errors import MemdecError, of_the_machine, said_by
+from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import BLOCKS, DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 # Tokens a forward pass on CUDA, by arithmetic for an H100 (not measured). transformers launches a
@@ -78,9 +79,8 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=code_allowed(),
         )
-    except Exception as error:  # of any class, for instance of what a quantised model would need
-        if of_the_machine(error):
-            raise
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
         check_needs_no_code(folder, error)
         what = said_by(error)
         raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from error
@@ -225,7 +225,7 @@ class Embedder:
         assert self.checked
         keys, labels = self.keys.compute(shard)
         save_array(shard_path(self.work, "keys", shard), keys)
-        save_array(shard_path(self.work, "labels", shard), labels)  # the last: both are whole
+        save_array(shard_path(self.work, "labels", shard), labels)
         return len(labels)
 
 
@@ -247,7 +247,8 @@ def build_datastore(keys: Keys, work: Path, progress: Progress, cluster: Cluster
     """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
     starts = shard_rows(keys.corpus)
     n_shards = len(starts) - 1
-    todo = [n for n in range(n_shards) if not shard_path(work, "labels", n).exists()]
+    names = ("keys", "labels") if keys.settings.keep_keys else ("labels",)
+    todo = unfinished(work, names, n_shards)
     worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
     with progress.task("datastore", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))

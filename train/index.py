@@ -9,6 +9,7 @@ that the nearest of all parts, merged, are what one large index would have found
 import functools
 import json
 import logging
+import os
 import subprocess
 import sys
 import time
@@ -26,9 +27,11 @@ import torch
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_atomic, write_json
 from vllm_memdec.train.cluster import Cluster
+from vllm_memdec.train.complete import check_there
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.corpus import shard_rows
 from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard
 
@@ -80,6 +83,21 @@ def factory_string(kind: str, n_keys: int, width: int, budget: int) -> str:
         )
     codes = max(m for m in range(1, PQ_BYTES + 1) if width % m == 0)
     return f"OPQ{codes},IVF{lists},PQ{codes}"
+
+
+def shaping(settings: IndexSettings, n_keys: int, width: int, budget: int) -> dict[str, Any]:
+    """Return what shapes an index, for its manifest."""
+    kind = factory_string(settings.kind, n_keys, width, budget)
+    sampled = None if kind == "Flat" else min(n_keys, most_sampled(width, budget))
+    return {"kind": kind, "sampled": sampled, "seed": settings.seed}
+
+
+def index_files(work: Path) -> Iterator[str]:
+    """Yield the names of an index's files."""
+    yield from ("index.json", LABELS)
+    if (work / "index.json").exists():
+        parts = len(read_facts(work / "index.json")["first_rows"])
+        yield from (part_path(work, part).name for part in range(parts))
 
 
 def key_bytes(description: str, width: int) -> int:
@@ -270,6 +288,7 @@ def build_index(
             advance(int(starts[parts[n].stop] - starts[parts[n].start]), done_before=True)
         for rows in cluster.map(Filler(keys, parts, work), todo):
             advance(rows)
+    check_there(work, (part_path(work, n).name for n in range(len(parts))), os.listdir(work))
 
     def write_labels(path: Path) -> None:
         with open(path, "wb") as file:
@@ -335,6 +354,7 @@ class Index:
         try:
             index = faiss.read_index(str(path), 0 if on_gpu else faiss.IO_FLAG_MMAP)
         except RuntimeError as error:
+            reraise(error, path)
             raise MemdecError(
                 f"{path} is damaged or missing: delete the folder {self.folder} and build again."
             ) from error

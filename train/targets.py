@@ -25,8 +25,9 @@ from vllm_memdec.train.corpus import load_used, shard_rows
 from vllm_memdec.train.datastore import Keys
 from vllm_memdec.train.index import Index, sample_rows
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
 
+ARRAYS = ("offsets", "labels", "ids", "probs")  # files of a shard
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
@@ -226,8 +227,8 @@ class Searcher:
             "ids": np.concatenate([f[1] for f in found]),
             "probs": np.concatenate([f[2] for f in found]).astype(np.float16),
         }
-        for name, array in files.items():  # probs last: all are whole then
-            save_array(shard_path(self.work, name, shard), array)
+        for name in ARRAYS:
+            save_array(shard_path(self.work, name, shard), files[name])
         return len(rows)
 
 
@@ -255,7 +256,7 @@ def build_targets(
     if torch.cuda.is_available() and (why := index.on_cpu(searcher.neighbours + 1)):
         progress.say(f"targets: searched on CPUs, {why}")
     n_shards = len(starts) - 1
-    todo = [n for n in range(n_shards) if not shard_path(work, "probs", n).exists()]
+    todo = unfinished(work, ARRAYS, n_shards)
     with progress.task("targets", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))
         advance(int(np.diff(starts)[done].sum()), done_before=True)
