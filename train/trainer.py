@@ -55,6 +55,7 @@ from vllm_memdec.train.metrics import (
     stopped_early,
 )
 from vllm_memdec.train.parallel import (
+    Spread,
     agreed,
     memory_of,
     restore,
@@ -117,9 +118,17 @@ def new_optimizer(model: Any, settings: MemorySettings) -> torch.optim.Optimizer
 
 
 def memory_loss(
-    memory: Any, batch: tuple, candidates: Candidates, settings: MemorySettings, scale: float
+    memory: Any,
+    batch: tuple,
+    candidates: Candidates,
+    settings: MemorySettings,
+    scale: float,
+    alone: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy."""
+    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy.
+
+    alone: no other process waits for the gradients.
+    """
     tokens, positions, places, labels, targets = batch
     with autocast_to(settings.dtype, tokens.device):
         trunk = memory.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -135,6 +144,7 @@ def memory_loss(
         columns=candidates.columns,
         dtype=getattr(torch, settings.dtype),
         scale=scale,
+        accumulate=alone,
     )
 
 
@@ -153,7 +163,8 @@ def add_gradients(
     """
     batch = batches.load(blocks, device())
     batches.expect(following, device())
-    loss, sums = module(memory_loss, batch, candidates, settings, scale)
+    alone = type(module) is Spread
+    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone)
     loss.backward()
     return sums
 
