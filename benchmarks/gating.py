@@ -44,10 +44,12 @@ from vllm_memdec.gate import read_gate
 from vllm_memdec.train import gate as gates
 from vllm_memdec.train.artifacts import build_artifact, write_json
 from vllm_memdec.train.config import load_settings
+from vllm_memdec.train.corpus import valid_rows
 from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import best_alpha, label_logprobs, mix, perplexity
+from vllm_memdec.train.evaluate import best_alpha, mix, perplexity
 from vllm_memdec.train.pipeline import model_hash
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.windows import Windows, window_logprobs
 
 TABLE = RESULTS / "gating.csv"
 PASSAGE, LINE = 128, 200  # most tokens of a passage of the stream; fewest characters of its line
@@ -98,17 +100,18 @@ class Gating:
 
     def read(self, blocks: tuple, name: str, base: str = "base") -> gates.Scored:
         """Return what a base and the memory give to blocks."""
-        progress = self.domain.progress
-        base_N = label_logprobs(self.models[base], *blocks, 4, progress, f"the {base}, {name}")
+        progress, (tokens, positions) = self.domain.progress, blocks
+        text = Windows(tokens, positions, valid_rows(positions))
+        base_N = window_logprobs(self.models[base], text, progress, f"the {base}, {name}")
         tokenizer = self.domain.tokenizer
-        return gates.read_blocks(base_N, self.models["memory"], tokenizer, *blocks, name, progress)
+        return gates.read_windows(base_N, self.models["memory"], tokenizer, text, name, progress)
 
     def mixed(self, part: gates.Scored, alpha: float) -> dict[str, np.ndarray]:
         """Return the log-probabilities [N] of each system."""
         return {
             "base": part.base_N,
             "fixed": mix(part.base_N, part.memory_N, alpha),
-            "gate": gates.mix_gated(part.base_N, part.memory_N, gates.weights(self.gate, part)),
+            "gate": mix(part.base_N, part.memory_N, gates.weights(self.gate, part)),
         }
 
     def row(self, what: str, part: gates.Scored, alpha: float) -> dict[str, Any]:
@@ -142,7 +145,7 @@ class Gating:
             part = self.read(self.domain.blocks(text), title, "other")
             row = self.row(f"perplexity, {title}, other base", part, self.alpha)
             alpha_N = gates.weights(own, part)
-            row["own_gate"] = perplexity(gates.mix_gated(part.base_N, part.memory_N, alpha_N))
+            row["own_gate"] = perplexity(mix(part.base_N, part.memory_N, alpha_N))
             rows.append(row)
         return rows
 

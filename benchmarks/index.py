@@ -207,7 +207,7 @@ def main() -> None:
     distances, ids = neighbours_without_self(
         *indexes["flat", default.probes].search(queries, neighbours + 1), own
     )
-    temperature = fit_temperature(distances, ids, stored[ids] == stored[own][:, None])
+    temperature, _ = fit_temperature(distances, ids, stored[ids] == stored[own][:, None])
     results = []
     for (name, probes), index in indexes.items():
         found = index.search(queries, neighbours + 1)

@@ -38,7 +38,7 @@ from vllm_memdec.train import gate as gates
 from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import Settings, load_settings
-from vllm_memdec.train.corpus import load_config, load_used, pack, tokenise
+from vllm_memdec.train.corpus import load_config, load_used, pack, tokenise, valid_rows
 from vllm_memdec.train.datastore import embed, load_model
 from vllm_memdec.train.decoder import truncated_config
 from vllm_memdec.train.evaluate import ALPHAS, best_alpha, label_logprobs, mix, perplexity
@@ -49,12 +49,14 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.targets import neighbour_weights
 from vllm_memdec.train.text import documents
 from vllm_memdec.train.trainer import train_memory
+from vllm_memdec.train.windows import Windows, window_logprobs, windows
 
 HERE = Path(__file__).resolve().parent
 WORK = data.BUILD / "quality"
 TABLE = RESULTS / "quality.csv"
 PASSAGE = 128  # tokens
 CHOOSING_BLOCKS = 8  # of validation text on which it is
+WINDOW = 512  # tokens of the longest contexts that a gate is trained on
 LORA_RANK = 64
 ASKED = 60_000  # tokens of general text, of each kind, for gating.py's questions
 VALUE_LONGEST = 60  # characters of a fact that is asked for
@@ -204,6 +206,10 @@ class Domain:
     def packed(self, ids: Iterable[list[int]]) -> tuple[np.ndarray, np.ndarray]:
         return pack(ids, self.settings.corpus.block_tokens, self.tokenizer.eos_token_id)
 
+    def windows(self, ids: list[np.ndarray]) -> Windows:
+        """Return a text of gates in short and in long contexts."""
+        return windows(ids, WINDOW, self.tokenizer.eos_token_id, gates.MOST_TOKENS)
+
     def gate_ids(self, kind: str) -> list[list[int]]:
         """Return the text of a kind that a gate is trained on, none of which is scored.
 
@@ -227,15 +233,15 @@ class Domain:
         """General text for gates, read by a base: the same for all domains."""
 
         def make(work: Path) -> None:
-            blocks = self.packed(self.gate_ids("general"))
+            text = self.windows(self.gate_ids("general"))
             model = load_model(folder, "bfloat16")
-            found = label_logprobs(model, *blocks, 4, self.progress, f"the {name}, general")
-            np.savez(work / "base.npz", *blocks, found)
+            found = window_logprobs(model, text, self.progress, f"the {name}, general")
+            np.savez(work / "base.npz", text.tokens, text.positions, text.scored, found)
 
         return build_artifact(
             self.folder.parent / ("general" if name == "base" else f"general-{name}"),
             "general",
-            {"tokens": self.sizes.gate, "scored": self.sizes.general},
+            {"tokens": self.sizes.gate, "scored": self.sizes.general, "window": WINDOW},
             {"base": model_hash(folder, f"the {name}")},
             make,
             self.progress.say,
@@ -244,19 +250,17 @@ class Domain:
     def read_for_gate(self, models: dict[str, Any], name: str, folder: str) -> dict[str, Any]:
         """Return what the memory and a base, both in models, give to each kind of a gate's text."""
 
-        def read(blocks: tuple[np.ndarray, np.ndarray], base_N: np.ndarray, kind: str) -> Any:
-            return gates.read_blocks(
-                base_N, models["memory"], self.tokenizer, *blocks, kind, self.progress
-            )
+        def read(text: Windows, base_N: np.ndarray, kind: str) -> gates.Scored:
+            memory, progress = models["memory"], self.progress
+            return gates.read_windows(base_N, memory, self.tokenizer, text, kind, progress)
 
         with np.load(self.general(name, folder).path / "base.npz") as file:
-            *blocks, base_N = file.values()
-        parts = {"general": read(blocks, base_N, "general")}
+            *text, base_N = file.values()
+        parts = {"general": read(Windows(*text), base_N, "general")}
         for kind in ("domain", "corpus", "in turn"):
-            blocks = self.packed(self.gate_ids(kind))
+            text = self.windows(self.gate_ids(kind))
             said = f"the {name}, {kind}"
-            base_N = label_logprobs(models[name], *blocks, 4, self.progress, said)
-            parts[kind] = read(blocks, base_N, kind)
+            parts[kind] = read(text, window_logprobs(models[name], text, self.progress, said), kind)
         return parts
 
     # -- Training ---------------------------------------------------------------------------------
@@ -421,11 +425,12 @@ class Domain:
             arrays = gates.fit_gate(self.read_for_gate(models, "base", self.base))
             write_gate(work, arrays, "gate.npz")
             for text in TEXTS[1:]:
-                scored = gates.read_blocks(
+                tokens, positions = self.blocks(text)
+                scored = gates.read_windows(
                     self.base_scores[text],
                     models["memory"],
                     self.tokenizer,
-                    *self.blocks(text),
+                    Windows(tokens, positions, valid_rows(positions)),
                     text,
                     self.progress,
                 )
@@ -433,7 +438,7 @@ class Domain:
 
         inputs = {"text": self.text.hash, "memory": model_hash(memory, "the memory")}
         inputs |= {"base": self.base_hash, "general": self.general("base", self.base).hash}
-        settings = {"learnt": self.sizes.learnt, "gate": gates.SETTINGS}
+        settings = {"learnt": self.sizes.learnt, "gate": gates.SETTINGS, "window": WINDOW}
         return self.artifact("gate", settings, inputs, make)
 
     def retriever(self, system: str, passages: list[str]) -> Any:
@@ -539,7 +544,9 @@ class Domain:
                     return head(model, hidden(model, ids)).float().softmax(-1)
 
                 found = {name: p(model, whole) for name, model in models.items()}
-                sure_nF = features(hidden(models["memory"], whole), found["memory"].log())
+                position_n = torch.arange(len(whole) - 1 - n, len(whole) - 1)
+                h_nD = hidden(models["memory"], whole)
+                sure_nF = features(h_nD, found["memory"].log(), position_n)
                 alpha_n1 = weigh(sure_nF)[:, None]
                 found["gated"] = alpha_n1 * found["memory"] + (1 - alpha_n1) * found["base"]
                 for name in (n for n, trained in TRAINED.items() if trained.mixed):
@@ -604,7 +611,7 @@ class Domain:
                 gate = self.gate(folders[system])
                 alpha = self.load(gate)
                 found["gated"] = {
-                    text: perplexity(gates.mix_gated(base[text], scores[text], alpha[text]))
+                    text: perplexity(mix(base[text], scores[text], alpha[text]))
                     for text in TEXTS[1:]
                 }
             self.progress.say(f"{self.name}, {system}: {found[system]['test']:.2f}")

@@ -198,6 +198,32 @@ def gating() -> str:
     )
 
 
+def context() -> str:
+    """Return what base, mixture and gate give by the length of the context."""
+    rows = read(RESULTS / "context.csv")
+    if not rows:
+        return "not measured\n"
+
+    def cell(row: dict[str, str], system: str) -> str:
+        value, base = float(row[system]), float(row["base"])
+        return f"{value:.2f}" + (f" ({value / base - 1:+.1%})" if system != "base" else "")
+
+    titles = ["", "context", "tokens", "base", "one alpha", "alpha by context", "gate"]
+    return grid(
+        [*titles, "best alpha"],
+        [
+            [
+                f"{row['domain']}, {row['text']}",
+                f"{row['from']}-{row['to']}",
+                row["tokens"],
+                *(cell(row, system) for system in ("base", "fixed", "mixture", "gate")),
+                f"{float(row['best_alpha']):.2f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "quality": quality,

@@ -142,7 +142,7 @@ def find(rows: int, k: int, keys: int, progress: Progress) -> Neighbours:
     few = own[:SEARCH_ROWS]
     d, others = neighbours_without_self(distances[: len(few)], ids[: len(few)], few)
     hit = labels[others] == labels[few, None]
-    temperature = fit_temperature(d, others, hit)
+    temperature, _ = fit_temperature(d, others, hit)
     return Neighbours(own, distances, ids, labels, temperature, np.unique(labels))
 
 

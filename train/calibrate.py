@@ -357,7 +357,7 @@ def calibrate(
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
             build_corpus(settings.corpus, base, sample, None, blocks, quiet, cluster)
-        except ValueError as error:  # of the text, which is the user's, not the sample's
+        except MemdecError as error:  # of the text, which is the user's, not the sample's
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))

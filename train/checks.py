@@ -26,6 +26,7 @@ HALF = 2.0**-11  # relative error of a number in fp16,
 TINY = 2.0**-25  # and absolute, of those below its normal range
 LEAK = 2e-3  # fp16 and what float32 distances are off: more of the own label is a leak
 MOST_EMPTY = 0.01  # share of rows without any neighbour: too few probes
+COPY = 1e-5  # of a far neighbour's distance: so near are only rows of the same text
 PASSAGES = 128  # recited, at most
 
 
@@ -87,7 +88,7 @@ def check_probabilities(build: Build) -> Result:
         if (config := build.root / stage / "config.json").exists():
             vocabulary = json.loads(config.read_text())["vocab_size"]
     rows = empty = entries = first = 0
-    furthest = 0.0
+    furthest = top = 0.0
     for offsets, ids, probs in zip(
         *(shards(folder, name) for name in ("offsets", "ids", "probs")), strict=True
     ):
@@ -108,10 +109,13 @@ def check_probabilities(build: Build) -> Result:
             return False, f"row {first + at}: its probabilities are off 1 by {off[at]:.4g}", {}
         rows, empty, entries = rows + len(lengths), empty + (lengths == 0).sum(), entries + len(p)
         furthest, first = max(furthest, off.max(initial=0)), first + len(lengths)
+        top += np.maximum.reduceat(p, offsets[:-1][lengths > 0]).sum() if len(p) else 0.0
     figures = {"rows": rows, "empty": int(empty), "tokens_a_row": entries / max(rows, 1)}
     figures["furthest_from_1"] = float(furthest)
+    figures["mean_top_probability"] = float(top / max(rows - empty, 1))
     said = (
-        f"{rows:,} rows sum to 1 within {furthest:.1e}, {figures['tokens_a_row']:.1f} tokens each"
+        f"{rows:,} rows sum to 1 within {furthest:.1e}, {figures['tokens_a_row']:.1f} tokens each, "
+        f"the likeliest with {figures['mean_top_probability']:.2f}"
     )
     said += f", {empty} found no neighbour" if empty else ""
     return bool(empty <= rows * MOST_EMPTY), said, figures
@@ -127,9 +131,17 @@ def check_recall(build: Build) -> Result:
     for k in sorted({min(RECALL_AT, ids.shape[1]), build.neighbours}):
         cut = (a[:, :k] for a in (found, distances, ids))
         figures[f"recall_at_{k}"] = recall(keys, queries, *cut)
+    # Rows of text that occurs twice learn from themselves: a neighbour has the same context.
+    copies = distances[:, 0] <= COPY * np.quantile(distances[:, -1], 0.9)
+    figures["copies"] = float(np.mean(copies & (ids[:, 0] >= 0)))
     first = next(value for name, value in figures.items() if name.startswith("recall"))
     said = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items() if "recall" in k)
-    return first >= lowest, f"{said} ({kind}, {len(queries)} queries; at least {lowest})", figures
+    said += f" ({kind}, {len(queries)} queries; at least {lowest})"
+    return (
+        first >= lowest,
+        f"{said}; {figures['copies']:.1%} of rows have one of the same context",
+        figures,
+    )
 
 
 def check_leak(build: Build) -> Result:

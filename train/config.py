@@ -59,6 +59,7 @@ class CorpusSettings(StageSettings):
     block_tokens: int = Field(512, ge=8, le=1 << 20)  # predicted tokens a block
     # of the documents, unless a validation text is given
     validation_fraction: float = Field(0.05, ge=1e-6, le=0.5)
+    group: str | None = None  # a field of the rows: rows of one value are held out together
     # blocks a file of every stage, and the most that is done twice
     shard_blocks: int = Field(64, ge=1, le=1 << 24)
 
@@ -186,7 +187,10 @@ class MemorySettings(StageSettings):
 
 
 class ExportSettings(StageSettings):
-    alpha: float | None = Field(None, ge=0, le=1)  # None: calibrated on the validation text
+    # None: tuned on the validation text, for each length of context
+    alpha: float | None = Field(None, ge=0, le=1)
+    # of the longest requests that alpha is tuned on; None: as many as the text fills (windows.py)
+    context_tokens: int | None = Field(None, ge=32, le=1 << 20)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 

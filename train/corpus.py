@@ -11,6 +11,7 @@ Pieces of the text are tokenised side by side; one pass over the tokens then pac
 block's content does not depend on how the text was divided.
 """
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator
@@ -21,13 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from vllm_memdec.errors import MemdecError
+from vllm_memdec.errors import MemdecError, of_the_machine, said_by
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import CorpusSettings
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import Sharded, load_array, load_shard, save_array, shard_path
-from vllm_memdec.train.text import Piece, pieces, read_documents
+from vllm_memdec.train.text import Piece, pieces, read_rows
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 SPLITS = ("train", "validation")
@@ -35,7 +36,7 @@ TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
 TOKENIZER_CHARACTERS = 2**22  # or fewer, if they are long
 PACKED_AT_ONCE = 1024  # blocks
 PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
-LARGEST_SHARE = 3  # of the fraction to hold out, taken by documents that are longer than others
+LARGEST_SHARE = 3  # of the fraction to hold out, that one long document may take it to
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -44,14 +45,17 @@ def load_tokenizer(folder: str) -> Any:
 
     from vllm_memdec.checkpoint import tokenizer_vocabulary
 
+    unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any class: tokenizers and transformers check little
+        if of_the_machine(error):
+            raise
         check_needs_no_code(folder, error)
-        usable = False
+        raise MemdecError(unreadable) from error
     if not usable:
-        raise MemdecError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
+        raise MemdecError(unreadable)
     return tokenizer
 
 
@@ -61,10 +65,11 @@ def load_config(folder: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any class, as above
+        if of_the_machine(error):
+            raise
         check_needs_no_code(folder, error)
-        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise MemdecError(f"{folder} has no usable config.json: {what}.") from None
+        raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
         raise MemdecError(f"{folder} is {config.model_type}, no text decoder: give another model.")
     return config
@@ -79,12 +84,18 @@ def check_positions(config: Any, folder: str, block_tokens: int) -> None:
         )
 
 
+def digest(text: str) -> int:
+    """Return 64 bits of a text's SHA-256: the same in every process, so no seed decides a split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
 @dataclass
 class Tokeniser:
-    """Writes the tokens and the documents' lengths of one piece of text."""
+    """Writes tokens, and each document's length and digests, of one piece of text."""
 
     base: str
     pieces: list[Piece]
+    group: str | None  # field of a row: rows of one value are held out together
     work: Path
 
     @cached_property
@@ -92,9 +103,22 @@ class Tokeniser:
         return load_tokenizer(self.base)
 
     def __call__(self, number: int) -> int:
-        documents = list(tokenise(self.tokenizer, read_documents(self.pieces[number])))
+        digests: list[tuple[int, int]] = []
+
+        def texts() -> Iterator[str]:
+            for text, value in read_rows(self.pieces[number], self.group):
+                own = digest(text)
+                digests.append((own, own if self.group is None else digest(json.dumps(value))))
+                yield text
+
+        found = list(tokenise(self.tokenizer, texts(), keep_empty=True))
+        kept = [n for n, document in enumerate(found) if len(document)]
+        documents = [found[n] for n in kept]
         tokens = np.concatenate([np.zeros(0, np.int32), *documents])
         save_array(shard_path(self.work, "tokens", number), tokens)
+        of_text, of_group = np.array(digests, np.uint64).reshape(-1, 2)[kept].T
+        save_array(shard_path(self.work, "texts", number), of_text)
+        save_array(shard_path(self.work, "groups", number), of_group)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
         save_array(shard_path(self.work, "lengths", number), lengths)  # the last: both are whole
         return 1
@@ -112,8 +136,8 @@ def build_corpus(
     """Write tokens-SPLIT and positions-SPLIT in shards of blocks [blocks, T+1] int32.
 
     Beside them rows-SPLIT.npy, the valid rows of each block, used-SPLIT.npy, the tokens that occur,
-    and corpus.json. Without a validation path every n-th document is held out; a corpus of too
-    few documents gives its last blocks instead.
+    and corpus.json. Without a validation path documents are held out by a digest of their text, or
+    of the field that settings.group names; a corpus of too few documents gives its last blocks.
     """
     from vllm_memdec.checkpoint import tokenizer_fingerprint
 
@@ -129,7 +153,7 @@ def build_corpus(
     config = load_config(base)
     check_positions(config, base, settings.block_tokens)
     texts = [corpus] if validation is None else [corpus, validation]
-    tokenised = tokenise_pieces(base, texts, work / PIECES, progress, cluster)
+    tokenised = tokenise_pieces(base, texts, settings.group, work / PIECES, progress, cluster)
     train, held_out = tokenised[0], tokenised[-1]
     lengths = np.concatenate(list(train.lengths()))
     if not len(lengths):
@@ -146,7 +170,18 @@ def build_corpus(
             "to train on and one to hold out: give more text or lower corpus.block_tokens."
         )
     if validation is None:
-        taken = split_lengths(lengths, settings.validation_fraction, settings.block_tokens)
+        taken = split_lengths(
+            lengths,
+            train.digests("texts"),
+            train.digests("groups"),
+            settings.validation_fraction,
+            settings.block_tokens,
+        )
+        if settings.group is not None and ((taken > 0) & (taken < lengths)).any():
+            raise MemdecError(
+                f"too few values of corpus.group ({settings.group}) to hold out a block of "
+                f"{settings.block_tokens} tokens by them: give --validation, or leave it out."
+            )
         documents = {
             "train": train.parts(taken, first=True),
             "validation": train.parts(taken, first=False),
@@ -162,14 +197,31 @@ def build_corpus(
         counts[name] = write_blocks(
             documents[name], settings, tokenizer.eos_token_id, name, work, progress
         )
+    if validation is not None:
+        equal = np.isin(held_out.digests("texts"), train.digests("texts"))
+        counts["validation"]["equal_documents"] = int(equal.sum())
+        if equal.all():
+            raise MemdecError(
+                f"every document of {validation} is in {corpus}, which the memory learns by heart: "
+                "give --validation text that it does not see, or leave it out."
+            )
+        if equal.any():
+            progress.say(
+                f"corpus: {equal.sum():,} of {len(equal):,} validation documents "
+                f"({equal.mean():.0%}) are in the corpus word for word: the memory looks better on "
+                "them than it is"
+            )
     write_json(work / "corpus.json", counts)
     shutil.rmtree(work / PIECES)
 
 
-def tokenise(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
+def tokenise(
+    tokenizer: Any, texts: Iterable[str], keep_empty: bool = False
+) -> Iterator[np.ndarray]:
     """Yield each document's token ids, closed with the end-of-text token; empty ones are left out.
 
-    Documents are handed to the tokenizer in groups of a bounded size.
+    Documents are handed to the tokenizer in groups of a bounded size. keep_empty: yield an array
+    without tokens for a document in which the tokenizer finds none.
     """
 
     def flush(group: list[str]) -> Iterator[np.ndarray]:
@@ -178,6 +230,8 @@ def tokenise(tokenizer: Any, texts: Iterable[str]) -> Iterator[np.ndarray]:
                 ids = ids[:-1]
             if ids:  # a tokenizer may drop all of a text
                 yield np.array([*ids, tokenizer.eos_token_id], dtype=np.int32)
+            elif keep_empty:
+                yield np.zeros(0, np.int32)
 
     group: list[str] = []
     characters = 0
@@ -202,6 +256,10 @@ class Tokenised:
         for number in self.numbers:
             yield load_shard(self.folder, "lengths", number)
 
+    def digests(self, of: str) -> np.ndarray:
+        """Return a digest [documents] uint64 of each document's "texts" or "groups"."""
+        return np.concatenate([load_shard(self.folder, of, number) for number in self.numbers])
+
     def documents(self) -> Iterator[np.ndarray]:
         """Yield every document's tokens."""
         for number, lengths in zip(self.numbers, self.lengths(), strict=True):
@@ -224,7 +282,12 @@ class Tokenised:
 
 
 def tokenise_pieces(
-    base: str, texts: list[Path], folder: Path, progress: Progress, cluster: Cluster
+    base: str,
+    texts: list[Path],
+    group: str | None,
+    folder: Path,
+    progress: Progress,
+    cluster: Cluster,
 ) -> list[Tokenised]:
     """Tokenise some texts piece by piece into a folder."""
     folder.mkdir(exist_ok=True)
@@ -236,24 +299,35 @@ def tokenise_pieces(
     todo = [n for n in range(len(parts)) if not shard_path(folder, "lengths", n).exists()]
     with progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
-        for done in cluster.map(Tokeniser(base, parts, folder), todo):
+        for done in cluster.map(Tokeniser(base, parts, group, folder), todo):
             advance(done)
     return found
 
 
-def split_lengths(lengths: np.ndarray, fraction: float, block_tokens: int) -> np.ndarray:
+def split_lengths(
+    lengths: np.ndarray,
+    texts: np.ndarray,
+    groups: np.ndarray,
+    fraction: float,
+    block_tokens: int,
+) -> np.ndarray:
     """Return how many tokens of each document are trained on; the rest of it is held out.
 
-    Every n-th document is held out whole, or, where documents are too few or too long for that,
-    the tail of the text.
+    Groups of documents are held out whole, those with the lowest digests until they are enough: so
+    neither the order of documents nor a period in it decides, and equal texts are on one side.
+    Where groups are too few or too long for that, the tail of the text is held out.
     """
-    every = max(2, round(1 / fraction))
-    held_out = np.arange(len(lengths)) % every == every - 1
-    # A few long documents among them must not take the corpus away.
-    most = min(LARGEST_SHARE * fraction, 0.6) * lengths.sum()
-    if block_tokens < lengths[held_out].sum() <= most:
-        return np.where(held_out, 0, lengths)
     total = int(lengths.sum())
+    enough = max(block_tokens + 1, fraction * total)
+    most = min(LARGEST_SHARE * fraction, 0.6) * total
+    ids, group = np.unique(groups, return_inverse=True)  # ascending digests
+    sizes = np.bincount(group, lengths, minlength=len(ids))
+    candidates = np.flatnonzero(sizes <= most / 2)  # a long one must not take the corpus away
+    first = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))  # with which it is enough
+    held_out = np.isin(group, candidates[: first + 1])
+    held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
+    if first < len(candidates) and lengths[held_out].sum() <= most:
+        return np.where(held_out, 0, lengths)
     cut = total - max(block_tokens + 1, int(total * fraction))
     starts = np.cumsum(lengths) - lengths
     taken = np.clip(cut - starts, 0, lengths)

@@ -9,6 +9,7 @@ import torch
 
 from vllm_memdec.gate import features
 from vllm_memdec.train.corpus import load_blocks, valid_rows
+from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
 
@@ -23,14 +24,17 @@ def label_logprobs(
     batch: int,
     progress: Progress | None = None,
     name: str = "",
-    gated_by: list[torch.Tensor] | None = None,
+    features_NF: torch.Tensor | None = None,
+    scored: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1].
 
-    gated_by: if given, the features that a gate goes by, [., D + 2], are appended to it.
+    features_NF: if given, what a gate goes by is written into it, a row of D + 3 for each.
+    scored: the rows [B, T] in place of the valid ones, where positions run on across documents.
     """
+    scored = valid_rows(positions) if scored is None else scored
     where = model.device
-    found = []
+    found, done = [], 0
     with contextlib.ExitStack() as stack:
         advance = None
         if progress is not None:
@@ -39,18 +43,19 @@ def label_logprobs(
         for start in range(0, len(tokens), batch):
             block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(where)
             position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
-            mask = torch.from_numpy(valid_rows(position.numpy())).to(where)
+            mask = torch.from_numpy(scored[start : start + batch]).to(where)
             h_ND = model.base_model(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
             ).last_hidden_state[mask]
-            labels_N = block[:, 1:][mask]
+            rows = h_ND, block[:, 1:][mask], position[:, :-1].to(where)[mask]
             chunk = rows_at_once(model.config.vocab_size)
-            for h_PD, labels_P in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
+            for h_PD, labels_P, position_P in zip(*(r.split(chunk) for r in rows), strict=True):
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
                 found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
-                if gated_by is not None:
-                    gated_by.append(features(h_PD, logits_PV).cpu())
+                if features_NF is not None:
+                    features_NF[done : done + len(h_PD)] = features(h_PD, logits_PV, position_P)
+                done += len(h_PD)
             if advance is not None:
                 advance(len(block))
     return np.concatenate(found)
@@ -64,8 +69,26 @@ def sampled_validation(corpus: Path, most_tokens: int) -> tuple[np.ndarray, np.n
     return tokens[chosen], positions[chosen]
 
 
-def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float) -> np.ndarray:
-    """Return log((1-alpha) p_base + alpha p_memory) [N] of log-probabilities."""
+def validation_logprobs(
+    folder: str,
+    dtype: str,
+    corpus: Path,
+    most_tokens: int,
+    batch: int,
+    progress: Progress | None = None,
+    name: str = "the base",
+) -> np.ndarray:
+    """Return log p(next token) [rows] float64 of a model folder on sampled validation blocks.
+
+    The rows are those of label_logprobs(model, *sampled_validation(corpus, most_tokens), batch) for
+    any other model, so both can be mixed row by row. The model is loaded and let go of again.
+    """
+    model = load_model(folder, dtype)
+    return label_logprobs(model, *sampled_validation(corpus, most_tokens), batch, progress, name)
+
+
+def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float | np.ndarray) -> np.ndarray:
+    """Return log((1-alpha) p_base + alpha p_memory) [N]; alpha: one weight, or each row's [N]."""
     with np.errstate(divide="ignore"):
         return np.logaddexp(base_N + np.log1p(-alpha), memory_N + np.log(alpha))
 

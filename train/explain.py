@@ -26,6 +26,7 @@ from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.head import head
+from vllm_memdec.train.windows import alpha_at
 
 SAYS = ("base says", "memory says")
 CHUNK = 128  # tokens read at once: logits of a long text would not fit in memory
@@ -61,6 +62,7 @@ class Explanation:
     gated: bool
     first: str
     tokens: list[Token]
+    alpha_by_context: list[list[float]] | None = None  # the weights, where they depend on position
 
 
 class Reader:
@@ -108,13 +110,15 @@ def explain(
 ) -> Explanation:
     """Return what both models thought of a prompt, and of `write` tokens after it."""
     block, path = read_block(memory), gate_path(memory)
-    gate = Gate(read_gate(path, load_config(memory).hidden_size)) if path else None
+    gate, table = None, None
+    if path:
+        gate = Gate(read_gate(path, load_config(memory).hidden_size))
     if alpha is None and gate is not None:
         alpha = 1.0
     elif alpha is None:
         if block is None:
             raise MemdecError(f"{memory} has no memdec block, so no default weight: give --alpha.")
-        alpha = block.alpha
+        alpha, table = block.alpha, block.alpha_by_context
     alpha = check_alpha(alpha, "--alpha")
     tokenizer = load_tokenizer(base)
     theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
@@ -133,8 +137,8 @@ def explain(
                 f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
                 f"{longest} positions: give less text, or a smaller --tokens."
             )
-    read = _read(tokenizer, base, memory, ids, alpha, gate, write)
-    return Explanation(base, memory, alpha, gate is not None, *read)
+    read = _read(tokenizer, base, memory, ids, alpha, gate, table, write)
+    return Explanation(base, memory, alpha, gate is not None, *read, table)
 
 
 def _read(
@@ -144,6 +148,7 @@ def _read(
     ids: list[int],
     alpha: float,
     gate: Gate | None,
+    table: list[list[float]] | None,
     write: int,
 ) -> tuple[str, list[Token]]:
     """Return the first token's text, and every other token."""
@@ -155,9 +160,14 @@ def _read(
         _, base_TV = base_reads(part)
         h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
         memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond does not count
+        position_T = torch.arange(done, done + len(part))
         alpha_T = torch.full((len(part),), alpha, device=base_TV.device)
+        if table is not None:
+            by_position_T = torch.from_numpy(alpha_at(table, position_T.numpy())).float()
+            alpha_T = by_position_T.to(base_TV.device)
         if gate is not None:
-            alpha_T = alpha_T.minimum(gate(features(h_TD, memory_TW).cpu()).to(base_TV.device))
+            seen_TF = features(h_TD, memory_TW, position_T)
+            alpha_T = alpha_T.minimum(gate(seen_TF.cpu()).to(base_TV.device))
         mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
         base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
         for row in range(len(part)):
@@ -188,6 +198,8 @@ def report(found: Explanation) -> dict[str, Any]:
 
 def weight_of(found: Explanation) -> str:
     """Return in words where the weights come from."""
+    if found.alpha_by_context is not None:
+        return "by context"
     if not found.gated:
         return f"{found.alpha:g}"
     return "by the gate" + (f", at most {found.alpha:g}" if found.alpha < 1 else "")

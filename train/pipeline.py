@@ -126,6 +126,11 @@ def _build(
             inputs[name] = text_hash(path)
             if others := corpus_files(path)[1]:
                 progress.say(f"{name}: files in {path} that are no text and left out: {others}")
+    if inputs.get("validation") == inputs["corpus"]:
+        raise MemdecError(
+            "--validation is the text of --corpus, which the memory learns by heart: give text "
+            "that it does not see, or leave --validation out."
+        )
 
     @functools.cache
     def check_memory() -> None:
@@ -246,6 +251,7 @@ def _build(
             provenance,
             work,
             progress,
+            cluster,
         )
 
     return stage(

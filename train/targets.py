@@ -30,6 +30,8 @@ from vllm_memdec.train.shards import load_shard, save_array, shard_path
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
+SCALE_QUANTILE = 0.9  # of the rows' largest distances: the scale of the temperatures tried,
+GRID, GRID_POINTS = (1e-3, 3.0), 29  # lowest and highest, as multiples of it, and how many
 FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
 
 
@@ -135,20 +137,35 @@ def sparse_targets(
     return np.r_[0, np.cumsum(lengths)], tokens.astype(np.int32, copy=False), probs
 
 
-def fit_temperature(distances: np.ndarray, ids: np.ndarray, hit: np.ndarray) -> float:
+def fit_temperature(
+    distances: np.ndarray, ids: np.ndarray, hit: np.ndarray
+) -> tuple[float, str | None]:
     """Return the temperature under which held-out neighbours best predict the true token.
 
     hit [rows, k] tells which neighbours carry the row's own label. Distances have no natural
-    scale across models, so the grid spans multiples of their median.
+    scale across models, so the grid spans multiples of a high quantile of each row's largest: a
+    median would be that of exact copies where the text holds many. Beside it comes a warning where
+    the best temperature is at an end of the grid, else None.
     """
-    scale = float(np.median(distances[ids >= 0])) or 1.0
-    grid = scale * np.geomspace(0.003, 3, 25)
+    furthest = np.where(ids >= 0, distances, 0).max(axis=1)
+    scale = float(np.quantile(furthest, SCALE_QUANTILE)) or 1.0
+    grid = scale * np.geomspace(*GRID, GRID_POINTS)
 
     def loss(temperature: float) -> float:
         p_true = (neighbour_weights(distances, ids, temperature) * hit).sum(axis=1)
         return float(-np.log((1 - FLOOR) * p_true + FLOOR / 1000).mean())
 
-    return float(min(grid, key=loss))
+    losses = [loss(temperature) for temperature in grid]
+    best = int(np.argmin(losses))
+    warning = None
+    if best in (0, len(grid) - 1):
+        why = (
+            "most rows have their own text twice: are there duplicates in the corpus?"
+            if best == 0
+            else "the nearest neighbours predict no better than the furthest: is the key right?"
+        )
+        warning = f"the temperature {grid[best]:.3g} is the end of what was tried, {why}"
+    return float(grid[best]), warning
 
 
 @dataclass
@@ -178,8 +195,8 @@ class Searcher:
         """Return the tokens that occur, ascending."""
         return np.asarray(load_used(self.keys.corpus, "train"))
 
-    def fit(self) -> float:
-        """Return the temperature that suits rows spread over the corpus."""
+    def fit(self) -> tuple[float, str | None]:
+        """Return the temperature that suits rows spread over the corpus, and a warning or None."""
         numbers, sample = sample_rows(self.keys, self.starts, FIT_ROWS)
         chosen = np.linspace(0, len(numbers) - 1, min(FIT_ROWS, len(numbers))).astype(np.int64)
         found = list(self.index.blocks(sample[chosen], self.neighbours + 1))
@@ -229,8 +246,10 @@ def build_targets(
         temperature = settings.temperature
         if temperature is None:
             with progress.task("targets: fitting the temperature", 1, "fit") as advance:
-                temperature = cluster.call(searcher.fit)
+                temperature, warning = cluster.call(searcher.fit)
                 advance(1)
+            if warning:
+                progress.say(f"targets: {warning}")
         facts = {"temperature": temperature, "neighbours": searcher.neighbours}
         write_json(work / "targets.json", facts)
     if torch.cuda.is_available() and (why := index.on_cpu(searcher.neighbours + 1)):

@@ -53,14 +53,25 @@ def pieces(path: Path) -> list[Piece]:
 
 def read_documents(piece: Piece) -> Iterator[str]:
     """Yield the documents with text in a piece: of a .txt one, of the others each row."""
+    for text, _ in read_rows(piece):
+        yield text
+
+
+def read_rows(piece: Piece, field: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (text, value of a field) of the documents with text in a piece; no field: None.
+
+    Raises MemdecError where a row lacks the field.
+    """
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for where, text in readers[piece.path.suffix.lower()](piece):
+    for where, text, value in readers[piece.path.suffix.lower()](piece, field):
         if not isinstance(text, str):
             raise MemdecError(f"{where}: every row needs a string field `text`.")
         if "\0" in text or not _encodable(text):
             raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
         if text.strip():
-            yield text
+            if field is not None and value is None:
+                raise MemdecError(f"{where} has no field `{field}`: add it, or check corpus.group.")
+            yield text, value
 
 
 def documents(path: Path) -> Iterator[str]:
@@ -83,15 +94,15 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             place += len(line)
 
 
-def _read_txt(piece: Piece) -> Iterator[tuple[str, Any]]:
+def _read_txt(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
     found = list(_lines(piece))
     if found:
         text = _decode(b"".join(line for _, line in found), str(piece.path), found[0][0])
         # A memory of Windows line ends would never see them in a prompt.
-        yield str(piece.path), text.replace("\r\n", "\n")
+        yield str(piece.path), text.replace("\r\n", "\n"), None
 
 
-def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Any]]:
+def _read_jsonl(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
     for number, (place, line) in enumerate(_lines(piece), 1):
         # text_hash reads a file whole and first, and meets all errors where lines can be counted.
         where = f"{piece.path}, {f'byte {place}' if piece.start else f'line {number}'}"
@@ -103,7 +114,8 @@ def _read_jsonl(piece: Piece) -> Iterator[tuple[str, Any]]:
         except (ValueError, RecursionError) as error:
             what = str(error).split(":")[0]
             raise MemdecError(f"{where} is not valid JSON ({what}): mend the line.") from None
-        yield where, row.get("text") if isinstance(row, dict) else None
+        row = row if isinstance(row, dict) else {}
+        yield where, row.get("text"), row.get(field)
 
 
 @contextlib.contextmanager
@@ -126,16 +138,17 @@ def _parquet(path: Path) -> Iterator[Any]:
         ) from None
 
 
-def _read_parquet(piece: Piece) -> Iterator[tuple[str, Any]]:
+def _read_parquet(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
     with _parquet(piece.path) as file:
+        columns = [name for name in ("text", field) if name in file.schema_arrow.names]
         groups = range(file.num_row_groups)[piece.start : piece.stop]
         number = sum(file.metadata.row_group(n).num_rows for n in range(piece.start))
         for batch in file.iter_batches(
-            batch_size=PARQUET_BATCH, row_groups=list(groups), columns=["text"]
+            batch_size=PARQUET_BATCH, row_groups=list(groups), columns=columns
         ):
-            for text in batch.column(0).to_pylist():
+            for row in batch.to_pylist():
                 number += 1
-                yield f"{piece.path}, row {number}", text
+                yield f"{piece.path}, row {number}", row["text"], row.get(field)
 
 
 def _decode(data: bytes, where: str, place: int = 0) -> str:

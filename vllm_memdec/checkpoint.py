@@ -28,6 +28,8 @@ class MemoryBlock:
     base: str  # name of the model it was compiled from
     temperature: float  # of the kNN distribution it was trained to reproduce
     provenance: dict[str, Any] = field(default_factory=dict)  # versions, settings, artifact hashes
+    # [position, alpha], each from its position on: a base gains more from context than a memory.
+    alpha_by_context: list[list[float]] | None = None
     format_version: int = FORMAT_VERSION
 
 
@@ -43,6 +45,20 @@ def check_alpha(alpha: Any, name: str = "alpha") -> float:
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:
         raise MemdecError(f"{name} must be a number between 0 and 1, got {brief(alpha)}.")
     return float(alpha)
+
+
+def check_table(table: Any, name: str) -> None:
+    """Raise MemdecError unless a table is None or [position, alpha] pairs, ascending from 0."""
+    if table is None:
+        return
+    whole = isinstance(table, list) and all(isinstance(p, list) and len(p) == 2 for p in table)
+    starts = [pair[0] for pair in table] if whole else []
+    if not starts or starts[0] != 0 or any(type(start) is not int for start in starts):
+        raise MemdecError(f"{name} must be [position, alpha] pairs from 0 on: build it again.")
+    if starts != sorted(set(starts)):
+        raise MemdecError(f"{name}: its positions do not ascend: build the memory again.")
+    for _, alpha in table:
+        check_alpha(alpha, name)
 
 
 def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | None:
@@ -96,6 +112,7 @@ def parse_block(block: Any, where: str) -> MemoryBlock | None:
     except TypeError as error:
         raise MemdecError(f"{where}: broken memdec block ({error}): build it again.") from None
     check_alpha(result.alpha, f"{where}: memdec.alpha")
+    check_table(result.alpha_by_context, f"{where}: memdec.alpha_by_context")
     if not (isinstance(result.temperature, (int, float)) and math.isfinite(result.temperature)):
         raise MemdecError(f"{where}: memdec.temperature is not a number: build the memory again.")
     return result

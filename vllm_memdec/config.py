@@ -13,8 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_memdec import drafting
-from vllm_memdec.checkpoint import MemoryBlock, check_alpha, read_block, tokenizer_fingerprint
-from vllm_memdec.gate import gate_path, read_gate
+from vllm_memdec.checkpoint import (
+    MemoryBlock,
+    check_alpha,
+    check_table,
+    read_block,
+    tokenizer_fingerprint,
+)
+from vllm_memdec.gate import check_gate, gate_path, read_gate
 from vllm_memdec.plugin import ARCHITECTURE
 
 if TYPE_CHECKING:
@@ -55,7 +61,20 @@ class MemoryConfig:
     tensor_parallel_size: int | None = None  # 1: a whole copy on each rank; the base's by default
     gate: bool = True  # False: a gate in the memory's folder is not used
     block: MemoryBlock | None = None  # what the memory says of itself; None for a plain causal LM
+    # [position, alpha], each from its position on, in place of a gate: "auto" is these then.
+    alpha_by_context: list[list[float]] | None = None
     gate_file: Path | None = None  # its gate; where there is one, weights are caps
+
+    @property
+    def weight(self) -> str:
+        """Return in words what weight a request gets that does not ask for one."""
+        if self.alpha != AUTO:
+            return f"{self.alpha:g}"
+        if not self.alpha_by_context:
+            return AUTO
+        pairs = self.alpha_by_context
+        steps = ", ".join(f"{alpha:g} from position {start}" for start, alpha in pairs)
+        return f"by context ({steps})"
 
     @classmethod
     def parse(cls, name: str, settings: Any) -> "MemoryConfig":
@@ -70,21 +89,29 @@ class MemoryConfig:
                 f"Unknown memdec setting {unknown[0]!r}{which}: the settings are {sorted(known)}."
             )
         for key, value in settings.items():
-            kind = {"tensor_parallel_size": int, "gate": bool}.get(key, str)
+            kind = {"tensor_parallel_size": int, "gate": bool, "alpha_by_context": list}
+            kind = kind.get(key, str)
             if key != "alpha" and value is not None and type(value) is not kind:
                 raise ValueError(
                     f"memdec setting {key!r}{which} must be of type {kind.__name__}, got {value!r}."
                 )
         block = read_block(settings["model"], settings.get("revision"))
-        gate_file = None
-        if settings.get("gate") is not False:
+        gate_file, table = None, settings.get("alpha_by_context")
+        check_table(table, f"memdec alpha_by_context{which}")
+        if table and settings.get("gate"):
+            raise ValueError(
+                f"memdec 'alpha_by_context'{which} takes the place of a gate: drop it or 'gate'."
+            )
+        if settings.get("gate") is not False and not table:
             gate_file = gate_path(settings["model"], settings.get("revision"))
         if gate_file is not None:
-            read_gate(gate_file)
+            check_gate(gate_file, read_gate(gate_file))
         elif settings.get("gate"):
             raise ValueError(f"{settings['model']} has no gate: run memdec calibrate.")
         alpha = settings.get("alpha")
-        if alpha is None and gate_file is not None:
+        if table is None and gate_file is None and block is not None:
+            table = block.alpha_by_context
+        if alpha is None and (gate_file is not None or table):
             alpha = AUTO
         elif alpha is None:
             if block is None:
@@ -95,12 +122,13 @@ class MemoryConfig:
             alpha = block.alpha
         if alpha != AUTO:
             alpha = check_alpha(alpha, f"memdec alpha{which}")
-        elif gate_file is None:
+        elif gate_file is None and not table:
             raise ValueError(
                 f"memdec alpha{which} {AUTO!r} needs a gate, which {settings['model']} has not: "
                 "give a number between 0 and 1, or run memdec calibrate."
             )
         derived = {"name": name, "alpha": alpha, "block": block, "gate_file": gate_file}
+        derived["alpha_by_context"] = table
         return cls(**settings | derived | {"gate": gate_file is not None})
 
 
@@ -206,7 +234,9 @@ def create_model_config(
         check_model(model, "The memory")
         check_tokenizers(base, memory)
         if memory.gate_file is not None:
-            read_gate(memory.gate_file, model.get_hidden_size())
+            gate = read_gate(memory.gate_file, model.get_hidden_size())
+            if warning := check_gate(memory.gate_file, gate):
+                warn(warning)
         check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
         fit_positions(base, model.max_model_len, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
@@ -215,6 +245,13 @@ def create_model_config(
     if config.speculative_tokens:
         draft_with_memory(engine_args, base.model, config.speculative_tokens, config.adapts)
     return base
+
+
+def warn(sentence: str) -> None:
+    """Log a warning where vLLM's log shows it."""
+    from vllm.logger import init_logger
+
+    init_logger("vllm.plugins.memdec").warning("memdec: %s", sentence)
 
 
 def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) -> None:

@@ -1,17 +1,20 @@
-"""The gate: what weight each token's memory gets, by what the memory sees and how sure it is.
+"""The gate: what weight each token's memory gets, by what it sees, how sure it is, and where.
 
-    score_t = w2 . gelu(W1 h_t + b1) + b2
+    score_t = w2 . gelu(W1 h_t + c log(1 + position_t) + b1) + b2
     alpha_t = LARGEST * sigmoid(score_t + sum_k out_k gelu(t_k top_t + e_k entropy_t + bias_k))
 
-h_t is what the memory's head sees: a memory knows its domain when it reads it. The top probability
+h_t is what the memory's head sees: a memory knows its domain when it reads it. The position tells
+how much context there is, from which a base gains more than a small memory. The top probability
 and the entropy of what the head makes of it tell what it has learnt by heart from what it guesses;
 the kernel that mixes has both (kernels/interpolate.py). Nothing of the base is looked at: a gate
-goes wherever its memory goes. `memdec calibrate` trains it and writes it into the memory's folder;
-serving and training share this module.
+goes wherever its memory goes. `memdec calibrate` trains it and writes it into the memory's folder
+with a fingerprint of the memory's weights; serving and training share this module.
 
 Shapes: N rows, D width of the memory, H hidden units, K units for the memory's certainty.
 """
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -21,9 +24,13 @@ import numpy as np
 from vllm_memdec.errors import MemdecError
 
 FILE = "memdec_gate.npz"  # .safetensors would be taken for weights of the memory
-FORMAT_VERSION = 2  # 1 did without the memory's certainty
+FORMAT_VERSION = 3  # 2 did without position and fingerprint, 1 without the memory's certainty
 # [H, D], [H], [H], [], [4, K]: a row each of t, e, bias and out.
 NAMES = ("w1", "b1", "w2", "b2", "certainty")
+CONTEXT = ("context", "longest")  # [H], c of the formula, and [], the longest position it has seen
+MEMORY = "memory"  # fingerprint of the weights that it was trained for
+WEIGHTS = ("*.safetensors", "*.bin")
+PAGES, PAGE_BYTES = 64, 4096  # of a file that its fingerprint is made of
 
 
 class Gate:
@@ -35,31 +42,81 @@ class Gate:
         self.w1, self.b1, self.w2, self.b2, self.certainty = (
             torch.from_numpy(arrays[name].astype(np.float32)).to(device) for name in NAMES
         )
+        self.context = None  # a gate of format 2 goes without
+        if CONTEXT[0] in arrays:
+            context, longest = (arrays[name].astype(np.float32) for name in CONTEXT)
+            self.context = torch.from_numpy(context).to(device)
+            self.longest = float(np.log1p(longest))
 
-    def score(self, h_ND: Any) -> Any:
-        """Return scores [N] for hidden states [N, D] of any dtype."""
+    def score(self, h_ND: Any, context_N: Any) -> Any:
+        """Return scores [N] for hidden states [N, D] of any dtype and log(1 + position) [N]."""
+        import torch
         import torch.nn.functional as F
 
-        h_NH = F.gelu(F.linear(h_ND.float(), self.w1, self.b1))
-        return F.linear(h_NH, self.w2[None])[:, 0] + self.b2
+        x_NH = F.linear(h_ND.float(), self.w1, self.b1)
+        if self.context is not None:
+            x_NH = torch.addr(x_NH, context_N.float().clamp(0, self.longest), self.context)
+        return F.linear(F.gelu(x_NH), self.w2[None])[:, 0] + self.b2
 
     def __call__(self, features_NF: Any) -> Any:
         """Return weights [N] between 0 and LARGEST for rows of `features`."""
         from vllm_memdec.kernels.weights import gate_weights
 
-        h_ND, top_N, entropy_N = features_NF[:, :-2], features_NF[:, -2], features_NF[:, -1]
-        return gate_weights(self.score(h_ND), self.certainty, top_N, entropy_N)
+        h_ND, (top_N, entropy_N, context_N) = features_NF[:, :-3], features_NF[:, -3:].unbind(1)
+        return gate_weights(self.score(h_ND, context_N), self.certainty, top_N, entropy_N)
 
 
-def features(h_ND: Any, logits_NV: Any) -> Any:
-    """Return a memory's hidden states, its top probability and its entropy: [N, D + 2], float32."""
+def features(h_ND: Any, logits_NV: Any, position_N: Any) -> Any:
+    """Return what a gate goes by, [N, D + 3] float32.
+
+    The memory's hidden states, its top probability, its entropy and log(1 + position).
+    """
     import torch
 
     logp_NV = logits_NV.float().log_softmax(-1)
     p_NV = logp_NV.exp()
     # A logit of -inf has no share in the entropy, and 0 times it would be NaN.
     entropy_N = -(p_NV * logp_NV.clamp(min=torch.finfo(torch.float32).min)).sum(-1)
-    return torch.cat([h_ND.float(), p_NV.amax(-1)[:, None], entropy_N[:, None]], -1)
+    rest = p_NV.amax(-1), entropy_N, position_N.to(h_ND.device).float().log1p()
+    return torch.cat([h_ND.float(), torch.stack(rest, -1)], -1)
+
+
+def weights_fingerprint(folder: Path) -> str | None:
+    """Return a fingerprint of the weights in a memory's folder, None if there are none.
+
+    Sizes of the files and pages spread over them: milliseconds at any size, and other weights have
+    another one, as training changes all of them.
+    """
+    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(json.dumps([path.name, size]).encode())
+        with open(path, "rb") as file:
+            for place in np.linspace(0, max(0, size - PAGE_BYTES), PAGES).astype(int).tolist():
+                file.seek(place)
+                digest.update(file.read(PAGE_BYTES))
+    return digest.hexdigest() if files else None
+
+
+def check_gate(path: Path, arrays: dict[str, np.ndarray]) -> str | None:
+    """Raise MemdecError if a gate lies beside weights that it was not trained for.
+
+    Returns a sentence of warning if it does not say what it was trained for. Where the weights are
+    not beside it, as before a download, nothing is compared.
+    """
+    if MEMORY not in arrays:
+        return (
+            f"{path} does not say which weights it was trained for: run memdec calibrate again if "
+            "the memory has been trained since."
+        )
+    found = weights_fingerprint(path.parent)
+    if found is not None and found != str(arrays[MEMORY]):
+        raise MemdecError(
+            f"{path} was trained for other weights than those beside it: run memdec calibrate "
+            f'again, or serve with "gate": false.'
+        )
+    return None
 
 
 def gate_path(model: str, revision: str | None = None) -> Path | None:
@@ -89,18 +146,21 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
             arrays = dict(file)
             version = arrays.get("format_version")
             version = None if version is None else int(version)
-            whole = all(np.isfinite(arrays[name]).all() for name in NAMES if name in arrays)
+            numbers = [arrays[name] for name in NAMES + CONTEXT if name in arrays]
+            whole = all(np.isfinite(array).all() for array in numbers)
     except (OSError, ValueError, TypeError, AttributeError, EOFError, BadZipFile) as error:
         raise MemdecError(f"{path} cannot be read ({error}): run memdec calibrate again.") from None
-    if version != FORMAT_VERSION:
+    if version not in (2, FORMAT_VERSION):
         raise MemdecError(
             f"{path}: gate format version {version} is not supported (this release reads "
-            f"{FORMAT_VERSION}): run memdec calibrate again."
+            f"2 and {FORMAT_VERSION}): run memdec calibrate again."
         )
-    shapes = [arrays[name].shape if name in arrays else None for name in NAMES]
+    names = NAMES if version == 2 else NAMES + CONTEXT
+    shapes = [arrays[name].shape if name in arrays else None for name in names]
     H, D = shapes[0] if shapes[0] and len(shapes[0]) == 2 else (0, 0)
     K = shapes[4][-1] if shapes[4] else 0
-    if not (whole and H and K) or shapes != [(H, D), (H,), (H,), (), (4, K)]:
+    wanted = [(H, D), (H,), (H,), (), (4, K), (H,), ()][: len(names)]
+    if not (whole and H and K) or shapes != wanted:
         raise MemdecError(f"{path} is not a whole gate: run memdec calibrate again.")
     if width is not None and width != D:
         raise MemdecError(
@@ -111,10 +171,13 @@ def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:
 
 
 def write_gate(folder: Path, arrays: dict[str, np.ndarray], name: str = FILE) -> Path:
-    """Write a gate into a memory's folder, whole or not at all."""
+    """Write a gate into a memory's folder, with its weights' fingerprint, whole or not at all."""
     path = folder / name
     partial = path.with_suffix(".tmp")
+    found = weights_fingerprint(folder)
+    content = arrays if found is None or MEMORY in arrays else arrays | {MEMORY: np.array(found)}
+    version = FORMAT_VERSION if CONTEXT[0] in arrays else 2
     with open(partial, "wb") as file:
-        np.savez(file, format_version=np.array(FORMAT_VERSION), **arrays)
+        np.savez(file, **content | {"format_version": np.array(version)})
     partial.replace(path)
     return path

@@ -34,11 +34,21 @@ from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
 from vllm_memdec import compat, graphs, v2_drafting
-from vllm_memdec.config import AUTO, MemDecConfig, MemoryConfig, memory_model_config
+from vllm_memdec.config import MemDecConfig, MemoryConfig, memory_model_config
 from vllm_memdec.gate import Gate, read_gate
 from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolate
 from vllm_memdec.plugin import ARCHITECTURE
-from vllm_memdec.state import Batch, Choices, Part, decode, decode_memory, decode_said
+from vllm_memdec.state import (
+    CONTEXT,
+    Batch,
+    Choices,
+    ContextTable,
+    Part,
+    decode,
+    decode_memory,
+    decode_said,
+    write_context,
+)
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SLICE_BYTES = 1 << 28  # of logits of both models at once: 440 rows of a 152k vocabulary in bfloat16
@@ -233,6 +243,10 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         columns_TA = self.batch.columns_TA[: len(input_ids)]
         memory_TD, tail_TA = out_TD.tensor_split([self.split[1] - self.split[0]], dim=-1)
         tail_TA.copy_(columns_TA)
+        if any(gate is not None and gate.context is not None for gate in self.gates):
+            write_context(tail_TA, positions)
+        for table in self.tables:
+            table.write(tail_TA, positions)
         parts = self.batch.parts
         alone = len(parts) == 1 and all(part.tokens is None for part in parts.values())
         if parts and not alone:
@@ -303,7 +317,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             mine_ND = self.own_rows(number, memory_ND)
             memory_NW = self.head(number, mine_ND)
             gate = self.gates[number]
-            score_N = None if gate is None else self.same_on_all_ranks(gate.score(mine_ND))
+            score_N = self.score(gate, mine_ND, columns_NA)
             if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
                 continue
             interpolate(
@@ -318,6 +332,14 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             )
             others = "keep"  # the rows of the memories before
         return others == "keep"
+
+    def score(
+        self, gate: Gate | None, mine_ND: torch.Tensor, columns_NA: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Return a gate's scores [N] of rows, the same on all ranks; None without a gate."""
+        if gate is None:
+            return None
+        return self.same_on_all_ranks(gate.score(mine_ND, columns_NA[:, CONTEXT]))
 
     def own_rows(self, number: int, memory_ND: torch.Tensor) -> torch.Tensor:
         """Return one memory's share of the rows [N, D], in its own dtype, contiguous."""
@@ -352,7 +374,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         out_NV = base_NV
         for number, rows, mine_ND, memory_NW in self.selected_logits(memory_ND, columns_NA):
             gate = self.gates[number]
-            score_N = None if gate is None else self.same_on_all_ranks(gate.score(mine_ND))
+            score_N = self.score(gate, mine_ND, columns_NA[rows])
             if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
                 continue
             # What is asked negative is the most that a gate may give.
@@ -394,10 +416,16 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             yield number, rows, mine, logits
 
     def load_gates(self) -> None:
-        """Read the gates of those memories that have one."""
+        """Read the gates of those memories that have one, and the weights by context of others."""
+        columns_TA = self.batch.columns_TA
         self.gates = [
-            Gate(read_gate(memory.gate_file), self.batch.columns_TA.device) if memory.gate else None
+            Gate(read_gate(memory.gate_file), columns_TA.device) if memory.gate else None
             for memory in self.settings.memories
+        ]
+        self.tables = [
+            ContextTable(memory.alpha_by_context, number, columns_TA.dtype, columns_TA.device)
+            for number, memory in enumerate(self.settings.memories)
+            if memory.alpha_by_context
         ]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
@@ -464,7 +492,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 memory.name,
                 memory.model,
                 text,
-                memory.alpha if memory.alpha == AUTO else f"{memory.alpha:g}",
+                memory.weight,
                 default,
             )
 

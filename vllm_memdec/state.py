@@ -10,7 +10,9 @@ Where the memory that drafted has said already what it makes of a token, the row
 that, too, and the memory does not run on the token again.
 
 A request with weight 0 or the memory "none" has no memory: nothing of it is computed. One whose
-memory has a gate travels with its cap, the most that the gate may give, as a negative weight.
+memory has a gate travels with its cap, the most that the gate may give, as a negative weight; so
+does one whose weight depends on the context, until the forward pass, which knows the positions,
+puts the row's own weight in its place.
 
 Shapes: B requests, T tokens, N rows, A columns.
 """
@@ -30,6 +32,7 @@ from vllm_memdec.kernels.weights import PARTS, STEP
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 PREFIX = "memdec_"
+CONTEXT = PARTS + 2  # the column of log(1 + position), after those of memory and draft
 NOBODY = -1  # the memory's number of such a request
 MOST_SAID = 256  # rows: a whole number up to here is exact in bfloat16
 MAX_SINGLE_SETS = 8  # memories; with more, capturing each by itself would take minutes
@@ -60,7 +63,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
             )
     if choices and (extra_args or {}).get(ALPHA) == AUTO:
         name = extra_args.get(MEMORY, choices.default)
-        if name != NONE and name not in choices.gated:
+        if name != NONE and name not in choices.gated and name not in choices.by_context:
             raise ValueError(
                 f"{ALPHA} {AUTO!r} needs a gate, which the memory {name!r} has not: give a number "
                 "between 0 and 1, or run memdec calibrate."
@@ -76,8 +79,10 @@ class Choices:
         default: str,
         gated: Collection[str] = (),
         drafts: bool = False,
+        by_context: Collection[str] = (),
     ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
+        self.by_context = by_context  # memories with an alpha for each length of context
         self.drafts = drafts  # whether the memories draft
 
     @classmethod
@@ -85,10 +90,11 @@ class Choices:
         """Return what a server with this configuration offers."""
         alphas = {memory.name: memory.alpha for memory in config.memories}
         gated = {memory.name for memory in config.memories if memory.gate}
-        return cls(alphas, config.default, gated, config.speculative_tokens > 0)
+        by_context = {memory.name for memory in config.memories if memory.alpha_by_context}
+        return cls(alphas, config.default, gated, config.speculative_tokens > 0, by_context)
 
     def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
-        """Return the memory's number and the weight, negative if it is the cap of a gate.
+        """Return the memory's number and the weight, negative if it is the most that it may be.
 
         Both say "no memory" or neither does.
         """
@@ -100,7 +106,8 @@ class Choices:
         alpha = 1.0 if asked == AUTO else float(asked)
         if not alpha:
             return NOBODY, 0.0
-        return self.names.index(name), -alpha if name in self.gated else alpha
+        capped = name in self.gated or asked == AUTO  # by context a number is the weight itself
+        return self.names.index(name), -alpha if capped else alpha
 
     def name(self, extra_args: dict[str, Any] | None) -> str:
         """Return the name of the memory that runs for a request, or "none"."""
@@ -135,6 +142,29 @@ def decode_memory(columns_NA: Tensor) -> Tensor:
 def decode_said(columns_NA: Tensor) -> Tensor:
     """Return for each row [N] where its memory's draft has it; -1 if it has not."""
     return columns_NA[:, PARTS + 1].long() - 1
+
+
+def write_context(columns_NA: Tensor, position_N: Tensor) -> None:
+    """Write log(1 + position) into the columns of rows, for the gates."""
+    columns_NA[:, CONTEXT] = position_N.float().log1p()
+
+
+class ContextTable:
+    """A memory's weights by the position of a row, in the columns' form."""
+
+    def __init__(
+        self, table: Sequence[tuple[int, float]], number: int, dtype: torch.dtype, device: Any
+    ):
+        starts, alphas = zip(*table, strict=True)
+        self.number = number
+        self.start_K = torch.tensor(starts[1:], dtype=torch.int64, device=device)  # the first is 0
+        self.parts_KP = encode(torch.tensor(alphas, dtype=torch.float32), dtype).to(device)
+
+    def write(self, columns_NA: Tensor, position_N: Tensor) -> None:
+        """Put the weight of its position in the place of a negative one, in this memory's rows."""
+        asks_N = (columns_NA[:, 0] < 0) & (decode_memory(columns_NA) == self.number)
+        parts_NP = self.parts_KP[torch.bucketize(position_N, self.start_K, right=True)]
+        columns_NA[:, :PARTS] = torch.where(asks_N[:, None], parts_NP, columns_NA[:, :PARTS])
 
 
 @dataclass(frozen=True)
@@ -173,7 +203,7 @@ class Batch:
         # The memories that a dummy run, or the capture of a graph, runs.
         self.dummy_set = self.sets[0]
         # The head's GEMM wants rows that are a multiple of 8 elements long.
-        width = PARTS + 2 + -(hidden_size + PARTS + 2) % 8
+        width = CONTEXT + 1 + -(hidden_size + CONTEXT + 1) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
         # Where the V1 runner drafts: names, and how many tokens each may still get.
         self.requests: list[str] = []

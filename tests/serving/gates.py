@@ -9,10 +9,11 @@ import torch
 from vllm_memdec.gate import gate_path, read_gate
 
 
-def random_gate(width, seed, hidden=8):
-    """Return a gate whose weights differ from token to token."""
+def random_gate(width, seed, hidden=8, context=True):
+    """Return a gate whose weights differ from token to token; without context it is of format 2."""
     rng = np.random.default_rng(seed)
-    return {
+    position = {"context": rng.normal(size=hidden) * 2, "longest": np.array(30)}
+    return (position if context else {}) | {
         "w1": rng.normal(size=(hidden, width)) / math.sqrt(width),
         "b1": rng.normal(size=hidden),
         "w2": rng.normal(size=hidden) * 2,
@@ -24,17 +25,27 @@ def random_gate(width, seed, hidden=8):
 
 @torch.no_grad()
 def gate_weights(models, name, most, ids):
-    """Return the weight [T, 1] of every position, in float64 and by the formula."""
-    if most is None:
-        return 0.5
+    """Return the weight [T, 1] of every position, in float64 and by the formula.
+
+    most: the most that the gate may give; or, without a gate, a number or (position, alpha) pairs.
+    """
+    if not isinstance(most, float):
+        return torch.tensor(
+            [[[a for start, a in most if start <= n][-1]] for n in range(len(ids))]
+        ).double()
     model = oracle.load(models[name])
     h_TD = model.base_model(torch.tensor([ids])).last_hidden_state[0]
     width = oracle.log_probs(models["base"], ids).shape[1]
     logp_TV = oracle.log_probs(models[name], ids, width)
     top_T = logp_TV.exp().amax(-1)
     entropy_T = -(logp_TV.exp() * logp_TV).nan_to_num(0).sum(-1)
-    gate = {k: torch.from_numpy(v).double() for k, v in read_gate(gate_path(models[name])).items()}
-    x_TH = gelu(h_TD @ gate["w1"].T + gate["b1"])
+    gate = read_gate(gate_path(models[name]))
+    gate = {k: torch.from_numpy(v).double() for k, v in gate.items() if v.dtype.kind == "f"}
+    x_TH = h_TD @ gate["w1"].T + gate["b1"]
+    if "context" in gate:
+        position_T = torch.arange(len(ids)).double().clamp(max=30)
+        x_TH = x_TH + (1 + position_T).log()[:, None] * gate["context"]
+    x_TH = gelu(x_TH)
     top_K, entropy_K, bias_K, out_K = gate["certainty"]
     x_TK = gelu(top_T[:, None] * top_K + entropy_T[:, None] * entropy_K + bias_K)
     alpha_T = 0.999 * (x_TH @ gate["w2"] + gate["b2"] + x_TK @ out_K).sigmoid()

@@ -1,5 +1,7 @@
 """A memory's gate in the engine: weights token by token, against float64 models and gate."""
 
+import json
+import logging
 import shutil
 
 import numpy as np
@@ -9,8 +11,10 @@ from gates import gate_weights, random_gate
 
 from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
 from vllm_memdec.gate import FILE, write_gate
+from vllm_memdec.state import Choices, check_extra_args
 
 PROMPTS = oracle.prompts(4, 5, 40, 1000)
+STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]
 CHOICES = [  # arguments of a request, the memory that answers, the most that its gate may give
     (None, "law", 1.0),
     ({"memdec_alpha": "auto"}, "law", 1.0),
@@ -18,26 +22,36 @@ CHOICES = [  # arguments of a request, the memory that answers, the most that it
     ({"memdec_alpha": 0}, "law", 0.0),
     ({"memdec_memory": "bio"}, "bio", 0.7),
     ({"memdec_memory": "bio", "memdec_alpha": "auto"}, "bio", 1.0),
-    ({"memdec_memory": "plain"}, "plain", None),  # no gate: a fixed weight of 0.5
+    ({"memdec_memory": "plain"}, "plain", [(0, 0.5)]),  # no gate: a fixed weight
+    ({"memdec_memory": "steps"}, "steps", STEPS),  # no gate: a weight for each length of context
+    ({"memdec_memory": "steps", "memdec_alpha": "auto"}, "steps", STEPS),
+    ({"memdec_memory": "steps", "memdec_alpha": 0.9}, "steps", [(0, 0.9)]),  # is no cap
     ({"memdec_memory": "none"}, "law", 0.0),
 ]
 
 
 @pytest.fixture(scope="module")
 def models(tiny_model, tmp_path_factory):
-    """Return the folders: two memories with gates, one without."""
+    """Return the folders: two memories with gates, one of format 2, and two without."""
+    from transformers import AutoTokenizer
+
     folder = tmp_path_factory.mktemp("gated")
     even = {"spread": 0.15}  # of the weights, see tiny_config(): a gate adds to float32's errors
     made = {"base": tiny_model("llama", **even), "plain": tiny_model("llama", seed=4, **even)}
     for seed, (name, kind, width) in enumerate((("law", "llama", 96), ("bio", "gpt2", 64)), 1):
         made[name] = str(folder / name)
         shutil.copytree(tiny_model(kind, seed=seed, hidden=width, **even), made[name])
-        write_gate(folder / name, random_gate(width, seed))
+        write_gate(folder / name, random_gate(width, seed, context=name == "law"))
+    made["steps"] = str(folder / "steps")
+    shutil.copytree(made["plain"], made["steps"])
+    mark = tokenizer_fingerprint(AutoTokenizer.from_pretrained(made["steps"]))
+    block = MemoryBlock(0.5, mark, "base", 1.0, alpha_by_context=STEPS)
+    write_block(made["steps"], block)
     return made
 
 
 def block(models, **more):
-    alphas = {"law": {}, "bio": {"alpha": 0.7}, "plain": {"alpha": 0.5}}
+    alphas = {"law": {}, "bio": {"alpha": 0.7}, "plain": {"alpha": 0.5}, "steps": {}}
     # Without a memdec block of its own a memory's weight comes from its gate.
     memories = {name: {"model": models[name], **given} for name, given in alphas.items()}
     return {"memories": memories, "default": "law"} | more
@@ -61,8 +75,14 @@ def generate(llm, count=6):
 @pytest.mark.feature("a gate's weight for each token")
 def test_gated_mixtures(engine, models):
     spread = []
-    with engine(models["base"], block(models), enable_prefix_caching=True) as llm:
+    chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64}
+    with engine(models["base"], block(models), enable_prefix_caching=True, **chunks) as llm:
         asked, outputs = generate(llm)
+        again = generate(llm)[1]  # most of each prompt is in the cache: its first row is not 0
+    for first, second in zip(outputs, again, strict=True):
+        assert second.outputs[0].token_ids == first.outputs[0].token_ids
+    outputs = [*outputs, *again]
+    asked = [*asked, *asked]
     for (_, _, name, most), output in zip(asked, outputs, strict=True):
         ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
         alpha_T1 = gate_weights(models, name, most, ids)
@@ -139,6 +159,16 @@ def start(models):
             "cannot be read",
         ),
         (lambda path: np.savez(path, format_version=np.array(9)), "gate format version 9"),
+        (
+            lambda path: write_gate(path.parent, random_gate(96, 0) | {"context": np.zeros(3)}),
+            "is not a whole gate",
+        ),
+        (
+            lambda path: write_gate(
+                path.parent, random_gate(96, 0) | {"memory": np.array("other")}
+            ),
+            'trained for other weights .* run memdec calibrate again, or serve with "gate": false',
+        ),
         (lambda path: np.savez(path, w1=np.zeros((2, 2))), "gate format version None"),
         (lambda path: write_gate(path.parent, random_gate(64, 0)), "for a memory of width 64"),
         (
@@ -197,3 +227,65 @@ def test_the_gate_goes_before_the_calibrated_weight(models, tmp_path):
     for given, alpha, gated in (({}, "auto", True), ({"gate": False}, 0.6, False)):
         found = MemoryConfig.parse("memory", {"model": str(folder), **given})
         assert (found.alpha, found.gate) == (alpha, gated)
+
+
+def test_a_gate_of_before_is_served_with_a_warning(models, start, tmp_path, caplog, request):
+    """One that does not say which weights it was trained for."""
+    logger = logging.getLogger("vllm.plugins.memdec")
+    logger.addHandler(caplog.handler)
+    request.addfinalizer(lambda: logger.removeHandler(caplog.handler))
+    folder = tmp_path / "memory"
+    shutil.copytree(models["law"], folder)
+    np.savez(folder / FILE, format_version=np.array(2), **random_gate(96, 0, context=False))
+    start({"model": str(folder)})
+    start({"model": models["law"]})
+    [warning] = {r.getMessage() for r in caplog.records if "trained" in r.getMessage()}
+    assert f"{folder / FILE} does not say which weights it was trained for" in warning
+
+
+@pytest.mark.parametrize(
+    ("table", "sentence"),
+    [
+        ([[1, 0.5]], "pairs from 0 on"),
+        ([[0, 0.5], [8.5, 0.2]], "pairs from 0 on"),
+        ([[0, 0.5], [64, 0.2], [64, 0.1]], "do not ascend"),
+        ([[0, 1.5]], "a number between 0 and 1"),
+    ],
+)
+def test_a_broken_table_stops_the_start(models, start, tmp_path, table, sentence):
+    folder = tmp_path / "memory"
+    shutil.copytree(models["steps"], folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["memdec"]["alpha_by_context"] = table
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=sentence):
+        start({"model": str(folder)})
+
+
+def test_weights_by_context_of_a_server(models, tmp_path):
+    """`memdec alpha` prints them for another base: they take the place of the memory's own."""
+    from vllm_memdec.config import MemoryConfig
+
+    table = [[0, 0.5], [256, 0.1]]
+    for name in ("law", "steps"):
+        found = MemoryConfig.parse("m", {"model": models[name], "alpha_by_context": table})
+        assert (found.alpha, found.gate, found.alpha_by_context) == ("auto", False, table)
+    found = MemoryConfig.parse("m", {"model": models["steps"], "alpha": 0.3})
+    assert found.alpha == 0.3 and found.alpha_by_context == STEPS  # for requests that say "auto"
+    for more, sentence in (
+        ({"gate": True}, "takes the place of a gate"),
+        ({"alpha_by_context": [[5, 0.1]]}, "pairs from 0 on"),
+        ({"alpha_by_context": "auto"}, "must be of type list"),
+    ):
+        settings = {"model": models["law"], "alpha_by_context": table} | more
+        with pytest.raises(ValueError, match=sentence):
+            MemoryConfig.parse("m", settings)
+
+
+def test_a_weight_that_is_asked_for_is_no_cap():
+    choices = Choices({"steps": "auto", "law": "auto"}, "steps", {"law"}, by_context={"steps"})
+    found = [choices.resolve(args)[1] for args in (
+        {}, {"memdec_alpha": 0.4}, {"memdec_memory": "law", "memdec_alpha": 0.4},
+    )]  # fmt: skip
+    assert found == [-1.0, 0.4, -0.4]
+    check_extra_args({"memdec_alpha": "auto"}, choices)

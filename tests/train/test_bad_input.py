@@ -283,6 +283,17 @@ def test_validation_file_inside_the_corpus(tiny_model, tmp_path, command):
     assert_one_sentence(code, err, "b.txt is in both --corpus and --validation", "move it")
 
 
+def test_validation_that_is_the_corpus(tiny_model, tmp_path, command):
+    """Alpha would be tuned on what the memory knows by heart; a copy has another name."""
+    for name in ("a.txt", "copy.txt"):
+        (tmp_path / name).write_text(TEXT * 20)
+    build = command(tiny_model("llama"), tmp_path / "a.txt", SMALL)
+    for same in ("a.txt", "copy.txt"):
+        code, err = build.here(validation=tmp_path / same)
+        assert_one_sentence(code, err, "--validation is the text of --corpus", "leave --validation")
+        assert no_artifact(build.output)
+
+
 @pytest.mark.parametrize(
     ("changes", "part"),
     [

@@ -10,11 +10,13 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import text
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import CorpusSettings
 from vllm_memdec.train.corpus import (
     build_corpus,
+    digest,
     load_blocks,
     load_rows,
     load_used,
@@ -111,10 +113,20 @@ def test_all_formats_give_the_same_documents(tmp_path, jsonl):
     assert text_hash(jsonl(tmp_path / "c.jsonl", ["".join(texts)])) != text_hash(lines)
 
 
+def split(lengths, texts=None, groups=None, fraction=0.1, block_tokens=16):
+    """Return split_lengths() of documents whose texts all differ, unless they are given."""
+    names = [str(n) for n in range(len(lengths))] if texts is None else texts
+    texts, groups = (
+        np.array([digest(str(name)) for name in chosen], np.uint64)
+        for chosen in (names, names if groups is None else groups)
+    )
+    return split_lengths(np.array(lengths), texts, groups, fraction, block_tokens)
+
+
 @pytest.mark.parametrize("lengths", [[20] * 40, [3] * 12, [5, 400, 5], [200], [50, 50]])
 def test_split_is_disjoint_and_complete(lengths):
     documents = numbered(lengths)
-    taken = split_lengths(np.array(lengths), 0.1, block_tokens=16)
+    taken = split(lengths)
     parts = {
         "train": [d[:n] for d, n in zip(documents, taken, strict=True)],
         "validation": [d[n:] for d, n in zip(documents, taken, strict=True)],
@@ -126,8 +138,77 @@ def test_split_is_disjoint_and_complete(lengths):
 
 
 def test_whole_documents_are_held_out_where_there_are_many():
-    taken = split_lengths(np.full(40, 20), 0.1, block_tokens=16)
-    assert sorted(taken.tolist()) == [0] * 4 + [20] * 36
+    assert sorted(split([20] * 40).tolist()) == [0] * 4 + [20] * 36
+
+
+def test_a_period_in_the_corpus_does_not_decide_the_split():
+    """Of twenty sections a country, every twentieth document would be one section."""
+    held_out = np.flatnonzero(split([20] * 2000, fraction=0.05) == 0)
+    assert len(held_out) == 100 and len(set((held_out % 20).tolist())) > 12
+
+
+def test_equal_texts_and_groups_are_on_one_side():
+    rng = np.random.default_rng(0)
+    texts = rng.integers(0, 150, 400)  # many occur more than once
+    taken = split([20] * 400, texts)
+    sides = {(text, bool(n)) for text, n in zip(texts.tolist(), taken, strict=True)}
+    assert len(sides) == len({text for text, _ in sides})
+    groups = np.arange(400) // 8  # eight chunks of each book
+    taken = split([20] * 400, groups=groups)
+    assert all(len(set(taken[groups == g].tolist())) == 1 for g in range(50))
+    order = rng.permutation(400)
+    again = split([20] * 400, np.arange(400)[order], groups[order])
+    assert np.array_equal(again, taken[order])  # whatever order the corpus is in
+
+
+def test_rows_of_one_group_are_held_out_together(tiny_model, tmp_path, jsonl, english):
+    path = tmp_path / "chunks.jsonl"
+    texts = [f"{text} The end of {n}." for n, text in enumerate(english(60))]
+    rows = [{"text": t, "book": {"n": n // 6}, "shelf": 1} for n, t in enumerate(texts)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "chunks.parquet")
+    base, found = tiny_model("llama"), []
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    for file in (path, tmp_path / "chunks.parquet"):
+        work = tmp_path / file.suffix
+        work.mkdir()
+        settings = CorpusSettings(block_tokens=32, group="book", validation_fraction=0.1)
+        build_corpus(settings, base, file, None, work, Progress(), Here())
+        tokens, positions = (a[:] for a in load_blocks(work, "validation"))
+        stream = tokenizer.decode(tokens[:, 1:].ravel())
+        found.append([n for n, text in enumerate(texts) if text[-60:] in stream])
+    assert found[0] == found[1] and found[0]
+    books = sorted({n // 6 for n in found[0]})
+    assert found[0] == [n for book in books for n in range(6 * book, 6 * book + 6)]
+    for group, match in (("author", "line 1 has no field `author`"), ("shelf", "too few values")):
+        settings = CorpusSettings(block_tokens=32, group=group)
+        (tmp_path / group).mkdir()
+        with pytest.raises(MemdecError, match=match):
+            build_corpus(settings, base, path, None, tmp_path / group, Progress(), Here())
+
+
+def test_validation_text_that_is_in_the_corpus(tiny_model, tmp_path, jsonl, english):
+    """Text that the memory learns by heart says nothing of text that it does not."""
+    texts, said = english(30), []
+    corpus = jsonl(tmp_path / "corpus.jsonl", texts)
+    progress = Progress()
+    progress.say = said.append
+    for held_out in (texts[:10] + english(10, seed=9), texts[::-1]):
+        work = tmp_path / f"work{len(said)}"
+        work.mkdir()
+        held_out = jsonl(tmp_path / "held_out.jsonl", held_out)
+        settings = CorpusSettings(block_tokens=32)
+        run = (settings, tiny_model("llama"), corpus, held_out, work, progress, Here())
+        if "work0" in str(work):
+            build_corpus(*run)
+            assert "10 of 20 validation documents (50%) are in the corpus word for word" in said[-1]
+            assert (
+                json.loads((work / "corpus.json").read_text())["validation"]["equal_documents"]
+                == 10
+            )
+        else:
+            with pytest.raises(MemdecError, match="every document of .*held_out.jsonl is in"):
+                build_corpus(*run)
 
 
 def test_stage_writes_what_it_counts(tiny_model, tmp_path, jsonl, english):
@@ -168,7 +249,7 @@ def test_a_base_that_cannot_take_the_corpus_is_refused(tiny_model, tmp_path, jso
 
 def test_a_long_last_document_does_not_take_the_corpus_away():
     lengths = np.array([50] * 19 + [100_000])
-    trained = split_lengths(lengths, fraction=0.05, block_tokens=64).sum()
+    trained = split(lengths, fraction=0.05, block_tokens=64).sum()
     assert trained > 0.9 * lengths.sum() and lengths.sum() - trained > 64
 
 

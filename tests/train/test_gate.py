@@ -14,19 +14,22 @@ from vllm_memdec.gate import FILE, Gate, features, gate_path, read_gate
 from vllm_memdec.train import gate as gates
 from vllm_memdec.train.corpus import load_tokenizer, tokenise
 from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import perplexity
+from vllm_memdec.train.evaluate import mix, perplexity
 from vllm_memdec.train.explain import explain
 from vllm_memdec.train.gate import (
-    CLASSES,
+    KEPT,
     SWITCHES,
+    Document,
+    Rows,
     Scored,
+    divide,
     fit_gate,
     in_turn,
-    mix_gated,
     passages,
-    token_class,
+    read_texts,
     weights,
 )
+from vllm_memdec.train.gate_report import CLASSES, token_class
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import documents
 
@@ -37,34 +40,39 @@ PROMPT = "You may reproduce and distribute copies of the Work, bagi duto mela"
 def scored(rows, seed, of):
     """Return rows of which one feature says which model is right: by its sign, or how large it is.
 
-    of: "seen", a direction of the hidden state, or how "sure" the memory is, by top probability and
-    entropy. They lie far from the origin and are small: whoever forgets to normalise misses them.
+    of: "seen", a direction of the hidden state, how "sure" the memory is, by top probability and
+    entropy, or the position. They lie far from the origin and are small: whoever forgets to
+    normalise misses them.
     """
     rng = np.random.default_rng(seed)
-    hidden = rng.normal(size=(rows, WIDTH + 2)) * np.logspace(-2, 2, WIDTH + 2) + 5
-    hidden[:, -2:] = rng.uniform((0, 3), (1, 3.1), (rows, 2))
-    right = hidden[:, 0] > 5 if of == "seen" else abs(hidden[:, -2] - 0.5) < 0.25
+    hidden = rng.normal(size=(rows, WIDTH + 3)) * np.logspace(-2, 2, WIDTH + 3) + 5
+    hidden[:, -3:-1] = rng.uniform((0, 3), (1, 3.1), (rows, 2))
+    position = rng.integers(0, 1024, rows)
+    hidden[:, -1] = np.log1p(position)
+    right = {
+        "seen": hidden[:, 0] > 5,
+        "sure": abs(hidden[:, -3] - 0.5) < 0.25,
+        "context": position < 256,
+    }[of]
     good, bad = np.log(rng.uniform(0.3, 0.9, rows)), np.log(rng.uniform(1e-4, 1e-2, rows))
     return Scored(
         np.where(right, bad, good),
         np.where(right, good, bad),
         torch.from_numpy(hidden).float(),
         np.zeros(rows, int),
-        np.zeros(rows, bool),
+        position,
     ), right
 
 
-@pytest.mark.parametrize("of", ["seen", "sure"])
+@pytest.mark.parametrize("of", ["seen", "sure", "context"])
 def test_it_learns_who_is_right(of):
     (train, _), (test, right) = scored(8000, 0, of), scored(2000, 1, of)
-    arrays = fit_gate({"domain": train.part(False)})
+    arrays = fit_gate({"domain": train})
     alpha_N = weights(arrays, test)
     assert ((alpha_N > 0.5) == right).mean() > 0.95
     best = perplexity(np.maximum(test.base_N, test.memory_N))
-    assert perplexity(mix_gated(test.base_N, test.memory_N, alpha_N)) < 1.25 * best
-    for one, two in zip(
-        arrays.values(), fit_gate({"domain": train.part(False)}).values(), strict=True
-    ):
+    assert perplexity(mix(test.base_N, test.memory_N, alpha_N)) < 1.25 * best
+    for one, two in zip(arrays.values(), fit_gate({"domain": train}).values(), strict=True):
         assert np.array_equal(one, two)  # the same text gives the same gate
 
 
@@ -74,9 +82,9 @@ def test_the_amount_of_text_has_no_weight(monkeypatch):
     rng = np.random.default_rng(0)
 
     def text(rows, base, memory):
-        hidden = torch.from_numpy(rng.normal(size=(rows, WIDTH + 2))).float()  # that says nothing
+        hidden = torch.from_numpy(rng.normal(size=(rows, WIDTH + 3))).float()  # that says nothing
         same = [np.full(rows, np.log(p)) for p in (base, memory)]
-        return Scored(*same, hidden, np.zeros(rows, int), np.zeros(rows, bool))
+        return Scored(*same, hidden, np.zeros(rows, int), np.zeros(rows, int))
 
     texts = {"domain": text(300, 0.1, 0.9), "general": text(30000, 0.9, 0.1)}
     alpha_N = weights(fit_gate(texts), text(1000, 0.5, 0.5))
@@ -88,15 +96,56 @@ def test_passages_take_turns():
     first = [list(range(100 * n, 100 * n + 90)) for n in range(4)]
     second = [list(range(1000, 2000))]
     first, second = passages(first, 5, 20), passages(second, 5, 20)
-    found = in_turn(first, second)
-    assert len(found) > 5 and found == in_turn(first, second)
-    for ids in found:
+    found = [ids.tolist() for ids in in_turn(first, second)]
+    assert len(found) > 5 and found == [ids.tolist() for ids in in_turn(first, second)]
+    for ids in map(list, found):
         runs = [list(run) for _, run in itertools.groupby(ids, key=lambda i: i < 1000)]
         assert len(runs) == SWITCHES and runs[0][0] < 1000
         assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
         assert all(1 <= len(run) <= 20 for run in runs)
     seen = [i for ids in found for i in ids]
     assert len(seen) == len(set(seen))
+
+
+def test_rows_of_several_texts_are_those_of_one():
+    parts = [torch.randn(n, 5) + n for n in (3, 1, 40)]
+    rows, whole = Rows(parts), torch.cat(parts)
+    chosen = torch.tensor([43, 0, 3, 2, 4, 3])
+    assert torch.equal(rows[chosen], whole[chosen]) and len(rows) == 44
+    std, mean = torch.std_mean(whole, 0, correction=0)
+    assert torch.allclose(rows.normal()[0], mean, atol=1e-5)
+    assert torch.allclose(rows.normal()[1], std, atol=1e-5)
+
+
+def test_what_is_kept_is_trained_on_in_no_guise():
+    """Not among passages in turn, and not as a document of another kind."""
+
+    def text(first, count):
+        return [
+            Document(hash(n), np.arange(100 * n, 100 * n + 90)) for n in range(first, first + count)
+        ]
+
+    texts = {"domain": text(0, 60), "corpus": text(30, 90), "general": text(500, 100)}
+    trained, kept = divide(texts)
+    sides = [
+        {int(i) for ids in side.values() for part in ids for i in part} for side in (trained, kept)
+    ]
+    assert not sides[0] & sides[1]
+    for side in (trained, kept):
+        assert set(side) == {*texts, "in turn"} and all(side.values())
+    for kind, found in texts.items():
+        assert len(kept[kind]) >= len(found) / KEPT
+        assert len(trained[kind]) + len(kept[kind]) == len(found)
+
+
+def test_few_documents_are_divided_in_pieces(pipeline, tmp_path):
+    text = tmp_path / "book.txt"
+    text.write_text(tiny_text(3, 3000))
+    tokenizer = load_tokenizer(pipeline.base)
+    found = read_texts(tokenizer, text)
+    whole = np.concatenate(list(tokenise(tokenizer, documents(text))))
+    assert np.array_equal(np.concatenate([d.ids for d in found]), whole)
+    assert len(found) >= 4 * KEPT and len({d.digest for d in found}) == len(found)
 
 
 def test_classes():
@@ -128,6 +177,11 @@ def test_the_command(calibrated, pipeline):
         assert text["gate"] < 1.02 * min(text["curve"])
     assert domain["fixed"] == min(domain["curve"])
     assert found["texts"]["corpus"]["gate"] < 1.02 * min(found["texts"]["corpus"]["curve"])
+    for text in found["texts"].values():
+        rows = text["by_context"]
+        assert sum(row["tokens"] for row in rows) == text["tokens"]
+        assert rows[0]["from"] == 0 and max(row["to"] for row in rows) >= 256
+        assert all(row["gate"] < 1.03 * row["base"] for row in rows)
     for text in (domain, general):
         assert set(text["alpha_by_class"]) <= set(CLASSES)
         assert text["curve"][0] == text["base"]
@@ -140,6 +194,7 @@ def test_served_as_trained(calibrated):
     """What is written gives the weights that the report was made with."""
     arrays = read_gate(gate_path(str(calibrated[-1])))
     h_ND, logits_NV = torch.randn(5, arrays["w1"].shape[1]), torch.randn(5, 70) * 4
+    position_N = torch.tensor([0, 3, 60, 200, 10**6])
     logits_NV[0, 3:] = -torch.inf
     w1, b1, w2, b2, certainty = (
         torch.from_numpy(arrays[n]).double() for n in ("w1", "b1", "w2", "b2", "certainty")
@@ -147,24 +202,28 @@ def test_served_as_trained(calibrated):
     p_NV = logits_NV.double().softmax(-1)
     sure_N2 = torch.stack([p_NV.amax(-1), torch.distributions.Categorical(p_NV).entropy()], -1)
     gelu = torch.nn.functional.gelu
-    score_N = gelu(h_ND.double() @ w1.T + b1) @ w2 + b2
+    longest = int(arrays["longest"])
+    assert 32 < longest < 10**6
+    context_N = (1 + position_N.clamp(max=longest).double()).log()
+    x_NH = h_ND.double() @ w1.T + b1 + context_N[:, None] * torch.from_numpy(arrays["context"])
+    score_N = gelu(x_NH) @ w2 + b2
     score_N += gelu(sure_N2 @ certainty[:2] + certainty[2]) @ certainty[3]
     wanted_N = (0.999 * score_N.sigmoid()).float()
-    assert torch.allclose(Gate(arrays)(features(h_ND, logits_NV)), wanted_N, atol=1e-5)
+    assert torch.allclose(Gate(arrays)(features(h_ND, logits_NV, position_N)), wanted_N, atol=1e-5)
 
 
 def test_of_several_texts_all_are_read(pipeline, tmp_path, english, jsonl, monkeypatch):
     """Where there is more than is read, the first text is not all of it."""
     texts = [jsonl(tmp_path / "a.jsonl", english(60)), tmp_path / "b.txt"]
     texts[1].write_text(tiny_text(3, 3000))
-    monkeypatch.setattr(gates, "MOST_TOKENS", 640)
     model, tokenizer = load_model(pipeline.base, "float32"), load_tokenizer(pipeline.base)
-    monkeypatch.setattr(gates, "read_blocks", lambda *args: args[3])  # the tokens
-    ids = list(tokenise(tokenizer, (text for path in texts for text in documents(path))))
-    blocks = gates.score(model, model, tokenizer, ids, "general", Progress())
-    read = [tokenizer.decode(block) for block in blocks]
-    assert sum(map(len, blocks)) < 1000
-    assert any("License" in text or "Work" in text for text in read[: len(read) // 2])
+    monkeypatch.setattr(gates, "read_windows", lambda *args: args[3].tokens)
+    monkeypatch.setattr(gates, "window_logprobs", lambda *args: None)
+    ids = [d.ids for path in texts for d in read_texts(tokenizer, path)]
+    windows = gates.score((model, model), tokenizer, 32, ids, 960, "general", Progress())
+    read = [tokenizer.decode(window) for window in windows]
+    assert sum(map(len, windows)) < 1000
+    assert any("License" in text or "Work" in text for text in read[: len(read) // 4])
     assert any(word in read[-1] for word in texts[1].read_text().split())
 
 
@@ -202,7 +261,8 @@ def test_explain_shows_the_weights(calibrated, pipeline):
     found = {cap: explain(pipeline.base, memory, PROMPT, cap, write=0) for cap in (None, 0.3)}
     ids = tokenizer(PROMPT)["input_ids"]
     read = model(torch.tensor([ids]), output_hidden_states=True)
-    features_TF = features(read.hidden_states[-1][0], read.logits[0])
+    position_T = torch.arange(len(ids))
+    features_TF = features(read.hidden_states[-1][0], read.logits[0], position_T)
     alpha_T = Gate(read_gate(gate_path(memory)))(features_TF)[:-1].tolist()
     for cap, explanation in found.items():
         assert explanation.gated

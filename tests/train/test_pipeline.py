@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.gate import check_gate, read_gate, write_gate
 from vllm_memdec.train.artifacts import locked, open_artifact
-from vllm_memdec.train.corpus import load_blocks
 from vllm_memdec.train.pipeline import STAGES
+from vllm_memdec.train.windows import validation_documents, windows
 
 UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
 
@@ -150,15 +152,16 @@ def test_training_lowers_the_loss_and_draws_it(pipeline):
 
 
 @torch.inference_mode()
-def label_logprobs(folder, tokens, positions):
-    """Return log p of each next token by plain forward passes, one document at a time."""
+def label_logprobs(folder, text):
+    """Return log p of each scored token by plain forward passes, one context at a time."""
     model, found = AutoModelForCausalLM.from_pretrained(folder), []
-    for row, position in zip(tokens, positions, strict=True):
+    for row, position, scored in zip(text.tokens, text.positions, text.scored, strict=True):
         starts = np.flatnonzero(position == 0)
         for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
             run = torch.from_numpy(row[start:stop].astype(np.int64))
             log_p = model(run[None]).logits[0].double().log_softmax(-1)
-            found.append(log_p[torch.arange(len(run) - 1), run[1:]])
+            rows = torch.from_numpy(np.flatnonzero(scored[start : stop - 1]))
+            found.append(log_p[rows, run[rows + 1]])
     return torch.cat(found).numpy()
 
 
@@ -183,21 +186,34 @@ def test_export_is_a_checkpoint_with_a_calibrated_weight(two_domains):
     same = AutoTokenizer.from_pretrained(base_folder)
     assert tokenizer("some text")["input_ids"] == same("some text")["input_ids"]
     assert block.tokenizer_fingerprint == tokenizer_fingerprint(tokenizer)
-    tokens, positions = (a[:] for a in load_blocks(output / "corpus", "validation"))
-    base, memory = (label_logprobs(f, tokens, positions) for f in (base_folder, export))
+    held_out = validation_documents(output / "corpus", 10**6)
+    text = windows(held_out, 256, tokenizer.eos_token_id, 10**6)
+    assert block.provenance["context_tokens"] == 256  # as many as the models have positions
+    base, memory = (label_logprobs(f, text) for f in (base_folder, export))
     grid = np.linspace(0.001, 0.999, 999)
     mixed = [np.log((1 - a) * np.exp(base) + a * np.exp(memory)).mean() for a in grid]
     assert 0.1 < block.alpha < 0.9  # else this test would not see a wrong one
     assert block.alpha == pytest.approx(grid[np.argmax(mixed)], abs=0.0051)
     assert block.alpha == round(block.alpha, 2)
+    by_row = np.zeros(len(base))
+    starts = [start for start, _ in block.alpha_by_context]
+    assert starts == [0, 64]
+    for (start, alpha), stop in zip(block.alpha_by_context, [*starts[1:], 256], strict=True):
+        here = (text.position_N >= start) & (text.position_N < stop)
+        of = [np.log((1 - a) * np.exp(base[here]) + a * np.exp(memory[here])).mean() for a in grid]
+        assert alpha == pytest.approx(grid[np.argmax(of)], abs=0.0051)
+        by_row[here] = np.log((1 - alpha) * np.exp(base[here]) + alpha * np.exp(memory[here]))
     said = block.provenance["validation_perplexity"]
     for name, logprob in (
         ("base", base.mean()),
         ("memory", memory.mean()),
-        ("mixture", max(mixed)),
+        ("fixed", max(mixed)),
+        ("mixture", by_row.mean()),
     ):
         assert said[name] == pytest.approx(np.exp(-logprob), rel=1e-3)
-    assert said["mixture"] < min(said["base"], said["memory"])
+    assert said["mixture"] <= said["fixed"] < min(said["base"], said["memory"])
+    rows = block.provenance["validation_by_context"]
+    assert sum(row["tokens"] for row in rows) == len(base)
     targets = json.loads((output / "targets/targets.json").read_text())
     assert block.temperature == targets["temperature"]
     for stage in ("corpus", "targets", "memory"):
@@ -209,7 +225,30 @@ def test_a_fresh_memory_of_another_architecture(pipeline, build, tiny_model, tmp
     shutil.copy(tiny_model("gpt2") + "/config.json", tmp_path)
     out = tmp_path / "out"
     changes = {"memory": {"init": str(tmp_path), "epochs": 0.2}, "export": {"dtype": "bfloat16"}}
-    build(pipeline.base, pipeline.corpus, out, changes, validation=pipeline.corpus)
+    build(pipeline.base, pipeline.corpus, out, changes)
     export = AutoModelForCausalLM.from_pretrained(out / "export", dtype="auto")
     assert type(export).__name__ == "GPT2LMHeadModel" and export.dtype == torch.bfloat16
     assert read_block(out / "export").base == pipeline.base.split("/")[-1]
+
+
+def test_a_gate_is_kept_with_its_memory(pipeline, build, tmp_path):
+    """It is made by another command: an export made again keeps it, or says that it does not."""
+    out, more = tmp_path / "out", {"export": {"alpha": 0.5}}
+    shutil.copytree(pipeline.output, out)
+    export = out / "export"
+    gate = {"w1": np.zeros((2, 64)), "b1": np.zeros(2), "w2": np.zeros(2), "b2": np.array(0.0)}
+    gate |= {"certainty": np.zeros((4, 1)), "context": np.zeros(2), "longest": np.array(9)}
+    path = write_gate(export, gate)
+    path.with_suffix(".png").write_bytes(b"a chart")
+    lines = build(pipeline.base, pipeline.corpus, out, more)
+    assert "export: the gate is kept, its memory is the same" in lines
+    assert read_block(export).alpha == 0.5 and read_block(export).alpha_by_context is None
+    assert check_gate(path, read_gate(path)) is None
+    assert path.with_suffix(".png").read_bytes() == b"a chart"
+    lines = build(pipeline.base, pipeline.corpus, out, {"memory": {"seed": 1}})
+    assert not path.exists()
+    [told] = [line for line in lines if "gate of the export before is not kept" in line]
+    assert "run memdec calibrate again" in told
+    path = write_gate(export, gate | {"memory": np.array("of another memory")})
+    with pytest.raises(MemdecError, match="trained for other weights"):
+        check_gate(path, read_gate(path))

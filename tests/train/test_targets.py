@@ -192,7 +192,33 @@ def test_fitted_temperature_is_the_generating_one():
     ids = np.broadcast_to(np.arange(64), distances.shape)
     p = neighbour_weights(distances, ids, 5.0).astype(np.float64)
     chosen = [rng.choice(64, p=row / row.sum()) for row in p]
-    assert 4 < fit_temperature(distances, ids, ids == np.array(chosen)[:, None]) < 6.3
+    temperature, warning = fit_temperature(distances, ids, ids == np.array(chosen)[:, None])
+    assert 4 < temperature < 6.3 and warning is None
+
+
+@pytest.mark.parametrize("copies", [0.0, 1e-4])  # what float32 leaves of 0
+def test_temperature_of_a_text_with_many_copies(copies):
+    """Exact copies say nothing of the scale of distances between rows that differ."""
+    rng = np.random.default_rng(0)
+    distances = np.sort(rng.uniform(200, 2000, (400, 40)), axis=1)
+    ids = rng.integers(0, 50, distances.shape)
+    p = np.exp(-(distances - distances[:, :1]) / 300)
+    p /= p.sum(axis=1, keepdims=True)
+    chosen = np.array([row[rng.choice(40, p=w)] for row, w in zip(ids, p, strict=True)])
+    hit = ids == chosen[:, None]
+    distances[:, :24] = copies  # in most rows they are right, in some not
+    hit[:, :24] = rng.random((400, 1)) < 0.5
+    temperature, _ = fit_temperature(distances, ids, hit)
+    assert 50 < temperature < 6000
+
+
+def test_temperature_at_an_end_of_the_grid_is_told():
+    distances = np.tile(np.arange(1.0, 33), (50, 1))
+    ids = np.tile(np.arange(32), (50, 1))
+    for first, says in ((True, "text twice"), (False, "is the key right")):
+        hit = np.broadcast_to((ids == 0) == first, ids.shape)
+        temperature, warning = fit_temperature(distances, ids, hit)
+        assert says in warning and f"{temperature:.3g}" in warning
 
 
 def test_fitted_temperature_predicts_better_than_far_ones(tmp_path):

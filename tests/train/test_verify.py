@@ -95,6 +95,21 @@ def test_a_sound_build_passes(whole, pipeline):
     assert found["recall"].figures["recall_at_64"] > 0.95 < found["recall"].figures["recall_at_16"]
     rows = json.loads((whole / "corpus/corpus.json").read_text())["train"]["rows"]
     assert {found[n].figures["rows"] for n in ("alignment", "probabilities")} == {rows}
+    tops = [
+        probs[start:stop].max()
+        for offsets, probs in zip(
+            *(
+                [np.load(path) for path in sorted((whole / "targets").glob(f"{name}-*.npy"))]
+                for name in ("offsets", "probs")
+            ),
+            strict=True,
+        )
+        for start, stop in zip(offsets, offsets[1:], strict=False)
+    ]
+    top = found["probabilities"].figures["mean_top_probability"]
+    assert top == pytest.approx(np.mean(tops, dtype=np.float64), rel=1e-4)
+    # The corpus repeats sentences, though hardly ever at a document's beginning.
+    assert 0 < found["recall"].figures["copies"] < 0.2
     assert found["label leak"].figures["rows"] == SAMPLE
     assert found["label leak"].figures["tv_from_exact"] < 0.02
     fidelity = found["fidelity"].figures
