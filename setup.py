@@ -33,6 +33,7 @@ setup(
             "transformers>=5.16.1,<5.20",
             "pyarrow>=18",
             "matplotlib>=3.9",
+            "pydantic>=2.12,<3",
             "pyyaml>=6",
             "ray[data,train]>=2.60,<3",
             "rich>=13",

@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from common import RESULTS, append_csv, interleaved_rounds, provenance
 
-from vllm_memdec.kernels.head_loss import backpropagate
+from vllm_memdec.kernels.head_loss import head_loss
 from vllm_memdec.kernels.sparse_kl import INTERPRETED, SparseRows
 
 BETA, PER_ROW = 0.5, 16  # targets a row; the demo's have 19
@@ -54,9 +54,11 @@ def inputs(N, V, D, device):
 def sparse(h_ND, weight_VD, labels_N, targets):
     """Our step."""
     scale = 1 / len(h_ND)
-    return backpropagate(
+    loss, sums = head_loss(
         h_ND, weight_VD, labels_N, targets, BETA, dtype=torch.bfloat16, scale=scale
     )
+    loss.backward()
+    return sums
 
 
 def dense_targets(targets, N, V):

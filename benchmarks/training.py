@@ -32,6 +32,7 @@ from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.datastore import device
 from vllm_memdec.train.decoder import build_memory
+from vllm_memdec.train.parallel import Spread
 from vllm_memdec.train.trainer import add_gradients
 
 ACCEPTED = 1.8
@@ -48,6 +49,7 @@ class RandomBatches(Batches):
         self.used = np.unique(self.tokens)
         self.reader = self  # of targets
         self.seed, self.size, self.per_epoch = settings.seed, settings.batch_blocks, 1
+        self.ahead = {}
 
     def read(self, block, labels):
         """Return (row lengths, ids, probabilities) of a block; the label is one of a row's ids."""
@@ -58,16 +60,17 @@ class RandomBatches(Batches):
         return np.full(len(labels), PER_ROW), ids.ravel(), (p / p.sum(1, keepdims=True)).ravel()
 
 
-def dense_gradients(model, batches, blocks, rows, _candidates, settings):
+def dense_gradients(module, batches, blocks, scale, _candidates, settings):
     """trainer.add_gradients with dense targets and autograd."""
-    tokens, positions, mask, labels_N, targets = batches.load(blocks, device())
+    model = module.memory
+    tokens, positions, places, labels_N, targets = batches.load(blocks, device())
     target_NV = dense_targets(targets, len(labels_N), model.config.vocab_size)
     with torch.autocast(device().type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-        logits_NV = model.lm_head(trunk.last_hidden_state[mask])
+        logits_NV = model.lm_head(trunk.last_hidden_state.flatten(0, 1)[places])
     kl, ce = losses(logits_NV, labels_N, target_NV)
-    ((settings.beta * kl + (1 - settings.beta) * ce) / rows).backward()
-    return torch.stack([kl, ce]).double().detach().cpu().numpy()
+    ((settings.beta * kl + (1 - settings.beta) * ce) * scale).backward()
+    return torch.stack([kl, ce]).double().detach()
 
 
 class Run:
@@ -77,6 +80,7 @@ class Run:
         self.gradients, self.settings, self.batches = gradients, settings, batches
         model = build_memory(settings, base, batches.tokens.shape[1] - 1)
         self.model = model.to(device()).train()
+        self.module = Spread(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
         )
@@ -93,7 +97,8 @@ class Run:
         sums = np.zeros(2)
         size = self.settings.micro_batch_blocks
         for micro in (blocks[i : i + size] for i in range(0, len(blocks), size)):
-            sums += self.gradients(self.model, self.batches, micro, rows, candidates, self.settings)
+            how = (1 / rows, candidates, self.settings)
+            sums += self.gradients(self.module, self.batches, micro, *how).cpu().numpy()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()

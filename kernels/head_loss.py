@@ -1,10 +1,11 @@
-"""Backpropagate the loss of Memory Decoder through an output head, a chunk of rows at a time.
+"""The loss of Memory Decoder through an output head, a chunk of rows at a time, for autograd.
 
-    logits = transform(h W^T + bias),    L of sparse_kl.py,    L.backward()
+    logits = transform(h W^T + bias),    L of sparse_kl.py
 
 Neither logits nor their gradient ever exist for the whole batch: a chunk's gradient is written over
 its logits and multiplied out at once. What autograd would do for the head (a leaf per chunk, the
-weight's gradient made anew, widened and added each time) is one product added in place.
+weight's gradient made anew, widened and added each time) is one product added in place. Autograd
+gets the finished gradients, so that tied embeddings, DDP, FSDP and checkpointing work as elsewhere.
 
 Test: `pytest tests/kernels/test_head_loss.py`; measure: `python benchmarks/loss.py`.
 Shape suffixes: N rows, P rows of a chunk, V vocabulary, D hidden, C columns, S columns that learn.
@@ -48,7 +49,7 @@ class Columns:
     trained: int
 
 
-def backpropagate(
+def head_loss(
     h_ND: Tensor,
     weight_VD: Tensor,
     labels_N: Tensor,
@@ -61,61 +62,83 @@ def backpropagate(
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """Add the gradient of scale * L, summed over rows, to .grad; return the sums of KL and CE.
+    """Return scale * L, summed over rows, and the sums [2] of KL and cross-entropy, float64.
 
-    Head weight and bias must be leaves; `h_ND` may have a history, which is gone through. With
-    `columns`, labels and targets count among them, not in the vocabulary. `dtype`: of the matrix
-    products, by default that of `h_ND`; sums over chunks are kept in each parameter's own.
+    The first has a gradient with respect to hidden states, weight and bias; for the second none is
+    made. With `columns`, labels and targets count among them, not in the vocabulary. `dtype`: of
+    the matrix products, by default that of `h_ND`; sums over chunks are kept in each parameter's.
     """
-    dtype = dtype or h_ND.dtype
+    how = (labels_N, targets, beta, transform, columns, dtype or h_ND.dtype, scale)
+    return _HeadLoss.apply(h_ND, weight_VD, bias_V, how)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The loss, whose gradients are made while its logits exist: backward() hands them out."""
+
+    @staticmethod
+    def forward(ctx, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: tuple):
+        *ctx.gradients, sums = _gradients(h_ND, weight_VD, bias_V, how)
+        ctx.mark_non_differentiable(sums)
+        _, _, beta, *_, scale = how
+        kl, ce = sums
+        return (scale * (beta * kl + (1 - beta) * ce)).float(), sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_loss: Tensor, _grad_sums: None):
+        # Given away, so that autograd may keep the weight's as .grad, or add to it, without a copy.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            raise RuntimeError("the gradients of a head loss were handed out already.")
+        # On CUDA the question would wait for the GPU, and a pass over the gradients is cheap there.
+        if grad_loss.is_cuda or grad_loss != 1:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(grad_loss)
+        return *gradients, None
+
+
+def _gradients(
+    h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: tuple
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the gradients of hidden states, weight and bias, and the sums of KL and CE."""
+    labels_N, targets, beta, transform, columns, dtype, scale = how
     parameters = [weight_VD] if bias_V is None else [weight_VD, bias_V]
-    if not all(x.is_leaf and x.requires_grad for x in parameters):
-        raise ValueError("the head's weight and bias must be leaves that require a gradient.")
     sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
     grad_ND = torch.empty_like(h_ND)
-    with torch.no_grad():
-        chosen = [x if columns is None else x[columns.ids] for x in parameters]
-        trained = len(chosen[0]) if columns is None else columns.trained
-        if columns is None:
-            sinks = [_grad(x) for x in parameters]
+    chosen = [x if columns is None else x[columns.ids] for x in parameters]
+    trained = len(chosen[0]) if columns is None else columns.trained
+    sinks = [torch.zeros_like(x[:trained]) for x in chosen]
+    weight_CD, bias_C = (*(x.to(dtype) for x in chosen), None)[:2]
+    scratch = torch.empty_like(weight_CD[:trained])
+    log_weight_C = None if columns is None else columns.log_weight
+    # Chunks of equal size: a small last one would cost as much as a whole one.
+    chunks = max(1, -(-len(h_ND) * len(weight_CD) // logits_at_once(h_ND.device)))
+    P = max(1, -(-len(h_ND) // chunks))
+    buffer_PC = weight_CD.new_empty(min(P, len(h_ND)), len(weight_CD))
+    for start in range(0, len(h_ND), P):
+        part = slice(start, start + P)
+        h_PD = h_ND[part].to(dtype)
+        logits_PC = buffer_PC[: len(h_PD)]
+        if bias_C is None:
+            torch.mm(h_PD, weight_CD.t(), out=logits_PC)
         else:
-            sinks = [torch.zeros_like(x[:trained]) for x in chosen]
-        weight_CD, bias_C = (*(x.to(dtype) for x in chosen), None)[:2]
-        scratch = torch.empty_like(weight_CD[:trained])
-        log_weight_C = None if columns is None else columns.log_weight
-        # Chunks of equal size: a small last one would cost as much as a whole one.
-        chunks = max(1, -(-len(h_ND) * len(weight_CD) // logits_at_once(h_ND.device)))
-        P = max(1, -(-len(h_ND) // chunks))
-        buffer_PC = weight_CD.new_empty(min(P, len(h_ND)), len(weight_CD))
-        for start in range(0, len(h_ND), P):
-            part = slice(start, start + P)
-            h_PD = h_ND[part].to(dtype)
-            logits_PC = buffer_PC[: len(h_PD)]
-            if bias_C is None:
-                torch.mm(h_PD, weight_CD.t(), out=logits_PC)
-            else:
-                torch.addmm(bias_C, h_PD, weight_CD.t(), out=logits_PC)
-            rows = (labels_N[part], targets.slice(start, start + len(h_PD)), beta)
-            kl_P, ce_P = _gradient(logits_PC, transform, rows, log_weight_C)
-            sums += torch.stack([kl_P.sum(dtype=torch.float64), ce_P.sum(dtype=torch.float64)])
-            torch.mul((logits_PC @ weight_CD).to(h_ND.dtype), scale, out=grad_ND[part])
-            learning_PS = logits_PC[:, :trained]
-            _add_product(sinks[0], learning_PS, h_PD, scale, scratch)
-            for sink in sinks[1:]:
-                sink.add_(learning_PS.sum(0, dtype=sink.dtype), alpha=scale)
-        if columns is not None:
-            for parameter, sink in zip(parameters, sinks, strict=True):
-                _grad(parameter).index_add_(0, columns.ids[:trained], sink)
-    h_ND.backward(grad_ND)
-    kl, ce = sums
-    return kl, ce
-
-
-def _grad(parameter: Tensor) -> Tensor:
-    """Return the gradient of a parameter, zeros if it has none yet."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
+            torch.addmm(bias_C, h_PD, weight_CD.t(), out=logits_PC)
+        rows = (labels_N[part], targets.slice(start, start + len(h_PD)), beta)
+        kl_P, ce_P = _gradient(logits_PC, transform, rows, log_weight_C)
+        sums += torch.stack([kl_P.sum(dtype=torch.float64), ce_P.sum(dtype=torch.float64)])
+        torch.mul((logits_PC @ weight_CD).to(h_ND.dtype), scale, out=grad_ND[part])
+        learning_PS = logits_PC[:, :trained]
+        _add_product(sinks[0], learning_PS, h_PD, scale, scratch)
+        for sink in sinks[1:]:
+            sink.add_(learning_PS.sum(0, dtype=sink.dtype), alpha=scale)
+    if columns is not None:
+        ids = columns.ids[:trained]
+        sinks = [
+            torch.zeros_like(x).index_copy_(0, ids, sink)
+            for x, sink in zip(parameters, sinks, strict=True)
+        ]
+    return grad_ND, *(*sinks, None)[:2], sums
 
 
 def _gradient(

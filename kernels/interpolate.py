@@ -70,8 +70,8 @@ def interpolate(
     Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
     `compiled` is for the CPU: torch.compile, which needs a C++ compiler and seconds on first use.
 
-    On a GPU `split` says whether several programs share a row; by default the number of rows
-    decides. With `invariant` it does not, and the bits of a row do not depend on the other rows.
+    On a GPU `split` says whether several programs share a row; by default they share a wide one.
+    With `invariant` the bits of a row do not depend on that.
     """
     out_NV = _check(base_NV, memory_NW, weights, gate, out)
     if len(out_NV):  # CUDA refuses an empty grid
@@ -84,19 +84,6 @@ def interpolate(
 
 
 # -- Triton ----------------------------------------------------------------------------------------
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Return how many a GPU has; an H100's number for the interpreter."""
-    on_gpu = device.type == "cuda"
-    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 132
-
-
-def splits(N: int, multiprocessors: int) -> bool:
-    """Return whether to split N rows: where whole rows leave many multiprocessors idle."""
-    waves = -(-N // multiprocessors)
-    return waves * multiprocessors * 0.8 > N
 
 
 @dataclass(frozen=True)
@@ -143,7 +130,9 @@ def interpolate_triton(
     K = certainty_4K.shape[1] if gate else 1
     number = float(weights.memory) if columns else 0.0  # a float: one compiled kernel for all
     if split is None:
-        split = invariant or (V > SLICE and splits(N, _multiprocessors(base_NV.device)))
+        # Even with 1,024 rows on an H100 (benchmarks/results/kernel.csv). A row that is one slice
+        # needs no second launch.
+        split = invariant or V > SLICE
     plan = Plan.of(V, shared, (base_NV.dtype, memory_NW.dtype), sliced=split or invariant)
     S = plan.slices
     flags = plan.flags | {

@@ -1,12 +1,11 @@
 """The mixture on a GPU, by two plans that do the same arithmetic; interpolate.py has the formula.
 
-  * whole: one program a row, one launch. It sweeps the row twice, the second time backwards: what
-    it read last is still in the L2 cache;
   * split: one program for SLICE columns of a row, two launches: normalisers of all slices, then
-    each slice of the mixture, the last rows first. A few rows alone keep few multiprocessors busy.
+    each slice of the mixture, the last rows first: what was read last is still in the L2 cache;
+  * whole: one program a row, one launch, which sweeps the row twice. For rows of one slice.
 
-Split's slices do not depend on the number of rows. Whole is one slice, or, where bits must not
-depend on the plan, combines the same slices in the same order.
+Whole is one slice, or, where bits must not depend on the plan, combines the same slices in the same
+order.
 
 Threads hold VECTOR columns side by side and load them at once: 16 bytes in bf16. A mask that cuts a
 vector forbids that, so the vectors that V and `shared` cut, the edges, are handled on their own.

@@ -5,6 +5,7 @@ resumed run sees what an undisturbed one would have.
 """
 
 import functools
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from vllm_memdec.train.corpus import load_blocks, load_rows, load_used, valid_ro
 from vllm_memdec.train.datastore import to_device
 from vllm_memdec.train.head import Candidates
 from vllm_memdec.train.shards import load_shard
+
+AHEAD = 4  # micro-batches that are read while CUDA works on one, each in a thread of its own
 
 
 class TargetReader:
@@ -57,15 +60,14 @@ class TargetReader:
 class Batches:
     """Shuffled batches of blocks: which blocks a step sees depends on seed and step alone."""
 
-    ahead: tuple[np.ndarray, Future] | None = None  # blocks that are being read, for CUDA
-
     def __init__(self, settings: MemorySettings, corpus: Path, targets: Path) -> None:
         self.tokens, self.positions = load_blocks(corpus, "train")
         self.rows = load_rows(corpus, "train")  # valid ones of each block
         self.used = np.asarray(load_used(corpus, "train"))  # every label and kNN target is one
+        self.ahead: dict[bytes, Future] = {}  # what is being read, by its blocks
         self.reader = TargetReader(targets, self.rows, self.tokens.per_shard)
         self.seed = settings.seed
-        self.size = min(settings.batch_blocks, len(self.tokens))
+        self.size = min(settings.batch(len(self.tokens)), len(self.tokens))
         self.per_epoch = len(self.tokens) // self.size
         self.steps = max(1, round(settings.epochs * len(self.tokens) / self.size))
 
@@ -76,7 +78,7 @@ class Batches:
 
     @functools.cached_property
     def pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(1)
+        return ThreadPoolExecutor(AHEAD)
 
     def blocks(self, step: int) -> np.ndarray:
         """Return the block numbers of a step; each epoch is a new permutation."""
@@ -99,23 +101,27 @@ class Batches:
     def load(
         self, blocks: np.ndarray, where: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseRows]:
-        """Return tokens, positions, mask (all [B, T]), labels [rows] and targets of some blocks."""
-        expected, self.ahead = self.ahead, None
-        if expected is not None and np.array_equal(expected[0], blocks):
-            arrays = expected[1].result()
-        else:
-            arrays = self.arrays(blocks)
-        tokens, positions, mask, labels, *targets = (to_device(x, where) for x in arrays)
-        return tokens, positions, mask, labels, SparseRows(*targets)
+        """Return tokens and positions [B, T], of the valid rows places [N] and labels, targets.
 
-    def expect(self, blocks: np.ndarray, where: torch.device) -> None:
-        """Read blocks that load() will be asked for next while CUDA works on those before.
+        places: of a row in B x T.
+        """
+        reading = self.ahead.pop(blocks.tobytes(), None)
+        arrays = self.arrays(blocks) if reading is None else reading.result()
+        tokens, positions, places, labels, *targets = (to_device(x, where) for x in arrays)
+        return tokens, positions, places, labels, SparseRows(*targets)
 
-        A block takes about 1 ms to read, a micro-batch of 16 as many; an H100 trains 0.5B on it for
-        25 ms at its published FLOP/s (not measured). A CPU has no core to spare for it.
+    def expect(self, following: Sequence[np.ndarray], where: torch.device) -> None:
+        """Read the blocks of the next load()s, in their order, while CUDA works on others.
+
+        A block takes about 1 ms to read, and six files more on storage that is far: several
+        threads wait for it. A CPU has no core to spare for it.
         """
         if where.type == "cuda":
-            self.ahead = blocks, self.pool.submit(self.arrays, blocks)
+            self.ahead = {
+                blocks.tobytes(): self.ahead.get(blocks.tobytes())
+                or self.pool.submit(self.arrays, blocks)
+                for blocks in following
+            }
 
     def arrays(self, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
         """Return what load() does, as arrays; targets as offsets, tokens and probabilities."""
@@ -127,7 +133,7 @@ class Batches:
         return (
             tokens[:, :-1],
             positions[:, :-1].copy(),
-            mask,
+            np.flatnonzero(mask),
             tokens[:, 1:][mask],
             np.r_[0, np.cumsum(lengths)],
             np.concatenate([p[1] for p in pieces]).astype(np.int64),

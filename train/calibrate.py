@@ -36,6 +36,7 @@ from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.exact import nearest
 from vllm_memdec.train.export import SCORE_BLOCKS
 from vllm_memdec.train.index import PQ_KEYS, factory_string, time_search
+from vllm_memdec.train.parallel import spread
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import save_array, shard_path
 from vllm_memdec.train.targets import fit_temperature, sparse_targets
@@ -279,8 +280,8 @@ class TrainingProbe:
             self.work / "targets",
         )
         model = build_memory(settings, self.base, self.settings.corpus.block_tokens)
-        model = model.to(device()).train()
-        optimizer = new_optimizer(model, settings)
+        module = spread(model.to(device()).train(), settings, world)
+        optimizer = new_optimizer(module, settings)
         found = {"build_memory": time.perf_counter() - began}
         for name, sampled in (("step", None), ("sampled_step", settings.sampled_negatives)):
             if name == "sampled_step" and sampled is None:
@@ -297,7 +298,7 @@ class TrainingProbe:
             batches, spent = Batches(training.settings, corpus, targets), []
             for step in range(1, STEPS + 2):
                 started = time.perf_counter()
-                rows = training.step(model, optimizer, batches, step, world)["rows"]
+                rows = training.step(module, optimizer, batches, step, world)["rows"]
                 spent.append((time.perf_counter() - started) / rows)
             found[name] = statistics.median(spent[1:])
         if world.rank:
@@ -356,7 +357,7 @@ def calibrate(
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
             build_corpus(settings.corpus, base, sample, None, blocks, quiet, cluster)
-        except ValueError as error:  # of the text, which is the user's, not the sample's
+        except MemdecError as error:  # of the text, which is the user's, not the sample's
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))

@@ -8,7 +8,9 @@ import re
 import shlex
 import signal
 import tempfile
+import traceback
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
@@ -47,6 +49,11 @@ ENVIRONMENT = {
 }
 
 
+DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend show a traceback
+DEFECT = (
+    "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
+    "it: the lines above, the command, and the output of `pip list`."
+)
 TRUST = typer.Option(
     "--trust-remote-code",
     help="Run the Python code that a model's folder brings with it.",
@@ -60,8 +67,13 @@ SET = typer.Option(
 
 
 @app.callback()
-def memdec() -> None:
+def memdec(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MEMDEC_DEBUG", help="Show where an error was raised.")
+    ] = False,
+) -> None:
     """Memory Decoder: compile a corpus into a small model that vLLM serves beside any base."""
+    DEBUG.set(debug)
 
 
 @app.command()
@@ -101,8 +113,10 @@ def build(
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
-        cluster = choose_cluster(ray_address, output)
-        made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+        with joined(ray_address, output) as cluster:
+            if cluster is None:  # the training of another process, to its end
+                return
+            made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
@@ -129,11 +143,30 @@ def parse_bytes(text: str, option: str) -> int:
     return size
 
 
-def choose_cluster(address: str, output: Path) -> Cluster:
-    """Return where the work runs: in this process, on this machine's Ray, or on a cluster."""
+def choose_cluster(address: str, shared: Path, option: str = "--output") -> Cluster:
+    """Return where the work runs: in this process, on this machine's Ray, or on a cluster.
+
+    shared: the folder that all nodes must see; option: what it is given by.
+    """
     if address == "none":
         return Here()
-    return RayCluster(None if address == "local" else address, shared=output.resolve())
+    return RayCluster(None if address == "local" else address, shared.resolve(), option)
+
+
+@contextlib.contextmanager
+def joined(address: str, output: Path) -> Iterator[Cluster | None]:
+    """Yield where the work runs; None in a process of torchrun that has done what was its to do."""
+    from vllm_memdec.train.torchrun import Torchrun, started
+
+    if not started():
+        yield choose_cluster(address, output)
+        return
+    if address != "none":
+        raise MemdecError("under torchrun the processes are there already: add --ray-address none.")
+    with contextlib.closing(Torchrun()) as processes:
+        if processes.world.rank:
+            processes.follow()
+        yield None if processes.world.rank else processes
 
 
 @app.command()
@@ -157,24 +190,34 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
     assignments: Annotated[list[str] | None, SET] = None,
     trust_remote_code: Annotated[bool, TRUST] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for a sample, removed after: on a cluster, one that nodes share."
+        ),
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
     progress = Progress()
-    with explained(progress), tempfile.TemporaryDirectory(prefix="memdec-plan-") as work:
+    with explained(progress), contextlib.ExitStack() as stack:
         from vllm_memdec.train import plan as planning
         from vllm_memdec.train.artifacts import write_json
 
         check_report(json_file)
+        if work is not None and not work.is_dir():
+            raise MemdecError(f"{work} is no folder: create it, or check --work.")
+        sample = tempfile.TemporaryDirectory(prefix="memdec-plan-", dir=work and work.resolve())
+        folder = Path(stack.enter_context(sample))
         found = planning.plan(
             base,
             corpus,
             validation,
             tokens,
             load_settings(config, assignments or ()),
-            Path(work),
+            folder,
             progress,
-            choose_cluster(ray_address, Path(work)),
+            choose_cluster(ray_address, folder, "--work"),
             parse_bytes(memory_budget, "--memory-budget"),
             gpu,
             gpus,
@@ -341,7 +384,10 @@ def check_report(path: Path | None, option: str = "--json") -> None:
 
 @contextlib.contextmanager
 def explained(progress: Progress) -> Iterator[None]:
-    """End the command with one sentence for an error a user can mend; let our defects through."""
+    """End the command with one sentence for an error a user can mend; defects keep their traceback.
+
+    With --debug, both show one.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -350,13 +396,19 @@ def explained(progress: Progress) -> Iterator[None]:
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None:
+            error.add_note(DEFECT)  # Python prints notes at the end
             raise
+        if DEBUG.get():
+            error.__suppress_context__ = False  # what a library said as well
+            traceback.print_exc()
         progress.say(f"memdec: {sentence}")
         raise typer.Exit(1) from None
 
 
 def sentence_of(error: Exception) -> str | None:
-    """Return one sentence for an error a user can mend, None for a defect of ours."""
+    """Return one sentence for an error a user can mend, None for a defect, ours or a library's."""
+    if isinstance(error, MemdecError):
+        return str(error)
     number = error.errno if isinstance(error, OSError) else None
     full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or not isinstance(error, ValueError) and any(text in str(error) for text in FULL):
@@ -371,9 +423,7 @@ def sentence_of(error: Exception) -> str | None:
         return f"{error.name} {INSTALL}"
     if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"no permission for {error.filename}: choose a place you may read or write."
-    if isinstance(error, (ValueError, OSError)):
-        return str(error)
-    return None
+    return None if number is None else str(error)
 
 
 def main() -> None:

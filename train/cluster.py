@@ -1,53 +1,41 @@
-"""Where work runs: in this process, or on Ray. The only module that imports Ray.
+"""Where work runs: in this process, or on Ray.
 
 A stage hands over a worker, a picklable callable that takes a shard's number, does the shard and
 writes its files; what it needs, a model or an index, it opens at its first call and keeps. One
-with `gpu = True` gets a GPU to itself, where there are any. Ray
-Data runs one actor a worker and gives a lost actor's shards to others; Ray Train starts the
-processes of the training, and starts them again, fewer if need be, when one is lost. Where there
-is room for one worker only, as on a laptop, one actor does everything, stage after stage: a process
-that imports torch and opens a model takes seconds to start.
+with `gpu = True` gets a GPU to itself, where there are any. The processes of the training run the
+loop together; when one is lost, all begin again at the last checkpoint, fewer if need be.
 """
 
-import logging
 import os
-import pickle
-import shutil
 import socket
 import sys
 import threading
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.heap import trim_heap
+from vllm_memdec.train.crew import TRIES, Crew, Process, alike, reason, slots
 from vllm_memdec.train.trust import VARIABLE, code_allowed
+from vllm_memdec.train.worker import Parted, World
 
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 128 * 2**20  # data goes through files, results are numbers
-RESTARTS = 8  # of the group of training processes, or of the only worker
-LARGEST_WORKER = 8  # CPUs: a worker scales no further
+LOOK_SECONDS = 5.0  # between looks for machines that came or went
+GATHER_SECONDS = 60.0  # that processes of the training wait for one which starts late
+GROWN = "there are more machines"
+BLAME_SECONDS = 10.0  # that one which lost contact waits for the news of whom it lost
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no call leaves the machine
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
-    "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # 15 starves the work wherever something else runs
 }
-
-
-@dataclass(frozen=True)
-class World:
-    """A training process among its fellows."""
-
-    rank: int = 0
-    size: int = 1
 
 
 class Cluster(Protocol):
@@ -82,77 +70,39 @@ class Here:
         loop(World())
 
 
-class _Carried:
-    """A worker inside Ray: what it raises travels home as a value, not wrapped and not retried."""
+@dataclass(frozen=True)
+class Called:
+    """A function and its arguments, as a worker with one item."""
 
-    def __init__(self, worker: Callable[[int], int], shared: str) -> None:
-        self.worker, self.shared = worker, shared
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    gpu: bool = True
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        result, error = _attempt(self.worker, self.shared, row["item"])
-        return {"result": -1 if error else result, "error": error}
-
-
-class _Hand:
-    """The only worker of a cluster that has room for no other, kept through all stages."""
-
-    def __init__(self) -> None:
-        self.key, self.worker = -1, None
-
-    def work(self, key: int, pickled: bytes, shared: str, item: int) -> tuple[Any, bytes]:
-        """Do an item; the worker that came with the key is kept, with all it has opened."""
-        if key != self.key:
-            self._let_go()
-            self.key, self.worker = key, pickle.loads(pickled)
-        return _attempt(self.worker, shared, item)
-
-    def call(self, function: Callable[..., Any], shared: str, args: tuple) -> tuple[Any, bytes]:
-        self._let_go()
-        return _attempt(function, shared, *args)
-
-    def _let_go(self) -> None:
-        """Give back what the worker before held."""
-        self.key, self.worker = -1, None
-        trim_heap()
+    def __call__(self, _: int) -> Any:
+        return self.function(*self.args)
 
 
-def _attempt(function: Callable[..., Any], shared: str, *args: Any) -> tuple[Any, bytes]:
-    """Return (function(*args), b""), or (None, the pickled error)."""
-    try:
-        if shared and not Path(shared).exists():
-            raise MemdecError(
-                f"a node of the cluster does not see {shared}: give an --output on storage that "
-                "all nodes share."
-            )
-        return function(*args), b""
-    except Exception as error:
-        try:
-            carried = pickle.dumps(error)
-            pickle.loads(carried)
-        except Exception:  # an error that cannot travel
-            carried = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-        return None, carried
+@dataclass(frozen=True)
+class Lost:
+    """A process of the training that was lost, or is to be one of more."""
 
-
-def _open(error: bytes) -> None:
-    if error:
-        raise pickle.loads(error)
-
-
-def _place(cpus: int, gpus: int) -> dict[str, int]:
-    """Return what a worker takes of its machine, as Ray's options."""
-    return {"num_cpus": cpus} | ({"num_gpus": 1} if gpus else {})
+    process: Process
+    why: str
 
 
 class RayCluster:
     """Runs work on Ray: by default a local one of this machine, started when it is first needed."""
 
-    def __init__(self, address: str | None = None, shared: Path | None = None) -> None:
-        """address: HOST:PORT of a cluster, or "auto"; shared: a folder that all nodes must see."""
-        self.address = address
-        self.shared = str(shared) if shared else ""
+    def __init__(
+        self, address: str | None = None, shared: Path | None = None, option: str = "--output"
+    ) -> None:
+        """address: HOST:PORT of a cluster, or "auto".
+
+        shared: a folder that all nodes must see; option: of the command, that names it.
+        """
+        self.address, self.shared, self.option = address, shared, option
         self.started = False
-        self.hand: Any = None
+        self.crew = Crew()
         self.maps = 0
 
     def start(self) -> None:
@@ -162,15 +112,11 @@ class RayCluster:
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         try:
-            import ray.data
-            import ray.train
+            import ray
         except ModuleNotFoundError:
             raise MemdecError(
                 "Ray is not installed: pip install 'vllm-memdec[train]', or use --ray-address none."
             ) from None
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        for name in ("ray.data", "ray.train"):  # we tell the progress
-            logging.getLogger(name).setLevel(logging.ERROR)
         options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
         if code_allowed() and self.address:  # another machine's workers inherit nothing from us
             options["runtime_env"] = {"env_vars": {VARIABLE: "1"}}
@@ -193,142 +139,147 @@ class RayCluster:
                     what = (str(error).strip().splitlines() or [type(error).__name__])[0]
                     raise MemdecError(
                         f"no Ray cluster at {self.address} ({what}): check --ray-address."
-                    ) from None
-        self.started = True
-
-    def _resources(self, use_gpus: bool = True) -> tuple[int, int, int]:
-        """Return (CPUs a worker, workers, GPUs a worker: 1 or 0) of the machines that are alive.
-
-        Where there are GPUs, each has a worker, which gets its share of the machine's CPUs: Ray
-        has one without any compute with one thread what is left to CPUs.
-        """
-        import ray
-
-        nodes = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-        cpus = [int(n["CPU"]) for n in nodes if n.get("CPU", 0) >= 1]
-        if not cpus:
+                    ) from error
+        if not slots():
             raise MemdecError("the Ray cluster has no CPU: add a node to it.")
-        gpus = [(int(n["GPU"]), int(n.get("CPU", 0))) for n in nodes if n.get("GPU", 0) >= 1]
-        if use_gpus and gpus:
-            each = min(cpus // n for n, cpus in gpus)
-            return min(each, LARGEST_WORKER), sum(n for n, _ in gpus), 1
-        each = min(*cpus, LARGEST_WORKER)
-        return each, sum(n // each for n in cpus), 0
-
-    def _only_hand(self) -> Any:
-        """Return the actor that does everything where one worker finds room, else None."""
-        import ray
-
-        if self.hand is None:
-            cpus, workers, gpus = self._resources()
-            if max(workers, self._resources(use_gpus=False)[1]) == 1:
-                place = _place(cpus, gpus)
-                lives = {"max_restarts": RESTARTS, "max_task_retries": RESTARTS}
-                self.hand = ray.remote(**lives, **place)(_Hand).remote()
-        return self.hand
-
-    def _done_by_hand(self, task: Any) -> Any:
-        """Return what a task of the only worker did; MemdecError if it died too often."""
-        import ray
-
-        try:
-            result, error = ray.get(task)
-        except ray.exceptions.RayActorError as lost:
-            what = str(lost).strip().splitlines()[0]
-            raise MemdecError(
-                f"the worker was lost more than {RESTARTS} times ({what}): free some memory and "
-                "run again, finished parts are kept."
-            ) from lost
-        _open(error)
-        return result
-
-    def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
-        items = list(items)
-        if not items:
-            return
-        self.start()
-        import ray
-
-        if hand := self._only_hand():
-            self.maps += 1
-            pickled = pickle.dumps(worker)
-            for item in items:
-                yield self._done_by_hand(hand.work.remote(self.maps, pickled, self.shared, item))
-            return
-        cpus, workers, gpus = self._resources(getattr(worker, "gpu", False))
-        workers = min(workers, len(items))
-        rows = ray.data.from_items([{"item": i} for i in items], override_num_blocks=len(items))
-        done = rows.map(
-            _Carried,
-            fn_constructor_args=(worker, self.shared),
-            # Two shards in flight hide the scheduling; one at least may stay when nodes are lost.
-            compute=ray.data.ActorPoolStrategy(
-                min_size=1,
-                max_size=workers,
-                initial_size=workers,
-                max_tasks_in_flight_per_actor=2,
-            ),
-            **_place(cpus, gpus),
-        )
-        for row in done.iter_rows():
-            _open(row["error"])
-            yield row["result"]
-
-    def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        self.start()
-        import ray
-
-        if hand := self._only_hand():
-            return self._done_by_hand(hand.call.remote(function, self.shared, args))
-        cpus, _, gpus = self._resources()
-        task = ray.remote(**_place(cpus, gpus), max_retries=-1)(_attempt)
-        result, error = ray.get(task.remote(function, self.shared, *args))
-        _open(error)
-        return result
+        self.started = True
 
     def workers(self) -> int:
         self.start()
-        return self._resources()[1]
+        return len(slots())
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        [result] = self._do(Called(function, args), [0], function.__qualname__)
+        return result
+
+    def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
+        return self._do(worker, items, type(worker).__name__)
+
+    def _do(self, worker: Callable[[int], Any], items: Iterable[int], name: str) -> Iterator[Any]:
+        """Yield the worker's results, as they come; an item whose process is lost is done again."""
+        todo, losses = deque(items), Counter()
+        if not todo:
+            return
+        self.start()
+        from ray import cloudpickle
+
+        self.maps += 1
+        crew, work = self.crew, (self.maps, cloudpickle.dumps(worker))
+        alone, looked = len(todo) == 1, -LOOK_SECONDS
+        with crew.working(self.shared, self.option):
+            busy: set[Process] = set()
+            while todo or busy:
+                if time.monotonic() - looked >= LOOK_SECONDS:
+                    places = slots(getattr(worker, "gpu", False))
+                    crew.staff(places, len(todo) + len(busy))
+                    looked = time.monotonic()
+                largest = max((process.slot.cpus for process in crew.processes), default=0)
+                for process in crew.idle():
+                    # What is done once, by one, is done by the largest.
+                    if todo and not (alone and process.slot.cpus < largest):
+                        item = todo.popleft()
+                        crew.give(process, item, process.actor.work.remote(*work, item))
+                        busy.add(process)
+                for answer in crew.answers(LOOK_SECONDS):
+                    busy.discard(answer.process)
+                    if answer.outcome is not None:
+                        yield answer.outcome.open()
+                        continue
+                    todo.appendleft(answer.item)
+                    losses[answer.item] += 1
+                    looked = -LOOK_SECONDS
+                    if losses[answer.item] == TRIES:
+                        what = name if isinstance(worker, Called) else f"{name} {answer.item}"
+                        raise MemdecError(
+                            f"{what} was tried {TRIES} times and its process ended each time, "
+                            f"most likely because {crew.cause(answer.process)}"
+                        )
 
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         self.start()
-        if hand := self._only_hand():
-            self._done_by_hand(hand.call.remote(loop, self.shared, (World(),)))
-            return
-        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-        from ray.train.torch import TorchTrainer
+        from ray import cloudpickle
 
-        cpus, workers, gpus = self._resources()
-        storage = work / "ray"
-        trainer = TorchTrainer(
-            _train,
-            train_loop_config={"loop": loop, "shared": self.shared},
-            scaling_config=ScalingConfig(
-                num_workers=(1, workers) if workers > 1 else 1,
-                use_gpu=bool(gpus),
-                resources_per_worker={"CPU": cpus} | ({"GPU": 1} if gpus else {}),
-            ),
-            run_config=RunConfig(
-                name=f"memory-{os.getpid()}-{time.time_ns()}",
-                storage_path=str(storage),
-                failure_config=FailureConfig(max_failures=RESTARTS),
-            ),
-        )
+        pickled, losses = cloudpickle.dumps(loop), 0
+        with self.crew.working(self.shared, self.option):
+            while True:
+                before = files_of(work)
+                lost = self._train(pickled, self._gathered(), work)
+                if lost is None:
+                    return
+                if files_of(work) != before:
+                    losses = 0
+                losses += lost.why != GROWN
+                if losses == TRIES:
+                    raise MemdecError(
+                        f"processes of the training were lost {TRIES} times without a checkpoint "
+                        f"in between (lastly: {lost.why}), most likely because "
+                        f"{self.crew.cause(lost.process)}"
+                    )
+
+    def _gathered(self) -> list[Process]:
+        """Return the processes of the training: all that are ready, once one has waited enough."""
+        crew, until = self.crew, None
+        while True:
+            places = alike(slots())
+            crew.staff(places, len(places))
+            crew.answers(LOOK_SECONDS)
+            ready = crew.idle()
+            if ready and until is None:
+                until = time.monotonic() + GATHER_SECONDS
+            if ready and (len(ready) == len(crew.processes) or time.monotonic() > until):
+                return ready
+
+    def _train(self, pickled: bytes, group: list[Process], work: Path) -> "Lost | None":
+        """Run the loop; return None at its end, else why it has to begin again.
+
+        What one process raises is raised at once, and the others are ended.
+        """
+        import ray
+
+        crew, left, finished = self.crew, set(group), False
+        parted, until, seen = None, float("inf"), None
         try:
-            result = trainer.fit()
-            _open(result.return_value or b"")
-        except TrainingFailedError as error:
-            failures = list(getattr(error, "worker_failures", {}).values())
-            for failure in failures:
-                if isinstance(failure, (ValueError, OSError)):
-                    raise failure from None
-            what = str(failures[0] if failures else error).strip().splitlines()[0]
-            raise MemdecError(
-                f"training processes were lost more than {RESTARTS} times ({what}): run "
-                "again to go on from the last checkpoint."
-            ) from error
+            meeting = (group[0].slot.address, ray.get(group[0].actor.free_port.remote()))
+            for rank, process in enumerate(group):
+                mine = World(rank, len(group)), meeting, process.slot.address
+                crew.give(process, rank, process.actor.train.remote(pickled, *mine))
+            while left:
+                for answer in crew.answers(LOOK_SECONDS):
+                    left.discard(answer.process)
+                    if answer.outcome is None:
+                        return Lost(answer.process, answer.lost)
+                    try:
+                        answer.outcome.open()
+                    except Parted as error:  # of the process that ended, Ray tells more
+                        parted = parted or Lost(answer.process, str(error).strip().split("\n")[0])
+                        until = min(until, time.monotonic() + BLAME_SECONDS)
+                if parted and (not left or time.monotonic() > until):
+                    return parted
+                # A machine that came is used from the next checkpoint on.
+                places = alike(slots())
+                crew.staff(places, len(places))
+                if not set(crew.idle()) - set(group):
+                    seen = files_of(work)
+                elif files_of(work) != seen:
+                    return Lost(group[0], GROWN)
+            finished = True
+            return None
+        except ray.exceptions.RayActorError as error:
+            return Lost(group[0], reason(error))
         finally:
-            shutil.rmtree(storage, ignore_errors=True)
+            if not finished:  # the others wait for one that will not answer
+                for process in group:
+                    crew.end(process)
+
+
+def files_of(work: Path) -> dict[str, int]:
+    """Return when each file of a working folder was written: another one is progress."""
+    found = {}
+    for path in work.iterdir():
+        with suppress(FileNotFoundError):
+            if path.is_file() and path.suffix != ".tmp":
+                found[path.name] = path.stat().st_mtime_ns
+    return found
 
 
 @contextmanager
@@ -358,18 +309,6 @@ def _check_answers(address: str) -> None:
         raise MemdecError(
             f"no Ray cluster answers at {address} ({error}): check --ray-address."
         ) from None
-
-
-def _train(config: dict[str, Any]) -> bytes:
-    """Run the loop in one of Ray Train's processes; return what rank 0 raised."""
-    import ray.train
-
-    context = ray.train.get_context()
-    world = World(context.get_world_rank(), context.get_world_size())
-    _, error = _attempt(config["loop"], config["shared"], world)
-    if error and world.rank != 0:  # only rank 0's value goes home
-        _open(error)
-    return error
 
 
 @contextmanager

@@ -127,12 +127,17 @@ class MemorySettings(StageSettings):
     early_stop: int | None = Field(None, ge=1, le=1 << 20)
     weight_decay: float = Field(0.0, ge=0, le=1)
     gradient_clip: float = Field(1.0, ge=1e-9, le=1e9)
-    batch_blocks: int = Field(8, ge=1, le=1 << 20)  # blocks an optimiser step
+    # blocks an optimiser step, over all GPUs; None: by the corpus, see batch()
+    batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
     micro_batch_blocks: int = Field(BLOCKS, ge=1, le=1 << 20)  # a forward pass
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
     # columns beside the corpus's own; None: all, see head.py
     sampled_negatives: int | None = Field(None, ge=1, le=1 << 24)
     checkpoint_seconds: float = Field(60.0, ge=0, le=1e9)
+    # activations are computed twice and not kept: slower, but a larger memory fits
+    gradient_checkpointing: StrictBool = False
+    # on several GPUs: the whole memory on each, or a part of each layer, see parallel.py
+    parallel: Literal["replicate", "shard"] = "replicate"
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)
 
     @model_validator(mode="after")
@@ -160,6 +165,20 @@ class MemorySettings(StageSettings):
     def adapts(self) -> bool:
         """Return whether init is to be adapted to the base's tokenizer."""
         return self.adapt_tokenizer or self.tokenizer is not None
+
+    def batch(self, blocks: int) -> int:
+        """Return how many of a corpus's blocks a step takes, unless it has fewer.
+
+        By default 8, and of a larger corpus the most, doubled up to 512, that leave 1,000 steps an
+        epoch: so eight GPUs have work from 64,000 blocks on, and the result does not depend on how
+        many GPUs there are.
+        """
+        if self.batch_blocks is not None:
+            return self.batch_blocks
+        size = 8
+        while size < 512 and blocks >= 2 * size * 1000:
+            size *= 2
+        return size
 
     def pretrained(self) -> Self:
         """Return a copy with the defaults for a memory that starts from trained weights."""

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_memdec.errors import MemdecError
+from vllm_memdec.errors import MemdecError, of_the_machine, said_by
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import CorpusSettings
@@ -45,14 +45,17 @@ def load_tokenizer(folder: str) -> Any:
 
     from vllm_memdec.checkpoint import tokenizer_vocabulary
 
+    unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any class: tokenizers and transformers check little
+        if of_the_machine(error):
+            raise
         check_needs_no_code(folder, error)
-        usable = False
+        raise MemdecError(unreadable) from error
     if not usable:
-        raise MemdecError(f"{folder} has no readable tokenizer: copy its tokenizer files there.")
+        raise MemdecError(unreadable)
     return tokenizer
 
 
@@ -62,10 +65,11 @@ def load_config(folder: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of any class, as above
+        if of_the_machine(error):
+            raise
         check_needs_no_code(folder, error)
-        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise MemdecError(f"{folder} has no usable config.json: {what}.") from None
+        raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
         raise MemdecError(f"{folder} is {config.model_type}, no text decoder: give another model.")
     return config

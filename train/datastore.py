@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_memdec.errors import MemdecError
+from vllm_memdec.errors import MemdecError, of_the_machine, said_by
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import BLOCKS, DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
@@ -68,7 +68,6 @@ def load_model(
 
     config: in place of the folder's own; it may leave out layers, but nothing may be missing.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
@@ -79,11 +78,12 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=code_allowed(),
         )
-    # ImportError: of what a quantised model would need
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # of any class, for instance of what a quantised model would need
+        if of_the_machine(error):
+            raise
         check_needs_no_code(folder, error)
-        what = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from None
+        what = said_by(error)
+        raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from error
     if report["missing_keys"]:  # transformers would go on with random numbers
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."

@@ -219,8 +219,12 @@ def _build(
             trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
         train_memory(trained, base, blocks.path, targets.path, work, progress, cluster)
 
+    from vllm_memdec.train.corpus import load_rows
+
     memory_settings = settings.memory.model_dump()
-    memory_settings.pop("checkpoint_seconds")  # changes nothing in the result
+    for name in ("checkpoint_seconds", "gradient_checkpointing", "parallel"):
+        memory_settings.pop(name)  # changes nothing in the result
+    memory_settings["batch_blocks"] = settings.memory.batch(len(load_rows(blocks.path, "train")))
     memory_settings.pop("adapt_tokenizer"), memory_settings.pop("tokenizer")
     if not settings.memory.adapts:  # else the tokenizer's hash is an input
         memory_settings.pop("transfer_fraction")

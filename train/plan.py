@@ -211,7 +211,7 @@ class Job:
 
     def memory(self) -> Stage:
         rates, settings = self.rates, self.settings.memory
-        batch = min(settings.batch_blocks, self.blocks)
+        batch = min(settings.batch(self.blocks), self.blocks)
         epochs = settings.epochs * (settings.transfer_fraction if settings.adapts else 1)
         steps = max(1, round(epochs * self.blocks / batch))
         warm = min(steps, warmup_steps(steps, settings.warmup_fraction))

@@ -6,10 +6,10 @@ resumed run repeats the undisturbed one, step for step.
 """
 
 import contextlib
-import json
 import math
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,22 +18,65 @@ import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.kernels.head_loss import backpropagate
+from vllm_memdec.kernels.head_loss import head_loss
 from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.artifacts import LOGS, write_atomic
-from vllm_memdec.train.batches import Batches
+from vllm_memdec.train.batches import AHEAD, Batches
+from vllm_memdec.train.checkpoints import (
+    BEST,
+    CHECKPOINT,
+    NEXT,
+    PREVIOUS,
+    STOP,
+    Checkpoints,
+    newest,
+    saved_step,
+    stop_file,
+)
 from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device
+from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device, load_model
 from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.evaluate import label_logprobs, sampled_validation
+from vllm_memdec.train.evaluate import (
+    best_alpha,
+    label_logprobs,
+    mix,
+    perplexity,
+    sampled_validation,
+)
 from vllm_memdec.train.head import Candidates, logits_transform
+from vllm_memdec.train.metrics import (
+    CURVE,
+    METRICS,
+    judgement,
+    metrics_file,
+    plot_loss,
+    read_metrics,
+    stopped_early,
+)
+from vllm_memdec.train.parallel import (
+    agreed,
+    memory_of,
+    restore,
+    run_alone,
+    spread,
+    state_of,
+    total,
+    unreduced,
+    whole,
+)
 from vllm_memdec.train.progress import Progress
 
-CHECKPOINT = "checkpoint.pt"
-BEST = "best.pt"  # weights of the best evaluation, where training may stop early
 EVALUATION_TOKENS = 2**15
-METRICS, CURVE = "metrics.jsonl", "loss.png"  # in logs/; the curve is drawn last
+BASE = "base.pt"  # its log-probabilities of the validation text, computed once
+SCRATCH = (
+    CHECKPOINT,
+    PREVIOUS,
+    NEXT,
+    BEST,
+    BASE,
+    STOP,
+)  # in the working folder while training goes on
 
 
 def warmup_steps(steps: int, fraction: float) -> int:
@@ -73,60 +116,46 @@ def new_optimizer(model: Any, settings: MemorySettings) -> torch.optim.Optimizer
     )
 
 
-def add_gradients(
-    model: Any,
-    batches: Batches,
-    blocks: np.ndarray,
-    rows: int,
-    candidates: Candidates,
-    settings: MemorySettings,
-    following: np.ndarray | None = None,
-) -> np.ndarray:
-    """Backpropagate one micro-batch, scaled by 1/rows; return its summed [KL, cross-entropy].
-
-    following: the blocks of the micro-batch after it, to be read meanwhile.
-    """
-    where = next(model.parameters()).device
-    tokens, positions, mask, labels, targets = batches.load(blocks, where)
-    if following is not None:
-        batches.expect(following, where)
-    dtype = getattr(torch, settings.dtype)
-    with autocast_to(settings.dtype, where):
-        trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-    layer = model.get_output_embeddings()
-    sums = backpropagate(
-        trunk.last_hidden_state[mask],
+def memory_loss(
+    memory: Any, batch: tuple, candidates: Candidates, settings: MemorySettings, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy."""
+    tokens, positions, places, labels, targets = batch
+    with autocast_to(settings.dtype, tokens.device):
+        trunk = memory.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
+    layer = memory.get_output_embeddings()
+    return head_loss(
+        trunk.last_hidden_state.flatten(0, 1)[places],
         layer.weight,
         candidates.rank(labels),
         SparseRows(targets.offsets, candidates.rank(targets.token), targets.probability),
         settings.beta,
         bias_V=getattr(layer, "bias", None),
-        transform=logits_transform(model.config),
+        transform=logits_transform(memory.config),
         columns=candidates.columns,
-        dtype=dtype,
-        scale=1 / max(rows, 1),
+        dtype=getattr(torch, settings.dtype),
+        scale=scale,
     )
-    return torch.stack(sums).cpu().numpy()
 
 
-def reduce_gradients(model: Any, sums: np.ndarray, world: World) -> np.ndarray:
-    """Sum the gradients of all training processes, in place, and return the sum of the losses."""
-    if world.size == 1:
-        return sums
-    import torch.distributed as dist
+def add_gradients(
+    module: torch.nn.Module,
+    batches: Batches,
+    blocks: np.ndarray,
+    scale: float,
+    candidates: Candidates,
+    settings: MemorySettings,
+    following: Sequence[np.ndarray] = (),
+) -> torch.Tensor:
+    """Backpropagate one micro-batch times `scale`; return its sums [2] of KL and cross-entropy.
 
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.grad is None:  # this process had no block
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    # One message, not hundreds: a small model's are mostly latency.
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
-    dist.all_reduce(flat)
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
-    total = torch.from_numpy(sums).to(flat.device, torch.float64)
-    dist.all_reduce(total)
-    return total.cpu().numpy()
+    following: the blocks of the micro-batches after it, to be read meanwhile.
+    """
+    batch = batches.load(blocks, device())
+    batches.expect(following, device())
+    loss, sums = module(memory_loss, batch, candidates, settings, scale)
+    loss.backward()
+    return sums
 
 
 @dataclass
@@ -143,68 +172,109 @@ class Training:
         """Train from the last checkpoint to the end; rank 0 writes weights, config and logs/."""
         settings, logs = self.settings, self.work / LOGS
         batches = Batches(settings, self.corpus, self.targets)
-        model = build_memory(settings, self.base, batches.tokens.shape[1] - 1)
-        model = model.to(device()).train()
-        optimizer = new_optimizer(model, settings)
-        step = 0
-        if (self.work / CHECKPOINT).exists():
-            state = torch.load(self.work / CHECKPOINT, weights_only=True, map_location=device())
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+        base_N = self.base_logprobs(world)
+        memory = build_memory(settings, self.base, batches.block_tokens)
+        module = spread(memory.to(device()).train(), settings, world)
+        optimizer = new_optimizer(module, settings)
+        step, saved = 0, time.monotonic()
+        if path := agreed(newest(self.work), world):
+            state = torch.load(path, weights_only=True, map_location="cpu")
+            restore(module, optimizer, state)
             step = state["step"]
-
-        def save_checkpoint() -> None:
-            state = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "step": step,
-            }
-            write_atomic(self.work / CHECKPOINT, lambda p: torch.save(state, p))
-
-        saved = time.monotonic()
-        with metrics_file(logs, step, world) as (write, evaluations):
+            del state
+        checkpoints, stop = Checkpoints(self.work), False
+        with (
+            contextlib.closing(checkpoints),
+            metrics_file(logs, step, world) as (write, evaluations),
+        ):
+            evaluations = agreed(evaluations, world)
             while step < batches.steps and not stopped_early(evaluations, settings.early_stop):
                 began = time.monotonic()
-                row = self.step(model, optimizer, batches, step, world)
+                row = self.step(module, optimizer, batches, step, world)
                 step += 1
-                row = {"step": step, **row, "rows_per_second": row["rows"] / seconds_since(began)}
+                row |= {"step": step, "tokens_per_second": row["rows"] / seconds_since(began)}
                 if not math.isfinite(row["kl"] + row["ce"]):
                     raise MemdecError(
                         f"the loss is no longer finite at step {step}: lower memory.learning_rate."
                     )
                 if settings.evaluate_steps and step % settings.evaluate_steps == 0:
-                    row["validation_ce"] = self.evaluate(model)
-                    best = row["validation_ce"] < min(evaluations, default=math.inf)
-                    evaluations.append(row["validation_ce"])
-                    if best and settings.early_stop and world.rank == 0:
-                        write_atomic(self.work / BEST, lambda p: torch.save(model.state_dict(), p))
+                    row |= self.evaluate(module, base_N, world)
+                    best = judgement(row) < min(evaluations, default=(math.inf,))
+                    evaluations.append(judgement(row))
+                    if best and settings.early_stop:
+                        state = state_of(module)
+                        if world.rank == 0:
+                            checkpoints.save_best(state["model"])
                 write(row)
-                if world.rank == 0 and seconds_since(saved) >= settings.checkpoint_seconds:
-                    save_checkpoint()
+                checkpoints.check()
+                due = seconds_since(saved) >= settings.checkpoint_seconds
+                stop, due = agreed(((self.work / STOP).exists(), due), world)
+                if stop or due:
+                    state = state_of(module, optimizer) | {"step": step}
+                    if world.rank == 0:
+                        checkpoints.save(state)
                     saved = time.monotonic()
+                if stop:
+                    break
+            checkpoints.wait()
+        if stop and step < batches.steps:
+            return
+        weights = state_of(module)["model"]
         if world.rank == 0:
             if (self.work / BEST).exists():
-                model.load_state_dict(torch.load(self.work / BEST, weights_only=True))
-            model.to(torch.float32).save_pretrained(self.work)
+                weights = torch.load(self.work / BEST, weights_only=True)
+            memory.save_pretrained(self.work, state_dict=weights)
 
-    def evaluate(self, model: Any) -> float:
-        """Return the cross-entropy on validation blocks, nats a token; all processes compute it."""
+    def base_logprobs(self, world: World) -> np.ndarray | None:
+        """Return the base's log-probabilities [rows] of the validation text; None if not needed.
+
+        Rank 0 computes them, before the memory takes its room on the device, once: they are kept in
+        the working folder.
+        """
+        if self.settings.evaluate_steps is None or world.rank != 0:
+            return None
+        if not (self.work / BASE).exists():
+            tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
+            base = load_model(self.base, self.settings.dtype)
+            found = label_logprobs(base, tokens, positions, self.scored_blocks(tokens))
+            del base
+            write_atomic(self.work / BASE, lambda p: torch.save(torch.from_numpy(found), p))
+        return torch.load(self.work / BASE, weights_only=True).numpy()
+
+    def scored_blocks(self, tokens: np.ndarray) -> int:
+        """Return how many of the validation blocks [B, T+1] a forward pass takes."""
+        most = self.settings.micro_batch_blocks
+        return blocks_at_once(most, tokens.shape[1] - 1, device(), EMBEDDED)
+
+    def evaluate(
+        self, module: torch.nn.Module, base_N: np.ndarray | None, world: World
+    ) -> dict[str, float]:
+        """Return perplexities of the validation text, and alpha, at which the mixture's is least.
+
+        All processes run the memory; all get what rank 0 found, so that they stop at one step.
+        """
         tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
-        model.eval()
-        batch = blocks_at_once(
-            self.settings.micro_batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
-        )
-        autocast = autocast_to(self.settings.dtype, model.device)
-        with autocast:
-            found = -label_logprobs(model, tokens, positions, batch).mean()
-        model.train()
-        return float(found)
+        module.eval()
+        with autocast_to(self.settings.dtype, device()):
+            n = self.scored_blocks(tokens)
+            memory_N = run_alone(module, label_logprobs, tokens, positions, n)
+        module.train()
+        found = {}
+        if base_N is not None:
+            alpha = best_alpha(base_N, memory_N)
+            found = {
+                "validation_base": perplexity(base_N),
+                "validation_memory": perplexity(memory_N),
+                "validation_mixture": perplexity(mix(base_N, memory_N, alpha)),
+                "validation_alpha": alpha,
+            }
+        return agreed(found, world)
 
     def step(
-        self, model: Any, optimizer: Any, batches: Batches, step: int, world: World
+        self, module: torch.nn.Module, optimizer: Any, batches: Batches, step: int, world: World
     ) -> dict[str, float]:
-        """Take one step of the optimiser; return KL and cross-entropy, means over its rows."""
-        settings = self.settings
+        """Take one step of the optimiser; return its metrics, losses as means over its rows."""
+        settings, memory = self.settings, memory_of(module)
         # Of dropout, which some models have.
         torch.manual_seed(batches.step_seed(step) + world.rank)
         blocks = batches.blocks(step)
@@ -217,76 +287,53 @@ class Training:
         # An untrained memory puts its mass anywhere: warm-up pushes all of it down.
         warm = step < warmup_steps(batches.steps, settings.warmup_fraction)
         sampled = None if warm else settings.sampled_negatives
-        candidates = batches.candidates(step, model.config.vocab_size, sampled).to(device())
-        sums = np.zeros(2)
+        candidates = batches.candidates(step, memory.config.vocab_size, sampled).to(device())
+        sums = torch.zeros(2, dtype=torch.float64, device=device())
         micros = self.micro_batches(batches, step, world)
         after = self.micro_batches(batches, step + 1, world) if step + 1 < batches.steps else []
-        for micro, following in zip(micros, [*micros[1:], *after[:1], None], strict=False):
-            sums += add_gradients(model, batches, micro, rows, candidates, settings, following)
-        sums = reduce_gradients(model, sums, world)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+        coming = [micro for micro in micros + after if len(micro)]
+        for number, micro in enumerate(micros):
+            last = number == len(micros) - 1
+            with contextlib.nullcontext() if last else unreduced(module):
+                if len(micro):
+                    following = coming[number + 1 : number + 1 + AHEAD]
+                    sums += add_gradients(
+                        module, batches, micro, 1 / max(rows, 1), candidates, settings, following
+                    )
+                else:  # others have one: all take part, this one with a block that weighs nothing
+                    add_gradients(module, batches, blocks[:1], 0.0, candidates, settings)
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
-        kl, ce = (sums / max(rows, 1)).tolist()
-        return {"kl": kl, "ce": ce, "rows": rows}
+        kl, ce = (total(sums, world) / max(rows, 1)).tolist()
+        found = {
+            "kl": kl,
+            "ce": ce,
+            "rows": rows,
+            "epoch": (step + 1) * batches.size / len(batches.tokens),
+            "learning_rate": settings.learning_rate * factor,
+            "gradient_norm": float(whole(norm)),
+        }
+        if device().type == "cuda":
+            found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return found
 
     def micro_batches(self, batches: Batches, step: int, world: World) -> list[np.ndarray]:
-        """Return the block numbers of a training process's forward passes of a step."""
-        mine, most = (
-            batches.blocks(step)[world.rank :: world.size],
-            self.settings.micro_batch_blocks,
-        )
+        """Return the block numbers of a training process's forward passes of a step.
+
+        All processes have as many; of some the last is empty.
+        """
+        blocks = batches.blocks(step)
+        mine = blocks[world.rank :: world.size]
+        most = self.settings.micro_batch_blocks
         n = blocks_at_once(most, batches.block_tokens, device(), TRAINED)
-        return [mine[start : start + n] for start in range(0, len(mine), n)]
+        passes = -(-len(blocks) // world.size)  # blocks of the process that has most
+        return [mine[start : start + n] for start in range(0, passes, n)]
 
 
 def seconds_since(moment: float) -> float:
     """Return the seconds since a moment of time.monotonic()."""
     return time.monotonic() - moment
-
-
-def stopped_early(evaluations: list[float], patience: int | None) -> bool:
-    """Tell whether the last `patience` evaluations brought none better than those before."""
-    if patience is None or len(evaluations) <= patience:
-        return False
-    return min(evaluations[-patience:]) >= min(evaluations[:-patience])
-
-
-def read_metrics(path: Path, steps: int | None = None) -> list[dict[str, float]]:
-    """Return the metrics of the first steps, or of all; a line that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    lines = path.read_text().split("\n")[:-1]  # a whole line has its end
-    return [json.loads(line) for line in lines[:steps]]
-
-
-@contextlib.contextmanager
-def metrics_file(
-    logs: Path, step: int, world: World
-) -> Iterator[tuple[Callable[[dict], None], list[float]]]:
-    """Yield (a function that records a step's metrics, evaluations so far), from `step` on.
-
-    They go to metrics.jsonl, a line a step, and to TensorBoard. What is recorded of later steps,
-    which a killed run did after its last checkpoint, is dropped.
-    """
-    rows = read_metrics(logs / METRICS, step)
-    evaluations = [row["validation_ce"] for row in rows if "validation_ce" in row]
-    if world.rank != 0:
-        yield lambda row: None, evaluations
-        return
-    from tensorboardX import SummaryWriter
-
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    write_atomic(logs / METRICS, lambda p: p.write_text(text))
-    board = SummaryWriter(str(logs / "tensorboard"), purge_step=step + 1)
-    with open(logs / METRICS, "a", buffering=1) as file, contextlib.closing(board):
-
-        def write(row: dict) -> None:
-            file.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step"}:
-                board.add_scalar(name, row[name], row["step"])
-
-        yield write, evaluations
 
 
 def train_memory(
@@ -302,46 +349,36 @@ def train_memory(
     logs = work / LOGS
     logs.mkdir(exist_ok=True)
     if (logs / CURVE).exists():  # killed just before the end
-        for name in (CHECKPOINT, BEST):
+        for name in SCRATCH:
             (work / name).unlink(missing_ok=True)
         return
-    steps = Batches(settings, corpus, targets).steps
-    done = 0
-    if (work / CHECKPOINT).exists():
-        done = torch.load(work / CHECKPOINT, weights_only=True, mmap=True)["step"]
+    batches = Batches(settings, corpus, targets)
+    steps, fed = batches.steps, batches.size
+    if fed < (workers := cluster.workers()):
+        progress.say(
+            f"memory: a step of {fed} blocks gives work to {fed} of {workers} processes: raise "
+            "memory.batch_blocks to use all of them"
+        )
+    if done := saved_step(work):
         progress.say(f"memory: resuming at step {done} of {steps}")
     # Steps after the checkpoint are done again: they are not to be counted twice.
     with metrics_file(logs, done, World()):
         pass
     with progress.task("memory: training", steps, "steps") as advance:
         advance(done, done_before=True)
-        with followed(logs / METRICS, advance):
-            cluster.train(Training(settings, base, corpus, targets, work), work)
+        with stop_file(work) as stop:
+            with followed(logs / METRICS, advance):
+                cluster.train(Training(settings, base, corpus, targets, work), work)
+            stopped = stop.exists() and not (work / "config.json").exists()
     metrics = read_metrics(logs / METRICS)
+    if stopped:
+        progress.say(
+            f"memory: stopped at step {len(metrics)} of {steps}, with a checkpoint: run the same "
+            "command again to go on"
+        )
+        raise SystemExit(128 + signal.SIGTERM)
     if len(metrics) < steps:
         progress.say(f"memory: stopped early after step {len(metrics)} of {steps}")
     write_atomic(logs / CURVE, lambda p: plot_loss(metrics, settings.beta, p))
-    for name in (CHECKPOINT, BEST):
+    for name in SCRATCH:
         (work / name).unlink(missing_ok=True)
-
-
-def plot_loss(metrics: list[dict[str, float]], beta: float, path: Path) -> None:
-    """Draw the two losses over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    steps = [row["step"] for row in metrics]
-    axes.plot(steps, [row["kl"] for row in metrics], label="KL(kNN || memory)")
-    axes.plot(steps, [row["ce"] for row in metrics], label="cross-entropy")
-    evaluated = [row for row in metrics if "validation_ce" in row]
-    if evaluated:
-        values = [row["validation_ce"] for row in evaluated]
-        axes.plot([row["step"] for row in evaluated], values, label="cross-entropy, validation")
-    axes.set(xlabel="step", ylabel="nats per token", title=f"memory training, beta = {beta:g}")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110, format="png")
-    plt.close(figure)

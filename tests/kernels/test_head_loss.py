@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vllm_memdec.kernels import head_loss, sparse_kl
-from vllm_memdec.kernels.head_loss import Columns, backpropagate
+from vllm_memdec.kernels.head_loss import Columns
 from vllm_memdec.kernels.sparse_kl import SparseRows
 
 V, D, BETA, SCALE = 503, 8, 0.3, 1 / 7
@@ -38,6 +38,15 @@ def make(N, columns=V):
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
     leaves = [x.requires_grad_() for x in (h_ND, weight_VD, bias_V)]
     return *leaves, labels_N, SparseRows(offsets, token, probability)
+
+
+def backpropagate(*arguments, **options):
+    """Add the loss's gradients to .grad; return the sums of KL and cross-entropy."""
+    loss, (kl, ce) = head_loss.head_loss(*arguments, **options)
+    want = options.get("scale", 1) * (BETA * kl + (1 - BETA) * ce)
+    assert loss.dtype == torch.float32 and torch.allclose(loss.double(), want, rtol=1e-6)
+    loss.backward()
+    return kl, ce
 
 
 def plain(h_ND, weight_VD, bias_V, labels_N, targets, transform, columns=None):
@@ -163,7 +172,44 @@ def test_history_of_the_hidden_states_is_gone_through():
     assert_close(weight_VD.grad, leaf.grad, TOLERANCE[torch.float32])
 
 
-def test_a_head_that_is_no_leaf_is_refused():
-    h_ND, weight_VD, _, labels_N, targets = make(3)
-    with pytest.raises(ValueError, match="must be leaves"):
-        backpropagate(h_ND, weight_VD * 2, labels_N, targets, BETA)
+def test_it_is_an_ordinary_function_of_autograd():
+    """A head that is computed, a loss that is scaled and added to: what wrappers do to a loss."""
+    h_ND, weight_VD, _, labels_N, targets = make(43)
+    loss, _ = head_loss.head_loss(h_ND, weight_VD.exp() / 3, labels_N, targets, BETA)
+    (2.5 * loss + weight_VD.square().sum()).backward()
+    leaves = [x.detach().double().requires_grad_() for x in (h_ND, weight_VD)]
+    row, token, p = targets.entries()
+    logq_NV = (leaves[0] @ (leaves[1].exp() / 3).t()).log_softmax(-1)
+    kl = (p * (p.log() - logq_NV[row, token])).sum()
+    ce = -logq_NV[torch.arange(43), labels_N].sum()
+    (2.5 * (BETA * kl + (1 - BETA) * ce) + leaves[1].square().sum()).backward()
+    for leaf, want in zip((h_ND, weight_VD), leaves, strict=True):
+        assert_close(leaf.grad, want.grad, TOLERANCE[torch.float32])
+
+
+def test_checkpointed_hidden_states_give_the_same():
+    """Non-reentrant checkpointing runs the trunk again in the backward pass, not the loss."""
+    grads = []
+    h_ND, weight_VD, _, labels_N, targets = make(43)
+    for again in (False, True):
+        h_ND.grad = weight_VD.grad = None
+        trunk = lambda h: (h @ weight_VD[:D]).tanh()  # noqa: E731, a head that is used twice
+        hidden = (
+            torch.utils.checkpoint.checkpoint(trunk, h_ND, use_reentrant=False)
+            if again
+            else trunk(h_ND)
+        )
+        head_loss.head_loss(hidden, weight_VD, labels_N, targets, BETA)[0].backward()
+        grads.append((h_ND.grad, weight_VD.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_gradients_are_handed_out_once_and_not_copied():
+    """The weight's is a vocabulary of float32: autograd keeps the one that was summed."""
+    h_ND, weight_VD, _, labels_N, targets = make(43)
+    loss, _ = head_loss.head_loss(h_ND, weight_VD, labels_N, targets, BETA)
+    summed = loss.grad_fn.gradients[1].data_ptr()
+    loss.backward(retain_graph=True)
+    assert weight_VD.grad.data_ptr() == summed
+    with pytest.raises(RuntimeError, match="handed out already"):
+        loss.backward()

@@ -202,10 +202,17 @@ def test_out_may_be_the_base_of_odd_width(monkeypatch):
             assert bits(interpolate(base, memory_NW, alpha_N, out=base, **same)) == bits(want)
 
 
-def test_few_rows_and_half_empty_waves_are_split():
-    multiprocessors = 132  # an H100's
-    assert all(op.splits(N, multiprocessors) for N in (1, 4, 8, 32, 64, 104, 140, 200))
-    assert not any(op.splits(N, multiprocessors) for N in (106, 132, 256, 1024))
+@pytest.mark.parametrize(("V", "split"), [(512, False), (513, True)])
+def test_rows_of_several_slices_are_split(monkeypatch, V, split):
+    monkeypatch.setattr(op, "SLICE", 512)
+    base_NV, memory_NW, alpha_N = (x.to(DEVICE) for x in make(2, V, V))
+    chosen = []
+    of = op.Plan.of
+    monkeypatch.setattr(
+        op.Plan, "of", lambda *a, sliced: chosen.append(sliced) or of(*a, sliced=sliced)
+    )
+    interpolate(base_NV, memory_NW, alpha_N)
+    assert chosen == [split]
 
 
 # -- The compiler ---------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ import psutil
 import pytest
 import torch
 
-from vllm_memdec.train.cluster import LARGEST_WORKER, QUIET, RayCluster
+from vllm_memdec.train.cluster import QUIET, RayCluster
+from vllm_memdec.train.crew import LARGEST_WORKER, alike, slots
 
 SETTINGS = {
     "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 2},
@@ -82,14 +83,20 @@ def lose_a_node(cluster, done):
 def lose_the_worker(process):
     """Kill the one worker of a local Ray."""
     workers = psutil.Process(process.pid).children(recursive=True)
-    [hand] = [w for w in workers if any(word.startswith("ray::_Hand") for word in w.cmdline())]
-    hand.kill()
+    [worker] = [w for w in workers if any(word.startswith("ray::Worker") for word in w.cmdline())]
+    worker.kill()
 
 
 def last_loss(output, steps=5):
     rows = [json.loads(r) for r in (output / "memory/logs/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return sum(row["kl"] + row["ce"] for row in rows[-steps:]) / steps
+
+
+def files(output):
+    """Return the names of all files that are sealed."""
+    manifests = [json.loads(path.read_text()) for path in output.glob("*/manifest.json")]
+    return [f"{manifest['stage']}/{name}" for manifest in manifests for name in manifest["files"]]
 
 
 def test_a_node_is_lost_in_each_long_stage(tiny_model, command, corpus, alone, hashes, ray_cluster):
@@ -107,7 +114,8 @@ def test_a_node_is_lost_in_each_long_stage(tiny_model, command, corpus, alone, h
     for stage in ("corpus", "datastore", "index", "targets"):
         assert one[stage] == two[stage], stage
     assert last_loss(on_ray.output) == pytest.approx(last_loss(alone), rel=LOSS)
-    assert not list(on_ray.output.rglob("*.tmp")) and not (on_ray.output / "memory/ray").exists()
+    assert not list(on_ray.output.rglob("*.tmp")) and not list(on_ray.output.glob(".memdec-*"))
+    assert sorted(files(on_ray.output)) == sorted(files(alone))  # Ray leaves nothing there
 
 
 def test_the_driver_is_killed(tiny_model, command, corpus, alone, hashes):
@@ -144,20 +152,25 @@ def test_the_driver_is_killed(tiny_model, command, corpus, alone, hashes):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "with_gpus", "without"),
+    ("nodes", "with_gpus", "without", "in_step"),
     [
-        ([{"CPU": 16.0, "GPU": 1.0}], (8, 1, 1), (8, 2, 0)),
-        ([{"CPU": 20.0, "GPU": 8.0}, {"CPU": 64.0}], (2, 8, 1), (8, 10, 0)),
-        ([{"CPU": 2.0, "GPU": 4.0}], (0, 4, 1), (2, 1, 0)),  # fewer CPUs than GPUs
-        ([{"CPU": 4.0}, {"CPU": 2.0}, {}], (2, 3, 0), (2, 3, 0)),
+        ([{"CPU": 16.0, "GPU": 1.0}], [(8, 1)], [(8, 0)] * 2, 1),
+        ([{"CPU": 20.0, "GPU": 8.0}, {"CPU": 64.0}], [(2, 1)] * 8, [(8, 0)] * 10, 8),
+        ([{"CPU": 2.0, "GPU": 4.0}], [(0, 1)] * 4, [(2, 0)], 4),  # fewer CPUs than GPUs
+        ([{"CPU": 4.0}, {"CPU": 2.0}, {}], [(4, 0), (2, 0)], [(4, 0), (2, 0)], 2),
+        # A small machine does not make small the workers of a large one, nor do steps wait for it.
+        ([{"CPU": 2.0}, {"CPU": 96.0}], *([[(8, 0)] * 12 + [(2, 0)]] * 2), 12),
     ],
 )
-def test_workers_share_the_cpus_of_a_machine(monkeypatch, nodes, with_gpus, without):
-    alive = [{"Alive": True, "Resources": node} for node in nodes]
-    monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 1.0}}])
+def test_workers_share_the_cpus_of_a_machine(monkeypatch, nodes, with_gpus, without, in_step):
+    nodes = [*({"Alive": True, "Resources": n} for n in nodes)]
+    nodes.append({"Alive": False, "Resources": {"CPU": 1.0}})
+    nodes = [n | {"NodeID": str(i), "NodeManagerAddress": str(i)} for i, n in enumerate(nodes)]
+    monkeypatch.setattr("ray.nodes", lambda: nodes)
     assert LARGEST_WORKER == 8
-    assert RayCluster()._resources() == with_gpus
-    assert RayCluster()._resources(use_gpus=False) == without
+    assert [(slot.cpus, slot.gpus) for slot in slots()] == with_gpus
+    assert [(slot.cpus, slot.gpus) for slot in slots(use_gpus=False)] == without
+    assert len(alike(slots())) == in_step
 
 
 def threads(_=None):

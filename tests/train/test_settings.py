@@ -114,7 +114,9 @@ BEFORE = {
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_manifests_stay_as_they_were(name):
-    before, now = json.loads(BEFORE[name]), load_settings(CONFIGS / name).model_dump()
+    settings = load_settings(CONFIGS / name)
+    before, now = json.loads(BEFORE[name]), settings.model_dump()
+    now["memory"]["batch_blocks"] = settings.memory.batch(1000)  # as the manifest has it
     for stage, entries in before.items():
         kept = {setting: now[stage][setting] for setting in entries}
         # As text: 4 and 4.0 are equal, their hashes are not.

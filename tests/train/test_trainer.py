@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from vllm_memdec.kernels.head_loss import Columns
-from vllm_memdec.train import trainer
+from vllm_memdec.train import checkpoints, trainer
 from vllm_memdec.train.artifacts import write_atomic
 from vllm_memdec.train.batches import Batches
 from vllm_memdec.train.cluster import Here, World
@@ -19,6 +19,8 @@ from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.head import ALL, Candidates
+from vllm_memdec.train.metrics import stopped_early
+from vllm_memdec.train.parallel import Spread
 from vllm_memdec.train.progress import Progress
 
 BETA = 0.3  # not a half: a swap of the two terms would show
@@ -68,7 +70,7 @@ def test_gradient_equals_plain_autograd_of_the_dense_loss(pipeline, tiny_model, 
     assert len(packed) == 2 and rows > 50
     ours, plain = (AutoModelForCausalLM.from_pretrained(tiny_model(kind)).eval() for _ in range(2))
     for part in (blocks[:2], blocks[2:]):  # two micro-batches
-        trainer.add_gradients(ours, batches, part, rows, ALL, settings)
+        trainer.add_gradients(Spread(ours), batches, part, 1 / rows, ALL, settings)
     dense_gradients(plain, batches, blocks, rows)
     if kind != "llama":
         assert ours.get_input_embeddings().weight is ours.get_output_embeddings().weight
@@ -91,7 +93,7 @@ def test_gradient_over_all_candidates_is_the_full_one_where_it_is_passed_on(pipe
         AutoModelForCausalLM.from_pretrained(tiny_model("llama")).eval() for _ in range(2)
     )
     sums = [
-        trainer.add_gradients(model, batches, blocks, rows, candidates, settings)
+        trainer.add_gradients(Spread(model), batches, blocks, 1 / rows, candidates, settings)
         for model, candidates in ((full, ALL), (part, every))
     ]
     assert np.allclose(sums[0], sums[1], rtol=1e-5)
@@ -115,39 +117,69 @@ def test_an_epoch_sees_every_block_once(pipeline):
 
 def test_what_is_read_ahead_is_what_is_loaded(pipeline, monkeypatch):
     _, batches = batches_of(pipeline)
-    first, second = np.arange(3), np.arange(3, 6)
+    first, second, third = np.arange(3), np.arange(3, 6), np.arange(6, 7)
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     plain = batches.load(first, cpu)
     read, asked = batches.arrays, []
     monkeypatch.setattr(batches, "arrays", lambda blocks: asked.append(blocks[0]) or read(blocks))
-    batches.expect(first, cpu)
+    batches.expect([first, second], cpu)
     assert not asked  # a CPU has no core to spare
-    batches.expect(first, cuda)
+    batches.expect([first, second], cuda)
     *ahead, targets = batches.load(first, cpu)
-    assert asked == [0]
     for a, b in zip(ahead, plain, strict=False):
         assert torch.equal(a, b)
     assert all(
         torch.equal(a, b) for a, b in zip(targets.entries(), plain[-1].entries(), strict=True)
     )
-    batches.expect(first, cuda)  # and another is loaded
-    assert torch.equal(batches.load(second, cpu)[3], batches_of(pipeline)[1].load(second, cpu)[3])
+    batches.expect([second, third], cuda)
+    same = batches_of(pipeline)[1]
+    for blocks in (third, second):
+        assert torch.equal(batches.load(blocks, cpu)[3], same.load(blocks, cpu)[3])
+    assert sorted(asked) == [0, 3, 6]  # each once
+    batches.expect([first], cuda)
+    batches.expect([second], cuda)
+    assert len(batches.ahead) == 1  # what nobody came for is let go
 
 
 def test_a_micro_batch_is_followed_by_the_next_of_this_step_or_another(pipeline, tmp_path):
     settings, batches = batches_of(pipeline, batch_blocks=5, micro_batch_blocks=2)
     training = trainer.Training(settings, "", tmp_path, tmp_path, tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(pipeline.base)
-    optimizer = trainer.new_optimizer(model, settings)
+    module = Spread(AutoModelForCausalLM.from_pretrained(pipeline.base))
+    optimizer = trainer.new_optimizer(module, settings)
     loaded, expected = [], []
     load = batches.load
     batches.load = lambda blocks, where: loaded.append(blocks.tolist()) or load(blocks, where)
-    batches.expect = lambda blocks, where: expected.append(blocks.tolist())
+    batches.expect = lambda coming, where: expected.append([blocks.tolist() for blocks in coming])
     for step in (0, 1, batches.steps - 1):
-        training.step(model, optimizer, batches, step, World())
+        training.step(module, optimizer, batches, step, World())
     assert [len(blocks) for blocks in loaded] == 3 * [2, 2, 1]
-    assert expected[:5] == loaded[1:6]
-    assert expected[6:] == loaded[7:]  # nothing follows the last
+    assert expected[0] == loaded[1:5]
+    assert [coming[0] for coming in expected[:5]] == loaded[1:6]
+    assert expected[6:] == [loaded[7:], loaded[8:], []]  # nothing follows the last
+
+
+def test_processes_have_as_many_passes_and_all_blocks_between_them(pipeline, tmp_path):
+    for size in (1, 2, 3, 5, 7):
+        settings, batches = batches_of(pipeline, batch_blocks=5, micro_batch_blocks=1)
+        training = trainer.Training(settings, "", tmp_path, tmp_path, tmp_path)
+        passes = [training.micro_batches(batches, 0, World(rank, size)) for rank in range(size)]
+        assert {len(p) for p in passes} == {-(-5 // size)}
+        blocks = np.concatenate([micro for p in passes for micro in p])
+        assert sorted(blocks) == sorted(batches.blocks(0))
+
+
+def test_a_batch_grows_with_the_corpus_and_not_with_the_machine():
+    sizes = [MemorySettings().batch(blocks) for blocks in (1, 15_999, 16_000, 195_000, 10**9)]
+    assert sizes == [8, 8, 16, 128, 512]
+    assert MemorySettings(batch_blocks=3).batch(10**9) == 3
+
+
+def test_processes_that_get_no_block_are_told_of(pipeline, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(Here, "workers", lambda self: 9)
+    lines, _ = train(pipeline, tiny_model, tmp_path / "few", batch_blocks=8, epochs=0.2)
+    assert any("gives work to 8 of 9 processes: raise memory.batch_blocks" in x for x in lines)
+    lines, _ = train(pipeline, tiny_model, tmp_path / "all", batch_blocks=9, epochs=0.2)
+    assert not any("gives work" in x for x in lines)
 
 
 def test_learning_rate_warms_up_and_decays_to_a_tenth():
@@ -195,7 +227,7 @@ def test_a_resumed_run_equals_an_undisturbed_one(
     )  # fmt: skip
 
     def train(work, save=write_atomic):
-        monkeypatch.setattr(trainer, "write_atomic", save)
+        monkeypatch.setattr(checkpoints, "write_atomic", save)
         work.mkdir(exist_ok=True)
         trainer.train_memory(
             settings, tiny_model(kind), out / "corpus", out / "targets", work, Progress(), Here()
@@ -206,12 +238,13 @@ def test_a_resumed_run_equals_an_undisturbed_one(
 
     def save_some(path, write):
         write_atomic(path, write)
-        saved.count += path.name == trainer.CHECKPOINT
-        if saved.count == 3:
+        saved.count += 1
+        if saved.count == 3:  # it is whole, and has no name yet
             raise Killed
 
     with pytest.raises(Killed):
         train(tmp_path / "broken", save_some)
+    assert checkpoints.saved_step(tmp_path / "broken") == 2
     torch.manual_seed(99)  # a new process starts with other random numbers
     train(tmp_path / "broken")
     whole, broken = (load_file(tmp_path / n / "model.safetensors") for n in ("whole", "broken"))
@@ -225,7 +258,10 @@ def test_a_resumed_run_equals_an_undisturbed_one(
         for n in ("whole", "broken")
     ]
     assert [r["kl"] for r in curves[0]] == [r["kl"] for r in curves[1]]
-    assert len(curves[0]) > 4 and not (tmp_path / "broken" / trainer.CHECKPOINT).exists()
+    assert len(curves[0]) > 4
+    left = {p.name for p in (tmp_path / "broken").iterdir()}
+    assert left == {p.name for p in (tmp_path / "whole").iterdir()}
+    assert not left & set(trainer.SCRATCH)
 
 
 def test_finished_work_is_not_done_again(pipeline, tiny_model, tmp_path):
@@ -258,45 +294,91 @@ def train(pipeline, tiny_model, work, **changes):
     return lines, trainer.read_metrics(work / "logs/metrics.jsonl")
 
 
-def test_evaluation_is_the_cross_entropy_on_validation_text(pipeline, tiny_model, tmp_path):
+def validation(pipeline):
+    return (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
+
+
+def test_evaluation_is_of_the_mixture_that_is_served(pipeline, tiny_model, tmp_path):
     _, rows = train(pipeline, tiny_model, tmp_path / "a", evaluate_steps=3)
-    found = {row["step"]: row["validation_ce"] for row in rows if "validation_ce" in row}
+    found = {row["step"]: row for row in rows if "validation_mixture" in row}
     assert list(found) == [row["step"] for row in rows if row["step"] % 3 == 0]
     last = len(rows) - len(rows) % 3
     # To the last evaluation and no further: the weights it was made with.
     blocks = len(
         Batches(MemorySettings(), pipeline.output / "corpus", pipeline.output / "targets").tokens
     )
-    epochs = last * 4 / blocks
-    train(pipeline, tiny_model, tmp_path / "b", epochs=epochs, schedule="constant")
-    train(
-        pipeline,
-        tiny_model,
-        tmp_path / "c",
-        epochs=epochs,
-        schedule="constant",
-        evaluate_steps=last,
+    changes = {"epochs": last * 4 / blocks, "schedule": "constant"}
+    train(pipeline, tiny_model, tmp_path / "b", **changes)
+    train(pipeline, tiny_model, tmp_path / "c", **changes, evaluate_steps=last)
+    tokens, positions = validation(pipeline)
+    base_N, memory_N = (
+        label_logprobs(AutoModelForCausalLM.from_pretrained(folder), tokens, positions, 2)
+        for folder in (pipeline.base, tmp_path / "c")
     )
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "c")
-    tokens, positions = (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
-    log_p = label_logprobs(model, tokens, positions, 2)
-    value = trainer.read_metrics(tmp_path / "c/logs/metrics.jsonl")[-1]["validation_ce"]
-    assert value == pytest.approx(-log_p.mean(), abs=1e-5)
+    row = trainer.read_metrics(tmp_path / "c/logs/metrics.jsonl")[-1]
+    # Every weight in float64, without the code that is tested.
+    mixtures = {
+        a: np.exp(-np.log((1 - a) * np.exp(base_N) + a * np.exp(memory_N)).mean())
+        for a in np.arange(101) / 100
+    }
+    best = min(mixtures, key=mixtures.get)
+    assert row["validation_alpha"] == best
+    assert row["validation_mixture"] == pytest.approx(mixtures[best], rel=1e-5)
+    assert row["validation_base"] == pytest.approx(np.exp(-base_N.mean()), rel=1e-5)
+    assert row["validation_memory"] == pytest.approx(np.exp(-memory_N.mean()), rel=1e-5)
     b, c = (load_file(tmp_path / n / "model.safetensors") for n in "bc")
     assert all(torch.equal(b[name], c[name]) for name in b)  # looking changes nothing
+    assert not (tmp_path / "c" / trainer.BASE).exists()
 
 
-def test_early_stop_keeps_the_best_weights(pipeline, tiny_model, tmp_path):
+def test_the_base_is_scored_once(pipeline, tiny_model, tmp_path, monkeypatch):
+    """A resumed run reads what the run before it computed, and does not load the base."""
+    training, save = trainer.Training, trainer.write_atomic
+    monkeypatch.setattr(trainer, "load_model", lambda *_: pytest.fail("the base was loaded"))
+    out = pipeline.output
+    tokens, positions = validation(pipeline)
+    model = AutoModelForCausalLM.from_pretrained(pipeline.base)
+    known_N = label_logprobs(model, tokens, positions, 2) - 1  # another base than the folder's
+    tmp_path.mkdir(exist_ok=True)
+    save(tmp_path / trainer.BASE, lambda p: torch.save(torch.from_numpy(known_N), p))
+    settings = MemorySettings(evaluate_steps=1)
+    work = training(settings, pipeline.base, out / "corpus", out / "targets", tmp_path)
+    assert np.array_equal(work.base_logprobs(World()), known_N)
+    assert work.base_logprobs(World(1, 2)) is None  # rank 0 mixes for all
+
+
+def test_every_step_records_what_it_was_taken_with(pipeline, tiny_model, tmp_path):
+    _, rows = train(pipeline, tiny_model, tmp_path, gradient_clip=1e-6)
+    steps = len(rows)
+    for number, row in enumerate(rows):
+        factor = trainer.learning_rate_factor(number, steps, 0.05)
+        assert row["learning_rate"] == pytest.approx(1e-3 * factor)
+        assert row["gradient_norm"] > 1e-6  # of before it was clipped
+        assert row["tokens_per_second"] > 0
+    assert rows[-1]["epoch"] == pytest.approx(1, abs=4 / 20)
+    assert [row["epoch"] for row in rows] == sorted(row["epoch"] for row in rows)
+
+
+def test_a_young_memory_is_judged_by_its_own_perplexity():
+    """While the best weight is 0 the mixture stands still: that is no reason to stop."""
+    flat = [(30.0, 900.0), (30.0, 500.0), (30.0, 300.0)]
+    assert not stopped_early(flat, 2)
+    assert stopped_early([(30.0, 300.0), (30.0, 500.0), (30.0, 300.0)], 2)
+    # A memory that gets worse by itself may still serve better.
+    assert not stopped_early([(29.0, 300.0), (28.0, 310.0), (27.0, 320.0)], 2)
+
+
+def test_early_stop_keeps_the_weights_of_the_best_mixture(pipeline, tiny_model, tmp_path):
     """A rate far too high: validation gets worse, and what is kept is the best that was seen."""
     changes = {"evaluate_steps": 1, "early_stop": 2, "learning_rate": 0.5, "schedule": "constant"}
     lines, rows = train(pipeline, tiny_model, tmp_path, **changes)
-    seen = [row["validation_ce"] for row in rows]
-    best = int(np.argmin(seen))
+    seen = [(row["validation_mixture"], row["validation_memory"]) for row in rows]
+    best = seen.index(min(seen))
     assert len(seen) == best + 3  # two without a better one
     assert any("stopped early after step" in line for line in lines)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    tokens, positions = (a[:] for a in load_blocks(pipeline.output / "corpus", "validation"))
-    assert -label_logprobs(model, tokens, positions, 2).mean() == pytest.approx(min(seen), abs=1e-5)
+    memory = np.exp(-label_logprobs(model, *validation(pipeline), 2).mean())
+    assert memory == pytest.approx(min(seen)[1], rel=1e-4)
     assert not (tmp_path / trainer.BEST).exists()
 
 
@@ -305,28 +387,3 @@ def test_schedules():
         rates = [trainer.learning_rate_factor(s, 100, 0.1, schedule) for s in range(100)]
         assert rates[9] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
         assert rates[-1] == pytest.approx(last)
-
-
-def two_processes(rank, training, folder):
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    training(World(rank, 2))
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_train_as_one(pipeline, tiny_model, tmp_path, monkeypatch):
-    """The same batches, divided: gradients summed, losses of all rows."""
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # see users_loss, which they lack
-    _, one = train(pipeline, tiny_model, tmp_path / "one", batch_blocks=3)
-    out, work = pipeline.output, tmp_path / "two"
-    (work / "logs").mkdir(parents=True)
-    settings = MemorySettings(layers=1, epochs=1.0, batch_blocks=3, dtype="float32")
-    training = trainer.Training(
-        settings, tiny_model("llama"), out / "corpus", out / "targets", work
-    )
-    torch.multiprocessing.spawn(two_processes, (training, tmp_path), nprocs=2)
-    two = trainer.read_metrics(work / "logs/metrics.jsonl")
-    assert [row["rows"] for row in one] == [row["rows"] for row in two] and len(one) > 4
-    for name in ("kl", "ce"):
-        assert [r[name] for r in two] == pytest.approx([r[name] for r in one], rel=1e-4)

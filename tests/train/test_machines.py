@@ -1,0 +1,242 @@
+"""On Ray, with machines that do not share /tmp: errors, deaths, machines that come and go.
+
+A machine is a Ray node in a mount namespace of its own: its /tmp is another, one folder is shared
+with the driver, and a small disk fills up at once.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
+
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.cli import sentence_of
+from vllm_memdec.train.cluster import QUIET, RayCluster
+from vllm_memdec.train.crew import TRIES, slots
+
+SOON = 60.0  # seconds; a collective operation would wait for half an hour
+NODE = """
+set -e
+mount -t tmpfs tmpfs /mnt
+mkdir /mnt/shared
+mount --bind "$SHARED" /mnt/shared
+mount -t tmpfs tmpfs /tmp
+mkdir -p "$SHARED" "$DISK"
+mount --bind /mnt/shared "$SHARED"
+mount -t tmpfs -o size=64k tmpfs "$DISK"
+exec "$PYTHON" -c 'from ray.scripts.scripts import main; main()' \
+    start --address="$ADDRESS" --num-cpus="$CPUS" --block
+"""
+
+
+def can_unshare() -> bool:
+    words = ["unshare", "-m", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return (
+        bool(shutil.which("unshare")) and subprocess.run(words, capture_output=True).returncode == 0
+    )
+
+
+pytestmark = pytest.mark.skipif(not can_unshare(), reason="needs mount namespaces")
+
+
+class Machines:
+    """A head without CPUs in the test's own file system, and nodes in others."""
+
+    def __init__(self, folder: Path) -> None:
+        from ray.cluster_utils import Cluster
+
+        # Below /tmp, wherever pytest has its folders: that is what the nodes have of their own.
+        self.shared, self.hidden, self.disk = (folder / n for n in ("shared", "hidden", "disk"))
+        for path in (self.shared, self.hidden):
+            path.mkdir()
+        self.head = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
+        )
+        self.address, self.nodes = self.head.address, []
+
+    def add(self, cpus: int = 1) -> subprocess.Popen:
+        places = {"SHARED": self.shared, "DISK": self.disk, "CPUS": cpus, "PYTHON": sys.executable}
+        environment = os.environ | {name: str(value) for name, value in places.items()}
+        node = subprocess.Popen(
+            ["unshare", "-m", "--propagation", "private", "bash", "-c", NODE],
+            env=environment | {"ADDRESS": self.address, "TMPDIR": "/tmp"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        self.nodes.append(node)
+        return node
+
+    def lose(self, node: subprocess.Popen) -> None:
+        """Kill all processes of a node at once, as a power cut would."""
+        self.nodes.remove(node)
+        main = psutil.Process(node.pid)
+        for process in [*main.children(recursive=True), main]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        node.wait(10)
+
+    def wait_for(self, count: int) -> None:
+        """Wait until Ray knows so many nodes."""
+        until = time.monotonic() + 60
+        while len(slots()) != count:
+            assert time.monotonic() < until, [node.poll() for node in self.nodes]
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory):
+    """Yield two machines of one CPU, joined to a Ray that notices a loss within seconds."""
+    import ray
+
+    impatient = {"period_ms": 500, "timeout_ms": 2000, "failure_threshold": 2}
+    health = {f"RAY_health_check_{name}": str(value) for name, value in impatient.items()}
+    idle = {"RAY_prestart_worker_first_driver": "0", "RAY_enable_worker_prestart": "0"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (QUIET | health | idle).items():
+            patch.setenv(name, value)
+        patch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+        found = Machines(tmp_path_factory.mktemp("machines"))
+        try:
+            for _ in range(2):
+                found.add()
+            ray.init(address=found.address, logging_level="ERROR", log_to_driver=False)
+            found.wait_for(2)
+            yield found
+        finally:
+            for node in list(found.nodes):
+                found.lose(node)
+            ray.shutdown()
+            found.head.shutdown()
+
+
+@pytest.fixture(scope="module")
+def cluster(machines):
+    """Return what runs work on the machines."""
+    return RayCluster(machines.address, machines.shared)
+
+
+@pytest.fixture
+def folder(machines):
+    """Return an empty folder that all machines see."""
+    path = Path(tempfile.mkdtemp(dir=machines.shared))
+    (path / "work").mkdir()
+    return path
+
+
+@contextlib.contextmanager
+def soon(seconds=SOON):
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+@pytest.mark.parametrize(
+    ("what", "rank"), [("full disk", 0), ("full disk", 1), ("mistake", 1), ("defect", 0)]
+)
+def test_an_error_of_any_rank_ends_all(machines, cluster, folder, what, rank):
+    """At once, once, and with its cause: the others wait in a collective operation."""
+    loop = Loop(folder, what, rank, disk=str(machines.disk))
+    error = {"full disk": OSError, "mistake": MemdecError, "defect": KeyError}[what]
+    with soon(), pytest.raises(error) as raised:
+        cluster.train(loop, folder / "work")
+    assert noted(folder) == [f"{rank}/2"]  # not repeated
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "in a worker on" in shown and f"{__file__[: -len('test_machines.py')]}jobs.py" in shown
+    if what == "full disk":
+        assert raised.value.errno == errno.ENOSPC
+        assert sentence_of(raised.value).startswith("the disk is full")
+
+
+def test_a_training_that_is_lost_again_and_again_ends(cluster, folder):
+    with soon(), pytest.raises(MemdecError, match=f"lost {TRIES} times without a checkpoint"):
+        cluster.train(Loop(folder, "killed", rank=1), folder / "work")
+    assert noted(folder) == ["1/2"] * TRIES
+
+
+def test_a_training_that_gets_on_is_not_given_up(cluster, folder):
+    """A machine that is taken away every hour would end any run after so many losses in all."""
+    cluster.train(Loop(folder, "exit", checkpoints=TRIES), folder / "work")
+    assert noted(folder) == ["0/2"] * (TRIES + 1)
+
+
+@pytest.mark.parametrize("how", DIE)
+def test_an_item_that_always_ends_its_process(cluster, folder, how):
+    with soon(), pytest.raises(MemdecError) as raised:
+        list(cluster.map(Deadly(folder, how, deadly=2), range(8)))
+    assert str(raised.value).startswith(f"Deadly 2 was tried {TRIES} times and its process ended")
+    assert "out of memory" in str(raised.value) and str(raised.value).endswith("settings.")
+    done = noted(folder)
+    assert done.count("2") == TRIES and max(map(done.count, done)) == TRIES
+    assert {"0", "1"} <= set(done)  # what others did is kept
+
+
+def test_a_call_that_always_ends_its_process(cluster, folder):
+    with soon(), pytest.raises(MemdecError, match=f"Deadly.__call__ was tried {TRIES} times"):
+        cluster.call(Deadly(folder, "killed", deadly=1).__call__, 1)
+
+
+def test_a_folder_of_the_same_name_is_not_shared(machines, cluster, monkeypatch):
+    """The node has one of that name, as `mkdir -p` on every machine makes it, but another."""
+    list(cluster.map(MakeFolder(str(machines.hidden)), range(4)))
+    monkeypatch.setattr(cluster, "shared", machines.hidden)
+    monkeypatch.setattr(cluster, "option", "--work")
+    with pytest.raises(MemdecError, match=f"does not see {machines.hidden}: give --work on"):
+        list(cluster.map(Slow(0), range(2)))
+    assert not list(machines.hidden.iterdir()) and not list(machines.shared.glob(".memdec*"))
+
+
+def test_a_plan_needs_a_folder_that_is_shared(
+    machines, cluster, folder, tiny_model, memdec_here, english, jsonl, quick
+):
+    cluster.crew.close()
+    corpus = jsonl(folder / "corpus.jsonl", english(40))
+    base = shutil.copytree(tiny_model("llama"), folder / "base")
+    (folder / "quick.yaml").write_text(yaml.safe_dump(quick()))
+    words = ["plan", "--base", base, "--corpus", corpus, "--config", folder / "quick.yaml"]
+    words += ["--ray-address", machines.address]
+    code, _, err = memdec_here(*words)
+    assert code == 1 and "give --work on storage that all nodes share" in err.splitlines()[-1]
+    code, _, err = memdec_here(*words, "--work", folder / "nowhere")
+    assert code == 1 and "nowhere is no folder: create it, or check --work." in err
+
+
+def test_machines_come_and_go(machines, cluster, folder):
+    """One is lost amid a stage: others do its work. One comes: it is used in the same stage."""
+    results, done = cluster.map(Slow(0.1), range(3000)), {}
+
+    def do_until(nodes):
+        while len(set(done.values())) < nodes:
+            item, node = next(results)
+            assert item not in done
+            done[item] = node
+
+    do_until(2)
+    machines.lose(machines.nodes[0])
+    machines.add()
+    do_until(3)
+    results.close()
+    assert set(done) >= set(range(max(done) - 4))  # those in work of the lost one were done again
+
+
+def test_a_machine_that_comes_is_trained_on(machines, cluster, folder):
+    machines.lose(machines.nodes[0])
+    machines.wait_for(1)
+    thread = threading.Timer(3, machines.add)
+    thread.start()
+    cluster.train(Growing(folder), folder / "work")
+    thread.join()
+    assert noted(folder)[0] == "0/1" and set(noted(folder)[1:]) == {"0/2", "1/2"}
