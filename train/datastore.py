@@ -30,9 +30,10 @@ from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 # tokens they take 3.5 ms to run at 60 % of 989 TFLOP/s, on 16,384 28 ms, so that the GPU is what is
 # waited for. Activations of a layer, the widest of a 7B base: 1.2 GB.
 EMBEDDED = 1 << 14
-# A training step's forward and backward pass run three times as long and launch as much more. It
-# keeps some 75 kB a token and layer: 15 GB of 0.5B on 8,192 tokens.
-TRAINED = 1 << 13
+# Of a training step. Measured on an H100, a memory of 0.5B in blocks of 512, compiled (rows in
+# benchmarks/results/training_gpu.csv): 8,192 tokens a pass 84,000 tokens/s and 18 GB, 16,384
+# 119,000 and 27 GB, 24,576 124,000 and 37 GB.
+TRAINED = 1 << 14
 
 
 class _KeyReached(Exception):
