@@ -35,7 +35,7 @@ from vllm_memdec.train.checkpoints import (
 )
 from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device
+from vllm_memdec.train.datastore import EMBEDDED, blocks_at_once, device, trained_tokens
 from vllm_memdec.train.decoder import build_memory
 from vllm_memdec.train.evaluate import (
     best_alpha,
@@ -336,7 +336,7 @@ class Training:
         blocks = batches.blocks(step)
         mine = blocks[world.rank :: world.size]
         most = self.settings.micro_batch_blocks
-        n = blocks_at_once(most, batches.block_tokens, device(), TRAINED)
+        n = blocks_at_once(most, batches.block_tokens, device(), trained_tokens(device()))
         passes = -(-len(blocks) // world.size)  # blocks of the process that has most
         return [mine[start : start + n] for start in range(0, passes, n)]
 
