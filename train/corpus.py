@@ -11,7 +11,6 @@ Pieces of the text are tokenised side by side; one pass over the tokens then pac
 block's content does not depend on how the text was divided.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -38,6 +37,7 @@ from vllm_memdec.train.shards import (
     shard_path,
     unfinished,
 )
+from vllm_memdec.train.split import digest, split_lengths
 from vllm_memdec.train.text import Piece, pieces, read_rows
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
@@ -47,7 +47,6 @@ TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
 TOKENIZER_CHARACTERS = 2**22  # or fewer, if they are long
 PACKED_AT_ONCE = 1024  # blocks
 PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
-LARGEST_SHARE = 3  # of the fraction to hold out, that one long document may take it to
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -91,11 +90,6 @@ def check_positions(config: Any, folder: str, block_tokens: int) -> None:
         raise MemdecError(
             f"{folder} has {positions} positions: lower corpus.block_tokens from {block_tokens}."
         )
-
-
-def digest(text: str) -> int:
-    """Return 64 bits of a text's SHA-256: the same in every process, so no seed decides a split."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 @dataclass
@@ -313,37 +307,6 @@ def tokenise_pieces(
             advance(done)
     check_there(folder, numbered(TOKENISED, len(parts)), os.listdir(folder))
     return found
-
-
-def split_lengths(
-    lengths: np.ndarray,
-    texts: np.ndarray,
-    groups: np.ndarray,
-    fraction: float,
-    block_tokens: int,
-) -> np.ndarray:
-    """Return how many tokens of each document are trained on; the rest of it is held out.
-
-    Groups of documents are held out whole, those with the lowest digests until they are enough: so
-    neither the order of documents nor a period in it decides, and equal texts are on one side.
-    Where groups are too few or too long for that, the tail of the text is held out.
-    """
-    total = int(lengths.sum())
-    enough = max(block_tokens + 1, fraction * total)
-    most = min(LARGEST_SHARE * fraction, 0.6) * total
-    ids, group = np.unique(groups, return_inverse=True)  # ascending digests
-    sizes = np.bincount(group, lengths, minlength=len(ids))
-    candidates = np.flatnonzero(sizes <= most / 2)  # a long one must not take the corpus away
-    first = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))  # with which it is enough
-    held_out = np.isin(group, candidates[: first + 1])
-    held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
-    if first < len(candidates) and lengths[held_out].sum() <= most:
-        return np.where(held_out, 0, lengths)
-    cut = total - max(block_tokens + 1, int(total * fraction))
-    starts = np.cumsum(lengths) - lengths
-    taken = np.clip(cut - starts, 0, lengths)
-    # One token alone predicts nothing: it goes with the rest of its document.
-    return np.where(taken > 1, taken, 0)
 
 
 def write_blocks(

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from vllm_memdec.checkpoint import check_alpha, json_text, read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.gate import Gate, features, gate_path, read_gate
+from vllm_memdec.gate import Gate, check_gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
@@ -111,7 +111,9 @@ def explain(
     block, path = read_block(memory), gate_path(memory)
     gate, table = None, None
     if path:
-        gate = Gate(read_gate(path, load_config(memory).hidden_size))
+        arrays = read_gate(path, load_config(memory).hidden_size)
+        check_gate(path, arrays)
+        gate = Gate(arrays)
     if alpha is None and gate is not None:
         alpha = 1.0
     elif alpha is None:
