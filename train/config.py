@@ -136,6 +136,7 @@ class MemorySettings(StageSettings):
     checkpoint_seconds: float = Field(60.0, ge=0, le=1e9)
     # activations are computed twice and not kept: slower, but a larger memory fits
     gradient_checkpointing: StrictBool = False
+    compile: StrictBool | None = None  # its layers, by torch.compile; None: where there is a GPU
     # on several GPUs: the whole memory on each, or a part of each layer, see parallel.py
     parallel: Literal["replicate", "shard"] = "replicate"
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)

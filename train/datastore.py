@@ -30,10 +30,11 @@ from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 # tokens they take 3.5 ms to run at 60 % of 989 TFLOP/s, on 16,384 28 ms, so that the GPU is what is
 # waited for. Activations of a layer, the widest of a 7B base: 1.2 GB.
 EMBEDDED = 1 << 14
-# Of a training step. Measured on an H100, a memory of 0.5B in blocks of 512, compiled (rows in
-# benchmarks/results/training_gpu.csv): 8,192 tokens a pass 84,000 tokens/s and 18 GB, 16,384
-# 119,000 and 27 GB, 24,576 124,000 and 37 GB.
-TRAINED = 1 << 14
+# A training step of 0.5B on an H100 (benchmarks/training_gpu.py, blocks of 512), without and with
+# compiled layers: on 8,192 tokens 67,000 and 84,000 tokens/s in 23 and 18 GB, on 16,384 75,000 and
+# 119,000 in 37 and 27 GB, on 24,576 79,000 and 124,000 in 51 and 37 GB.
+TRAINED = 1 << 13
+LARGE_GPU = 64 * 10**9  # bytes, from which on a training step takes twice as many
 
 
 class _KeyReached(Exception):
@@ -53,6 +54,14 @@ def blocks_at_once(blocks: int, block_tokens: int, where: torch.device, tokens: 
     if where.type != "cuda" or blocks != BLOCKS:
         return blocks
     return max(blocks, tokens // block_tokens)
+
+
+def trained_tokens(where: torch.device) -> int:
+    """Return how many tokens a forward pass of the training takes on CUDA."""
+    if where.type != "cuda":
+        return TRAINED
+    large = torch.cuda.get_device_properties(where).total_memory >= LARGE_GPU
+    return 2 * TRAINED if large else TRAINED
 
 
 def to_device(array: np.ndarray, where: torch.device) -> torch.Tensor:

@@ -50,9 +50,16 @@ class Spread(torch.nn.Module):
 
 
 def spread(memory: Any, settings: MemorySettings, world: World) -> torch.nn.Module:
-    """Return a memory on its device as a module to be called as Spread is, over all processes."""
+    """Return a memory on its device as a module to be called as Spread is, over all processes.
+
+    Layers are compiled on a GPU: with 0.5B on an H100 that is 1.6 times as fast (see datastore.py).
+    """
     if settings.gradient_checkpointing:
         memory.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.compile if settings.compile is not None else device().type == "cuda":
+        torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
+        for layer in layers_of(memory):  # each by itself: they share one compiled function
+            layer.compile()
     module = Spread(memory)
     if world.size == 1:
         return module

@@ -30,7 +30,7 @@ __all__ = ["MEMORY_BUDGET", "STAGES", "build", "model_hash"]
 MEMORY_BUDGET = 4 * 2**30
 STAGES = ("corpus", "datastore", "index", "targets", "memory", "export")
 # Settings of a memory that change nothing in it, or whose meaning is among its inputs.
-NO_MATTER = ("adapt_tokenizer", "checkpoint_seconds", "gradient_checkpointing",
+NO_MATTER = ("adapt_tokenizer", "checkpoint_seconds", "compile", "gradient_checkpointing",
              "micro_batch_blocks", "parallel", "tokenizer")  # fmt: skip
 OTHERS = "close other programs or take a larger machine"  # if memory runs out
 

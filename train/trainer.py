@@ -35,7 +35,7 @@ from vllm_memdec.train.checkpoints import (
 )
 from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device, layers_of
+from vllm_memdec.train.datastore import EMBEDDED, blocks_at_once, device, trained_tokens
 from vllm_memdec.train.decoder import build_memory
 from vllm_memdec.train.evaluate import (
     best_alpha,
@@ -186,11 +186,6 @@ class Training:
         batches = Batches(settings, self.corpus, self.targets)
         base_N = self.base_logprobs(batches.block_tokens, world)
         memory = build_memory(settings, self.base, batches.block_tokens)
-        if device().type == "cuda":
-            # 1.6 times the tokens/s on an H100 (benchmarks/results/training_gpu.csv). A layer by
-            # itself is given its attention mask, so that packed documents stay apart.
-            for layer in layers_of(memory):
-                layer.compile()
         module = spread(memory.to(device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
         step, saved = 0, time.monotonic()
@@ -341,7 +336,7 @@ class Training:
         blocks = batches.blocks(step)
         mine = blocks[world.rank :: world.size]
         most = self.settings.micro_batch_blocks
-        n = blocks_at_once(most, batches.block_tokens, device(), TRAINED)
+        n = blocks_at_once(most, batches.block_tokens, device(), trained_tokens(device()))
         passes = -(-len(blocks) // world.size)  # blocks of the process that has most
         return [mine[start : start + n] for start in range(0, passes, n)]
 
