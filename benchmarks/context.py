@@ -1,127 +1,160 @@
 """How base, mixture and gate do by the length of the context, on text that none of them has seen.
 
-    make demo && python benchmarks/context.py --domains biomedicine    # quality.py's memory is made
+    make demo && python benchmarks/context.py        # half an hour on two CPU cores
+    python benchmarks/context.py --no-demo --domains biomedicine    # a memory of quality.py is made
 
 A base gains more from a long context than a small memory does. So the best weight falls with the
 context, and one that was tuned on short documents does harm in long requests. Here the demo's
 memory, and those of domains of quality.py, read held-out text of the domain and general text in
 contexts of up to 1,024 tokens: with one weight for all contexts, with the weights by context of
-`memdec build`, and with the gate of `memdec calibrate`. Weights are tuned on other documents than
-those that are scored. Writes results/context.csv; the last line is JSON.
+`memdec build`, and with the gate of `memdec calibrate`. Both are made of other documents than those
+that are scored. What was read is kept. Writes results/context.csv; the last line is JSON.
 """
 
 import argparse
 import csv
 import json
-import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import data
 import domains
+import numpy as np
 import quality
+import torch
 from common import RESULTS, provenance
 from transformers import AutoTokenizer
 
-from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
-from vllm_memdec.train import compare
 from vllm_memdec.train import gate as gates
 from vllm_memdec.train.artifacts import build_artifact
 from vllm_memdec.train.config import load_settings
+from vllm_memdec.train.corpus import tokenise
+from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.evaluate import mix
+from vllm_memdec.train.export import tune
 from vllm_memdec.train.pipeline import model_hash
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.text import documents, text_hash
+from vllm_memdec.train.windows import alpha_at, by_context
 
 TABLE = RESULTS / "context.csv"
-CONTEXT = 1024  # tokens of the longest requests
+WORK = data.BUILD / "context"
+WINDOW = 1024  # tokens of the longest requests
+# Tokens read of each kind, in short and long contexts together.
+MOST = {"domain": 24_000, "corpus": 12_000, "general": 20_000, "in turn": 16_000}
 SYSTEMS = ("base", "memory", "fixed", "mixture", "gate")
 NAMES = ["domain", "text", "from", "to", "tokens", *SYSTEMS, "best_alpha", "best"]
 
 
-def weighed(
-    name: str, memory: Path, base: Path, texts: dict[str, list[Path]], progress: Progress
-) -> Path:
-    """Return a copy of a memory with weights by context and a gate, both made from `texts`."""
+class Measured:
+    """A memory beside the base: what both give to texts, kept on disk."""
 
-    def make(work: Path) -> None:
-        shutil.copytree(
-            memory,
-            work,
-            ignore=shutil.ignore_patterns("manifest.json", "memdec_gate*", "logs"),
-            dirs_exist_ok=True,
+    def __init__(self, name: str, base: Path, memory: Path, progress: Progress):
+        self.name, self.progress = name, progress
+        self.tokenizer = AutoTokenizer.from_pretrained(base)
+        self.inputs = {
+            "base": model_hash(str(base), "the base"),
+            "memory": model_hash(str(memory), "the memory"),
+        }
+        self.folders, self.loaded = (base, memory), None
+
+    @property
+    def models(self) -> tuple[Any, Any]:
+        """The base and the memory, loaded where they are needed first."""
+        if self.loaded is None:
+            self.loaded = tuple(load_model(str(folder), "bfloat16") for folder in self.folders)
+        return self.loaded
+
+    def ids(self, files: list[Path]) -> list[np.ndarray]:
+        return list(tokenise(self.tokenizer, (t for file in files for t in documents(file))))
+
+    def read(self, kind: str, use: str, ids: list[np.ndarray], texts: list[Path]) -> gates.Scored:
+        """Return what both models give to a text, in short and in long contexts."""
+
+        def make(work: Path) -> None:
+            most = MOST[kind]
+            found = gates.score(
+                self.models, self.tokenizer, WINDOW, ids, most, f"{kind}, {use}", self.progress
+            )
+            rows = found.base_N, found.memory_N, found.features_NF, found.position_N
+            np.savez(work / "rows.npz", *rows)
+
+        kept = build_artifact(
+            WORK / self.name / f"{use}-{kind.replace(' ', '-')}",
+            "context",
+            {"window": WINDOW, "most": MOST[kind]},
+            self.inputs | {file.name: text_hash(file) for file in texts},
+            make,
+            self.progress.say,
         )
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.save_pretrained(work)
-        mark = tokenizer_fingerprint(tokenizer)
-        write_block(work, MemoryBlock(0.5, mark, base.name, 1.0))
-        tuned = compare.best_weights(str(work), str(base), texts["domain"], progress, CONTEXT)
-        chosen = {n: tuned[n] for n in ("alpha", "alpha_by_context")}
-        write_block(work, replace(MemoryBlock(0.5, mark, base.name, 1.0), **chosen))
-        gates.calibrate_gate(str(work), str(base), texts, progress, CONTEXT)
+        with np.load(kept.path / "rows.npz") as file:
+            base_N, memory_N, features_NF, position_N = file.values()
+        classes_N = np.zeros(len(base_N), int)
+        return gates.Scored(base_N, memory_N, torch.from_numpy(features_NF), classes_N, position_N)
 
-    inputs = {
-        "base": model_hash(str(base), "the base"),
-        "memory": model_hash(str(memory), "the memory"),
-    }
-    settings = {"gate": gates.SETTINGS, "context": CONTEXT}
-    folder = data.BUILD / "context" / name
-    return build_artifact(folder, "context", settings, inputs, make, progress.say).path
+    def rows(
+        self, texts: dict[str, list[Path]], scored: dict[str, list[Path]]
+    ) -> list[dict[str, Any]]:
+        """Return rows by context of scored texts; weights and gate come from the other texts."""
+        ids = {kind: self.ids(files) for kind, files in texts.items()}
+        both = (gates.passages(ids[kind], *gates.PASSAGE) for kind in ("domain", "general"))
+        ids["in turn"] = gates.in_turn(*both)
+        texts = texts | {"in turn": [*texts["domain"], *texts["general"]]}
+        read = {kind: self.read(kind, "made of", ids[kind], texts[kind]) for kind in ids}
+        domain = read["domain"]
+        tuned = tune(domain.position_N, domain.base_N, domain.memory_N, None)
+        self.progress.say(f"{self.name}: alpha {tuned['alpha']}, {tuned['alpha_by_context']}")
+        arrays = gates.fit_gate(read)
+        rows = []
+        for kind, files in scored.items():
+            part = self.read(kind, "scored", self.ids(files), files)
+            pair = part.base_N, part.memory_N
+            mixed = {
+                "fixed": mix(*pair, tuned["alpha"]),
+                "mixture": mix(*pair, alpha_at(tuned["alpha_by_context"], part.position_N)),
+                "gate": mix(*pair, gates.weights(arrays, part)),
+            }
+            rows += [{"text": kind} | row for row in by_context(part.position_N, *pair, mixed)]
+        return [{"domain": self.name} | row for row in rows]
 
 
-def general_text(folder: Path, base: Path, use: str) -> Path:
+def general_text(base: Path, use: str) -> Path:
     """Return a file of general text for one use: of what a gate is trained on none is scored."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    texts = sum(quality.general_texts(tokenizer, quality.Sizes(), use), [])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"general-{use}.jsonl"
+    texts = sum(
+        quality.general_texts(AutoTokenizer.from_pretrained(base), quality.Sizes(), use), []
+    )
+    path = WORK / f"general-{use}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(domains.as_jsonl(texts))
     return path
 
 
-def of_demo(base: Path, progress: Progress) -> dict[str, Any]:
-    """Return what the demo's memory gives to countries that it has not learnt."""
-    folder, general = data.BUILD / "demo", data.BUILD / "context"
-    text = folder / "text"
+def of_demo(base: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Return the rows of the demo's memory: countries that it has not learnt."""
+    text = data.BUILD / "demo-text"
     texts = {
         "domain": [text / f"validation_{name}.jsonl" for name in ("pages", "facts")],
         "corpus": [text / "corpus.jsonl"],
-        "general": [general_text(general, base, "gate")],
+        "general": [general_text(base, "gate")],
     }
-    memory = weighed("demo", folder / "export", base, texts, progress)
-    scored = {"domain": text / "pages.jsonl", "facts": text / "facts.jsonl"}
-    scored["general"] = general_text(general, base, "scored")
-    return evaluated(memory, base, scored, progress)
+    scored = {"domain": [text / "pages.jsonl"], "general": [general_text(base, "scored")]}
+    return Measured("demo", base, data.BUILD / "demo" / "memory", progress).rows(texts, scored)
 
 
-def of_domain(name: str, base: Path, progress: Progress) -> dict[str, Any]:
-    """Return what a domain's memory gives to text that it has not learnt."""
+def of_domain(name: str, base: Path, progress: Progress) -> list[dict[str, Any]]:
+    """Return the rows of a domain's memory, trained at the first learning rate of quality.py."""
     settings = load_settings(quality.HERE / "quality.yaml")
     sizes = quality.SIZES.get(name, quality.Sizes())
     domain = quality.Domain(name, str(base), sizes, settings, progress)
-    rate = quality.TRAINED["memory"].rates[0]
-    trained = domain.train("memory", rate).path
+    memory = domain.train("memory", quality.TRAINED["memory"].rates[0]).path
     text = domain.text.path
-    learnt = data.BUILD / "context" / f"{name}-corpus.jsonl"
-    learnt.parent.mkdir(parents=True, exist_ok=True)
-    learnt.write_text(domains.as_jsonl(domain.gate_text("corpus")))
     texts = {
         "domain": [text / "validation.jsonl"],
-        "corpus": [learnt],
-        "general": [general_text(data.BUILD / "context", base, "gate")],
+        "corpus": [text / "train.jsonl"],
+        "general": [general_text(base, "gate")],
     }
-    memory = weighed(name, trained, base, texts, progress)
-    scored = {"domain": text / "test.jsonl"}
-    scored["general"] = general_text(data.BUILD / "context", base, "scored")
-    return evaluated(memory, base, scored, progress)
-
-
-def evaluated(
-    memory: Path, base: Path, texts: dict[str, Path], progress: Progress
-) -> dict[str, Any]:
-    """Return the report of `memdec evaluate` by the names of the texts."""
-    files = [*texts.values()]
-    found = compare.evaluate(str(memory), str(base), files, progress, context=CONTEXT)["texts"]
-    return {name: found[str(path)] for name, path in texts.items()}
+    scored = {"domain": [text / "test.jsonl"], "general": [general_text(base, "scored")]}
+    return Measured(name, base, memory, progress).rows(texts, scored)
 
 
 def main() -> None:
@@ -131,22 +164,20 @@ def main() -> None:
     options = parser.parse_args()
     if wrong := set(options.domains) - set(domains.DOMAINS):
         parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(domains.DOMAINS)}.")
-    if not options.no_demo and not (data.BUILD / "demo/export/config.json").exists():
+    if not options.no_demo and not (data.BUILD / "demo/memory/config.json").exists():
         parser.error("build/demo is no finished demo: run `make demo` first, or give --no-demo.")
     base, progress = data.smollm2(), Progress()
     where = provenance("torch", "transformers")
-    found = {} if options.no_demo else {"demo": of_demo(base, progress)}
-    found |= {name: of_domain(name, base, progress) for name in options.domains}
+    rows = [] if options.no_demo else of_demo(base, progress)
+    rows += [row for name in options.domains for row in of_domain(name, base, progress)]
     rows = [
-        {"domain": domain, "text": text, **{n: row.get(n, "") for n in NAMES[2:]}}
-        for domain, texts in found.items()
-        for text, told in texts.items()
-        for row in told["by_context"]
+        {n: round(row[n], 4) if isinstance(row[n], float) else row[n] for n in NAMES}
+        for row in rows
     ]
-    merged = [row | where for row in rows]
+    merged, new = [row | where for row in rows], {row["domain"] for row in rows}
     if TABLE.exists():
         with TABLE.open(newline="") as file:
-            merged = [r for r in csv.DictReader(file) if r["domain"] not in found] + merged
+            merged = [r for r in csv.DictReader(file) if r["domain"] not in new] + merged
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*NAMES, *where], lineterminator="\n")
         writer.writeheader()

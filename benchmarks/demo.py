@@ -67,6 +67,11 @@ class Demo:
     recall: int = 120  # facts drawn from the corpus at random, asked of base and mixture alike
     ray_address: str = "local"
 
+    @property
+    def texts(self) -> Path:
+        """Return the folder of the texts: none of a build's input lies inside its output."""
+        return self.out.with_name(f"{self.out.name}-text")
+
 
 FULL = Demo(data.BUILD / "demo", HERE / "demo.yaml")
 QUICK = Demo(data.BUILD / "demo-quick", HERE / "demo-quick.yaml", 80, 16, 16, 2, 8, "none")
@@ -287,7 +292,7 @@ def main(demo: Demo) -> None:
     with timed("base model and text"):
         base = data.smollm2()
         learned = facts_of(LEARNED, demo.learned)
-        texts = demo.out / "text"
+        texts = demo.texts
         corpus = write_corpus(texts / "corpus.jsonl", (f.line for f in learned))
         validation = facts_of(VALIDATION, demo.validation)
         held_out = facts_of(HELD_OUT, demo.held_out)

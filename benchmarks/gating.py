@@ -215,7 +215,7 @@ class Gating:
 
 def gated_demo(base: Path, progress: Progress) -> Path:
     """Return a copy of the demo's memory with a gate."""
-    export, texts = data.BUILD / "demo" / "export", data.BUILD / "demo" / "text"
+    export, texts = data.BUILD / "demo" / "export", data.BUILD / "demo-text"
     tokenizer = AutoTokenizer.from_pretrained(base)
 
     def make(work: Path) -> None:

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="build anew and compare with that")
     parser.add_argument("--build", type=Path, default=FULL.out, help="the build to compare with")
     arguments = parser.parse_args()
-    text = FULL.out / "text"
+    text = FULL.texts
     common = ["--base", str(data.smollm2()), "--corpus", str(text / "corpus.jsonl")]
     common += ["--validation", str(text / "validation_facts.jsonl"), "--config", str(FULL.config)]
     report = data.BUILD / "plan.json"

@@ -112,7 +112,9 @@ def parts(module, optimizer, batches, blocks, settings):
 
 def measure(arguments, base, attention, compiled, blocks):
     """Return one row: what a step of so many blocks takes."""
-    settings = MemorySettings(init=base, batch_blocks=blocks, micro_batch_blocks=blocks)
+    settings = MemorySettings(
+        init=base, batch_blocks=blocks, micro_batch_blocks=blocks, compile=False
+    )
     settings = settings.changed(gradient_checkpointing=arguments.checkpointing)
     batches = Packed(settings, blocks, arguments.tokens, SHAPES[arguments.shape]["vocab_size"])
     memory = arguments.memory

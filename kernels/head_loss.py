@@ -61,14 +61,18 @@ def head_loss(
     columns: Columns | None = None,
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
+    accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return scale * L, summed over rows, and the sums [2] of KL and cross-entropy, float64.
 
     The first has a gradient with respect to hidden states, weight and bias; for the second none is
     made. With `columns`, labels and targets count among them, not in the vocabulary. `dtype`: of
     the matrix products, by default that of `h_ND`; sums over chunks are kept in each parameter's.
+    `accumulate`: add the gradients of weight and bias, leaves, to .grad at once, past autograd. It
+    saves a pass or two over [V, D] a micro-batch, and is right if all that follows is
+    loss.backward(), and no hook waits for these gradients as those of DDP and FSDP do.
     """
-    how = (labels_N, targets, beta, transform, columns, dtype or h_ND.dtype, scale)
+    how = (labels_N, targets, beta, transform, columns, dtype or h_ND.dtype, scale, accumulate)
     return _HeadLoss.apply(h_ND, weight_VD, bias_V, how)
 
 
@@ -79,7 +83,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: tuple):
         *ctx.gradients, sums = _gradients(h_ND, weight_VD, bias_V, how)
         ctx.mark_non_differentiable(sums)
-        _, _, beta, *_, scale = how
+        _, _, beta, *_, scale, _ = how
         kl, ce = sums
         return (scale * (beta * kl + (1 - beta) * ce)).float(), sums
 
@@ -100,15 +104,22 @@ class _HeadLoss(torch.autograd.Function):
 
 def _gradients(
     h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: tuple
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Return the gradients of hidden states, weight and bias, and the sums of KL and CE."""
-    labels_N, targets, beta, transform, columns, dtype, scale = how
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+    """Return the gradients of hidden states, weight and bias, and the sums of KL and CE.
+
+    None stands for what has none, or where it was added to .grad.
+    """
+    labels_N, targets, beta, transform, columns, dtype, scale, accumulate = how
     parameters = [weight_VD] if bias_V is None else [weight_VD, bias_V]
     sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
     grad_ND = torch.empty_like(h_ND)
     chosen = [x if columns is None else x[columns.ids] for x in parameters]
     trained = len(chosen[0]) if columns is None else columns.trained
-    sinks = [torch.zeros_like(x[:trained]) for x in chosen]
+    whole = [_grad(x) if accumulate else None for x in parameters]
+    if accumulate and columns is None:
+        sinks = whole
+    else:
+        sinks = [torch.zeros_like(x[:trained]) for x in chosen]
     weight_CD, bias_C = (*(x.to(dtype) for x in chosen), None)[:2]
     scratch = torch.empty_like(weight_CD[:trained])
     log_weight_C = None if columns is None else columns.log_weight
@@ -133,12 +144,17 @@ def _gradients(
         for sink in sinks[1:]:
             sink.add_(learning_PS.sum(0, dtype=sink.dtype), alpha=scale)
     if columns is not None:
-        ids = columns.ids[:trained]
-        sinks = [
-            torch.zeros_like(x).index_copy_(0, ids, sink)
-            for x, sink in zip(parameters, sinks, strict=True)
-        ]
-    return grad_ND, *(*sinks, None)[:2], sums
+        for n, (parameter, grad, sink) in enumerate(zip(parameters, whole, sinks, strict=True)):
+            grad = torch.zeros_like(parameter) if grad is None else grad
+            sinks[n] = grad.index_add_(0, columns.ids[:trained], sink)
+    return grad_ND, *([None, None] if accumulate else [*sinks, None][:2]), sums
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    """Return the gradient of a parameter, zeros if it has none yet."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def _gradient(

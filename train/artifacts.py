@@ -8,6 +8,7 @@ stage, settings, inputs and every file's content: equal hashes mean equal result
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -15,19 +16,30 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+from vllm_memdec.checkpoint import json_text
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE as GATE
+from vllm_memdec.train.complete import check_there
 from vllm_memdec.train.heap import trim_heap
+from vllm_memdec.train.ownership import (
+    DIGESTS,
+    LOGS,
+    MANIFEST,
+    PARTIAL,
+    PLAN,
+    check_ours,
+    read_object,
+    remove,
+    retire,
+)
 
 SCHEMA = 1
-MANIFEST = "manifest.json"
-PLAN = "plan.json"  # of a working folder: what it is to become
-LOGS = "logs"
+NOT_KEPT = (".pt",)  # checkpoints: gone before a stage is sealed
 HASHED = ("schema", "stage", "settings", "inputs", "files")  # of a manifest
 PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy")
 
@@ -61,14 +73,54 @@ def folder_sha256(folder: Path, patterns: tuple[str, ...]) -> str:
     return json_sha256([[p.name, file_sha256(p)] for p in files])
 
 
+class Hashing:
+    """A file that is written to, and the SHA-256 of all that was."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha256 = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha256.update(data)
+        return self.file.write(data)
+
+
+def write_hashed(path: Path, write: Callable[[Hashing], Any]) -> None:
+    """Call write(open file), then give the file its name: it is whole or absent."""
+
+    def write_file(temporary: Path) -> str:
+        with open(temporary, "wb") as file:
+            hashing = Hashing(file)
+            write(hashing)
+        return hashing.sha256.hexdigest()
+
+    _write_whole(path, write_file)
+
+
 def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
-    """Call write(temporary path), then give the file its name: it is whole or absent."""
+    """Call write(temporary path), then give the file its name: it is whole or absent.
+
+    For libraries that write to a path: what they wrote is read back once for its hash, by the
+    process that has it in cache.
+    """
+
+    def write_file(temporary: Path) -> str | None:
+        write(temporary)
+        kept = is_working_folder(path.parent) and path.suffix not in NOT_KEPT
+        return file_sha256(temporary) if kept else None
+
+    _write_whole(path, write_file)
+
+
+def _write_whole(path: Path, write: Callable[[Path], str | None]) -> None:
+    """Call write(temporary path), which returns the file's hash; give the file its name."""
     # A name of its own: a lost worker that still lives may be writing the same file.
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        write(temporary)
+        digest = write(temporary)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        if digest and is_working_folder(path.parent):
+            _leave_digest(path, temporary.stat().st_size, digest)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -76,9 +128,41 @@ def write_atomic(path: Path, write: Callable[[Path], Any]) -> None:
     os.replace(temporary, path)
 
 
+def is_working_folder(folder: Path) -> bool:
+    """Tell whether a stage is at work in a folder: its files will be sealed."""
+    return (folder / PLAN).exists()
+
+
+def _leave_digest(path: Path, size: int, digest: str) -> None:
+    """Note a file's size and hash where the sealing finds them, each process in a file of its own.
+
+    Before the file gets its name: a file that two have written differently has two hashes here.
+    """
+    folder = path.parent / DIGESTS
+    folder.mkdir(exist_ok=True)
+    with open(folder / f"{_writer(os.getpid())}.jsonl", "a") as file:
+        file.write(json.dumps([path.name, size, digest]) + "\n")
+
+
+@functools.cache
+def _writer(process: int) -> str:
+    return f"{process}-{uuid.uuid4().hex[:8]}"
+
+
+def _read_digests(work: Path) -> dict[str, set[tuple[int, str]]]:
+    """Return what writers left in a working folder: name -> sizes and hashes, one if all agree."""
+    found: dict[str, set[tuple[int, str]]] = {}
+    for path in (work / DIGESTS).glob("*.jsonl"):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):  # a line that a kill cut off
+                name, size, digest = json.loads(line)
+                found.setdefault(name, set()).add((size, digest))
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, readable by people."""
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n"))
+    write_atomic(path, lambda p: p.write_text(json_text(value)))
 
 
 def versions() -> dict[str, str]:
@@ -91,14 +175,17 @@ def versions() -> dict[str, str]:
 
 
 def open_artifact(path: Path) -> Artifact | None:
-    """Return the artifact in a folder, or None if there is none or a file of it is damaged."""
+    """Return the artifact in a folder, or None if there is none or a file of it is damaged.
+
+    Whatever else keeps it from being read is raised as the OSError that it is.
+    """
+    manifest = read_object(path / MANIFEST)
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
         whole = manifest["hash"] == json_sha256({key: manifest[key] for key in HASHED}) and all(
             (path / name).stat().st_size == entry["bytes"]
             for name, entry in manifest["files"].items()
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError):
         return None
     return Artifact(path, manifest) if whole else None
 
@@ -110,7 +197,7 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise MemdecError(f"{folder} is a file, not a folder: give another --output.") from None
-    with open(folder / ".lock", "w") as file:
+    with open(folder / ".lock", "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it on any exit
         except BlockingIOError:
@@ -127,30 +214,34 @@ def build_artifact(
     inputs: dict[str, str],
     make: Callable[[Path], None],
     say: Callable[[str], None] = print,
+    files: Callable[[Path], Iterable[str]] = lambda work: (),
 ) -> Artifact:
     """Return the artifact at path, calling make(working folder) unless it is up to date.
+
+    files(working folder) names those that make() must have left there: MemdecError without them.
 
     settings and inputs (name -> hash) decide what "up to date" means. A working folder left by a
     killed run of the same plan is handed to make() again, which keeps the files already whole.
     """
     plan = {"schema": SCHEMA, "stage": stage, "settings": settings, "inputs": inputs}
     plan = json.loads(json.dumps(plan))  # as a manifest gives it back: a tuple is a list there
+    check_ours(path, stage)
     found = open_artifact(path)
     if found is not None and all(found.manifest[key] == plan[key] for key in plan):
         say(f"{stage}: up to date")
         return found
     if path.exists():
-        why = "its settings or inputs changed" if found is not None else "it is damaged"
-        say(f"{stage}: building again, {why}")
-    work = path.with_name(path.name + ".partial")
-    if _read_plan(work) == plan:
+        say(f"{stage}: building again, {_why_again(found, plan)}")
+    work = path.with_name(path.name + PARTIAL)
+    if read_object(work / PLAN) == plan:
         say(f"{stage}: resuming")
         _sweep(work)
     else:
         if work.exists():
             say(f"{stage}: starting over, the unfinished work was for other settings or inputs")
-            (work / PLAN).unlink(missing_ok=True)  # first: what is half removed is nobody's work
-            shutil.rmtree(work)
+            # First: no run may take up what is half removed.
+            write_json(work / PLAN, plan | {"settings": None, "inputs": None})
+            remove(work, PLAN)
         work.mkdir(parents=True)
         write_json(work / PLAN, plan)
     if open_artifact(work) is None:  # else it was killed just before it got its name
@@ -159,7 +250,10 @@ def build_artifact(
         trim_heap()
         _sweep(work)
         names = sorted(str(p.relative_to(work)) for p in data_files(work))
-        content = plan | {"files": {name: _seal(work / name) for name in names}}
+        check_there(work, files(work), names)
+        left = _read_digests(work)
+        sealed = {name: _seal(work / name, left.get(name, set())) for name in names}
+        content = plan | {"files": sealed}
         # Of the run that finished it; where and when it was made is no part of what it is.
         seconds = round(time.monotonic() - started, 1)
         manifest = content | {
@@ -168,11 +262,24 @@ def build_artifact(
             "seconds": seconds,
         }
         write_json(work / MANIFEST, manifest)
+    shutil.rmtree(work / DIGESTS, ignore_errors=True)
     if path.exists():
-        shutil.rmtree(path)
+        retire(path, work, say)
     os.replace(work, path)
     (path / PLAN).unlink()
     return Artifact(path, json.loads((path / MANIFEST).read_text()))
+
+
+def _why_again(found: Artifact | None, plan: dict[str, Any]) -> str:
+    """Return why an artifact that is there is made again."""
+    if found is None:
+        return "it is damaged"
+    made = found.manifest
+    same_release = made["schema"] == plan["schema"]
+    same_release &= made["settings"].keys() == plan["settings"].keys()
+    if plan["stage"] == "corpus" and "base" in made["inputs"]:  # at first, not its tokenizer alone
+        same_release = False
+    return "its settings or inputs changed" if same_release else "another release made it"
 
 
 def _sweep(work: Path) -> None:
@@ -181,19 +288,21 @@ def _sweep(work: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
-def _read_plan(work: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads((work / PLAN).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Force a file onto the disk; return its manifest entry."""
+def _seal(path: Path, left: set[tuple[int, str]]) -> dict[str, Any]:
+    """Return a file's manifest entry, of what its writer left or, without that, by reading it."""
+    size = path.stat().st_size
+    if len(left) == 1:
+        written, digest = next(iter(left))
+        if size != written:
+            raise MemdecError(
+                f"{path} has {size:,} of the {written:,} bytes that were written: delete {path} "
+                "and run again, finished parts are kept."
+            )
+        return {"bytes": size, "sha256": digest}
     with open(path, "rb") as file:
         os.fsync(file.fileno())
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": size, "sha256": digest}
 
 
 def data_files(folder: Path) -> Iterator[Path]:
@@ -204,5 +313,5 @@ def data_files(folder: Path) -> Iterator[Path]:
     for p in folder.rglob("*"):
         relative = p.relative_to(folder)
         other = p.name in (MANIFEST, PLAN) or p.stem == Path(GATE).stem
-        if p.is_file() and relative.parts[0] != LOGS and not other:
+        if p.is_file() and relative.parts[0] not in (LOGS, DIGESTS) and not other:
             yield p

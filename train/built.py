@@ -11,8 +11,10 @@ import numpy as np
 from vllm_memdec.train.artifacts import open_artifact
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.exact import evenly, nearest, take
+from vllm_memdec.train.ownership import MANIFEST
+from vllm_memdec.train.pipeline import MEMORY_BUDGET, STAGES
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import shards
+from vllm_memdec.train.shards import Shards, shards
 
 WORK = 4e12  # multiplications brute force may take: of large datastores fewer rows are searched
 RECALL_AT = 64
@@ -34,7 +36,13 @@ class Build:
 
     def has(self, stage: str) -> bool:
         """Tell whether a stage is there and whole."""
-        return stage not in self.broken and open_artifact(self.root / stage) is not None
+        return stage in self.whole
+
+    @functools.cached_property
+    def whole(self) -> frozenset[str]:
+        """The stages that are there and whole, looked up once: one may have 100,000 files."""
+        there = {stage for stage in STAGES if open_artifact(self.root / stage) is not None}
+        return frozenset(there) - self.broken
 
     def folder(self, *stages: str) -> Path:
         """Return the first of some stages' folders that is there and whole, or raise NotChecked."""
@@ -45,37 +53,37 @@ class Build:
         raise NotChecked(f"{' or '.join(stages)} is {'damaged' if broken else 'not there'}")
 
     def settings(self, stage: str) -> dict[str, Any]:
-        return json.loads((self.folder(stage) / "manifest.json").read_text())["settings"]
+        return json.loads((self.folder(stage) / MANIFEST).read_text())["settings"]
 
     @functools.cached_property
-    def keys(self) -> list[np.ndarray]:
+    def keys(self) -> Shards:
         keys = shards(self.folder("datastore"), "keys")
-        if not keys:
+        if not len(keys):
             raise NotChecked("the keys were not kept")
         return keys
 
     @functools.cached_property
-    def labels(self) -> np.ndarray:
-        return np.concatenate(shards(self.folder("datastore"), "labels"))
+    def labels(self) -> Shards:
+        return shards(self.folder("datastore"), "labels")
 
     @functools.cached_property
     def neighbours(self) -> int:
         """How many the targets were made of; of a build without targets, RECALL_AT."""
         if not self.has("targets"):
-            return min(RECALL_AT, len(self.labels) - 1)
+            return min(RECALL_AT, self.labels.rows - 1)
         return json.loads((self.root / "targets" / "targets.json").read_text())["neighbours"]
 
     @functools.cached_property
     def rows(self) -> np.ndarray:
         """Rows of the datastore that are searched."""
-        size = len(self.labels) * self.keys[0].shape[1]
-        return evenly(len(self.labels), min(self.sample, max(64, int(WORK / size))))
+        size = self.labels.rows * self.keys[0].shape[1]
+        return evenly(self.labels.rows, min(self.sample, max(64, int(WORK / size))))
 
     @functools.cached_property
     def true(self) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids of the sampled rows' nearest neighbours, by brute force."""
-        k = max(self.neighbours, min(RECALL_AT, len(self.labels) - 1))
-        self.progress.say(f"brute force: {len(self.rows)} rows against {len(self.labels):,} keys")
+        k = max(self.neighbours, min(RECALL_AT, self.labels.rows - 1))
+        self.progress.say(f"brute force: {len(self.rows)} rows against {self.labels.rows:,} keys")
         return nearest(self.keys, take(self.keys, self.rows), k, self.rows)
 
     @functools.cached_property
@@ -83,7 +91,6 @@ class Build:
         """Distances and ids as the index finds them, one more than `true`, own row among them."""
         from vllm_memdec.train.config import IndexSettings
         from vllm_memdec.train.search import Index
-        from vllm_memdec.train.pipeline import MEMORY_BUDGET
 
         probes = IndexSettings().probes
         if self.has("targets"):

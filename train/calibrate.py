@@ -45,15 +45,21 @@ from vllm_memdec.train.shards import save_array, shard_path
 from vllm_memdec.train.targets import fit_temperature, sparse_targets
 from vllm_memdec.train.text import Piece, corpus_files, pieces, read_documents
 from vllm_memdec.train.trainer import Training, new_optimizer
+from vllm_memdec.train.windows import TOKENS_AT_ONCE
 
 SAMPLE_BYTES = 2**23  # of text
 EMBED_SECONDS = 12.0
-SCORED_BLOCKS, SCORE_BLOCKS = 8, 4  # and of these at once
+SCORED_BLOCKS = 8
 QUERIES = 2048  # whose search is timed
 SEARCHED_ROWS = 256  # that targets to train on are made of
 STORAGE_BYTES = 1 << 26  # written and read, for the speed of the disk
 LINK = 1e9  # bytes a second between machines without GPUs: assumed, not measured
 STEPS = 8  # timed, of each kind, after one that warms up
+
+
+def blocks_scored(tokens: np.ndarray) -> int:
+    """Return how many blocks [B, T+1] go through a forward pass where text is scored."""
+    return max(1, TOKENS_AT_ONCE // (tokens.shape[1] - 1))
 
 
 def seconds(function: Any, *arguments: Any) -> float:
@@ -136,7 +142,7 @@ class StageProbe:
         found |= measure_index(keys, labels, settings, self.n_keys)
         entries = self.write(keys, labels, blocks)
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(self.corpus, "train"))
-        scored = seconds(label_logprobs, model, tokens, positions, SCORE_BLOCKS)
+        scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
         found["score_base"] = scored / (len(tokens) * settings.corpus.block_tokens)
         found |= {"entries": entries, "width": keys.shape[1]}
         found["inside"] = time.perf_counter() - began
@@ -277,7 +283,7 @@ class TrainingProbe:
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(corpus, "train"))
         model = model.eval().to(getattr(torch, self.settings.export.dtype))  # as it is exported
         label_logprobs(model, tokens[:1], positions[:1], 1)  # warms up
-        scored = seconds(label_logprobs, model, tokens, positions, SCORE_BLOCKS)
+        scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
         found["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)
         found["memory_parameters"] = sum(p.numel() for p in model.parameters())
         found |= {"train_bytes": peak_bytes(), "inside": time.perf_counter() - began}

@@ -65,10 +65,10 @@ def check_alignment(build: Build) -> Result:
     for stage in looked_at:
         stored = shards(build.root / stage, "labels")
         for name, more in (("keys", 0), ("offsets", 1)):
-            found = [len(part) - more for part in shards(build.root / stage, name)]
-            if found and found != [len(part) for part in stored]:
+            found = shards(build.root / stage, name).lengths - more
+            if len(found) and not np.array_equal(found, stored.lengths):
                 return False, f"{stage}: {name} and labels have different numbers of rows", {}
-        rows, row = sum(map(len, stored)), 0
+        rows, row = stored.rows, 0
         for expected in next_tokens(build):
             here = np.arange(row, min(row + len(expected), rows))
             wrong = np.flatnonzero(take(stored, here) != expected[: len(here)])
@@ -155,16 +155,21 @@ def check_leak(build: Build) -> Result:
     folder, rows, k = build.folder("targets"), build.rows, build.neighbours
     temperature = json.loads((folder / "targets.json").read_text())["temperature"]
     least = build.settings("targets")["min_probability"]
-    stored, labels = StoredTargets(folder), build.labels
+    stored = StoredTargets(folder)
     found = tuple(a[:, : k + 1] for a in build.found)
     own = (neighbours_without_self(*found, rows)[1] == rows[:, None]).any(axis=1)
+    own_labels = take(build.labels, rows)
+    neighbours = [
+        (distances, ids, take(build.labels, np.maximum(ids, 0).ravel()).reshape(ids.shape))
+        for distances, ids in (without_own(*found, rows), tuple(a[:, :k] for a in build.true))
+    ]
     leaks, differences = rows[own].tolist(), []
     for i, row in enumerate(rows.tolist()):
         has = dict(zip(*(a.tolist() for a in stored.row(row)), strict=True))
-        label, allowed = int(labels[row]), 0.0
-        for distances, ids in (without_own(*found, rows), tuple(a[:, :k] for a in build.true)):
+        label, allowed = int(own_labels[i]), 0.0
+        for distances, ids, labels in neighbours:
             d = distances[i][ids[i] >= 0].astype(np.float64)
-            expected = target(d, labels[ids[i][ids[i] >= 0]], temperature, least)
+            expected = target(d, labels[i][ids[i] >= 0], temperature, least)
             allowed = max(allowed, expected.get(label, 0.0) + undecided(d, temperature))
         if has.get(label, 0.0) > allowed + LEAK:
             leaks.append(row)
@@ -190,8 +195,9 @@ def check_fidelity(build: Build) -> Result:
     """Is the memory closer to its targets, on training rows, than the corpus's word counts?"""
     folder = build.folder("targets")
     tokens, positions = load_blocks(build.folder("corpus"), "train")
-    models, labels = build.models, np.concatenate(shards(folder, "labels"))
+    models = build.models
     vocabulary = models["memory"].config.vocab_size
+    counts = sum(np.bincount(part, minlength=vocabulary) for part in shards(folder, "labels"))
     per_block = [
         valid_rows(np.asarray(positions[start : start + SLICE])).sum(axis=1)
         for start in range(0, len(tokens), SLICE)
@@ -202,7 +208,7 @@ def check_fidelity(build: Build) -> Result:
         positions,
         np.cumsum(np.r_[0, np.concatenate(per_block)]),
         StoredTargets(folder),
-        np.bincount(labels, minlength=vocabulary) / len(labels),
+        counts / counts.sum(),
         build.sample,
     )
     said = "; ".join(

@@ -1,7 +1,6 @@
 """The `memdec` command: plan a build, build a memory, verify it, explain what it says."""
 
 import contextlib
-import errno
 import json
 import os
 import re
@@ -15,14 +14,15 @@ from pathlib import Path
 from typing import Annotated
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.faults import INSTALL, sentence_of
 
-INSTALL = "is not installed: pip install 'vllm-memdec[train,cpu]', or [train,cuda]."
 try:
     import typer
     from rich.console import Console
 
     from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
+    from vllm_memdec.train.ownership import check_report, signed
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
@@ -30,15 +30,6 @@ except ModuleNotFoundError as error:  # installed for serving only
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-# How libraries say that a disk or a quota is full, where they do not raise an OSError that does.
-FULL = (
-    "No space left",
-    "File too large",
-    "Not enough free space",
-    "requested and",  # numpy: "10 requested and 3 written"
-    "PytorchStreamWriter failed",
-    "inline_container.cc",
-)
 # Models are folders on this machine, nothing is looked up on a hub; and we tell the progress.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -106,10 +97,9 @@ def build(
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
     with explained(progress):
-        settings = load_settings(config, assignments or ())
         given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = settings.changed({"memory": chosen}) if chosen else settings
+        settings = load_settings(config, assignments or (), chosen)
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
@@ -224,7 +214,7 @@ def plan(
         )
         planning.show(found, Console())
         if json_file is not None:
-            write_json(json_file, planning.report(found))
+            write_json(json_file, signed(planning.report(found)))
 
 
 @app.command()
@@ -247,7 +237,7 @@ def verify(
         found = checking.verify(artifact, sample, base, progress)
         checking.show(found, Console())
         if json_file is not None:
-            write_json(json_file, checking.report(artifact, found))
+            write_json(json_file, signed(checking.report(artifact, found)))
         if failed := [check for check in found if check.status == checking.FAILED]:
             raise MemdecError(f"{failed[0].name} failed: {failed[0].fix}")
 
@@ -294,7 +284,7 @@ def calibrate(
         found = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
         gate_report.show(found, Console())
         if json_file is not None:
-            write_json(json_file, found)
+            write_json(json_file, signed(found))
 
 
 @app.command()
@@ -319,7 +309,7 @@ def evaluate(
         found = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
         compare.show(found, Console())
         if json_file is not None:
-            write_json(json_file, found)
+            write_json(json_file, signed(found))
 
 
 @app.command()
@@ -341,7 +331,7 @@ def alpha(
         found = compare.best_weights(str(memory), str(base), text, progress, context)
         compare.show_weights(found, Console())
         if json_file is not None:
-            write_json(json_file, found)
+            write_json(json_file, signed(found))
 
 
 @app.command()
@@ -371,15 +361,7 @@ def explain(
         if html_file is not None:
             html_file.write_text(explaining.page(found), encoding="utf-8")
         if json_file is not None:
-            write_json(json_file, explaining.report(found))
-
-
-def check_report(path: Path | None, option: str = "--json") -> None:
-    """Raise MemdecError if a report could not be written there, before minutes are spent on it."""
-    if path is not None and not path.parent.is_dir():
-        raise MemdecError(f"{path.parent} is no folder: create it, or check {option}.")
-    if path is not None and path.is_dir():
-        raise MemdecError(f"{path} is a folder: give {option} a file.")
+            write_json(json_file, signed(explaining.report(found)))
 
 
 @contextlib.contextmanager
@@ -403,27 +385,6 @@ def explained(progress: Progress) -> Iterator[None]:
             traceback.print_exc()
         progress.say(f"memdec: {sentence}")
         raise typer.Exit(1) from None
-
-
-def sentence_of(error: Exception) -> str | None:
-    """Return one sentence for an error a user can mend, None for a defect, ours or a library's."""
-    if isinstance(error, MemdecError):
-        return str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    full = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    if full or not isinstance(error, ValueError) and any(text in str(error) for text in FULL):
-        return "the disk is full: free some space and run again, finished parts are kept."
-    if (
-        isinstance(error, MemoryError)
-        or "out of memory" in str(error)
-        or "t allocate" in str(error)
-    ):
-        return "out of memory: lower datastore.batch_blocks, or memory.micro_batch_blocks."
-    if isinstance(error, ModuleNotFoundError):
-        return f"{error.name} {INSTALL}"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"no permission for {error.filename}: choose a place you may read or write."
-    return None if number is None else str(error)
 
 
 def main() -> None:

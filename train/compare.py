@@ -41,7 +41,7 @@ CHUNK_TOKENS = 2**14  # scored at once: features of a gate are kept for so many
 class Pair:
     """A base and a memory that it serves, with the memory's weights."""
 
-    def __init__(self, base: str, memory: str, alpha: float | None = None):
+    def __init__(self, base: str, memory: str, progress: Progress, alpha: float | None = None):
         self.tokenizer, block = matching_tokenizer(base, memory), read_block(memory)
         if alpha is not None:
             check_alpha(alpha, "--alpha")
@@ -51,7 +51,8 @@ class Pair:
         self.gate, path = None, gate_path(memory)
         if path is not None:
             arrays = read_gate(path, self.memory.config.hidden_size)
-            check_gate(path, arrays)
+            if warning := check_gate(path, arrays):
+                progress.say(warning)
             self.gate = Gate(arrays)
 
     @property
@@ -134,7 +135,7 @@ def evaluate(
 
     alpha: a weight in place of the memory's own; context: tokens of the longest contexts.
     """
-    pair = Pair(base, memory, alpha)
+    pair = Pair(base, memory, progress, alpha)
     found: dict[str, Any] = {"alpha": pair.alpha, "alpha_by_context": pair.table, "texts": {}}
     for path in texts:
         alone, joined, width = read_readings(pair, path, context)
@@ -168,7 +169,7 @@ def best_weights(
     memory: str, base: str, texts: list[Path], progress: Progress, context: int | None = None
 ) -> dict[str, Any]:
     """Return the best weights of a memory beside a base, over all texts, and how to serve them."""
-    pair = Pair(base, memory)
+    pair = Pair(base, memory, progress)
     found: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for path in texts:
         alone, joined, _ = read_readings(pair, path, context)

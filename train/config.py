@@ -136,6 +136,7 @@ class MemorySettings(StageSettings):
     checkpoint_seconds: float = Field(60.0, ge=0, le=1e9)
     # activations are computed twice and not kept: slower, but a larger memory fits
     gradient_checkpointing: StrictBool = False
+    compile: StrictBool | None = None  # its layers, by torch.compile; None: where there is a GPU
     # on several GPUs: the whole memory on each, or a part of each layer, see parallel.py
     parallel: Literal["replicate", "shard"] = "replicate"
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)
@@ -213,26 +214,34 @@ class Settings(BaseModel):
         return parse_settings(given | stages)
 
 
-def load_settings(path: Path | None, assignments: Sequence[str] = ()) -> Settings:
+def load_settings(
+    path: Path | None, assignments: Sequence[str] = (), memory: dict[str, Any] | None = None
+) -> Settings:
     """Return the settings of a YAML file, defaults for what it leaves out; MemdecError if wrong.
 
     assignments: of --set, such as "memory.epochs=3"; they win over the file, a later one over an
-    earlier one.
+    earlier one. memory: settings of that stage that have options of their own; they win over all.
     """
     changes = _assigned(assignments)
-    if path is None:
-        return parse_settings(changes)
+    if memory:
+        changes["memory"] = changes.get("memory", {}) | memory
+    values = {} if path is None else _read_yaml(path)
+    if isinstance(values, dict) and all(isinstance(entries, dict) for entries in values.values()):
+        # Before any is checked: a setting of the file may need what an option gives.
+        values |= {stage: values.get(stage, {}) | entries for stage, entries in changes.items()}
+    return parse_settings(values)
+
+
+def _read_yaml(path: Path) -> Any:
     import yaml
 
     if not path.is_file():
         raise MemdecError(f"settings file {path} does not exist: check --config.")
     try:
-        values = yaml.safe_load(path.read_text()) or {}
+        return yaml.safe_load(path.read_text()) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         what = " ".join(str(error).split())
         raise MemdecError(f"{path} is not valid YAML ({what}): mend it.") from None
-    parsed = parse_settings(values)
-    return parsed.changed(changes) if changes else parsed
 
 
 def _assigned(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -11,8 +11,8 @@ Pieces of the text are tokenised side by side; one pass over the tokens then pac
 block's content does not depend on how the text was divided.
 """
 
-import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,21 +22,31 @@ from typing import Any
 
 import numpy as np
 
-from vllm_memdec.errors import MemdecError, of_the_machine, said_by
+from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
+from vllm_memdec.train.complete import check_there, numbered
 from vllm_memdec.train.config import CorpusSettings
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import Sharded, load_array, load_shard, save_array, shard_path
+from vllm_memdec.train.shards import (
+    Sharded,
+    load_array,
+    load_shard,
+    save_array,
+    shard_path,
+    unfinished,
+)
+from vllm_memdec.train.split import digest, split_lengths
 from vllm_memdec.train.text import Piece, pieces, read_rows
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
+TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
 SPLITS = ("train", "validation")
 TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
 TOKENIZER_CHARACTERS = 2**22  # or fewer, if they are long
 PACKED_AT_ONCE = 1024  # blocks
 PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
-LARGEST_SHARE = 3  # of the fraction to hold out, that one long document may take it to
 
 
 def load_tokenizer(folder: str) -> Any:
@@ -49,9 +59,8 @@ def load_tokenizer(folder: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
-    except Exception as error:  # of any class: tokenizers and transformers check little
-        if of_the_machine(error):
-            raise
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
         check_needs_no_code(folder, error)
         raise MemdecError(unreadable) from error
     if not usable:
@@ -65,9 +74,8 @@ def load_config(folder: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
-    except Exception as error:  # of any class, as above
-        if of_the_machine(error):
-            raise
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
         check_needs_no_code(folder, error)
         raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
     if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
@@ -82,11 +90,6 @@ def check_positions(config: Any, folder: str, block_tokens: int) -> None:
         raise MemdecError(
             f"{folder} has {positions} positions: lower corpus.block_tokens from {block_tokens}."
         )
-
-
-def digest(text: str) -> int:
-    """Return 64 bits of a text's SHA-256: the same in every process, so no seed decides a split."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Tokeniser:
         save_array(shard_path(self.work, "texts", number), of_text)
         save_array(shard_path(self.work, "groups", number), of_group)
         lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        save_array(shard_path(self.work, "lengths", number), lengths)  # the last: both are whole
+        save_array(shard_path(self.work, "lengths", number), lengths)
         return 1
 
 
@@ -155,7 +158,7 @@ def build_corpus(
     texts = [corpus] if validation is None else [corpus, validation]
     tokenised = tokenise_pieces(base, texts, settings.group, work / PIECES, progress, cluster)
     train, held_out = tokenised[0], tokenised[-1]
-    lengths = np.concatenate(list(train.lengths()))
+    lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
     if not len(lengths):
         raise MemdecError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
     highest = max(text.highest() for text in tokenised)
@@ -258,7 +261,8 @@ class Tokenised:
 
     def digests(self, of: str) -> np.ndarray:
         """Return a digest [documents] uint64 of each document's "texts" or "groups"."""
-        return np.concatenate([load_shard(self.folder, of, number) for number in self.numbers])
+        parts = (load_shard(self.folder, of, number) for number in self.numbers)
+        return np.concatenate([part.copy() for part in parts])  # maps would stay open
 
     def documents(self) -> Iterator[np.ndarray]:
         """Yield every document's tokens."""
@@ -296,43 +300,13 @@ def tokenise_pieces(
         first = len(parts)
         parts += pieces(text)
         found.append(Tokenised(folder, range(first, len(parts))))
-    todo = [n for n in range(len(parts)) if not shard_path(folder, "lengths", n).exists()]
+    todo = unfinished(folder, TOKENISED, len(parts))
     with progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
         for done in cluster.map(Tokeniser(base, parts, group, folder), todo):
             advance(done)
+    check_there(folder, numbered(TOKENISED, len(parts)), os.listdir(folder))
     return found
-
-
-def split_lengths(
-    lengths: np.ndarray,
-    texts: np.ndarray,
-    groups: np.ndarray,
-    fraction: float,
-    block_tokens: int,
-) -> np.ndarray:
-    """Return how many tokens of each document are trained on; the rest of it is held out.
-
-    Groups of documents are held out whole, those with the lowest digests until they are enough: so
-    neither the order of documents nor a period in it decides, and equal texts are on one side.
-    Where groups are too few or too long for that, the tail of the text is held out.
-    """
-    total = int(lengths.sum())
-    enough = max(block_tokens + 1, fraction * total)
-    most = min(LARGEST_SHARE * fraction, 0.6) * total
-    ids, group = np.unique(groups, return_inverse=True)  # ascending digests
-    sizes = np.bincount(group, lengths, minlength=len(ids))
-    candidates = np.flatnonzero(sizes <= most / 2)  # a long one must not take the corpus away
-    first = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))  # with which it is enough
-    held_out = np.isin(group, candidates[: first + 1])
-    held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
-    if first < len(candidates) and lengths[held_out].sum() <= most:
-        return np.where(held_out, 0, lengths)
-    cut = total - max(block_tokens + 1, int(total * fraction))
-    starts = np.cumsum(lengths) - lengths
-    taken = np.clip(cut - starts, 0, lengths)
-    # One token alone predicts nothing: it goes with the rest of its document.
-    return np.where(taken > 1, taken, 0)
 
 
 def write_blocks(
@@ -352,16 +326,17 @@ def write_blocks(
             counts["documents"] += 1
             yield document
 
-    rows, used = [np.zeros(0, np.int32)], np.zeros(0, np.int32)
+    rows, used = [np.zeros(0, np.int32)], np.zeros(0, bool)  # used: does a token occur?
     per_shard = settings.shard_blocks
     for shard, (tokens, positions) in enumerate(
         packed(counted(), settings.block_tokens, filler, per_shard)
     ):
         rows.append(valid_rows(positions).sum(axis=1, dtype=np.int32))
-        used = np.union1d(used, tokens)
-        if not shard_path(work, f"positions-{name}", shard).exists():  # the last to be written
-            save_array(shard_path(work, f"tokens-{name}", shard), tokens)
-            save_array(shard_path(work, f"positions-{name}", shard), positions)
+        used = np.pad(used, (0, max(0, int(tokens.max()) + 1 - len(used))))
+        used[tokens] = True
+        for kind, array in (("tokens", tokens), ("positions", positions)):
+            if not (path := shard_path(work, f"{kind}-{name}", shard)).exists():
+                save_array(path, array)
     if counts["tokens"] < settings.block_tokens + 1:
         raise MemdecError(
             f"the {name} text has {counts['tokens']} tokens, less than one block of "
@@ -369,7 +344,7 @@ def write_blocks(
         )
     row_counts = np.concatenate(rows)
     save_array(work / f"rows-{name}.npy", row_counts)
-    save_array(work / f"used-{name}.npy", used)
+    save_array(work / f"used-{name}.npy", np.flatnonzero(used).astype(np.int32))
     n_blocks = len(row_counts)
     progress.say(f"corpus: {counts['tokens']:,} tokens of {name} text in {n_blocks:,} blocks")
     return counts | {"blocks": n_blocks, "rows": int(row_counts.sum())}
@@ -399,7 +374,7 @@ def packed(
         return t, p - np.where(np.minimum.accumulate(p, axis=1) > 0, p[:, :1], 0)
 
     for document in documents:
-        tokens.append(np.asarray(document, dtype=np.int32))
+        tokens.append(np.array(document, dtype=np.int32))  # a copy: a view keeps its file open
         positions.append(np.arange(len(document), dtype=np.int32))
         held += len(document)
         while held > size:

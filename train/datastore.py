@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from vllm_memdec.errors import MemdecError, of_the_machine, said_by
+from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import BLOCKS, DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 # Tokens a forward pass on CUDA, by arithmetic for an H100 (not measured). transformers launches a
@@ -29,9 +30,11 @@ from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 # tokens they take 3.5 ms to run at 60 % of 989 TFLOP/s, on 16,384 28 ms, so that the GPU is what is
 # waited for. Activations of a layer, the widest of a 7B base: 1.2 GB.
 EMBEDDED = 1 << 14
-# A training step's forward and backward pass run three times as long and launch as much more. It
-# keeps some 75 kB a token and layer: 15 GB of 0.5B on 8,192 tokens.
+# A training step of 0.5B on an H100 (benchmarks/training_gpu.py, blocks of 512), without and with
+# compiled layers: on 8,192 tokens 67,000 and 84,000 tokens/s in 23 and 18 GB, on 16,384 75,000 and
+# 119,000 in 37 and 27 GB, on 24,576 79,000 and 124,000 in 51 and 37 GB.
 TRAINED = 1 << 13
+LARGE_GPU = 64 * 10**9  # bytes, from which on a training step takes twice as many
 
 
 class _KeyReached(Exception):
@@ -51,6 +54,14 @@ def blocks_at_once(blocks: int, block_tokens: int, where: torch.device, tokens: 
     if where.type != "cuda" or blocks != BLOCKS:
         return blocks
     return max(blocks, tokens // block_tokens)
+
+
+def trained_tokens(where: torch.device) -> int:
+    """Return how many tokens a forward pass of the training takes on CUDA."""
+    if where.type != "cuda":
+        return TRAINED
+    large = torch.cuda.get_device_properties(where).total_memory >= LARGE_GPU
+    return 2 * TRAINED if large else TRAINED
 
 
 def to_device(array: np.ndarray, where: torch.device) -> torch.Tensor:
@@ -78,9 +89,8 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=code_allowed(),
         )
-    except Exception as error:  # of any class, for instance of what a quantised model would need
-        if of_the_machine(error):
-            raise
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
         check_needs_no_code(folder, error)
         what = said_by(error)
         raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from error
@@ -225,7 +235,7 @@ class Embedder:
         assert self.checked
         keys, labels = self.keys.compute(shard)
         save_array(shard_path(self.work, "keys", shard), keys)
-        save_array(shard_path(self.work, "labels", shard), labels)  # the last: both are whole
+        save_array(shard_path(self.work, "labels", shard), labels)
         return len(labels)
 
 
@@ -247,7 +257,8 @@ def build_datastore(keys: Keys, work: Path, progress: Progress, cluster: Cluster
     """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
     starts = shard_rows(keys.corpus)
     n_shards = len(starts) - 1
-    todo = [n for n in range(n_shards) if not shard_path(work, "labels", n).exists()]
+    names = ("keys", "labels") if keys.settings.keep_keys else ("labels",)
+    todo = unfinished(work, names, n_shards)
     worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
     with progress.task("datastore", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))

@@ -3,11 +3,12 @@
 They share nothing with the index and the targets stage, which are held against them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vllm_memdec.train.shards import shards
+from vllm_memdec.train.shards import Shards, shards
 
 CHUNK = 4096  # keys compared at once
 SMALLEST = 2.0**-24  # that fp16 stores, as more than 0
@@ -20,19 +21,27 @@ def evenly(count: int, most: int) -> np.ndarray:
     return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
 
 
-def take(parts: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
-    """Return rows of an array that lies in shards."""
-    starts = np.cumsum([0, *map(len, parts)])
+def take(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Return rows of an array that lies in shards, any number of times, in any order."""
+    starts = starts_of(parts)
     shard = np.searchsorted(starts, rows, side="right") - 1
-    found = np.empty((len(rows), *parts[0].shape[1:]), parts[0].dtype)
+    first = parts[0]
+    found = np.empty((len(rows), *first.shape[1:]), first.dtype)
     for n in np.unique(shard):
         here = shard == n
         found[here] = parts[n][rows[here] - starts[n]]
     return found
 
 
+def starts_of(parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return the number of each part's first row, and of all rows [parts+1]."""
+    if isinstance(parts, Shards):
+        return parts.starts  # known without opening every file again
+    return np.cumsum([0, *map(len, parts)])
+
+
 def nearest(
-    keys: list[np.ndarray], queries: np.ndarray, k: int, own: np.ndarray | None = None
+    keys: Sequence[np.ndarray], queries: np.ndarray, k: int, own: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (squared distances, row ids), both [Q, k] by distance, of the k nearest keys.
 
@@ -62,7 +71,7 @@ def nearest(
 
 
 def recall(
-    keys: list[np.ndarray],
+    keys: Sequence[np.ndarray],
     queries: np.ndarray,
     found: np.ndarray,
     true_distances: np.ndarray,
@@ -73,7 +82,7 @@ def recall(
     Text repeats itself, so keys do: what is found counts if it is no further than the k-th true
     neighbour, whichever of equally distant ones that is; nothing counts twice.
     """
-    rows, hits = sum(map(len, keys)), 0
+    rows, hits = starts_of(keys)[-1], 0
     for query, ids, distances, true in zip(queries, found, true_distances, true_ids, strict=True):
         ids = np.unique(ids[(ids >= 0) & (ids < rows)])
         others = np.setdiff1d(ids, true, assume_unique=True)
@@ -105,7 +114,7 @@ class StoredTargets:
     def __init__(self, folder: Path) -> None:
         names = ("offsets", "ids", "probs")
         self.offsets, self.ids, self.probs = (shards(folder, name) for name in names)
-        self.starts = np.cumsum([0, *(len(offsets) - 1 for offsets in self.offsets)])
+        self.starts = np.r_[0, np.cumsum(self.offsets.lengths - 1)]
 
     def row(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """Return (ids, probabilities float64, summing to 1) of a row."""

@@ -7,7 +7,6 @@ Shapes: T tokens, V vocabulary of the base, W of the memory.
 """
 
 import html
-import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.checkpoint import check_alpha, json_text, read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.gate import Gate, features, gate_path, read_gate
+from vllm_memdec.gate import Gate, check_gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
@@ -112,7 +111,9 @@ def explain(
     block, path = read_block(memory), gate_path(memory)
     gate, table = None, None
     if path:
-        gate = Gate(read_gate(path, load_config(memory).hidden_size))
+        arrays = read_gate(path, load_config(memory).hidden_size)
+        check_gate(path, arrays)
+        gate = Gate(arrays)
     if alpha is None and gate is not None:
         alpha = 1.0
     elif alpha is None:
@@ -236,7 +237,8 @@ def show(found: Explanation, console: Console) -> None:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>memdec explain</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="memdec">
+<title>memdec explain</title>
 <style>
 body {{ font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222; }}
 .text {{ font: 18px/2.1 ui-monospace, monospace; white-space: pre-wrap; }}
@@ -285,7 +287,7 @@ def page(found: Explanation) -> str:
         alpha=weight_of(found),
         text="".join(spans),
         rows="\n".join(rows),
-        figures=json.dumps(report(found)).replace("<", "\\u003c"),
+        figures=json_text(report(found)).replace("<", "\\u003c"),
         base_rgb=BASE_RGB,
         memory_rgb=MEMORY_RGB,
     )

@@ -27,9 +27,10 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
 from vllm_memdec.train.compare import matching_tokenizer, open_model
-from vllm_memdec.train.corpus import digest, tokenise
+from vllm_memdec.train.corpus import tokenise
 from vllm_memdec.train.gate_report import draw, report, token_class
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.split import digest
 from vllm_memdec.train.text import documents
 from vllm_memdec.train.windows import Windows, window_logprobs, window_tokens, windows
 

@@ -10,6 +10,7 @@ decides in how many parts it lies.
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -24,6 +25,7 @@ from faiss.contrib.factory_tools import get_code_size
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.artifacts import write_atomic, write_json
 from vllm_memdec.train.cluster import Cluster
+from vllm_memdec.train.complete import check_there
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.corpus import shard_rows
 from vllm_memdec.train.datastore import Keys
@@ -99,6 +101,18 @@ def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
 def shaping(settings: IndexSettings, n_keys: int, width: int) -> dict[str, Any]:
     """Return what shapes an index, for its manifest: the memory budget is no part of it."""
     return {"seed": settings.seed, **asdict(shape(settings, n_keys, width))}
+
+
+def index_files(work: Path) -> Iterator[str]:
+    """Yield the names of an index's files."""
+    yield from ("index.json", LABELS)
+    if (work / "index.json").exists():
+        facts = read_facts(work / "index.json")
+        what = "index"
+        if "IVF" in facts["kind"]:
+            what = "lists"
+            yield TRAINED
+        yield from (f"{what}-{part:05d}.faiss" for part in range(len(facts["first_rows"])))
 
 
 def key_bytes(kind: str, width: int) -> int:
@@ -337,15 +351,16 @@ def build_index(
     starts = shard_rows(keys.corpus)
     if not (work / "training.json").exists():
         with progress.task("index: training", 1, "pass") as advance:
-            facts = cluster.call(train_index, settings, keys, work)
-            parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget)
-            # Kept, so that a resumed run with another budget does not divide the rows anew.
-            facts["first_shards"] = [part.start for part in parts]
-            write_json(work / "training.json", facts)
+            write_json(work / "training.json", cluster.call(train_index, settings, keys, work))
             advance(1)
     facts = read_facts(work / "training.json")
-    bounds = [*facts.pop("first_shards"), len(starts) - 1]
-    parts = [range(a, b) for a, b in pairwise(bounds)]
+    parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget)
+    # Divided anew for another budget, unless some were filled: a large one may be what failed.
+    if any(part_path(work, n).exists() for n in range(len(facts.get("first_shards", [])))):
+        bounds = [*facts["first_shards"], len(starts) - 1]
+        parts = [range(a, b) for a, b in pairwise(bounds)]
+    else:
+        write_json(work / "training.json", facts | {"first_shards": [p.start for p in parts]})
     todo = [n for n in range(len(parts)) if not part_path(work, n).exists()]
     if torch.cuda.is_available() and (why := no_gpu()):
         progress.say(f"index: built on CPUs, {why}")
@@ -354,6 +369,7 @@ def build_index(
             advance(int(starts[parts[n].stop] - starts[parts[n].start]), done_before=True)
         for rows in cluster.map(Filler(keys, parts, work), todo):
             advance(rows)
+    check_there(work, (part_path(work, n).name for n in range(len(parts))), os.listdir(work))
 
     def write_labels(path: Path) -> None:
         with open(path, "wb") as file:
@@ -361,6 +377,7 @@ def build_index(
                 load_shard(keys.datastore, "labels", shard).astype("<i4").tofile(file)
 
     write_atomic(work / LABELS, write_labels)
+    facts.pop("first_shards", None)
     facts["first_rows"] = [int(starts[part.start]) for part in parts]
     write_json(work / "index.json", facts)
     (work / "training.json").unlink()

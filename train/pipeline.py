@@ -1,31 +1,38 @@
 """Run the stages in order: corpus -> datastore -> index -> targets -> memory -> export.
 
 Every stage is a function of its settings and of finished artifacts; what is up to date is skipped.
+Its settings and inputs are all that changes its result, and nothing else: batch sizes that only
+bound memory, paths, and files beside a base that no stage reads are in no manifest.
 """
 
 import functools
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.artifacts import Artifact, build_artifact, folder_sha256, locked
+from vllm_memdec.train import complete
+from vllm_memdec.train.artifacts import Artifact, build_artifact, json_sha256, locked
 from vllm_memdec.train.cluster import Cluster, Here
-from vllm_memdec.train.config import Settings
+from vllm_memdec.train.config import MemorySettings, Settings
+from vllm_memdec.train.faults import AGAIN, out_of_memory
+from vllm_memdec.train.inputs import Hashes, model_hash, tokenizer_hash, weights_hash
+from vllm_memdec.train.ownership import check_ours, check_places
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import corpus_files, text_hash
+from vllm_memdec.train.shards import load_shard
+from vllm_memdec.train.text import corpus_files
 
-MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
+__all__ = ["MEMORY_BUDGET", "STAGES", "build", "model_hash"]
+
 MEMORY_BUDGET = 4 * 2**30
 STAGES = ("corpus", "datastore", "index", "targets", "memory", "export")
-
-
-def model_hash(folder: str, option: str) -> str:
-    """Return a hash over a model folder's weights, configs and tokenizer; MemdecError if none."""
-    if not (Path(folder) / "config.json").is_file():
-        raise MemdecError(f"{folder} is not a model folder, it has no config.json: check {option}.")
-    return folder_sha256(Path(folder), MODEL_FILES)
+# Settings of a memory that change nothing in it, or whose meaning is among its inputs.
+NO_MATTER = ("adapt_tokenizer", "checkpoint_seconds", "compile", "gradient_checkpointing",
+             "micro_batch_blocks", "parallel", "tokenizer")  # fmt: skip
+OTHERS = "close other programs or take a larger machine"  # if memory runs out
 
 
 def build(
@@ -59,21 +66,38 @@ def build(
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
     validation = validation and validation.absolute()
-    check_places(corpus, validation, output)
+    check_inputs(base, corpus, validation, output, settings.memory)
     with locked(output):
-        return _build(
-            base, corpus, output, settings, validation, progress, cluster or Here(), budget, until
-        )
+        hashes = Hashes(output)
+        try:
+            inputs = find_inputs(base, corpus, validation, settings.memory, hashes, progress)
+        finally:
+            hashes.save()
+        if settings.memory.init != "base":
+            from vllm_memdec.train.decoder import with_defaults
+
+            memory = with_defaults(settings.memory, base, progress.say)
+            settings = settings.model_copy(update={"memory": memory})
+        cluster = cluster or Here()
+        return Compilation(
+            base, corpus, output, settings, validation, progress, cluster, budget, inputs, {}
+        ).run(until)
 
 
-def check_places(corpus: Path, validation: Path | None, output: Path) -> None:
-    """Refuse an output that would become corpus, and validation text that would be trained on."""
+def check_inputs(
+    base: str, corpus: Path, validation: Path | None, output: Path, settings: MemorySettings
+) -> None:
+    """Refuse an output that the build could harm something in, before anything is touched.
+
+    And validation text that would be trained on.
+    """
     files = corpus_files(corpus)[0]
-    for option, path in (("--corpus", corpus), ("--validation", validation)):
-        if path and path.is_dir() and output.resolve().is_relative_to(path.resolve()):
-            raise MemdecError(
-                f"--output {output} lies inside {option} {path}: choose a folder outside."
-            )
+    inputs = [("--corpus", corpus), ("--validation", validation), ("--base", base)]
+    inputs.append(("--init", None if settings.init == "base" else settings.init))
+    inputs.append(("--tokenizer", settings.tokenizer))
+    check_places(inputs, output)
+    for stage in STAGES:
+        check_ours(output / stage, stage)
     if validation is not None and validation.resolve() != corpus.resolve():
         held_out = {path.resolve() for path in corpus_files(validation)[0]}
         if shared := sorted(held_out & {path.resolve() for path in files}):
@@ -82,184 +106,259 @@ def check_places(corpus: Path, validation: Path | None, output: Path) -> None:
             )
 
 
-def _build(
+def find_inputs(
     base: str,
     corpus: Path,
-    output: Path,
-    settings: Settings,
     validation: Path | None,
+    settings: MemorySettings,
+    hashes: Hashes,
     progress: Progress,
-    cluster: Cluster,
-    budget: int,
-    until: str,
-) -> Artifact:
-    base_hash = model_hash(base, "--base")
-    memory_inputs = {"base": base_hash}
-    if settings.memory.init != "base":
-        init = Path(settings.memory.init)
-        if init.resolve().is_relative_to(output.resolve()):
-            raise MemdecError(
-                f"--init {init} lies inside --output {output}, which is written anew: "
-                "choose another output."
-            )
-        memory_inputs["init"] = model_hash(str(init), "memory.init or --init")
-    if settings.memory.tokenizer is not None:
+) -> dict[str, dict[str, str]]:
+    """Return, of the stages that read files of the user's, a hash of each: stage -> name -> hash.
+
+    Of a base a stage's hash covers only what the stage reads.
+    """
+    tokenizer = tokenizer_hash(base, "--base", hashes)
+    weights = weights_hash(base, "--base", hashes)
+    of_memory = {"base": weights}
+    if settings.init != "base":
+        option = "memory.init or --init"
+        parts = [find(settings.init, option, hashes) for find in (weights_hash, tokenizer_hash)]
+        of_memory = {"base tokenizer": tokenizer, "init": json_sha256(parts)}
+    if settings.tokenizer is not None:
         progress.say(
             "--tokenizer FOLDER (memory.tokenizer) is now --adapt-tokenizer "
             "(memory.adapt_tokenizer): a memory is always adapted to its base's."
         )
-    if settings.memory.adapts:
+    if settings.adapts:
         from vllm_memdec.checkpoint import tokenizer_fingerprint
         from vllm_memdec.train.corpus import load_tokenizer
 
-        memory_inputs["tokenizer"] = tokenizer_fingerprint(
-            load_tokenizer(settings.memory.tokenizer or base)
-        )
-    if settings.memory.init != "base":
-        from vllm_memdec.train.decoder import with_defaults
-
-        memory_defaults = with_defaults(settings.memory, base, progress.say)
-        settings = settings.model_copy(update={"memory": memory_defaults})
-    inputs = {"base": base_hash}
+        of_memory["tokenizer"] = tokenizer_fingerprint(load_tokenizer(settings.tokenizer or base))
+    text = {}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
-            inputs[name] = text_hash(path)
+            text[name] = hashes.text(path)
             if others := corpus_files(path)[1]:
                 progress.say(f"{name}: files in {path} that are no text and left out: {others}")
-    if inputs.get("validation") == inputs["corpus"]:
+    if text.get("validation") == text["corpus"]:
         raise MemdecError(
             "--validation is the text of --corpus, which the memory learns by heart: give text "
             "that it does not see, or leave --validation out."
         )
+    return {
+        "corpus": {"tokenizer": tokenizer} | text,
+        "datastore": {"base": weights},
+        "memory": of_memory,
+        "export": {"base": weights},
+    }
 
-    @functools.cache
-    def check_memory() -> None:
+
+@dataclass(frozen=True)
+class Stage:
+    """How one artifact is made, and all that decides what is in it."""
+
+    settings: dict[str, Any]
+    reads: tuple[str, ...]  # the stages before it whose artifacts it reads
+    make: Callable[[Path], None]
+    files: Callable[[Path], Iterable[str]]  # names of those that make() must leave in its folder
+    remedy: str  # what to do if memory runs out: it must keep the work that is done
+
+
+@dataclass(frozen=True)
+class Compilation:
+    """The stages of one build; `done` holds the artifacts of those before the one that runs."""
+
+    base: str
+    corpus: Path
+    output: Path
+    settings: Settings
+    validation: Path | None
+    progress: Progress
+    cluster: Cluster
+    budget: int
+    inputs: dict[str, dict[str, str]]
+    done: dict[str, Artifact]
+
+    def run(self, until: str) -> Artifact:
+        """Make or find every stage up to one; return that one's artifact."""
+        for name in STAGES[: STAGES.index(until) + 1]:
+            stage: Stage = getattr(self, f"{name}_stage")()
+            try:
+                self.done[name] = self.build_stage(name, stage)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise MemdecError(
+                        f"out of memory in the {name} stage: {stage.remedy} {AGAIN}"
+                    ) from error
+                raise
+        return self.done[until]
+
+    def build_stage(self, name: str, stage: Stage) -> Artifact:
+        """Make or find one stage's artifact."""
+
+        def make(work: Path) -> None:
+            assert self.memory_can_be
+            stage.make(work)
+
+        earlier = {each: self.done[each].hash for each in stage.reads}
+        inputs = self.inputs.get(name, {}) | earlier
+        path = self.output / name
+        say = self.progress.say
+        return build_artifact(path, name, stage.settings, inputs, make, say, stage.files)
+
+    @functools.cached_property
+    def memory_can_be(self) -> bool:
         """Refuse what only the fifth stage would stumble on."""
         from vllm_memdec.train.decoder import memory_config
-
-        memory_config(settings.memory, base, settings.corpus.block_tokens)
         from vllm_memdec.train.faiss_gpu import check_width
 
-        check_width(settings.targets.neighbours, settings.index.probes, cluster)
+        settings = self.settings
+        memory_config(settings.memory, self.base, settings.corpus.block_tokens)
+        check_width(settings.targets.neighbours, settings.index.probes, self.cluster)
+        return True
 
-    def stage(
-        name: str, stage_settings: dict, stage_inputs: dict, make: Callable[[Path], None]
-    ) -> Artifact:
-        def checked(work: Path) -> None:
-            check_memory()
-            make(work)
+    def path(self, stage: str) -> Path:
+        """Return the folder of a finished stage."""
+        return self.done[stage].path
 
-        return build_artifact(
-            output / name, name, stage_settings, stage_inputs, checked, progress.say
-        )
-
-    def make_corpus(work: Path) -> None:
-        from vllm_memdec.train.corpus import build_corpus
-
-        build_corpus(settings.corpus, base, corpus, validation, work, progress, cluster)
-
-    blocks = stage("corpus", settings.corpus.model_dump(), inputs, make_corpus)
-    if until == "corpus":
-        return blocks
-
-    def keys(folder: Path) -> Any:
+    def keys(self, datastore: Path) -> Any:
+        """Return the keys of the corpus's rows, of which a datastore may hold some."""
         from vllm_memdec.train.datastore import Keys
 
-        return Keys(settings.datastore, base, blocks.path, folder)
+        return Keys(self.settings.datastore, self.base, self.path("corpus"), datastore)
 
-    def make_datastore(work: Path) -> None:
-        from vllm_memdec.train.datastore import build_datastore
+    def corpus_stage(self) -> Stage:
+        settings = self.settings.corpus.model_dump()
+        if self.validation is not None:
+            settings["validation_fraction"] = None  # nothing is held out
 
-        build_datastore(keys(work), work, progress, cluster)
+        def make(work: Path) -> None:
+            from vllm_memdec.train.corpus import build_corpus
 
-    datastore = stage(
-        "datastore",
-        settings.datastore.model_dump(),
-        {"corpus": blocks.hash, "base": base_hash},
-        make_datastore,
-    )
+            text = self.corpus, self.validation
+            build_corpus(self.settings.corpus, self.base, *text, work, self.progress, self.cluster)
 
-    if until == "datastore":
-        return datastore
+        remedy = f"{OTHERS}, or give --ray-address none, which takes one worker,"
+        return Stage(settings, (), make, complete.corpus_files, remedy)
 
-    def make_index(work: Path) -> None:
-        from vllm_memdec.train.index import build_index
+    def datastore_stage(self) -> Stage:
+        settings = self.settings.datastore.model_dump()
+        batch = settings.pop("batch_blocks")  # bounds memory
+        if self.settings.datastore.key != "layer":
+            settings["layer_fraction"] = None
 
-        build_index(settings.index, keys(datastore.path), budget, work, progress, cluster)
+        def make(work: Path) -> None:
+            from vllm_memdec.train.datastore import build_datastore
 
-    index_settings = settings.index.model_dump()
-    probes = index_settings.pop("probes")  # of the search: another value needs no other index
-    index = stage("index", index_settings, {"datastore": datastore.hash}, make_index)
+            build_datastore(self.keys(work), work, self.progress, self.cluster)
 
-    if until == "index":
-        return index
+        def files(work: Path) -> Iterable[str]:
+            names = ("keys", "labels") if settings["keep_keys"] else ("labels",)
+            return complete.numbered(names, complete.n_shards(self.path("corpus")))
 
-    def make_targets(work: Path) -> None:
-        from vllm_memdec.train.search import Index
-        from vllm_memdec.train.targets import build_targets
+        remedy = lowered("datastore.batch_blocks", batch)
+        return Stage(settings, ("corpus",), make, files, remedy)
 
-        searched = Index(index.path, probes, budget)
-        build_targets(settings.targets, keys(datastore.path), searched, work, progress, cluster)
+    def index_stage(self) -> Stage:
+        from vllm_memdec.train.index import build_index, index_files, shaping
 
-    targets = stage(
-        "targets",
-        settings.targets.model_dump() | {"probes": probes},
-        {"datastore": datastore.hash, "index": index.hash},
-        make_targets,
-    )
+        rows = json.loads((self.path("corpus") / "corpus.json").read_text())["train"]["rows"]
+        settings = shaping(self.settings.index, rows, self.width())
 
-    if until == "targets":
-        return targets
+        def make(work: Path) -> None:
+            keys = self.keys(self.path("datastore"))
+            build_index(self.settings.index, keys, self.budget, work, self.progress, self.cluster)
 
-    def make_memory(work: Path) -> None:
-        from vllm_memdec.train.decoder import training_budget
-        from vllm_memdec.train.trainer import train_memory
+        return Stage(settings, ("datastore",), make, index_files, self.less_budget())
 
-        trained = training_budget(settings.memory, base, progress.say)
-        if trained.init != "base":
-            trained = trained.changed(init=os.path.abspath(trained.init))
-        if trained.tokenizer is not None:
-            trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
-        train_memory(trained, base, blocks.path, targets.path, work, progress, cluster)
+    def width(self) -> int:
+        """Return how many numbers a key has."""
+        if self.settings.datastore.keep_keys:
+            return load_shard(self.path("datastore"), "keys", 0).shape[1]
+        from vllm_memdec.train.corpus import load_config
 
-    from vllm_memdec.train.corpus import load_rows
+        return load_config(self.base).hidden_size
 
-    memory_settings = settings.memory.model_dump()
-    for name in ("checkpoint_seconds", "gradient_checkpointing", "parallel"):
-        memory_settings.pop(name)  # changes nothing in the result
-    memory_settings["batch_blocks"] = settings.memory.batch(len(load_rows(blocks.path, "train")))
-    memory_settings.pop("adapt_tokenizer"), memory_settings.pop("tokenizer")
-    if not settings.memory.adapts:  # else the tokenizer's hash is an input
-        memory_settings.pop("transfer_fraction")
-    memory_inputs |= {"corpus": blocks.hash, "targets": targets.hash}
-    memory = stage("memory", memory_settings, memory_inputs, make_memory)
+    def less_budget(self) -> str:
+        """Return what to do if an index takes too much memory, or keys that are computed again."""
+        kept = self.settings.datastore.keep_keys
+        return "lower --memory-budget" + ("" if kept else " or datastore.batch_blocks")
 
-    if until == "memory":
-        return memory
+    def targets_stage(self) -> Stage:
+        # Another number of probes needs no other index, but finds other neighbours.
+        settings = self.settings.targets.model_dump() | {"probes": self.settings.index.probes}
 
-    def make_export(work: Path) -> None:
-        from vllm_memdec.train.export import export_memory
+        def make(work: Path) -> None:
+            from vllm_memdec.train.search import Index
+            from vllm_memdec.train.targets import build_targets
 
-        artifacts = {"corpus": blocks, "targets": targets, "memory": memory}
-        provenance = {
-            "artifacts": {name: artifact.hash for name, artifact in artifacts.items()},
-            "settings": settings.model_dump() | {"memory": memory_settings},
-        }
-        export_memory(
-            settings.export,
-            base,
-            blocks.path,
-            targets.path,
-            memory.path,
-            provenance,
-            work,
-            progress,
-            cluster,
-        )
+            searched = Index(self.path("index"), self.settings.index.probes, self.budget)
+            keys = self.keys(self.path("datastore"))
+            build_targets(self.settings.targets, keys, searched, work, self.progress, self.cluster)
 
-    return stage(
-        "export",
-        settings.export.model_dump(),
-        {"memory": memory.hash, "corpus": blocks.hash, "targets": targets.hash, "base": base_hash},
-        make_export,
-    )
+        def files(work: Path) -> Iterable[str]:
+            from vllm_memdec.train.targets import ARRAYS
+
+            count = complete.n_shards(self.path("corpus"))
+            return ["targets.json", *complete.numbered(ARRAYS, count)]
+
+        return Stage(settings, ("datastore", "index"), make, files, self.less_budget())
+
+    def memory_stage(self) -> Stage:
+        def make(work: Path) -> None:
+            from vllm_memdec.train.decoder import training_budget
+            from vllm_memdec.train.trainer import train_memory
+
+            trained = training_budget(self.settings.memory, self.base, self.progress.say)
+            if trained.init != "base":
+                trained = trained.changed(init=os.path.abspath(trained.init))
+            if trained.tokenizer is not None:
+                trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
+            read = self.path("corpus"), self.path("targets")
+            train_memory(trained, self.base, *read, work, self.progress, self.cluster)
+
+        micro = self.settings.memory.micro_batch_blocks
+        remedy = lowered("memory.micro_batch_blocks", micro)
+        settings = self.memory_settings()
+        return Stage(settings, ("corpus", "targets"), make, complete.model_files, remedy)
+
+    def memory_settings(self) -> dict[str, Any]:
+        """Return what decides what is trained; what is read from folders is among the inputs."""
+        from vllm_memdec.train.corpus import load_rows
+
+        settings = self.settings.memory.model_dump()
+        for name in NO_MATTER:
+            settings.pop(name)
+        rows = load_rows(self.path("corpus"), "train")
+        settings["batch_blocks"] = self.settings.memory.batch(len(rows))
+        if settings["init"] != "base":
+            settings["init"] = "folder"
+        if settings["early_stop"] is None:
+            settings["evaluate_steps"] = None  # only looked at
+        if not self.settings.memory.adapts:  # else the tokenizer's hash is an input
+            settings.pop("transfer_fraction")
+        return settings
+
+    def export_stage(self) -> Stage:
+        settings = self.settings.export.model_dump()
+        read = ("corpus", "targets", "memory")
+
+        def make(work: Path) -> None:
+            from vllm_memdec.train.export import export_memory
+
+            made = {name: self.done[name].manifest["settings"] for name in self.done}
+            provenance = {
+                "artifacts": {name: self.done[name].hash for name in read},
+                "settings": made | {"export": settings},
+            }
+            paths = [self.path(name) for name in read]
+            runs = self.progress, self.cluster
+            export_memory(self.settings.export, self.base, *paths, provenance, work, *runs)
+
+        return Stage(settings, read, make, complete.model_files, OTHERS)
+
+
+def lowered(setting: str, value: int) -> str:
+    """Return the advice to lower a setting, or another one where it cannot be lower."""
+    return f"lower {setting} (it is {value})" if value > 1 else OTHERS

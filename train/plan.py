@@ -273,7 +273,7 @@ class Job:
 
     def export(self) -> Stage:
         rates = self.rates
-        scored = min(self.held_out, CALIBRATION_TOKENS)
+        scored = 2 * min(self.held_out, CALIBRATION_TOKENS)  # in short and in long contexts
         # Beside the base only weights of the memory are read and written.
         seconds = rates.reload + rates.checkpoint / 2
         seconds += scored * (rates.score_base + rates.score_memory)

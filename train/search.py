@@ -17,6 +17,7 @@ import torch
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.faiss_gpu import GPU_LARGEST_K, no_gpu, to_gpu
+from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.index import (
     CODE_SAMPLE,
     GRAPH_SEARCH,
@@ -119,8 +120,9 @@ class Index:
         path = self.folder / TRAINED
         if "IVF" not in self.facts["kind"]:
             return None
-        if not path.exists():  # of a release that wrote it into every part
-            path = self.folder / "index-00000.faiss"
+        old = self.folder / "index-00000.faiss"  # of a release that wrote it into every part
+        if not path.exists() and old.exists():
+            path = old
         index = self._read(path, lambda p: faiss.read_index(p, SKIP_TABLES))
         ivf = inverted(index)
         ivf.nprobe = min(self.probes, ivf.nlist)
@@ -189,6 +191,7 @@ class Index:
                 pass
             return read(str(path))
         except (FileNotFoundError, RuntimeError) as error:
+            reraise(error, path)
             raise self.damaged(path) from error
 
     def _open(self, part: int) -> Any:

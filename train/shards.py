@@ -4,14 +4,15 @@ A shard is the unit of work: what a worker writes at once, and the most that is 
 worker or the whole run was killed. All reading is by memory map.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.artifacts import write_atomic
+from vllm_memdec.train.artifacts import write_hashed
 
 
 def shard_path(folder: Path, name: str, shard: int) -> Path:
@@ -21,21 +22,17 @@ def shard_path(folder: Path, name: str, shard: int) -> Path:
 
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file that is whole or absent."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as file:
-            np.save(file, array)
-
-    write_atomic(path, write)
+    write_hashed(path, lambda file: np.lib.format.write_array(file, array, allow_pickle=False))
 
 
 def load_array(path: Path) -> np.ndarray:
-    """Return an .npy file's array, memory-mapped; MemdecError if the file is cut off or absent."""
+    """Return an .npy file's array, memory-mapped; MemdecError if the file is cut off or absent.
+
+    Any other refusal of the operating system is raised as it is: the file may be whole.
+    """
     try:
-        return np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, PermissionError):
-            raise
+        return np.lib.format.open_memmap(path, mode="r")
+    except (FileNotFoundError, NotADirectoryError, ValueError, EOFError):
         raise MemdecError(
             f"{path} is damaged or missing: delete the folder {path.parent} and build again."
         ) from None
@@ -46,11 +43,52 @@ def load_shard(folder: Path, name: str, shard: int) -> np.ndarray:
     return load_array(shard_path(folder, name, shard))
 
 
-def shards(folder: Path, name: str) -> list[np.ndarray]:
-    """Return the shards NAME-*.npy of an artifact in order, memory-mapped."""
-    # By number, not by name: beyond 99,999 shards the two differ.
-    paths = sorted(folder.glob(f"{name}-*.npy"), key=lambda path: int(path.stem.split("-")[-1]))
-    return [load_array(path) for path in paths]
+def unfinished(folder: Path, names: tuple[str, ...], count: int) -> list[int]:
+    """Return the shards below count of which any of the files NAME-N.npy is missing."""
+    there = {path.name for path in folder.iterdir()}
+    return [
+        n
+        for n in range(count)
+        if not all(shard_path(folder, name, n).name in there for name in names)
+    ]
+
+
+class Shards(Sequence[np.ndarray]):
+    """The shards NAME-*.npy of a folder in order, each mapped for the time it is looked at.
+
+    However many there are, no more files are open than arrays are held.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        # By number, not by name: beyond 99,999 shards the two differ.
+        found = folder.glob(f"{name}-*.npy")
+        self.paths = sorted(found, key=lambda path: int(path.stem.split("-")[-1]))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return load_array(self.paths[number])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Return the number of rows of each shard [shards] int64."""
+        return np.array([len(shard) for shard in self], dtype=np.int64)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Return the number of each shard's first row, and of all rows [shards+1] int64."""
+        return np.r_[0, np.cumsum(self.lengths)].astype(np.int64)
+
+    @property
+    def rows(self) -> int:
+        """Return the number of rows of all shards."""
+        return int(self.starts[-1])
+
+
+def shards(folder: Path, name: str) -> Shards:
+    """Return the shards NAME-*.npy of an artifact in order."""
+    return Shards(folder, name)
 
 
 class Sharded:

@@ -28,8 +28,9 @@ from vllm_memdec.train.faiss_gpu import check_width
 from vllm_memdec.train.index import sample_rows
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.search import Index
-from vllm_memdec.train.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
 
+ARRAYS = ("offsets", "labels", "ids", "probs")  # files of a shard
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
 SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
 FIT_ROWS = 2048  # rows the temperature is fitted on
@@ -261,8 +262,8 @@ class Searcher:
             "ids": np.concatenate([p[1] for p in parts]),
             "probs": np.concatenate([p[2] for p in parts]).astype(np.float16),
         }
-        for name, array in files.items():
-            save_array(shard_path(self.work, name, shard), array)
+        for name in ARRAYS:
+            save_array(shard_path(self.work, name, shard), files[name])
 
 
 def ahead(items: Iterator[Any]) -> Iterator[Any]:
@@ -315,7 +316,7 @@ def build_targets(
     if torch.cuda.is_available() and (why := index.on_cpu(k)):
         progress.say(f"targets: searched on CPUs, {why}")
     n_shards = len(starts) - 1
-    todo = [n for n in range(n_shards) if not shard_path(work, "probs", n).exists()]
+    todo = unfinished(work, ARRAYS, n_shards)
     # Of an index that does not fit in memory parts are read for every group: as many shards as
     # the budget allows. A few groups for each worker, as one may be lost.
     most = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * cluster.workers()))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.faults import reraise
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 256  # rows read at once; one may be a book
@@ -128,10 +129,9 @@ def _parquet(path: Path) -> Iterator[Any]:
             if "text" not in file.schema_arrow.names:
                 raise MemdecError(f"{path}: a parquet corpus needs a string column `text`.")
             yield file
-    except PermissionError:
-        raise
     # OSError for a broken page, UnicodeDecodeError for a string column that is none
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        reraise(error, path)
         what = " ".join(str(error).split())
         raise MemdecError(
             f"{path} is not a readable parquet file ({what}): copy it again."

@@ -35,7 +35,7 @@ from vllm_memdec.train.checkpoints import (
 )
 from vllm_memdec.train.cluster import Cluster, World, followed
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import EMBEDDED, TRAINED, blocks_at_once, device, load_model
+from vllm_memdec.train.datastore import EMBEDDED, blocks_at_once, device, trained_tokens
 from vllm_memdec.train.decoder import build_memory
 from vllm_memdec.train.evaluate import (
     best_alpha,
@@ -43,6 +43,7 @@ from vllm_memdec.train.evaluate import (
     mix,
     perplexity,
     sampled_validation,
+    validation_logprobs,
 )
 from vllm_memdec.train.head import Candidates, logits_transform
 from vllm_memdec.train.metrics import (
@@ -55,6 +56,7 @@ from vllm_memdec.train.metrics import (
     stopped_early,
 )
 from vllm_memdec.train.parallel import (
+    Spread,
     agreed,
     memory_of,
     restore,
@@ -117,9 +119,17 @@ def new_optimizer(model: Any, settings: MemorySettings) -> torch.optim.Optimizer
 
 
 def memory_loss(
-    memory: Any, batch: tuple, candidates: Candidates, settings: MemorySettings, scale: float
+    memory: Any,
+    batch: tuple,
+    candidates: Candidates,
+    settings: MemorySettings,
+    scale: float,
+    alone: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy."""
+    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy.
+
+    alone: no other process waits for the gradients.
+    """
     tokens, positions, places, labels, targets = batch
     with autocast_to(settings.dtype, tokens.device):
         trunk = memory.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -135,6 +145,7 @@ def memory_loss(
         columns=candidates.columns,
         dtype=getattr(torch, settings.dtype),
         scale=scale,
+        accumulate=alone,
     )
 
 
@@ -153,7 +164,8 @@ def add_gradients(
     """
     batch = batches.load(blocks, device())
     batches.expect(following, device())
-    loss, sums = module(memory_loss, batch, candidates, settings, scale)
+    alone = type(module) is Spread
+    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone)
     loss.backward()
     return sums
 
@@ -172,7 +184,7 @@ class Training:
         """Train from the last checkpoint to the end; rank 0 writes weights, config and logs/."""
         settings, logs = self.settings, self.work / LOGS
         batches = Batches(settings, self.corpus, self.targets)
-        base_N = self.base_logprobs(world)
+        base_N = self.base_logprobs(batches.block_tokens, world)
         memory = build_memory(settings, self.base, batches.block_tokens)
         module = spread(memory.to(device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
@@ -225,7 +237,7 @@ class Training:
                 weights = torch.load(self.work / BEST, weights_only=True)
             memory.save_pretrained(self.work, state_dict=weights)
 
-    def base_logprobs(self, world: World) -> np.ndarray | None:
+    def base_logprobs(self, block_tokens: int, world: World) -> np.ndarray | None:
         """Return the base's log-probabilities [rows] of the validation text; None if not needed.
 
         Rank 0 computes them, before the memory takes its room on the device, once: they are kept in
@@ -234,17 +246,15 @@ class Training:
         if self.settings.evaluate_steps is None or world.rank != 0:
             return None
         if not (self.work / BASE).exists():
-            tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
-            base = load_model(self.base, self.settings.dtype)
-            found = label_logprobs(base, tokens, positions, self.scored_blocks(tokens))
-            del base
+            batch = self.scored_blocks(block_tokens)
+            which = self.corpus, EVALUATION_TOKENS, batch
+            found = validation_logprobs(self.base, self.settings.dtype, *which)
             write_atomic(self.work / BASE, lambda p: torch.save(torch.from_numpy(found), p))
         return torch.load(self.work / BASE, weights_only=True).numpy()
 
-    def scored_blocks(self, tokens: np.ndarray) -> int:
-        """Return how many of the validation blocks [B, T+1] a forward pass takes."""
-        most = self.settings.micro_batch_blocks
-        return blocks_at_once(most, tokens.shape[1] - 1, device(), EMBEDDED)
+    def scored_blocks(self, block_tokens: int) -> int:
+        """Return how many of the validation blocks a forward pass takes."""
+        return blocks_at_once(self.settings.micro_batch_blocks, block_tokens, device(), EMBEDDED)
 
     def evaluate(
         self, module: torch.nn.Module, base_N: np.ndarray | None, world: World
@@ -256,7 +266,7 @@ class Training:
         tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
         module.eval()
         with autocast_to(self.settings.dtype, device()):
-            n = self.scored_blocks(tokens)
+            n = self.scored_blocks(tokens.shape[1] - 1)
             memory_N = run_alone(module, label_logprobs, tokens, positions, n)
         module.train()
         found = {}
@@ -326,7 +336,7 @@ class Training:
         blocks = batches.blocks(step)
         mine = blocks[world.rank :: world.size]
         most = self.settings.micro_batch_blocks
-        n = blocks_at_once(most, batches.block_tokens, device(), TRAINED)
+        n = blocks_at_once(most, batches.block_tokens, device(), trained_tokens(device()))
         passes = -(-len(blocks) // world.size)  # blocks of the process that has most
         return [mine[start : start + n] for start in range(0, passes, n)]
 

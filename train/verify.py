@@ -4,7 +4,6 @@ First what manifests can tell, every file against its hash; then the content, se
 check that cannot run says why, and is no failure.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import checks
 from vllm_memdec.train.artifacts import (
     HASHED,
-    MANIFEST,
     SCHEMA,
     data_files,
     file_sha256,
@@ -28,10 +26,14 @@ from vllm_memdec.train.artifacts import (
 )
 from vllm_memdec.train.built import Build, NotChecked
 from vllm_memdec.train.checks import Result
-from vllm_memdec.train.pipeline import STAGES, model_hash
+from vllm_memdec.train.faults import fault, sentence_of
+from vllm_memdec.train.inputs import same_base
+from vllm_memdec.train.ownership import MANIFEST, read_object
+from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
 
 OK, FAILED, MEASURED, NOT_CHECKED = "ok", "FAILED", "measured", "not checked"
+STRAY = "is no part of the build"
 COLOURS = {OK: "green", FAILED: "red", MEASURED: "cyan", NOT_CHECKED: "yellow"}
 
 
@@ -112,20 +114,19 @@ def locate(artifact: Path) -> tuple[Path, list[str]]:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a stage's manifest, or None if it is no manifest."""
+    manifest = read_object(folder / MANIFEST)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
         sizes = {str(name): (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
         inputs = {str(name): str(digest) for name, digest in manifest["inputs"].items()}
         read = manifest["hash"], manifest["schema"], manifest["stage"], sizes, inputs
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         return None
     return manifest if all(part is not None for part in read) else None
 
 
 def check_base(base: Path, manifests: dict[str, Any]) -> None:
     """Refuse another base than the build's."""
-    made_with = {m["inputs"]["base"] for m in manifests.values() if m and "base" in m["inputs"]}
-    if model_hash(str(base), "--base") not in made_with:
+    if not same_base(base, [manifest for manifest in manifests.values() if manifest]):
         raise MemdecError(f"{base} is not the base of this build: give the one it was made with.")
 
 
@@ -148,7 +149,7 @@ def find_damage(folder: Path, manifest: dict[str, Any] | None, progress: Progres
             advance(entry["bytes"])
     for path in sorted(data_files(folder)):
         if str(path.relative_to(folder)) not in manifest["files"]:
-            yield f"{folder.name}/{path.relative_to(folder)} is no part of the build"
+            yield f"{folder.name}/{path.relative_to(folder)} {STRAY}"
 
 
 def check_files(stages: list[str], damage: dict[str, list[str]]) -> Check:
@@ -158,7 +159,15 @@ def check_files(stages: list[str], damage: dict[str, list[str]]) -> Check:
         all_of_it = [what for stage in broken for what in damage[stage]]
         more = f" and {len(all_of_it) - 3} more" if len(all_of_it) > 3 else ""
         said = "; ".join(all_of_it[:3]) + more
-        return Check("files", FAILED, said, delete(*broken), {"damage": all_of_it})
+        # A file that is one too many may be the user's own: it is not for memdec to delete.
+        strays = [what.removesuffix(f" {STRAY}") for what in all_of_it if what.endswith(STRAY)]
+        fix = f"move {', '.join(strays[:3])} out of the build's folders" if strays else ""
+        damaged = [s for s in broken if not all(w.endswith(STRAY) for w in damage[s])]
+        if damaged:
+            fix += f"{'; then ' if fix else ''}{delete(*damaged)}"
+        else:
+            fix += " and verify again."
+        return Check("files", FAILED, said, fix, {"damage": all_of_it})
     return Check("files", OK, f"whole: {', '.join(stages)}")
 
 
@@ -222,6 +231,11 @@ def run(name: str, function: Callable[[Build], Result], build: Build, fix: str) 
     except NotChecked as why:
         return Check(name, NOT_CHECKED, str(why))
     except (ValueError, OSError, RuntimeError, LookupError) as error:
+        if fault(error) is not None:  # says nothing of the build
+            why = str(sentence_of(error))
+            return Check(
+                name, FAILED, f"could not be run: {why}", f"no file is known damaged: {why}"
+            )
         what = (str(error).splitlines() or [type(error).__name__])[0]
         return Check(name, FAILED, f"cannot be read: {what}", fix)
     if passed is None:

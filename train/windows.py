@@ -25,7 +25,7 @@ EDGES = (0, 64, 256, 512, *(2**n for n in range(10, 21)))  # of context, in toke
 FEWEST_ROWS = 256  # that an alpha is tuned on
 LONGEST = 4096  # tokens of a window by default: longer prompts are rare, and attention is quadratic
 SHORTEST = 512
-FILLED = 8  # windows that the text should fill
+FILLED = 4  # windows that the text should fill
 TOKENS_AT_ONCE = 2048  # of a forward pass, or one window
 RUNS = 64  # parts of a long validation text that are read, spread evenly
 

@@ -123,7 +123,20 @@ def write_block(folder: str | Path, block: MemoryBlock) -> None:
     path = Path(folder) / "config.json"
     config = json.loads(path.read_text())
     config["memdec"] = asdict(block)
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    path.write_text(json_text(config))
+
+
+def json_text(value: Any) -> str:
+    """Return JSON for people; null for infinity and nan, which JSON has no word for."""
+    return json.dumps(_finite(value), indent=2, sort_keys=True, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def tokenizer_vocabulary(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:

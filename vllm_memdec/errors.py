@@ -1,17 +1,8 @@
 """The class of what users can mend; every other error is a defect and keeps its traceback."""
 
-import errno
-
 
 class MemdecError(ValueError):
     """One sentence for a person: what is wrong, and what to do about it."""
-
-
-def of_the_machine(error: Exception) -> bool:
-    """Return whether an error is of the machine, not of the content of a file that was read."""
-    known = isinstance(error, OSError) and error.errno not in (None, errno.ENOENT)
-    # PyTorch's own class for a full GPU is a RuntimeError.
-    return known or isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def said_by(error: Exception) -> str:

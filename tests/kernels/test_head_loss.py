@@ -71,16 +71,18 @@ def assert_close(got, want, tolerance):
         assert (got - want).abs().max() <= tolerance * want.abs().max()
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("N", [0, 1, 10, 43])
-def test_gradients_are_those_of_the_whole(N, transform, dtype):
+def test_gradients_are_those_of_the_whole(N, transform, dtype, accumulate):
     h_ND, weight_VD, bias_V, labels_N, targets = make(N)
     want, gradients = plain(h_ND, weight_VD, bias_V, labels_N, targets, TRANSFORMS[transform])
     for times in (1, 2):  # a second micro-batch adds to the first
         losses = backpropagate(
             h_ND, weight_VD, labels_N, targets, BETA,
             bias_V=bias_V, transform=TRANSFORMS[transform], dtype=dtype, scale=SCALE,
+            accumulate=accumulate,
         )  # fmt: skip
         for a, b in zip(losses, want, strict=True):
             assert_close(a, b.detach(), TOLERANCE[dtype])
@@ -139,15 +141,16 @@ def test_bfloat16_is_no_worse_than_autocast():
         assert (a - b).norm() <= 1.1 * (leaf.grad - b).norm()
 
 
+@pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_columns(dtype):
+def test_columns(dtype, accumulate):
     """Columns in any order; the rows of those that do not learn get no gradient."""
     h_ND, weight_VD, bias_V, labels_N, targets = make(43, columns=60)
     columns = Columns(torch.randperm(V)[:100], torch.rand(100), trained=60)
     want, gradients = plain(h_ND, weight_VD, bias_V, labels_N, targets, None, columns)
     losses = backpropagate(
         h_ND, weight_VD, labels_N, targets, BETA,
-        bias_V=bias_V, columns=columns, dtype=dtype, scale=SCALE,
+        bias_V=bias_V, columns=columns, dtype=dtype, scale=SCALE, accumulate=accumulate,
     )  # fmt: skip
     for a, b in zip(losses, want, strict=True):
         assert_close(a, b.detach(), TOLERANCE[dtype])
@@ -158,11 +161,13 @@ def test_columns(dtype):
         assert (leaf.grad[~learns] == 0).all() and (b[columns.ids[60:]] != 0).any()
 
 
-def test_history_of_the_hidden_states_is_gone_through():
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_history_of_the_hidden_states_is_gone_through(accumulate):
     """A weight that is the embedding too gets the gradients of both uses."""
     h_ND, weight_VD, bias_V, labels_N, targets = make(20)
     tokens_N = torch.randint(V, (20,))
-    backpropagate(weight_VD[tokens_N].tanh(), weight_VD, labels_N, targets, BETA, scale=SCALE)
+    how = {"scale": SCALE, "accumulate": accumulate}
+    backpropagate(weight_VD[tokens_N].tanh(), weight_VD, labels_N, targets, BETA, **how)
     leaf = weight_VD.detach().double().requires_grad_()
     row, token, p = targets.entries()
     logq_NV = (leaf[tokens_N].tanh() @ leaf.t()).log_softmax(-1)

@@ -199,10 +199,11 @@ def build(quick):
         def say(self, line):
             self.lines.append(line)
 
-    def make(base, corpus, output, changes=None, validation=None) -> list[str]:
+    def make(base, corpus, output, changes=None, validation=None, until="export") -> list[str]:
         progress = Listening()
         progress.lines = []
-        run(base, corpus, output, parse_settings(quick(changes)), validation, progress)
+        settings = parse_settings(quick(changes))
+        run(base, corpus, output, settings, validation, progress, until=until)
         return progress.lines
 
     return make

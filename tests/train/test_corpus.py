@@ -16,17 +16,16 @@ from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import CorpusSettings
 from vllm_memdec.train.corpus import (
     build_corpus,
-    digest,
     load_blocks,
     load_rows,
     load_used,
     pack,
     packed,
-    split_lengths,
     tokenise,
     valid_rows,
 )
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.split import digest, split_lengths
 from vllm_memdec.train.text import Piece, corpus_files, pieces, read_documents, text_hash
 
 FILLER = -7

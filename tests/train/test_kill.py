@@ -107,7 +107,8 @@ def test_ctrl_c_stops_with_a_word(tiny_model, tmp_path, command, english, jsonl)
 def test_killed_while_adapting_a_memory(tiny_model, tmp_path, command, english, jsonl, hashes):
     """The exchange of the vocabulary is made again by the next run, to the same numbers."""
     corpus = jsonl(tmp_path / "corpus.jsonl", english(60))
-    settings = SETTINGS | {"memory": SETTINGS["memory"] | {"transfer_fraction": 1.0}}
+    memory = SETTINGS["memory"] | {"layers": None, "transfer_fraction": 1.0}
+    settings = SETTINGS | {"memory": memory}
     base, init = tiny_model("gpt2", tokenizer=3), tiny_model("gpt2", seed=5)
     undisturbed, broken = (command(base, corpus, settings, name) for name in ("whole", "broken"))
     for memdec in (undisturbed, broken):

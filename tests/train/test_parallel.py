@@ -9,12 +9,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from vllm_memdec.train import trainer
 from vllm_memdec.train.checkpoints import STOP, saved_step
 from vllm_memdec.train.cluster import Here, World
 from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.datastore import layers_of
 from vllm_memdec.train.metrics import read_metrics
+from vllm_memdec.train.parallel import spread
 from vllm_memdec.train.progress import Progress
 
 SETTINGS = MemorySettings(
@@ -116,6 +119,15 @@ def test_torchrun_builds_with_all_its_processes(pipeline, quick, tmp_path):
     assert ours == pytest.approx(theirs, rel=LOSS) and len(ours) > 20
     weights = [load_file(o / "memory/model.safetensors") for o in (output, pipeline.output)]
     assert any(not torch.equal(weights[0][n], weights[1][n]) for n in weights[0])  # divided
+
+
+def test_layers_are_compiled_where_asked(tiny_model):
+    """By default on a GPU alone: a tiny model on a CPU takes half a minute to compile."""
+    for settings, compiled in ((SETTINGS, False), (SETTINGS.changed(compile=True), True)):
+        memory = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+        spread(memory, settings, World())
+        found = [layer._compiled_call_impl is not None for layer in layers_of(memory)]
+        assert found == [compiled or torch.cuda.is_available()] * len(found)
 
 
 def test_torchrun_wants_no_ray(pipeline, tmp_path, memdec_here, monkeypatch):

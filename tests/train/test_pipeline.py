@@ -12,6 +12,7 @@ from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import check_gate, read_gate, write_gate
 from vllm_memdec.train.artifacts import locked, open_artifact
+from vllm_memdec.train.inputs import REMEMBERED
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.windows import validation_documents, windows
 
@@ -19,7 +20,8 @@ UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
 
 
 def times(folder):
-    return {p: p.stat().st_mtime_ns for p in sorted(folder.rglob("*")) if p.name != ".lock"}
+    found = sorted(p for p in folder.rglob("*") if p.name not in (".lock", REMEMBERED))
+    return {p: p.stat().st_mtime_ns for p in found}
 
 
 @pytest.fixture
@@ -65,9 +67,7 @@ def test_changed_text_rebuilds_everything(pipeline, build, copy, tmp_path, engli
     ] * len(STAGES)
 
 
-@pytest.mark.parametrize(
-    "name", ["targets/probs-00000.npy", "export/model.safetensors", "memory/manifest.json"]
-)
+@pytest.mark.parametrize("name", ["targets/probs-00000.npy", "export/model.safetensors"])
 def test_a_damaged_artifact_is_rebuilt_the_same(pipeline, build, copy, hashes, name):
     whole = hashes(copy)
     content = (copy / name).read_bytes()
@@ -77,6 +77,16 @@ def test_a_damaged_artifact_is_rebuilt_the_same(pipeline, build, copy, hashes, n
     assert f"{stage}: building again, it is damaged" in lines
     assert [f"{s}: up to date" in lines for s in STAGES] == [s != stage for s in STAGES]
     assert hashes(copy) == whole
+
+
+def test_without_its_manifest_a_folder_is_left_alone(pipeline, build, copy):
+    """It could be anybody's: what is no artifact any more is for the user to move or delete."""
+    path = copy / "memory/manifest.json"
+    path.write_bytes(path.read_bytes()[:100])
+    before = times(copy)
+    with pytest.raises(MemdecError, match="out/memory is in the way .*: move it elsewhere"):
+        build(pipeline.base, pipeline.corpus, copy)
+    assert times(copy) == before
 
 
 def test_same_settings_in_another_folder_give_the_same_hashes(pipeline, build, tmp_path, hashes):
@@ -130,7 +140,8 @@ def test_unfinished_work_for_other_settings_is_not_mixed_in(pipeline, build, cop
     whole = hashes(copy)
     partial = copy / "targets.partial"
     (copy / "targets").rename(partial)
-    (partial / "plan.json").write_text("{}")
+    plan = {"schema": 1, "stage": "targets", "settings": {"neighbours": 3}, "inputs": {}}
+    (partial / "plan.json").write_text(json.dumps(plan))
     np.save(partial / "probs-00000.npy", np.zeros(3, np.float16))
     lines = build(pipeline.base, pipeline.corpus, copy)
     assert any(line.startswith("targets: starting over") for line in lines)
@@ -222,9 +233,13 @@ def test_export_is_a_checkpoint_with_a_calibrated_weight(two_domains):
 
 def test_a_fresh_memory_of_another_architecture(pipeline, build, tiny_model, tmp_path):
     """memory.init may be only a config; weights are stored as bfloat16 unless told otherwise."""
-    shutil.copy(tiny_model("gpt2") + "/config.json", tmp_path)
+    (tmp_path / "init").mkdir()
+    shutil.copy(tiny_model("gpt2") + "/config.json", tmp_path / "init")
     out = tmp_path / "out"
-    changes = {"memory": {"init": str(tmp_path), "epochs": 0.2}, "export": {"dtype": "bfloat16"}}
+    changes = {
+        "memory": {"init": str(tmp_path / "init"), "epochs": 0.2},
+        "export": {"dtype": "bfloat16"},
+    }
     build(pipeline.base, pipeline.corpus, out, changes)
     export = AutoModelForCausalLM.from_pretrained(out / "export", dtype="auto")
     assert type(export).__name__ == "GPT2LMHeadModel" and export.dtype == torch.bfloat16

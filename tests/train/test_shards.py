@@ -1,10 +1,17 @@
 """Arrays in shards: reading is that of the whole array, and a damaged file is named."""
 
+import collections
+import hashlib
+import re
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from vllm_memdec.train.artifacts import build_artifact
-from vllm_memdec.train.shards import Sharded, load_shard, save_array, shard_path, shards
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.artifacts import build_artifact, file_sha256, write_atomic
+from vllm_memdec.train.shards import Sharded, load_shard, save_array, shard_path, shards, unfinished
 
 WHOLE = np.arange(46, dtype=np.int32).reshape(23, 2)
 
@@ -64,3 +71,74 @@ def test_the_same_settings_are_up_to_date(tmp_path):
         settings = {"units": (256, 16), "weights": {"domain": 1.0}}
         build_artifact(tmp_path / "gate", "gate", settings, {}, made.append, lambda line: None)
     assert len(made) == 1
+
+
+READ = collections.deque(maxlen=1000)  # names of the files that were opened last to be read
+sys.addaudithook(
+    lambda event, given: (
+        event == "open"
+        and isinstance(given[0], str)
+        and (given[1] or "r")[0] == "r"
+        and READ.append(Path(given[0]).name)
+    )
+)
+
+
+def test_sealing_reads_no_shard_again(tmp_path):
+    """Writers leave the hash of what they wrote; those of a killed run are taken, too."""
+
+    def killed(work):
+        for n in range(3):
+            save_array(shard_path(work, "a", n), WHOLE[n:])
+        raise KeyboardInterrupt
+
+    def make(work):
+        write_atomic(work / "of_a_library", lambda p: p.write_bytes(b"some index"))
+        save_array(shard_path(work, "a", 3), WHOLE)
+        (work / "without").write_text("left no hash")
+
+    with pytest.raises(KeyboardInterrupt):
+        build_artifact(tmp_path / "x", "x", {}, {}, killed, lambda line: None)
+    READ.clear()
+    found = build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
+    read = set(READ)
+    assert "without" in read and not {name for name in read if name.endswith((".npy", "library"))}
+    names = [f"a-0000{n}.npy" for n in range(4)]
+    assert list(found.manifest["files"]) == [*names, "of_a_library", "without"]
+    for name, entry in found.manifest["files"].items():
+        content = (found.path / name).read_bytes()
+        assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert sorted(p.name for p in found.path.iterdir() if p.is_dir()) == []
+
+
+def test_two_writers_of_one_shard(tmp_path):
+    """A worker that was given up may still write: whichever came last is what is sealed."""
+
+    def make(work):
+        path = shard_path(work, "a", 0)
+        save_array(path, WHOLE)
+        save_array(path, WHOLE + 1)
+
+    found = build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
+    assert found.manifest["files"]["a-00000.npy"]["sha256"] == file_sha256(
+        found.path / "a-00000.npy"
+    )
+
+
+def test_a_shard_that_lost_bytes_before_it_is_sealed(tmp_path):
+    """The sentence is followed: the shard is made again, the others are kept."""
+    made = []
+
+    def make(work, damage=True):
+        for n in unfinished(work, ("a",), 3):
+            save_array(shard_path(work, "a", n), WHOLE)
+            made.append(n)
+        path = shard_path(work, "a", 1)
+        if damage:
+            path.write_bytes(path.read_bytes()[:-9])
+
+    with pytest.raises(MemdecError, match="a-00001.npy has 303 of the 312 bytes") as raised:
+        build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
+    Path(re.search(r"delete (\S+)", str(raised.value))[1]).unlink()
+    build_artifact(tmp_path / "x", "x", {}, {}, lambda w: make(w, False), lambda line: None)
+    assert made == [0, 1, 2, 1]

@@ -473,6 +473,32 @@ def test_the_budget_shapes_no_index(tmp_path):
     assert trained[0] == trained[1]
 
 
+def test_an_index_is_divided_anew_unless_a_part_is_filled(tmp_path, monkeypatch):
+    """A budget lowered because a part took too much memory divides what was trained already."""
+    keys, labels = clustered(12_000)
+    source = store(tmp_path, keys, labels)
+    folder, again = tmp_path / "index", tmp_path / "again"
+    folder.mkdir(), again.mkdir()
+    whole = index_stage.Filler.__call__
+
+    def fails(self, part):
+        if len(self.parts) < 3 or part == 2:
+            raise RuntimeError("no memory")
+        return whole(self, part)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(index_stage.Filler, "__call__", fails)
+        for budget in (BUDGET, 1 << 19):  # one part, then three
+            with pytest.raises(RuntimeError, match="no memory"):
+                build_index(IndexSettings(), source, budget, folder, Progress(), Here())
+            patch.setattr(index_stage, "train_index", None)  # once is enough
+    build_index(IndexSettings(), source, 1 << 16, folder, Progress(), Here())
+    assert len(list(folder.glob("lists-*"))) == 3  # two of them were filled before
+    build_index(IndexSettings(), source, BUDGET, again, Progress(), Here())
+    found, expected = (Index(where, 8, BUDGET).search(keys[:50], 5) for where in (folder, again))
+    assert np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0])
+
+
 def test_the_index_is_read_once_for_a_group_of_shards(tmp_path, monkeypatch):
     """Parts that do not stay open: not once a shard. What a killed run finished is kept."""
     keys, labels = clustered(4000)

@@ -334,7 +334,7 @@ def test_evaluation_is_of_the_mixture_that_is_served(pipeline, tiny_model, tmp_p
 def test_the_base_is_scored_once(pipeline, tiny_model, tmp_path, monkeypatch):
     """A resumed run reads what the run before it computed, and does not load the base."""
     training, save = trainer.Training, trainer.write_atomic
-    monkeypatch.setattr(trainer, "load_model", lambda *_: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(trainer, "validation_logprobs", lambda *_: pytest.fail("the base is known"))
     out = pipeline.output
     tokens, positions = validation(pipeline)
     model = AutoModelForCausalLM.from_pretrained(pipeline.base)
@@ -343,8 +343,8 @@ def test_the_base_is_scored_once(pipeline, tiny_model, tmp_path, monkeypatch):
     save(tmp_path / trainer.BASE, lambda p: torch.save(torch.from_numpy(known_N), p))
     settings = MemorySettings(evaluate_steps=1)
     work = training(settings, pipeline.base, out / "corpus", out / "targets", tmp_path)
-    assert np.array_equal(work.base_logprobs(World()), known_N)
-    assert work.base_logprobs(World(1, 2)) is None  # rank 0 mixes for all
+    assert np.array_equal(work.base_logprobs(32, World()), known_N)
+    assert work.base_logprobs(32, World(1, 2)) is None  # rank 0 mixes for all
 
 
 def test_every_step_records_what_it_was_taken_with(pipeline, tiny_model, tmp_path):

@@ -149,6 +149,19 @@ def test_a_stray_shard_is_seen(copy):
     assert failed(found) == ["files"] and "datastore/keys-00099.npy is no" in found["files"].detail
 
 
+def test_a_file_of_the_user_s_is_not_to_be_deleted(copy):
+    """What the sentence says is done: the file is moved, nothing is made again."""
+    (copy / "export/README.md").write_text("My model card.")
+    fix = checked(copy)["files"].fix
+    assert fix == "move export/README.md out of the build's folders and verify again."
+    (copy / "export/README.md").rename(copy / "README.md")
+    assert failed(checked(copy)) == []
+    (copy / "export/README.md").write_text("My model card.")
+    truncated(copy / "targets/ids-00000.npy")
+    fix = checked(copy)["files"].fix
+    assert fix.startswith("move export/README.md out of the build's folders; then delete the tar")
+
+
 def test_manifests_of_others(copy):
     path = copy / "targets/manifest.json"
     whole = json.loads(path.read_text())

@@ -135,7 +135,8 @@ def test_windows_are_as_long_as_the_text_fills():
         max_position_embeddings = 2048
 
     assert window_tokens(None, 100, []) == 512
-    assert window_tokens(None, 8 * 1024, []) == 1024
+    assert window_tokens(None, 4 * 1024 - 1, []) == 512
+    assert window_tokens(None, 4 * 1024, []) == 1024
     assert window_tokens(None, 10**9, []) == 4096
     assert window_tokens(None, 10**9, [Config, object]) == 2048
     assert window_tokens(700, 10, [Config]) == 700

@@ -1,0 +1,43 @@
+"""Which documents of a corpus are held out for validation: by their text, not by their place."""
+
+import hashlib
+
+import numpy as np
+
+LARGEST_SHARE = 3  # of the fraction to hold out, that one long document may take it to
+
+
+def digest(text: str) -> int:
+    """Return 64 bits of a text's SHA-256: the same in every process, so no seed decides a split."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+
+
+def split_lengths(
+    lengths: np.ndarray,
+    texts: np.ndarray,
+    groups: np.ndarray,
+    fraction: float,
+    block_tokens: int,
+) -> np.ndarray:
+    """Return how many tokens of each document are trained on; the rest of it is held out.
+
+    Groups of documents are held out whole, those with the lowest digests until they are enough: so
+    neither the order of documents nor a period in it decides, and equal texts are on one side.
+    Where groups are too few or too long for that, the tail of the text is held out.
+    """
+    total = int(lengths.sum())
+    enough = max(block_tokens + 1, fraction * total)
+    most = min(LARGEST_SHARE * fraction, 0.6) * total
+    ids, group = np.unique(groups, return_inverse=True)  # ascending digests
+    sizes = np.bincount(group, lengths, minlength=len(ids))
+    candidates = np.flatnonzero(sizes <= most / 2)  # a long one must not take the corpus away
+    first = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))  # with which it is enough
+    held_out = np.isin(group, candidates[: first + 1])
+    held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
+    if first < len(candidates) and lengths[held_out].sum() <= most:
+        return np.where(held_out, 0, lengths)
+    cut = total - max(block_tokens + 1, int(total * fraction))
+    starts = np.cumsum(lengths) - lengths
+    taken = np.clip(cut - starts, 0, lengths)
+    # One token alone predicts nothing: it goes with the rest of its document.
+    return np.where(taken > 1, taken, 0)
