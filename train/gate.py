@@ -244,8 +244,8 @@ class Rows:
 def even(position_N: np.ndarray) -> torch.Tensor:
     """Return weights [N] of a text's rows, 1 in all, and as much for each length of context.
 
-    Long contexts have most of the rows, short ones most of the requests. A length of few rows counts
-    for less, or they would be learnt by heart.
+    Long contexts have most of the rows, short ones most of the requests. A length of few rows
+    counts for less, or they would be learnt by heart.
     """
     bucket_N = bucket_of(position_N)
     rows = np.bincount(bucket_N)
