@@ -33,12 +33,13 @@ from transformers import AutoTokenizer
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
 from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.corpus import pack, tokenise
+from vllm_memdec.train.corpus import pack, tokenise, valid_rows
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import label_logprobs, mix, perplexity
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import documents, text_hash
+from vllm_memdec.train.windows import alpha_at
 
 HERE = Path(__file__).resolve().parent
 
@@ -123,19 +124,21 @@ def score(
         "base": load_model(str(base), "bfloat16"),
         "memory": load_model(str(export), "bfloat16"),
     }
-    alpha = read_block(export).alpha
+    block = read_block(export)
+    table = block.alpha_by_context or [[0, block.alpha]]
     made_with = json.loads((demo.out / "targets" / "targets.json").read_text())["temperature"]
-    logprobs, neighbours = {}, {}
+    logprobs, neighbours, positions = {}, {}, {}
     for text, path in texts.items():
         blocks = pack(
             tokenise(tokenizer, documents(path)),
             settings.corpus.block_tokens,
             tokenizer.eos_token_id,
         )
+        positions[text] = blocks[1][:, :-1][valid_rows(blocks[1])]
         for name, model in models.items():
             logprobs[text, name] = label_logprobs(model, *blocks, 4, progress, f"{name}, {text}")
         neighbours[text] = find_neighbours(demo.out, models["base"], settings, *blocks)
-    found = {"alpha": alpha}
+    found = {"alpha": table}
     for text, tuned_on in SCORED.items():
         weight, temperature = tune(logprobs[tuned_on, "base"], neighbours[tuned_on], made_with)
         base_N, memory_N = logprobs[text, "base"], logprobs[text, "memory"]
@@ -143,7 +146,7 @@ def score(
         found[text] = {
             "base": perplexity(base_N),
             "memory": perplexity(memory_N),
-            "mixture": perplexity(mix(base_N, memory_N, alpha)),
+            "mixture": perplexity(mix(base_N, memory_N, alpha_at(table, positions[text]))),
             "knn_lm": perplexity(mix(base_N, knn_N, weight)),
             "knn_lambda": weight,
             "tokens": len(base_N),
@@ -226,7 +229,8 @@ def ask_server(demo: Demo, base: Path, export: Artifact, learned: list[data.Fact
 
 def report_markdown(report: dict) -> str:
     """Return the report for people."""
-    r = report["recall"]
+    r, table = report["recall"], report["perplexity"]["alpha"]
+    weights = ", ".join(f"{alpha:.2f} from position {start}" for start, alpha in table)
     lines = [
         "| | base | memory alone | base + memory | kNN-LM |",
         "|---|---|---|---|---|",
@@ -243,8 +247,8 @@ def report_markdown(report: dict) -> str:
         f"| exact recall of {r['facts']} facts of the corpus | {r['base']:.1%} | "
         f"{r['memory']:.1%} | {r['mixture']:.1%} | not measured |",
         "",
-        f"alpha = {report['perplexity']['alpha']:.2f}, calibrated on other countries than those "
-        "scored; kNN-LM with lambda and temperature tuned on the same.",
+        f"alpha by length of context, tuned on other countries than those scored: {weights}; "
+        "kNN-LM with lambda and temperature tuned on the same.",
         "",
         "| prompt | truth | base says | mixture says | P(base) | P(memory) | P(mixture) |",
         "|---|---|---|---|---|---|---|",

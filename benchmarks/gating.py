@@ -254,7 +254,8 @@ def recall(base: Path, folder: Path) -> dict[str, Any]:
             said[name] = demo.recall(facts, asker.answers(facts, None))
             if not gate:
                 said["base"] = demo.recall(facts, asker.answers(facts, 0.0))
-    alpha = read_block(folder).alpha
+    block = read_block(folder)
+    alpha = (block.alpha_by_context or [[0, block.alpha]])[0][1]  # that of short requests
     return {"what": "facts said by heart", "count": len(facts), "alpha": alpha, **said}
 
 

@@ -32,7 +32,14 @@ from vllm_memdec.train.gate_report import draw, report, token_class
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.split import digest
 from vllm_memdec.train.text import documents
-from vllm_memdec.train.windows import Windows, window_logprobs, window_tokens, windows
+from vllm_memdec.train.windows import (
+    FEWEST_ROWS,
+    Windows,
+    bucket_of,
+    window_logprobs,
+    window_tokens,
+    windows,
+)
 
 READ_TOKENS = 2**22  # of each file; the rest would not be looked at
 MOST_TOKENS = 2**18  # scored of each kind of text,
@@ -45,14 +52,14 @@ DECAY, DECAY_WIDTH = 3.0, 576  # from that width on; of a narrower memory in pro
 KEPT = 5  # one document in so many is not trained on
 SHORTEST_PIECE = 32  # tokens: texts of few documents are divided in pieces
 FEWEST = KEPT * (SHORTEST_PIECE + 1)  # tokens of a text
-# Of each kind of text, all its tokens.
+# Of each kind of text, all its tokens; see even() for how they share it.
 WEIGHTS = {"domain": 1.0, "corpus": 0.75, "general": 6.0, "in turn": 2.0}
 # All that a gate depends on beside the texts: what its cached copies are known by.
 SETTINGS = {
     "units": (HIDDEN, CERTAINTY),
     "training": (STEPS, BATCH, RATE, DROPOUT, DECAY, DECAY_WIDTH),
     "weights": WEIGHTS,
-    "context": True,
+    "context": "even",
 }
 PASSAGE, SWITCHES = (16, 128), 4  # tokens of a passage; passages of a document that has both
 
@@ -234,6 +241,19 @@ class Rows:
         return mean_F, variance_F.sqrt() + 1e-6
 
 
+def even(position_N: np.ndarray) -> torch.Tensor:
+    """Return weights [N] of a text's rows, 1 in all, and as much for each length of context.
+
+    Long contexts have most of the rows, short ones most of the requests. A length of few rows
+    counts for less, or they would be learnt by heart.
+    """
+    bucket_N = bucket_of(position_N)
+    rows = np.bincount(bucket_N)
+    share = np.minimum(rows, FEWEST_ROWS) / np.maximum(rows, 1)
+    weight_N = share[bucket_N]
+    return torch.from_numpy(weight_N / weight_N.sum()).float()
+
+
 def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
     """Return the arrays of a gate trained on texts by their kind, see WEIGHTS."""
     parts = scored.values()
@@ -241,9 +261,7 @@ def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
     logp_N2 = torch.from_numpy(
         np.concatenate([np.stack([p.base_N, p.memory_N], 1) for p in parts])
     ).float()
-    weight_N = torch.cat(
-        [torch.full((len(p.base_N),), WEIGHTS[k] / len(p.base_N)) for k, p in scored.items()]
-    )
+    weight_N = torch.cat([WEIGHTS[k] * even(p.position_N) for k, p in scored.items()])
     weight_N *= len(weight_N) / weight_N.sum()
     mean_F, scale_F = x_NF.normal()
     with torch.random.fork_rng(devices=[]):

@@ -92,6 +92,16 @@ def test_the_amount_of_text_has_no_weight(monkeypatch):
     assert abs(alpha_N.mean() - 0.1875) < 0.1
 
 
+def test_each_length_of_context_has_the_same_weight():
+    """Short ones have few rows of a window, and most requests."""
+    position = np.r_[np.zeros(1000, int), np.full(9000, 100), np.full(64, 600)]
+    weight = gates.even(position)
+    first, second, few = (weight[torch.from_numpy(position == p)].sum() for p in (0, 100, 600))
+    assert float(first) == pytest.approx(float(second), rel=1e-3)
+    assert float(few) == pytest.approx(float(first) / 4, rel=1e-3)  # 64 rows of the 256
+    assert float(weight.sum()) == pytest.approx(1, rel=1e-4)
+
+
 def test_passages_take_turns():
     first = [list(range(100 * n, 100 * n + 90)) for n in range(4)]
     second = [list(range(1000, 2000))]
