@@ -8,6 +8,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from vllm_memdec.train.artifacts import write_atomic
 from vllm_memdec.train.cluster import World
@@ -44,12 +45,9 @@ def metrics_file(
     if world.rank != 0:
         yield lambda row: None, evaluations
         return
-    from tensorboardX import SummaryWriter
-
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomic(logs / METRICS, lambda p: p.write_text(text))
-    board = SummaryWriter(str(logs / "tensorboard"), purge_step=step + 1)
-    with open(logs / METRICS, "a", buffering=1) as file, contextlib.closing(board):
+    with open(logs / METRICS, "a", buffering=1) as file, _board(logs, step + 1) as board:
 
         def write(row: dict) -> None:
             file.write(json.dumps(row) + "\n")
@@ -57,6 +55,21 @@ def metrics_file(
                 board.add_scalar(name, row[name], row["step"])
 
         yield write, evaluations
+
+
+@contextlib.contextmanager
+def _board(logs: Path, step: int) -> Iterator[Any]:
+    """Yield a writer of TensorBoard's files that has forgotten an earlier run's from `step` on."""
+    from tensorboardX import SummaryWriter
+
+    board = SummaryWriter(str(logs / "tensorboard"), purge_step=step)
+    events = board.file_writer.event_writer
+    try:
+        with contextlib.closing(board):
+            yield board
+    finally:
+        # Where closing failed, as on a full disk, it would be tried again at exit, with a traceback.
+        events._closed = True
 
 
 def stopped_early(evaluations: list[tuple[float, ...]], patience: int | None) -> bool:

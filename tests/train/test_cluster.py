@@ -114,7 +114,9 @@ def test_a_node_is_lost_in_each_long_stage(tiny_model, command, corpus, alone, h
     for stage in ("corpus", "datastore", "index", "targets"):
         assert one[stage] == two[stage], stage
     assert last_loss(on_ray.output) == pytest.approx(last_loss(alone), rel=LOSS)
-    assert not list(on_ray.output.rglob("*.tmp")) and not list(on_ray.output.glob(".memdec-*"))
+    assert not list(on_ray.output.rglob("*.tmp")) and not list(
+        on_ray.output.glob(".memdec-proof-*")
+    )
     assert sorted(files(on_ray.output)) == sorted(files(alone))  # Ray leaves nothing there
 
 
