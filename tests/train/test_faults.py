@@ -23,8 +23,8 @@ from vllm_memdec.train.artifacts import open_artifact
 from vllm_memdec.train.corpus import load_config, load_tokenizer
 from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.faults import fault, sentence_of
-from vllm_memdec.train.index import Index
 from vllm_memdec.train.pipeline import MEMORY_BUDGET, STAGES
+from vllm_memdec.train.search import Index
 from vllm_memdec.train.shards import load_shard
 from vllm_memdec.train.text import documents
 from vllm_memdec.train.verify import FAILED, verify
@@ -145,7 +145,7 @@ def test_libraries_without_handles(pipeline, tmp_path):
                     assert error.errno == errno.EMFILE, error
                     raise
     damaged = shutil.copytree(index.folder, tmp_path / "index")
-    path = next(damaged.glob("index*.faiss"))
+    path = next(damaged.glob("lists*.faiss"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(MemdecError, match="damaged or missing: delete the folder"):
         Index(damaged, 32, MEMORY_BUDGET).search(queries, 3)
