@@ -47,12 +47,12 @@ def train_lora(
             )
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * factor
-            tokens, positions, mask, labels, _ = batches.load(batches.blocks(step), device())
+            tokens, positions, places, labels, _ = batches.load(batches.blocks(step), device())
             with autocast_to(settings.dtype, device()):
                 h_BTD = model.base_model(
                     input_ids=tokens, position_ids=positions, use_cache=False
                 ).last_hidden_state
-                logits_NV = model.get_output_embeddings()(h_BTD[mask])
+                logits_NV = model.get_output_embeddings()(h_BTD.flatten(0, 1)[places])
             torch.nn.functional.cross_entropy(logits_NV.float(), labels).backward()
             torch.nn.utils.clip_grad_norm_(learning, settings.gradient_clip)
             optimizer.step()

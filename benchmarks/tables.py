@@ -228,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "quality": quality,
     "gating": gating,
+    "context": context,
     "latency": latency,
     "speculation": speculation,
 }

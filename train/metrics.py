@@ -6,6 +6,7 @@ which a killed run did after its last checkpoint.
 
 import contextlib
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -47,29 +48,46 @@ def metrics_file(
         return
     text = "".join(json.dumps(row) + "\n" for row in rows)
     write_atomic(logs / METRICS, lambda p: p.write_text(text))
-    with open(logs / METRICS, "a", buffering=1) as file, _board(logs, step + 1) as board:
+    board = Board(logs / "tensorboard", step + 1)
+    with open(logs / METRICS, "a", buffering=1) as file, contextlib.closing(board):
 
         def write(row: dict) -> None:
             file.write(json.dumps(row) + "\n")
-            for name in row.keys() - {"step"}:
-                board.add_scalar(name, row[name], row["step"])
+            board.add(row)
 
         yield write, evaluations
 
 
-@contextlib.contextmanager
-def _board(logs: Path, step: int) -> Iterator[Any]:
-    """Yield a writer of TensorBoard's files that has forgotten an earlier run's from `step` on."""
-    from tensorboardX import SummaryWriter
+class Board:
+    """TensorBoard's file of a run, written at once: a thread would outlive a full disk."""
 
-    board = SummaryWriter(str(logs / "tensorboard"), purge_step=step)
-    events = board.file_writer.event_writer
-    try:
-        with contextlib.closing(board):
-            yield board
-    finally:
-        # Where closing failed, as on a full disk, it would be tried again at exit, with a traceback.
-        events._closed = True
+    def __init__(self, folder: Path, step: int) -> None:
+        """step: from which on an earlier run's is forgotten."""
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        folder.mkdir(exist_ok=True)
+        self.event, self.events = Event, EventsWriter(str(folder / "events"))
+        self.write(step, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, **what: Any) -> None:
+        """Append an event."""
+        self.events.write_event(self.event(wall_time=time.time(), step=step, **what))
+        self.events.flush()
+
+    def add(self, row: dict[str, float]) -> None:
+        """Append a step's metrics."""
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        values = [
+            Summary.Value(tag=name, simple_value=row[name])
+            for name in sorted(row)
+            if name != "step"
+        ]
+        self.write(row["step"], summary=Summary(value=values))
+
+    def close(self) -> None:
+        self.events.close()
 
 
 def stopped_early(evaluations: list[tuple[float, ...]], patience: int | None) -> bool:

@@ -7,6 +7,7 @@ several machines the output lies on storage that all of them see. An error ends 
 torchrun the others.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -64,6 +65,7 @@ class Torchrun(Here):
         if not self.together:
             if self.world.rank == 0:
                 _told(None)
+            gc.collect()  # a module of DDP's lies in a circle, and must not outlive its group
             dist.destroy_process_group()
 
 

@@ -19,7 +19,7 @@ from vllm_memdec.train.config import MemorySettings
 from vllm_memdec.train.corpus import load_blocks, valid_rows
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.head import ALL, Candidates
-from vllm_memdec.train.metrics import stopped_early
+from vllm_memdec.train.metrics import metrics_file, stopped_early
 from vllm_memdec.train.parallel import Spread
 from vllm_memdec.train.progress import Progress
 
@@ -387,3 +387,22 @@ def test_schedules():
         rates = [trainer.learning_rate_factor(s, 100, 0.1, schedule) for s in range(100)]
         assert rates[9] == 1 and rates[10:] == sorted(rates[10:], reverse=True)
         assert rates[-1] == pytest.approx(last)
+
+
+def test_tensorboard_gets_the_metrics(tmp_path):
+    """The records of its file, read without its code: length, checksum, event, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    (tmp_path / "logs").mkdir()
+    with metrics_file(tmp_path / "logs", 0, World()) as (write, _):
+        write({"step": 1, "kl": 0.5, "ce": 2.0})
+    [path] = (tmp_path / "logs/tensorboard").iterdir()
+    content, events = path.read_bytes(), []
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    assert events[0].file_version == "brain.Event:2"
+    assert (events[1].step, events[1].session_log.status) == (1, 1)
+    assert {v.tag: v.simple_value for v in events[2].summary.value} == {"kl": 0.5, "ce": 2.0}
+    assert events[2].step == 1
