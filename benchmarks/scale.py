@@ -19,9 +19,8 @@ A query's cost grows with the keys that its lists hold: from 1,024 lists at a mi
 at 30 million their length grows 3.75 times. So search and targets are compared by the nanoseconds a
 row and key visited, `search_ns_a_key`, beside seconds a million rows; the index, which compares
 every key with all lists, by those a row and list.
-What a list's codes are compared with is made for every query, list and part, so that of small lists
-in many parts it is a third of the work: compare one kind of code, `--kind pq`, not 8-bit numbers at a
-million keys with product codes at 30 million.
+The table that product codes are compared with is made for every query, list and part. Compare one
+kind of code, `--kind pq`, not 8-bit numbers at a million keys with product codes at 30 million.
 Appends to results/scale.csv; the last line is JSON.
 """
 
