@@ -31,11 +31,20 @@ SOON = 60.0  # seconds; a collective operation would wait for half an hour
 NODE = """
 set -e
 mount -t tmpfs tmpfs /mnt
-mkdir /mnt/shared
-mount --bind "$SHARED" /mnt/shared
+seen=("$SHARED")
+for path in "$CODE" "$VENV"; do  # where they lie below /tmp
+  case $path in /tmp/*) seen+=("$path") ;; esac
+done
+for path in "${seen[@]}"; do
+  mkdir -p "/mnt$path"
+  mount --bind "$path" "/mnt$path"
+done
 mount -t tmpfs tmpfs /tmp
-mkdir -p "$SHARED" "$DISK"
-mount --bind /mnt/shared "$SHARED"
+for path in "${seen[@]}"; do
+  mkdir -p "$path"
+  mount --bind "/mnt$path" "$path"
+done
+mkdir -p "$DISK"
 mount -t tmpfs -o size=64k tmpfs "$DISK"
 exec "$PYTHON" -c 'from ray.scripts.scripts import main; main()' \
     start --address="$ADDRESS" --node-ip-address="$OWN" --num-cpus="$CPUS" --block
@@ -89,6 +98,7 @@ class Machines:
         for device in ("lo", inside):
             ip("-n", name, "link", "set", device, "up")
         places = {"SHARED": self.shared, "DISK": self.disk, "CPUS": cpus, "PYTHON": sys.executable}
+        places |= {"CODE": Path(__file__).parents[2], "VENV": sys.prefix}
         places |= {"ADDRESS": self.address, "OWN": address, "TMPDIR": "/tmp"}
         within = ["ip", "netns", "exec", name, "unshare", "-m", "--propagation", "private"]
         self.nodes[name] = subprocess.Popen(
