@@ -88,7 +88,7 @@ def variants(base_NV, memory_NV, compiled):
 
 
 def graph_of(function, calls):
-    """Return a CUDA graph of so many calls of each of some functions, one after the other."""
+    """Return what replays a CUDA graph of so many calls of a function."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):

@@ -87,7 +87,7 @@ class Run:
         self.losses, self.seconds = [], []
 
     def step(self, number):
-        """Train one step as trainer.train_memory does; note its seconds and its loss a row."""
+        """Train one step as trainer.Training.step does; note its seconds and its loss a row."""
         began = time.perf_counter()
         blocks = self.batches.blocks(number)
         rows = int(self.batches.rows[blocks].sum())

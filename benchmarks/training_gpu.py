@@ -34,7 +34,7 @@ from training import RandomBatches
 from vllm_memdec.kernels.head_loss import head_loss
 from vllm_memdec.train.cluster import World
 from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import device, layers_of
+from vllm_memdec.train.datastore import device
 from vllm_memdec.train.decoder import build_memory
 from vllm_memdec.train.parallel import spread
 from vllm_memdec.train.trainer import Training, autocast_to, new_optimizer
@@ -51,7 +51,7 @@ class Packed(RandomBatches):
         positions = np.r_[np.arange(half), np.arange(tokens + 1 - half)].astype(np.int32)
         self.positions = np.broadcast_to(positions, self.tokens.shape)
         self.rows = np.full(blocks, tokens - 1)
-        self.steps, self.ahead, self.drawn = 10**6, {}, {}
+        self.steps, self.drawn = 10**6, {}
 
     def read(self, block, labels):
         if block not in self.drawn:
@@ -115,7 +115,7 @@ def measure(arguments, base, attention, compiled, blocks):
     settings = MemorySettings(
         init=base, batch_blocks=blocks, micro_batch_blocks=blocks, compile=False
     )
-    settings = settings.changed(gradient_checkpointing=arguments.checkpointing)
+    settings = settings.changed(gradient_checkpointing=arguments.checkpointing, compile=compiled)
     batches = Packed(settings, blocks, arguments.tokens, SHAPES[arguments.shape]["vocab_size"])
     memory = arguments.memory
     memory.set_attn_implementation(attention)
@@ -171,9 +171,6 @@ def main() -> None:
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
     results = []
     for compiled in (False, True)[: 1 + arguments.compile]:
-        if compiled:
-            for layer in layers_of(arguments.memory):
-                layer.compile()
         for attention, blocks in itertools.product(arguments.attention, arguments.blocks):
             name = f"{attention}{', compiled' if compiled else ''}, {blocks} blocks"
             try:
@@ -193,6 +190,8 @@ def main() -> None:
                 f"optimizer {row['optimizer_ms']:.1f} (reading {row['reading_ms']:.1f})",
                 flush=True,
             )
+    if not results:
+        parser.error("nothing could be measured, see above.")
     best = max(results, key=lambda row: row["tokens_per_s"])
     print(
         f"summary: {best['tokens_per_s']:,.0f} tokens/s, {best['peak_share']:.1%} of the peak "

@@ -32,6 +32,7 @@ from vllm_memdec.train.ownership import (
     MANIFEST,
     PARTIAL,
     PLAN,
+    WRITTEN_BY,
     check_ours,
     read_object,
     remove,
@@ -163,6 +164,12 @@ def _read_digests(work: Path) -> dict[str, set[tuple[int, str]]]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically, readable by people."""
     write_atomic(path, lambda p: p.write_text(json_text(value)))
+
+
+def write_report(path: Path | None, report: dict[str, Any]) -> None:
+    """Write a report where one was asked for, marked so that a later one may replace it."""
+    if path is not None:
+        write_json(path, {WRITTEN_BY: "memdec"} | report)
 
 
 def versions() -> dict[str, str]:

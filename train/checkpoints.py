@@ -71,7 +71,8 @@ def _write(path: Path, state: dict[str, Any]) -> None:
 
 def newest(work: Path) -> Path | None:
     """Return the file to go on from, None at the beginning."""
-    return next((work / n for n in (CHECKPOINT, PREVIOUS) if (work / n).exists()), None)
+    names = (NEXT, CHECKPOINT, PREVIOUS)  # a kill may have left the first without its name
+    return next((work / n for n in names if (work / n).exists()), None)
 
 
 def saved_step(work: Path) -> int:

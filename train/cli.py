@@ -1,10 +1,8 @@
 """The `memdec` command: plan a build, build a memory, verify it, explain what it says."""
 
 import contextlib
-import json
 import os
 import re
-import shlex
 import signal
 import tempfile
 import traceback
@@ -22,7 +20,7 @@ try:
 
     from vllm_memdec.train.cluster import Cluster, Here, RayCluster
     from vllm_memdec.train.config import load_settings
-    from vllm_memdec.train.ownership import check_report, signed
+    from vllm_memdec.train.ownership import check_report
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
@@ -45,16 +43,35 @@ DEFECT = (
     "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
     "it: the lines above, the command, and the output of `pip list`."
 )
-TRUST = typer.Option(
-    "--trust-remote-code",
-    help="Run the Python code that a model's folder brings with it.",
-    callback=allow_code,  # for all that the command loads: it is never asked for on the way
-)
-SET = typer.Option(
-    "--set",
-    metavar="STAGE.NAME=VALUE",
-    help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
-)
+# Options that several commands have.
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that a model's folder brings with it.",
+        callback=allow_code,  # for all that the command loads: it is never asked for on the way
+    ),
+]
+Assignments = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="STAGE.NAME=VALUE",
+        help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
+    ),
+]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write a report there.")]
+Memory = Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")]
+Served = Annotated[Path, typer.Option(help="Folder of a base that it serves.")]
+Alpha = Annotated[float | None, typer.Option(help="Weight of the memory; default: its own.")]
+Texts = Annotated[list[Path], typer.Option(help="Text to read. May be given several times.")]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        min=32,
+        help="Tokens of the longest contexts; default: as many as the text fills, up to 4096.",
+    ),
+]
 
 
 @app.callback()
@@ -90,9 +107,9 @@ def build(
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
-    assignments: Annotated[list[str] | None, SET] = None,
+    assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
-    trust_remote_code: Annotated[bool, TRUST] = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compile a corpus into a memory: corpus, datastore, index, targets, memory, export."""
     progress = Progress()
@@ -110,12 +127,10 @@ def build(
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
-        block = shlex.quote(json.dumps({"memdec": {"model": str(made.path)}}))
+        from vllm_memdec.train.compare import serve_command
+
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
-        trust = " --trust-remote-code" if trust_remote_code else ""
-        progress.say(
-            f"vllm serve {shlex.quote(base)} --model-impl memdec{trust} --additional-config {block}"
-        )
+        progress.say(serve_command(base, {"model": str(made.path)}))
 
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -178,21 +193,21 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
-    assignments: Annotated[list[str] | None, SET] = None,
-    trust_remote_code: Annotated[bool, TRUST] = False,
+    assignments: Assignments = None,
+    trust_remote_code: Trust = False,
     work: Annotated[
         Path | None,
         typer.Option(
             help="Folder for a sample, removed after: on a cluster, one that nodes share."
         ),
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
     progress = Progress()
     with explained(progress), contextlib.ExitStack() as stack:
         from vllm_memdec.train import plan as planning
-        from vllm_memdec.train.artifacts import write_json
+        from vllm_memdec.train.artifacts import write_report
 
         check_report(json_file)
         if work is not None and not work.is_dir():
@@ -213,8 +228,7 @@ def plan(
             gpus,
         )
         planning.show(found, Console())
-        if json_file is not None:
-            write_json(json_file, signed(planning.report(found)))
+        write_report(json_file, planning.report(found))
 
 
 @app.command()
@@ -224,34 +238,27 @@ def verify(
     base: Annotated[
         Path | None, typer.Option(help="The build's base, to compare its answers with.")
     ] = None,
-    trust_remote_code: Annotated[bool, TRUST] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    trust_remote_code: Trust = False,
+    json_file: JsonFile = None,
 ) -> None:
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
     progress = Progress()
     with explained(progress):
         from vllm_memdec.train import verify as checking
-        from vllm_memdec.train.artifacts import write_json
+        from vllm_memdec.train.artifacts import write_report
 
         check_report(json_file)
         found = checking.verify(artifact, sample, base, progress)
         checking.show(found, Console())
-        if json_file is not None:
-            write_json(json_file, signed(checking.report(artifact, found)))
+        write_report(json_file, checking.report(artifact, found))
         if failed := [check for check in found if check.status == checking.FAILED]:
             raise MemdecError(f"{failed[0].name} failed: {failed[0].fix}")
 
 
-TEXTS = typer.Option(help="Text to read. May be given several times.")
-CONTEXT = typer.Option(
-    min=32, help="Tokens of the longest contexts; default: as many as the text fills, up to 4096."
-)
-
-
 @app.command()
 def calibrate(
-    memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
-    base: Annotated[Path, typer.Option(help="Folder of a base that it serves.")],
+    memory: Memory,
+    base: Served,
     domain: Annotated[
         list[Path],
         typer.Option(help="Text of its domain that it has not learnt. May be given several times."),
@@ -269,69 +276,64 @@ def calibrate(
             "be given several times."
         ),
     ] = None,
-    trust_remote_code: Annotated[bool, TRUST] = False,
-    context: Annotated[int | None, CONTEXT] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    trust_remote_code: Trust = False,
+    context: Context = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
     progress = Progress()
     with explained(progress):
         from vllm_memdec.train import gate, gate_report
-        from vllm_memdec.train.artifacts import write_json
+        from vllm_memdec.train.artifacts import write_report
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
         found = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
         gate_report.show(found, Console())
-        if json_file is not None:
-            write_json(json_file, signed(found))
+        write_report(json_file, found)
 
 
 @app.command()
 def evaluate(
-    memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
-    base: Annotated[Path, typer.Option(help="Folder of a base that it serves.")],
-    text: Annotated[list[Path], TEXTS],
-    alpha: Annotated[
-        float | None, typer.Option(help="Weight of the memory; default: its own.")
-    ] = None,
-    context: Annotated[int | None, CONTEXT] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
-    trust_remote_code: Annotated[bool, TRUST] = False,
+    memory: Memory,
+    base: Served,
+    text: Texts,
+    alpha: Alpha = None,
+    context: Context = None,
+    json_file: JsonFile = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Compare base, memory and mixture on text: perplexity, also by length of context."""
     progress = Progress()
     with explained(progress):
         from vllm_memdec.train import compare
-        from vllm_memdec.train.artifacts import write_json
+        from vllm_memdec.train.artifacts import write_report
 
         check_report(json_file)
         found = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
         compare.show(found, Console())
-        if json_file is not None:
-            write_json(json_file, signed(found))
+        write_report(json_file, found)
 
 
 @app.command()
 def alpha(
-    memory: Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")],
+    memory: Memory,
     base: Annotated[Path, typer.Option(help="Folder of the base to tune it for.")],
-    text: Annotated[list[Path], TEXTS],
-    context: Annotated[int | None, CONTEXT] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
-    trust_remote_code: Annotated[bool, TRUST] = False,
+    text: Texts,
+    context: Context = None,
+    json_file: JsonFile = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Tune the memory's weight for another base, on text of the domain that it has not learnt."""
     progress = Progress()
     with explained(progress):
         from vllm_memdec.train import compare
-        from vllm_memdec.train.artifacts import write_json
+        from vllm_memdec.train.artifacts import write_report
 
         check_report(json_file)
         found = compare.best_weights(str(memory), str(base), text, progress, context)
         compare.show_weights(found, Console())
-        if json_file is not None:
-            write_json(json_file, signed(found))
+        write_report(json_file, found)
 
 
 @app.command()
@@ -339,20 +341,18 @@ def explain(
     prompt: Annotated[str, typer.Argument(help="Any text.")],
     base: Annotated[Path, typer.Option(help="Folder of the base model (Hugging Face).")],
     memory: Annotated[Path, typer.Option(help="Folder of the memory: a build's export/.")],
-    alpha: Annotated[
-        float | None, typer.Option(help="Weight of the memory; default: its own.")
-    ] = None,
+    alpha: Alpha = None,
     tokens: Annotated[
         int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
     ] = 16,
-    trust_remote_code: Annotated[bool, TRUST] = False,
+    trust_remote_code: Trust = False,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write a report there.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Tell of each token what base, memory and mixture gave it, and which of them decided."""
     with explained(Progress()):
         from vllm_memdec.train import explain as explaining
-        from vllm_memdec.train.artifacts import write_json
+        from vllm_memdec.train.artifacts import write_report
 
         check_report(html_file, "--html")
         check_report(json_file)
@@ -360,8 +360,7 @@ def explain(
         explaining.show(found, Console())
         if html_file is not None:
             html_file.write_text(explaining.page(found), encoding="utf-8")
-        if json_file is not None:
-            write_json(json_file, signed(explaining.report(found)))
+        write_report(json_file, explaining.report(found))
 
 
 @contextlib.contextmanager

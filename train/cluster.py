@@ -202,11 +202,11 @@ class RayCluster:
         pickled, losses = cloudpickle.dumps(loop), 0
         with self.crew.working(self.shared, self.option):
             while True:
-                before = files_of(work)
+                before = checkpoints_of(work)
                 lost = self._train(pickled, self._gathered(), work)
                 if lost is None:
                     return
-                if files_of(work) != before:
+                if checkpoints_of(work) != before:
                     losses = 0
                 losses += lost.why != GROWN
                 if losses == TRIES:
@@ -259,8 +259,8 @@ class RayCluster:
                 places = alike(slots())
                 crew.staff(places, len(places))
                 if not set(crew.idle()) - set(group):
-                    seen = files_of(work)
-                elif files_of(work) != seen:
+                    seen = checkpoints_of(work)
+                elif checkpoints_of(work) != seen:
                     return Lost(group[0], GROWN)
             finished = True
             return None
@@ -272,12 +272,12 @@ class RayCluster:
                     crew.end(process)
 
 
-def files_of(work: Path) -> dict[str, int]:
-    """Return when each file of a working folder was written: another one is progress."""
+def checkpoints_of(work: Path) -> dict[str, int]:
+    """Return when each checkpoint of a working folder was written: another one is progress."""
     found = {}
-    for path in work.iterdir():
+    for path in work.glob("checkpoint*"):
         with suppress(FileNotFoundError):
-            if path.is_file() and path.suffix != ".tmp":
+            if path.suffix != ".tmp":
                 found[path.name] = path.stat().st_mtime_ns
     return found
 

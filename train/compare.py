@@ -6,6 +6,7 @@ itself, which gives a text's perplexity, and documents one after another, for lo
 
 import json
 import math
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from vllm_memdec.train.evaluate import mix, perplexity
 from vllm_memdec.train.export import number, tune
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import documents
+from vllm_memdec.train.trust import code_allowed
 from vllm_memdec.train.windows import (
     Windows,
     alpha_at,
@@ -41,14 +43,22 @@ CHUNK_TOKENS = 2**14  # scored at once: features of a gate are kept for so many
 class Pair:
     """A base and a memory that it serves, with the memory's weights."""
 
-    def __init__(self, base: str, memory: str, progress: Progress, alpha: float | None = None):
+    def __init__(
+        self,
+        base: str,
+        memory: str,
+        progress: Progress,
+        alpha: float | None = None,
+        gated: bool = True,
+    ):
+        """alpha: in place of the memory's own; gated: whether its gate is read."""
         self.tokenizer, block = matching_tokenizer(base, memory), read_block(memory)
         if alpha is not None:
             check_alpha(alpha, "--alpha")
         self.alpha = alpha if alpha is not None or block is None else block.alpha
         self.table = None if alpha is not None or block is None else block.alpha_by_context
         self.base, self.memory = open_model(base), open_model(memory)
-        self.gate, path = None, gate_path(memory)
+        self.gate, path = None, gate_path(memory) if gated else None
         if path is not None:
             arrays = read_gate(path, self.memory.config.hidden_size)
             if warning := check_gate(path, arrays):
@@ -169,7 +179,7 @@ def best_weights(
     memory: str, base: str, texts: list[Path], progress: Progress, context: int | None = None
 ) -> dict[str, Any]:
     """Return the best weights of a memory beside a base, over all texts, and how to serve them."""
-    pair = Pair(base, memory, progress)
+    pair = Pair(base, memory, progress, gated=False)
     found: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for path in texts:
         alone, joined, _ = read_readings(pair, path, context)
@@ -186,9 +196,15 @@ def best_weights(
     settings = {"model": str(memory), "alpha_by_context": tuned["alpha_by_context"]}
     return tuned | {
         "tokens": len(position_N),
-        "serve": f"vllm serve {base} --model-impl memdec --additional-config "
-        f"'{json.dumps({'memdec': settings})}'",
+        "serve": serve_command(base, settings),
     }
+
+
+def serve_command(base: str, settings: dict[str, Any]) -> str:
+    """Return the command that serves a base with the memory of these settings."""
+    words = ["vllm", "serve", base, "--model-impl", "memdec"]
+    words += ["--trust-remote-code"] if code_allowed() else []
+    return shlex.join([*words, "--additional-config", json.dumps({"memdec": settings})])
 
 
 def show(found: dict[str, Any], console: Console) -> None:

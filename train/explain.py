@@ -18,12 +18,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.checkpoint import check_alpha, json_text, read_block, tokenizer_fingerprint
+from vllm_memdec.checkpoint import check_alpha, json_text, read_block
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
-from vllm_memdec.train.corpus import load_config, load_tokenizer
-from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.compare import matching_tokenizer, open_model
+from vllm_memdec.train.corpus import load_config
 from vllm_memdec.train.head import head
 from vllm_memdec.train.windows import alpha_at
 
@@ -68,8 +68,7 @@ class Reader:
     """A model that reads a text piece by piece."""
 
     def __init__(self, folder: str) -> None:
-        dtype = getattr(load_config(folder), "dtype", None) or torch.float32
-        self.model, self.cache = load_model(folder, str(dtype).removeprefix("torch.")), None
+        self.model, self.cache = open_model(folder), None
 
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,13 +120,7 @@ def explain(
             raise MemdecError(f"{memory} has no memdec block, so no default weight: give --alpha.")
         alpha, table = block.alpha, block.alpha_by_context
     alpha = check_alpha(alpha, "--alpha")
-    tokenizer = load_tokenizer(base)
-    theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
-    if theirs != tokenizer_fingerprint(tokenizer):
-        raise MemdecError(
-            f"the memory {memory} has another tokenizer than the base {base}: give a memory that "
-            "was built for this base."
-        )
+    tokenizer = matching_tokenizer(base, memory)
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise MemdecError("the text is empty: give a few words to explain.")

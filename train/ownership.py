@@ -137,11 +137,6 @@ def unused(path: Path) -> Path:
     return found
 
 
-def signed(report: dict[str, Any]) -> dict[str, Any]:
-    """Return a report with the mark by which memdec knows that it may write over it."""
-    return {WRITTEN_BY: "memdec"} | report
-
-
 def check_report(path: Path | None, option: str = "--json") -> None:
     """Raise MemdecError if a report could not be written there, before minutes are spent on it.
 

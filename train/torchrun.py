@@ -1,4 +1,4 @@
-"""The processes that torchrun or Slurm started, as a cluster: they train, rank 0 does all else.
+"""The processes that torchrun started, as a cluster: they train, rank 0 does all else.
 
     torchrun --nproc-per-node 8 -m vllm_memdec.train.cli build ... --ray-address none
 
@@ -7,7 +7,7 @@ several machines the output lies on storage that all of them see. An error ends 
 torchrun the others.
 """
 
-import gc
+import contextlib
 import os
 import signal
 import threading
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.train.cluster import Here, World
+from vllm_memdec.train.worker import leave
 
 PATIENCE = timedelta(days=30)  # the stages before the training may take so long
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -33,6 +34,7 @@ class Torchrun(Here):
     def __init__(self) -> None:
         import torch
         import torch.distributed as dist
+        import torch.distributed.nn.functional  # see worker.leave()
 
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -46,9 +48,7 @@ class Torchrun(Here):
 
     def train(self, loop: Callable[[World], None], work: Path) -> None:
         _told(loop)
-        self.together = True
-        loop(self.world)
-        self.together = False
+        self._together(loop)
 
     def follow(self) -> None:
         """Train with rank 0, each time it does, until it lets go."""
@@ -56,17 +56,20 @@ class Torchrun(Here):
             # A launcher tells all of them to stop: rank 0 does, with a checkpoint, and then they.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         while (loop := _told(None)) is not None:
-            loop(self.world)
+            self._together(loop)
+
+    def _together(self, loop: Callable[[World], None]) -> None:
+        self.together = True  # and after an error: the launcher ends the others
+        loop(self.world)
+        self.together = False
 
     def close(self) -> None:
-        """Let the others go. Where rank 0 failed inside the training, the launcher ends them."""
-        import torch.distributed as dist
-
+        """Let the others go. Where one failed inside the training, the launcher ends them."""
         if not self.together:
             if self.world.rank == 0:
-                _told(None)
-            gc.collect()  # a module of DDP's lies in a circle, and must not outlive its group
-            dist.destroy_process_group()
+                with contextlib.suppress(RuntimeError):  # of one that has ended: not the cause
+                    _told(None)
+            leave()
 
 
 def _told(value: Any) -> Any:

@@ -311,7 +311,9 @@ class Training:
                         module, batches, micro, 1 / max(rows, 1), candidates, settings, following
                     )
                 else:  # others have one: all take part, this one with a block that weighs nothing
-                    add_gradients(module, batches, blocks[:1], 0.0, candidates, settings)
+                    following = coming[number : number + AHEAD]
+                    weightless = blocks[:1], 0.0
+                    add_gradients(module, batches, *weightless, candidates, settings, following)
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -379,7 +381,8 @@ def train_memory(
         with stop_file(work) as stop:
             with followed(logs / METRICS, advance):
                 cluster.train(Training(settings, base, corpus, targets, work), work)
-            stopped = stop.exists() and not (work / "config.json").exists()
+            asked = stop.exists()
+    stopped = asked and not (work / "config.json").exists()
     metrics = read_metrics(logs / METRICS)
     if stopped:
         progress.say(
@@ -392,3 +395,5 @@ def train_memory(
     write_atomic(logs / CURVE, lambda p: plot_loss(metrics, settings.beta, p))
     for name in SCRATCH:
         (work / name).unlink(missing_ok=True)
+    if asked:  # too late to stop the training
+        raise SystemExit(128 + signal.SIGTERM)

@@ -185,10 +185,10 @@ def alphas_by_context(
     """
     bucket_N, found = bucket_of(position_N), []
     start, rows = 0, np.zeros(len(position_N), bool)
-    for bucket in range(int(bucket_N.max(initial=0)) + 1):
+    last = int(bucket_N.max())
+    for bucket in range(last + 1):
         rows = rows | (bucket_N == bucket)
-        last = bucket == bucket_N.max()
-        if rows.sum() < FEWEST_ROWS and not (last and not found):
+        if rows.sum() < FEWEST_ROWS and not (bucket == last and not found):
             continue
         found.append((start, best_alpha(base_N[rows], memory_N[rows])))
         start, rows = EDGES[bucket + 1], np.zeros(len(position_N), bool)

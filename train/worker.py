@@ -4,6 +4,7 @@ What is raised goes home as a value with its traceback, so that Ray neither wrap
 """
 
 import fcntl
+import gc
 import os
 import pickle
 import socket
@@ -146,7 +147,7 @@ class Worker:
                 raise
             # After an error the group stays: others learn of it from the driver, not from a
             # connection that closes.
-            dist.destroy_process_group()
+            leave()
 
         return attempt(done)
 
@@ -165,9 +166,10 @@ def killed_for_memory() -> int:
 
 
 def join(world: World, meeting: tuple[str, int], own: str) -> None:
-    """Join the training's process group, with the environment that torchrun gives as well."""
+    """Join the training's process group, with the environment variables that torchrun would set."""
     import torch
     import torch.distributed as dist
+    import torch.distributed.nn.functional  # see leave()
 
     address, port = meeting
     environment = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": 0}
@@ -176,6 +178,20 @@ def join(world: World, meeting: tuple[str, int], own: str) -> None:
     if found := interface(own):  # else gloo takes that of the host's name, which may be loopback
         os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+
+
+def leave() -> None:
+    """Leave the process group, whose threads have ended then.
+
+    One that still runs when Python ends may abort it. Two things keep the group: a module of DDP's,
+    which lies in a circle, and the defaults of torch.distributed.nn.functional's functions, if that
+    is first imported, as DDP does, while there is a group: whoever makes one imports it before.
+    After sharded training torch's own caches keep it as well.
+    """
+    import torch.distributed as dist
+
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def interface(address: str) -> str | None:

@@ -53,10 +53,12 @@ def check_table(table: Any, name: str) -> None:
         return
     whole = isinstance(table, list) and all(isinstance(p, list) and len(p) == 2 for p in table)
     starts = [pair[0] for pair in table] if whole else []
-    if not starts or starts[0] != 0 or any(type(start) is not int for start in starts):
-        raise MemdecError(f"{name} must be [position, alpha] pairs from 0 on: build it again.")
-    if starts != sorted(set(starts)):
-        raise MemdecError(f"{name}: its positions do not ascend: build the memory again.")
+    numbers = all(type(start) is int and start < 1 << 63 for start in starts)
+    if not numbers or starts[:1] != [0] or starts != sorted(set(starts)):
+        raise MemdecError(
+            f"{name} must be [position, alpha] pairs that ascend from position 0, such as "
+            f"[[0, 0.5], [256, 0.2]], got {brief(table)}."
+        )
     for _, alpha in table:
         check_alpha(alpha, name)
 

@@ -124,7 +124,8 @@ class MemoryConfig:
             alpha = check_alpha(alpha, f"memdec alpha{which}")
         elif gate_file is None and not table:
             raise ValueError(
-                f"memdec alpha{which} {AUTO!r} needs a gate, which {settings['model']} has not: "
+                f"memdec alpha{which} {AUTO!r} needs a gate or alpha_by_context, which "
+                f"{settings['model']} has not: "
                 "give a number between 0 and 1, or run memdec calibrate."
             )
         derived = {"name": name, "alpha": alpha, "block": block, "gate_file": gate_file}

@@ -422,11 +422,15 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             Gate(read_gate(memory.gate_file), columns_TA.device) if memory.gate else None
             for memory in self.settings.memories
         ]
-        self.tables = [
+        tables = [
             ContextTable(memory.alpha_by_context, number, columns_TA.dtype, columns_TA.device)
             for number, memory in enumerate(self.settings.memories)
             if memory.alpha_by_context
         ]
+        if not hasattr(self, "tables"):
+            self.tables = tables
+        for table, new in zip(self.tables, tables, strict=True):
+            table.copy_(new)  # a captured graph reads a table where it lies
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Route one stream of tensors to the models and return the names that were loaded."""

@@ -65,8 +65,8 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
         name = extra_args.get(MEMORY, choices.default)
         if name != NONE and name not in choices.gated and name not in choices.by_context:
             raise ValueError(
-                f"{ALPHA} {AUTO!r} needs a gate, which the memory {name!r} has not: give a number "
-                "between 0 and 1, or run memdec calibrate."
+                f"{ALPHA} {AUTO!r} needs a gate or alpha_by_context, which the memory {name!r} has "
+                "not: give a number between 0 and 1, or run memdec calibrate."
             )
 
 
@@ -94,7 +94,7 @@ class Choices:
         return cls(alphas, config.default, gated, config.speculative_tokens > 0, by_context)
 
     def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
-        """Return the memory's number and the weight, negative if it is the most that it may be.
+        """Return the memory's number and the weight; negative: a gate's cap, or one by context.
 
         Both say "no memory" or neither does.
         """
@@ -159,6 +159,11 @@ class ContextTable:
         self.number = number
         self.start_K = torch.tensor(starts[1:], dtype=torch.int64, device=device)  # the first is 0
         self.parts_KP = encode(torch.tensor(alphas, dtype=torch.float32), dtype).to(device)
+
+    def copy_(self, other: "ContextTable") -> None:
+        """Take over another table of as many weights, at the same addresses."""
+        self.start_K.copy_(other.start_K)
+        self.parts_KP.copy_(other.parts_KP)
 
     def write(self, columns_NA: Tensor, position_N: Tensor) -> None:
         """Put the weight of its position in the place of a negative one, in this memory's rows."""

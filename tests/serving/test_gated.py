@@ -12,8 +12,11 @@ from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_blo
 from vllm_memdec.gate import FILE, write_gate
 from vllm_memdec.state import Choices, check_extra_args
 
-PROMPTS = oracle.prompts(4, 5, 40, 1000)
-STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]
+BLOCK = 32  # tokens that the prefix cache keeps or not; each prompt has one of them and more
+PROMPTS = oracle.prompts(4, 36, 48, 1000)
+# In prompts 8, 20 and 30 are passed, in answers some of the rest.
+STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6], [38, 0.1], [45, 0.8]]
+DRAFTED = "vllm:spec_decode_num_draft_tokens"
 CHOICES = [  # arguments of a request, the memory that answers, the most that its gate may give
     (None, "law", 1.0),
     ({"memdec_alpha": "auto"}, "law", 1.0),
@@ -56,13 +59,14 @@ def block(models, **more):
     return {"memories": memories, "default": "law"} | more
 
 
-def generate(llm, count=6):
+def generate(llm, count=6, prompt_logprobs=3):
     from vllm import SamplingParams
 
     asked = [(p, *choice) for p in PROMPTS for choice in CHOICES]
     params = [
         SamplingParams(
-            temperature=0, max_tokens=count, ignore_eos=True, logprobs=5, prompt_logprobs=3,
+            temperature=0, max_tokens=count, ignore_eos=True, logprobs=5,
+            prompt_logprobs=prompt_logprobs,
             extra_args=extra,
         )
         for _, extra, *_ in asked
@@ -71,13 +75,29 @@ def generate(llm, count=6):
     return asked, llm.generate(prompts, params, use_tqdm=False)
 
 
+def test_a_reload_keeps_tables_where_graphs_read_them(engine, models):
+    with engine(models["base"], block(models)) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        model = core.model_executor.driver_worker.worker.model_runner.get_model()
+        [table] = model.tables
+        kept, places = table.parts_KP.clone(), (table.start_K.data_ptr(), table.parts_KP.data_ptr())
+        table.parts_KP.zero_()  # as a deep sleep drops it
+        model.load_gates()
+        [table] = model.tables
+        assert (table.start_K.data_ptr(), table.parts_KP.data_ptr()) == places
+        assert kept.equal(table.parts_KP)
+
+
 @pytest.mark.feature("a gate's weight for each token")
 def test_gated_mixtures(engine, models):
     spread = []
     chunks = {"enable_chunked_prefill": True, "max_num_batched_tokens": 64}
-    with engine(models["base"], block(models), enable_prefix_caching=True, **chunks) as llm:
+    cache = {"enable_prefix_caching": True, "block_size": BLOCK}
+    with engine(models["base"], block(models), **cache, **chunks) as llm:
         asked, outputs = generate(llm)
-        again = generate(llm)[1]  # most of each prompt is in the cache: its first row is not 0
+        # Asked for log-probabilities of prompts, vLLM reads no cache.
+        again = generate(llm, prompt_logprobs=None)[1]
+    assert all(output.num_cached_tokens == BLOCK for output in again)  # rows begin in the middle
     for first, second in zip(outputs, again, strict=True):
         assert second.outputs[0].token_ids == first.outputs[0].token_ids
     outputs = [*outputs, *again]
@@ -96,7 +116,8 @@ def test_drafting_changes_no_gated_answer(engine, models):
     """What is verified is the gated mixture."""
     answers = []
     for tokens in (0, 3):
-        with engine(models["base"], block(models, speculative_tokens=tokens)) as llm:
+        settings = block(models, speculative_tokens=tokens)
+        with engine(models["base"], settings, disable_log_stats=False) as llm:
             from vllm import SamplingParams
 
             params = [
@@ -106,7 +127,9 @@ def test_drafting_changes_no_gated_answer(engine, models):
             prompts = [{"prompt_token_ids": PROMPTS[0]} for _ in CHOICES]
             outputs = llm.generate(prompts, params, use_tqdm=False)
             answers.append([list(output.outputs[0].token_ids) for output in outputs])
+            drafted = sum(m.value for m in llm.get_metrics() if m.name == DRAFTED)
     assert answers[0] == answers[1]
+    assert drafted > 0
 
 
 def test_weights_that_are_not_loaded(engine, models):
@@ -202,7 +225,7 @@ def test_a_broken_gate_stops_the_start(models, start, tmp_path, change, sentence
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"alpha": "auto"}, "'auto' needs a gate, which .* has not"),
+        ({"alpha": "auto"}, "'auto' needs a gate or alpha_by_context, which .* has not"),
         ({"alpha": 0.5, "gate": True}, "has no gate: run memdec calibrate"),
         ({"alpha": 0.5, "gate": 1}, "'gate' must be of type bool"),
         ({"alpha": "much"}, "memdec alpha must be a number between 0 and 1"),
@@ -243,10 +266,17 @@ def test_a_gate_of_before_is_served_with_a_warning(models, start, tmp_path, monk
 @pytest.mark.parametrize(
     ("table", "sentence"),
     [
-        ([[1, 0.5]], "pairs from 0 on"),
-        ([[0, 0.5], [8.5, 0.2]], "pairs from 0 on"),
-        ([[0, 0.5], [64, 0.2], [64, 0.1]], "do not ascend"),
+        ([], "pairs that ascend from position 0"),
+        ([[0]], "pairs that ascend"),
+        ([0, 0.5], "pairs that ascend"),
+        ("much", "pairs that ascend"),
+        ([[True, 0.5]], "pairs that ascend"),
+        ([[1, 0.5]], "pairs that ascend"),
+        ([[0, 0.5], [8.5, 0.2]], "pairs that ascend"),
+        ([[0, 0.5], [64, 0.2], [64, 0.1]], "pairs that ascend"),
+        ([[0, 0.5], [1 << 63, 0.2]], "pairs that ascend"),
         ([[0, 1.5]], "a number between 0 and 1"),
+        ([[0, "x"]], "a number between 0 and 1"),
     ],
 )
 def test_a_broken_table_stops_the_start(models, start, tmp_path, table, sentence):
@@ -271,7 +301,7 @@ def test_weights_by_context_of_a_server(models, tmp_path):
     assert found.alpha == 0.3 and found.alpha_by_context == STEPS  # for requests that say "auto"
     for more, sentence in (
         ({"gate": True}, "takes the place of a gate"),
-        ({"alpha_by_context": [[5, 0.1]]}, "pairs from 0 on"),
+        ({"alpha_by_context": [[5, 0.1]]}, "pairs that ascend"),
         ({"alpha_by_context": "auto"}, "must be of type list"),
     ):
         settings = {"model": models["law"], "alpha_by_context": table} | more

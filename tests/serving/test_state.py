@@ -7,6 +7,7 @@ from vllm_memdec.state import (
     NOBODY,
     Batch,
     Choices,
+    ContextTable,
     check_extra_args,
     decode,
     decode_memory,
@@ -46,6 +47,22 @@ def test_rows(hidden):
     write(batch, (1, 0.6, 1))
     assert decode(batch.columns_TA)[:2].tolist() == torch.tensor([0.6, 0.3]).tolist()
     assert batch.columns_TA.data_ptr() == buffer, "a captured graph would read the old one"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_by_context(dtype):
+    """A table's weight is put into rows that ask for it, by their positions, and into no others."""
+    batch = Batch(2, 64, max_tokens=8, dtype=dtype, device="cpu")
+    write(batch, (1, -1.0, 5), (1, 0.4, 1), (0, -1.0, 1), (NOBODY, 0.0, 1))
+    for table, expected in (
+        ([[0, 0.37], [8, 0.0], [131071, 0.1]], [0.37, 0.37, 0.0, 0.0, 0.1, 0.4, -1.0, 0.0]),
+        ([[0, 0.37]], [0.37] * 5 + [0.4, -1.0, 0.0]),
+    ):
+        rows = batch.columns_TA.clone()
+        position_N = torch.tensor([0, 7, 8, 131070, 131071, 9, 9, 9])
+        ContextTable(table, 1, dtype, "cpu").write(rows, position_N)
+        assert torch.equal(decode(rows), torch.tensor(expected))
+        assert torch.equal(rows[:, 3:], batch.columns_TA[:, 3:])
 
 
 def test_parts():
@@ -224,7 +241,7 @@ def test_choice_with_gates(extra_args, choice):
     choices = Choices({"law": "auto", "capped": 0.5, "fixed": 0.4}, "law", {"law", "capped"})
     check_extra_args(extra_args, choices)
     assert choices.resolve(extra_args) == choice
-    with pytest.raises(ValueError, match="needs a gate, which the memory 'fixed' has not"):
+    with pytest.raises(ValueError, match="or alpha_by_context, which the memory 'fixed' has not"):
         check_extra_args({"memdec_memory": "fixed", "memdec_alpha": "auto"}, choices)
     with pytest.raises(ValueError, match="memdec_alpha must be"):
         check_extra_args({"memdec_alpha": "Auto"}, choices)

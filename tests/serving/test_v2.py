@@ -28,6 +28,11 @@ CHOSEN = [
     ({"memdec_memory": "gated", "memdec_alpha": 0.4}, ("gated", "at most 0.4")),
 ]
 SAME = [*CHOICES, Choice("same"), Choice("same", 0.3)]
+STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of one weight
+STEPPED = [  # prompt lengths: while decoding each passes a step; the last is read in chunks
+    [(6, Choice("steps")), (17, Choice("steps")), (28, Choice("steps")), (40, Choice("steps"))],
+    [(6, Choice("steps")), (6, Choice("steps", 1.0)), (17, Choice()), (28, Choice("none"))],
+]
 NONE, MIXED = [Choice("none")] * 2, [Choice(), Choice("bio"), Choice("none"), Choice("bio", 1.0)]
 
 
@@ -67,6 +72,16 @@ def asking(choices, seed=0, **more):
     ]
 
 
+def stepped(batch, seed):
+    return [
+        (
+            oracle.prompts(1, length, length, VOCAB, seed=seed + row)[0],
+            GREEDY | {"extra_args": choice.extra_args, "logprobs": 5},
+        )
+        for row, (length, choice) in enumerate(batch)
+    ]
+
+
 @pytest.fixture(scope="module")
 def results(tiny_model, subprocess_env, mixed, drafters):
     """Return what the V2 runner makes of all jobs, in one process."""
@@ -93,6 +108,13 @@ def results(tiny_model, subprocess_env, mixed, drafters):
         block = memdec_block(models) | {"speculative_tokens": 2}
         batches = [asking(choices, seed=1, logprobs=5) for choices in (NONE, [Choice()] * 3, MIXED)]
         jobs[dtype] = v2.job(models["base"], block, batches, dtype=dtype)
+    models = drafters["bfloat16"]
+    for drafts in (0, 2):
+        block = memdec_block(models) | {"speculative_tokens": drafts}
+        del block["memories"]["bio"]
+        block["memories"]["steps"] = {"model": models["bio"], "alpha_by_context": STEPS}
+        batches = [stepped(batch, 10 * n) for n, batch in enumerate(STEPPED)]
+        jobs[f"steps, {drafts}"] = v2.job(models["base"], block, batches, "full", dtype="bfloat16")
     return v2.run(jobs, subprocess_env)
 
 
@@ -139,3 +161,24 @@ def test_drafting_in_16_bits(dtype, results, drafters):
     v2.check_answers(result, models["base"], chosen, dtype)
     assert 0 < result["accepted"] < result["drafted"]
     v2.check_steps(result, drafts=2)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_weights_by_context(drafts, results, drafters):
+    """Full graphs, columns of 16 bits, chunks and drafts: each row has its position's weight."""
+    result, models = v2.answered(results, f"steps, {drafts}"), drafters["bfloat16"]
+    chosen, late = [], []
+    asked = [choice for batch in STEPPED for _, choice in batch]
+    for (prompt, sampled, *_), choice in zip(result["requests"], asked, strict=True):
+        if choice == Choice("steps"):
+            alpha_T1 = gate_weights(models, "bio", STEPS, [*prompt, *sampled])
+            chosen.append((models["bio"], alpha_T1))
+            late.append((models["bio"], alpha_T1.roll(1, 0)))  # the weight of the position before
+        else:
+            name, alpha = ("bio", 1.0) if choice.memory == "steps" else choice.resolved
+            chosen.append((models[name], alpha))
+            late.append(chosen[-1])
+    v2.check_answers(result, models["base"], chosen, "bfloat16")
+    assert v2.worst_error(result, models["base"], late) > 1, "no step would be seen"
+    assert v2.check_steps(result, drafts) == {"FULL", "NONE"}
+    assert bool(result["accepted"]) == bool(drafts)  # at alpha 1 greedy drafts are all accepted

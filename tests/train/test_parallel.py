@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from vllm_memdec.train.datastore import layers_of
 from vllm_memdec.train.metrics import read_metrics
 from vllm_memdec.train.parallel import spread
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.worker import Worker, join, leave
 
 SETTINGS = MemorySettings(
     layers=2, epochs=0.6, batch_blocks=3, micro_batch_blocks=1, dtype="float32", evaluate_steps=5
@@ -29,13 +31,15 @@ LOSS = 1e-4  # relative; float32 sums in another order, through all steps
 WEIGHT = 0.1 * SETTINGS.learning_rate
 
 
-def on_two(rank, trainings, folder):
+def on_two(rank, trainings, address):
     torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    join(World(rank, 2), address, address[0])
     for training in trainings:
         training(World(rank, 2))
-    torch.distributed.destroy_process_group()
+    leave()
+    if all(training.settings.parallel == "replicate" for training in trainings):
+        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+        assert not [name for name in names if "gloo" in name], "they may abort Python at its end"
 
 
 def losses(work):
@@ -63,13 +67,14 @@ def runs(pipeline, tiny_model, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # see users_loss, which they lack
-        two = [
-            training("replicate"),
+        sharded = [
             training("shard", parallel="shard", gradient_checkpointing=True),
             training("stop", parallel="shard"),
         ]
         (folder / "stop" / STOP).touch()  # after the first step
-        torch.multiprocessing.spawn(on_two, (two, folder), nprocs=2)
+        for two in ([training("replicate")], sharded):
+            address = "127.0.0.1", Worker().free_port()
+            torch.multiprocessing.spawn(on_two, (two, address), nprocs=2)
     training("one")(World())
     return folder
 
