@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -37,9 +36,6 @@ def on_two(rank, trainings, address):
     for training in trainings:
         training(World(rank, 2))
     leave()
-    if all(training.settings.parallel == "replicate" for training in trainings):
-        names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
-        assert not [name for name in names if "gloo" in name], "they may abort Python at its end"
 
 
 def losses(work):
@@ -67,14 +63,14 @@ def runs(pipeline, tiny_model, tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TRITON_INTERPRET", raising=False)  # see users_loss, which they lack
-        sharded = [
+        two = [
+            training("replicate"),
             training("shard", parallel="shard", gradient_checkpointing=True),
             training("stop", parallel="shard"),
         ]
         (folder / "stop" / STOP).touch()  # after the first step
-        for two in ([training("replicate")], sharded):
-            address = "127.0.0.1", Worker().free_port()
-            torch.multiprocessing.spawn(on_two, (two, address), nprocs=2)
+        address = "127.0.0.1", Worker().free_port()
+        torch.multiprocessing.spawn(on_two, (two, address), nprocs=2)
     training("one")(World())
     return folder
 
@@ -98,6 +94,34 @@ def test_what_several_processes_left_is_gone_on_with_by_one(runs, pipeline, tiny
     args = SETTINGS, tiny_model("qwen2"), out / "corpus", out / "targets", work
     trainer.train_memory(*args, Progress(), Here())
     assert losses(work) == pytest.approx(losses(runs / "one"), rel=LOSS)
+
+
+LEAVING = """
+from pathlib import Path
+from vllm_memdec.train.torchrun import Torchrun
+
+def loop(world):
+    import torch
+    module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    module(torch.ones(1, 2)).sum().backward()
+
+processes = Torchrun()
+processes.follow() if processes.world.rank else processes.train(loop, Path())
+processes.close()
+names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+assert not [name for name in names if "gloo" in name], names
+"""
+
+
+def test_no_thread_of_the_group_is_left(tmp_path):
+    """One that runs when Python ends may abort it: a build would be told as failed."""
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [sys.executable, *words, str(tmp_path / "leaving.py")],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
 
 
 def test_torchrun_builds_with_all_its_processes(pipeline, quick, tmp_path):
