@@ -1,6 +1,6 @@
 """Show the tables of the README, made from committed CSV files; --readme puts them into it.
 
-python benchmarks/tables.py [--readme]
+python -m benchmarks.tables [--readme]
 """
 
 import argparse

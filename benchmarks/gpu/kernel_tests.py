@@ -1,6 +1,6 @@
 """The kernels' tests on the device; with --dry the first test of each file, interpreted.
 
-    python benchmarks/gpu.py --steps kernel_tests
+    python -m benchmarks.gpu.gpu --steps kernel_tests
 
 Writes a row with the counts to results/gpu_kernel_tests.csv. Fails if a test does, or if none ran.
 """
@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from common import RESULTS, append_csv, provenance
+
+from benchmarks.common import RESULTS, append_csv, provenance
 
 TESTS = Path(__file__).parents[2] / "tests/kernels"
 

@@ -1,6 +1,6 @@
 """Two models whose CUDA graphs share one pool: does the second overwrite what the first returned?
 
-    python benchmarks/gpu.py --steps pool
+    python -m benchmarks.gpu.gpu --steps pool
 
 vLLM captures each compiled piece of a model as a CUDA graph, all in one pool, and keeps only a weak
 reference to what a model's last piece returns. That block is then free when the memory's pieces
@@ -21,8 +21,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_csv, provenance
 from torch import nn
+
+from benchmarks.common import RESULTS, append_csv, provenance
 
 VOCABULARY = 32_000
 BASE, MEMORY = (3584, 9472, 4), (896, 4864, 6)  # hidden, intermediate, pieces

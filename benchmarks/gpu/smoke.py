@@ -1,6 +1,6 @@
 """Is the mixture that vLLM serves on this device the mixture of its models?
 
-    python benchmarks/gpu.py --steps smoke
+    python -m benchmarks.gpu.gpu --steps smoke
 
 Tiny random models, made on the spot: a base and three memories of it, one with a smaller
 vocabulary, one that is the base itself, whose drafts are therefore accepted. A real engine for
@@ -44,9 +44,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, append_csv, provenance
-from shapes import save_tokenizer, shape_config
 
+from benchmarks.common import RESULTS, append_csv, provenance
+from benchmarks.speed.engines import side_by_side
+from benchmarks.speed.shapes import save_tokenizer, shape_config
+
+ROOT = Path(__file__).resolve().parents[2]
 TIMES_MEAN, TIMES_MOST, FLOOR, SECOND_BEST = 2.0, 3.0, 1e-4, 2.0
 FAULT = 4  # times the allowed mean, at least, is what a fault does
 ALPHAS = {"law": 0.5, "wide": 0.4, "same": 0.5}
@@ -210,8 +213,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     memories = {name: {"model": folders[name], "alpha": alpha} for name, alpha in ALPHAS.items()}
     options = STARTS[job["start"]] | {"enforce_eager": job["start"] == "eager"}
     if device == "cuda":
-        # Nothing to measure, so several can start at once. Only what is free counts.
-        options |= {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
+        options |= side_by_side(1 << 30)
         if job["start"] != "eager":
             options["cudagraph_capture_sizes"] = CAPTURED
     llm = LLM(
@@ -252,12 +254,12 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_one(job: dict[str, Any], log: Path, seconds: float) -> dict[str, Any]:
     """Return the row of a start in a process of its own; what kills that is in its row."""
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    command = [sys.executable, "-m", "benchmarks.gpu.smoke", "--one", json.dumps(job)]
     row: dict[str, Any] = {}
     with open(log, "w") as file:
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=seconds
+                command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=seconds, cwd=ROOT
             )
             lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
             if not done.returncode and lines:
