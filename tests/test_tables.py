@@ -13,9 +13,22 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.parametrize("name", tables.TABLES)
-def test_the_readme_has_the_table(name):
-    [found] = tables.block(name).findall(tables.README.read_text())
+def test_one_page_has_the_table(name):
+    [found] = [t for page in tables.pages() for t in tables.block(name).findall(page.read_text())]
     assert found == tables.TABLES[name]()
+
+
+def test_a_page_gets_the_tables_that_it_has_marks_for(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    monkeypatch.setattr(tables, "TABLES", {"one": lambda: "| 1 |\n", "two": lambda: "| 2 |\n"})
+    monkeypatch.setattr("sys.argv", ["tables", "--readme"])
+    (tmp_path / "train").mkdir()
+    front, train = tmp_path / "README.md", tmp_path / "train/README.md"
+    front.write_text("<!-- one -->\nold\n<!-- /one -->\nsee train\n")
+    train.write_text("# two\n<!-- two -->\n<!-- /two -->\n")
+    tables.main()
+    assert front.read_text() == "<!-- one -->\n| 1 |\n<!-- /one -->\nsee train\n"
+    assert train.read_text() == "# two\n<!-- two -->\n| 2 |\n<!-- /two -->\n"
 
 
 def marked() -> set[str]:
