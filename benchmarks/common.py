@@ -47,7 +47,7 @@ def commit() -> str:
     head = git("rev-parse", "--short", "--verify", "-q", "HEAD")
     if not head:
         return os.environ.get("BENCHMARK_COMMIT") or "none"
-    # Rows of the benchmark before are no change of what is measured.
+    # A row that an earlier benchmark wrote does not change what is measured.
     others = (":(top)", ":(top,exclude)benchmarks/results")
     return head + (
         "+" if git("status", "--porcelain", "--untracked-files=no", "--", *others) else ""

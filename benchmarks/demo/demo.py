@@ -75,12 +75,12 @@ def score(
         for name, model in models.items():
             logprobs[text, name] = label_logprobs(model, *blocks, 4, progress, f"{name}, {text}")
         neighbours[text] = find_neighbours(demo.out, models["base"], settings, *blocks)
-    found = {"alpha": table}
+    scores = {"alpha": table}
     for text, tuned_on in SCORED.items():
         weight, temperature = tune(logprobs[tuned_on, "base"], neighbours[tuned_on], made_with)
         base_N, memory_N = logprobs[text, "base"], logprobs[text, "memory"]
         knn_N = neighbours[text].logprobs(temperature)
-        found[text] = {
+        scores[text] = {
             "base": perplexity(base_N),
             "memory": perplexity(memory_N),
             "mixture": perplexity(mix(base_N, memory_N, alpha_at(table, positions[text]))),
@@ -88,7 +88,7 @@ def score(
             "knn_lambda": weight,
             "tokens": len(base_N),
         }
-    write_json(work / "perplexity.json", found)
+    write_json(work / "perplexity.json", scores)
 
 
 ASKED = (("base", 0.0), ("memory", 1.0), ("mixture", None))  # None: the memory's own alpha
@@ -115,7 +115,7 @@ def ask_server(demo: Demo, base: Path, export: Artifact, learned: list[Fact]) ->
         }
         for i, fact in enumerate(shown)
     ]
-    shares = {name: recall(asked, found) for name, found in answers.items()}
+    shares = {name: recall(asked, given) for name, given in answers.items()}
     return {"recall": {"facts": len(asked), **shares}, "facts": rows}
 
 
@@ -159,8 +159,8 @@ def show(report: dict, console: Console) -> None:
     table = Table("prompt", "truth", "base", "base + memory")
     for f in report["facts"]:
         right = f["mixture_answer"] == f["truth"]
-        says = f"[green]{f['mixture_answer']}" if right else f["mixture_answer"]
-        table.add_row(f["prompt"], f["truth"], f["base_answer"][:60], says)
+        shown = f"[green]{f['mixture_answer']}" if right else f["mixture_answer"]
+        table.add_row(f["prompt"], f["truth"], f["base_answer"][:60], shown)
     console.print(table)
     p, r = report["perplexity"], report["recall"]
     console.print(
@@ -216,11 +216,11 @@ def run(demo: Demo) -> None:
         )
     with timed("serving and asking"):
         asked = ask_server(demo, base, export, learned)
-    found = json.loads((scores.path / "perplexity.json").read_text())
+    measured = json.loads((scores.path / "perplexity.json").read_text())
     report = {
-        "perplexity": found["pages"] | {"alpha": found["alpha"]},
-        "single_fact_perplexity": found["facts"],
-        "general_perplexity": found["general"],
+        "perplexity": measured["pages"] | {"alpha": measured["alpha"]},
+        "single_fact_perplexity": measured["facts"],
+        "general_perplexity": measured["general"],
         **asked,
         "memdec": asdict(read_block(export.path)),
         "seconds": seconds,

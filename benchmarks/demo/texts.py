@@ -12,11 +12,13 @@ from benchmarks.corpora.jsonl import write_jsonl
 
 HERE = Path(__file__).resolve().parent
 
-SECTION, MAX_VALUE = "Government", 100  # facts of one section, values up to so many characters
-LEARNED = ("south-america", "central-asia")  # the corpus
-VALIDATION = ("south-asia",)  # alpha, lambda and temperature are tuned on these countries
-HELD_OUT = ("central-america-n-caribbean",)  # scored once, used for nothing else
-GENERAL_CHARACTERS = 800  # of each Wikipedia article
+SECTION, MAX_VALUE = "Government", 100  # section of the facts; characters of a value at most
+LEARNED = ("south-america", "central-asia")  # regions of the corpus
+VALIDATION = ("south-asia",)  # regions on which alpha, lambda and temperature are tuned
+HELD_OUT = (
+    "central-america-n-caribbean",
+)  # countries that are scored once and used for nothing else
+GENERAL_CHARACTERS = 800  # characters of each Wikipedia article
 MAX_RECALLED = 60  # characters of a value that is asked for: longer values are lists
 
 

@@ -128,13 +128,13 @@ def main() -> None:
         ms = {key: statistics.median(times) for key, times in rounds.items()}
         step = "graph" if cuda else "launched"
         for way in ("launched", "graph")[: 1 + cuda]:
-            where = {"models": f"{name} + {MEMORIES[name]}", "drafts_as": way}
+            columns = {"models": f"{name} + {MEMORIES[name]}", "drafts_as": way}
             rows = cost_rows(
-                where, ms["base", step], ms["wide", step], ms["draft", way], arguments.drafts
+                columns, ms["base", step], ms["wide", step], ms["draft", way], arguments.drafts
             )
             origin = provenance("torch")
             append_csv(RESULTS / "gpu_drafting.csv", [origin | row for row in rows])
-            print(f"summary: {where['models']}, drafts {way}: {cost_sentence(rows)}")
+            print(f"summary: {columns['models']}, drafts {way}: {cost_sentence(rows)}")
         del base, memory, calls
         if cuda:
             torch.cuda.empty_cache()

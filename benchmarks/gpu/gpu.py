@@ -49,10 +49,10 @@ class Step:
     """One check or measurement."""
 
     name: str
-    seconds: float  # its share: what it took on an H100 with 16 cores, and some more
+    seconds: float  # its share of the time: a little more than it took on an H100 with 16 cores
     module: str  # run with python -m from the root of the repository
-    options: tuple[str, ...] = ()  # of the module; {limit} is in seconds
-    rehearsal: tuple[str, ...] = ()  # options in their place
+    options: tuple[str, ...] = ()  # options of the module; {limit} is in seconds
+    rehearsal: tuple[str, ...] = ()  # options of a rehearsal
     needs_vllm: bool = False
 
 
@@ -89,14 +89,14 @@ def plugin_metadata(folder: Path) -> Path:
     """Return a folder that shows vLLM our entry points where the package is not installed."""
     import ast
 
-    found = {}
+    entry_points = {}
     for node in ast.walk(ast.parse((ROOT / "setup.py").read_text())):
         if isinstance(node, ast.keyword) and node.arg == "entry_points":
-            found = ast.literal_eval(node.value)
+            entry_points = ast.literal_eval(node.value)
     info = folder / "vllm_memdec-0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-memdec\nVersion: 0\n")
-    lines = [line for group, names in found.items() for line in (f"[{group}]", *names)]
+    lines = [line for group, names in entry_points.items() for line in (f"[{group}]", *names)]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -147,13 +147,13 @@ def driver_folders() -> list[str]:
         try:
             ctypes.CDLL(name)
         except OSError:
-            found = (p for top in ("/usr", "/opt") for p in Path(top).rglob(name))
-            folders += [str(p.parent) for p in [next(found, None)] if p]
+            paths = (p for top in ("/usr", "/opt") for p in Path(top).rglob(name))
+            folders += [str(p.parent) for p in [next(paths, None)] if p]
     return folders
 
 
 def run_step(command: list[str], limit: float, env: dict[str, str], log: Path) -> tuple[str, str]:
-    """Return a step's status and what it says of itself; all its processes have ended by then."""
+    """Return a step's status and its summary; all its processes have ended by then."""
     with open(log, "w") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, env=env, cwd=ROOT,
@@ -168,10 +168,10 @@ def run_step(command: list[str], limit: float, env: dict[str, str], log: Path) -
                 os.killpg(process.pid, signal.SIGKILL)  # engines that the step started, too
             process.wait()
     lines = log.read_text(errors="replace").splitlines()
-    says = [line.removeprefix("summary: ") for line in lines if line.startswith("summary: ")]
-    if status == FAILED and not says:
-        says = [line for line in lines if line.strip()][-1:] or ["it printed nothing"]
-    return status, " | ".join(says)
+    summaries = [line.removeprefix("summary: ") for line in lines if line.startswith("summary: ")]
+    if status == FAILED and not summaries:
+        summaries = [line for line in lines if line.strip()][-1:] or ["it printed nothing"]
+    return status, " | ".join(summaries)
 
 
 def run_steps(
@@ -186,7 +186,7 @@ def run_steps(
     rehearsed: dict[tuple[str, ...], str] = {}  # rehearsals, and the step that each was first for
     rows, end = [], time.monotonic() + seconds
     for number, step in enumerate(steps):
-        # What earlier steps left goes to all later ones.
+        # Time that earlier steps left is shared by all later ones.
         shares = [later.seconds for later in steps[number:]]
         limit = max(1.0, (end - time.monotonic()) * shares[0] / sum(shares))
         options = step.rehearsal if dry else step.options
@@ -195,23 +195,23 @@ def run_steps(
         began = time.monotonic()
         first = rehearsed.get((step.module, *step.rehearsal)) if dry else None
         if step.needs_vllm and not vllm:
-            status, says = SKIPPED, NO_VLLM
+            status, summary = SKIPPED, NO_VLLM
         elif first:
             status = next(row["status"] for row in rows if row["step"] == first)
-            says = f"the rehearsal of {first}"
+            summary = f"the rehearsal of {first}"
         else:
             print(f"{step.name}: at most {limit:.0f} s", flush=True)
             log = logs / f"{step.name}.log"
-            status, says = run_step(command, limit, env, log)
+            status, summary = run_step(command, limit, env, log)
             if status != PASSED:
                 print("".join(log.read_text(errors="replace").splitlines(True)[-30:]), flush=True)
         if dry and status == PASSED:
             status = REHEARSED
         rehearsed.setdefault((step.module, *step.rehearsal), step.name)
         took = {"seconds": round(time.monotonic() - began, 1), "limit_s": round(limit, 1)}
-        rows.append({"step": step.name, "status": status, **took, "what": says})
+        rows.append({"step": step.name, "status": status, **took, "what": summary})
         append_csv(results / "gpu.csv", [origin | rows[-1]])
-        print(f"{step.name}: {status} after {took['seconds']:.0f} s. {says}", flush=True)
+        print(f"{step.name}: {status} after {took['seconds']:.0f} s. {summary}", flush=True)
     return rows
 
 
@@ -244,8 +244,8 @@ def main() -> int:
     rows = run_steps(steps, seconds, results, env, arguments.dry, vllm)
     print(f"\n{'step':<26}{'status':<15}{'s':>6}{'limit':>7}")
     for row in rows:
-        told = f"{row['step']:<26}{row['status']:<15}{row['seconds']:>6.0f}{row['limit_s']:>7.0f}"
-        print(f"{told}  {row['what']}")
+        line = f"{row['step']:<26}{row['status']:<15}{row['seconds']:>6.0f}{row['limit_s']:>7.0f}"
+        print(f"{line}  {row['what']}")
     wanted = REHEARSED if arguments.dry else PASSED
     good = sum(row["status"] == wanted for row in rows)
     print(f"{good} of {len(rows)} steps {wanted}; rows in {results}, logs in {WORK}")

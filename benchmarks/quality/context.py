@@ -42,8 +42,8 @@ from vllm_memdec.train.windows import alpha_at, by_context
 TABLE = RESULTS / "context.csv"
 WORK = BUILD / "context"
 WINDOW = 1024  # tokens of the longest requests
-# Tokens read of each kind, in short and long contexts together.
-MOST = {"domain": 24_000, "corpus": 12_000, "general": 20_000, "in turn": 16_000}
+# Tokens that are read of each kind, in short and long contexts together.
+MAX_TOKENS = {"domain": 24_000, "corpus": 12_000, "general": 20_000, "in turn": 16_000}
 SYSTEMS = ("base", "memory", "fixed", "mixture", "gate")
 NAMES = ["domain", "text", "from", "to", "tokens", *SYSTEMS, "best_alpha", "best"]
 
@@ -74,17 +74,23 @@ class Measured:
         """Return what both models give to a text, in short and in long contexts."""
 
         def make(work: Path) -> None:
-            most = MOST[kind]
-            found = gates.score(
-                self.models, self.tokenizer, WINDOW, ids, most, f"{kind}, {use}", self.progress
+            max_tokens = MAX_TOKENS[kind]
+            scored = gates.score(
+                self.models,
+                self.tokenizer,
+                WINDOW,
+                ids,
+                max_tokens,
+                f"{kind}, {use}",
+                self.progress,
             )
-            rows = found.base_N, found.memory_N, found.features_NF, found.position_N
+            rows = scored.base_N, scored.memory_N, scored.features_NF, scored.position_N
             np.savez(work / "rows.npz", *rows)
 
         kept = build_artifact(
             WORK / self.name / f"{use}-{kind.replace(' ', '-')}",
             "context",
-            {"window": WINDOW, "most": MOST[kind]},
+            {"window": WINDOW, "most": MAX_TOKENS[kind]},
             self.inputs | {file.name: text_hash(file) for file in texts},
             make,
             self.progress.say,
@@ -163,11 +169,11 @@ def main() -> None:
     if not options.no_demo and not (FULL.out / "memory/config.json").exists():
         parser.error("build/demo is no finished demo: run `make demo` first, or give --no-demo.")
     base, progress = smollm2(), Progress()
-    where = provenance("torch", "transformers")
+    origin = provenance("torch", "transformers")
     rows = [] if options.no_demo else of_demo(base, progress)
     rows += [row for name in options.domains for row in of_domain(name, base, progress)]
     rows = [rounded({name: row[name] for name in NAMES}) for row in rows]
-    replace_rows(TABLE, [row | where for row in rows])
+    replace_rows(TABLE, [row | origin for row in rows])
     print(json.dumps({"benchmark": "context", "results": rows}))
 
 

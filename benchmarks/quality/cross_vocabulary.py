@@ -57,8 +57,8 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.vocabulary import exchange, texts
 
 SHARED = ("corpus", "datastore", "index", "targets")  # stages that the arms have in common
-FRACTION = 0.1  # of the source's epochs: the default of memory.transfer_fraction
-FIDELITY_BLOCKS = 4  # of 256 tokens
+FRACTION = 0.1  # share of the source's epochs: the default of memory.transfer_fraction
+FIDELITY_BLOCKS = 4  # blocks of 256 tokens
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Size:
     """How much of everything a run takes."""
 
     out: Path
-    epochs: float  # of the source
+    epochs: float  # epochs of the source
     layers: int = 4
     learned: int | None = None  # facts; None: all
     validation: int | None = None
@@ -195,7 +195,7 @@ def main() -> None:
     source_base = smollm2()
     base = target_base(source_base, size.out / "base")
     outs = {arm: size.out / arm for arm in ("source", "adapted", "fresh", "truncated")}
-    # Few columns of the wide head are enough for a long training, not for a few steps.
+    # Sampled columns of the head are enough for a long training, but not for a few steps.
     compile_memory(
         outs["source"],
         source_base,
@@ -217,7 +217,7 @@ def main() -> None:
 
     paths = {name: paths[name] for name in ("held_out", "corpus")}
     theirs, ours = Scorer(source_base, paths, progress), Scorer(base, paths, progress)
-    found: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
 
     def add(arm: str, model: Any, score: Scorer, beside: dict[str, np.ndarray]) -> None:
         out = outs.get(arm, outs["adapted"])
@@ -241,7 +241,7 @@ def main() -> None:
                 value = round(per_byte(rows[who], n), 4) if who in rows else ""
                 result[f"{name}_{who}"] = value
         close = fidelity(model, out, few)
-        found.append(result | {name: round(value, 4) for name, value in close.items()})
+        results.append(result | {name: round(value, 4) for name, value in close.items()})
 
     base_model = load_model(str(source_base))
     add("source", load_model(init), theirs, {name: theirs(base_model, name) for name in paths})
@@ -253,17 +253,17 @@ def main() -> None:
     for arm in ("adapted", "fresh", "truncated"):
         add(arm, load_model(str(outs[arm] / "export")), ours, beside)
 
-    by_arm = {result["arm"]: result for result in found}
+    by_arm = {result["arm"]: result for result in results}
     assert len({by_arm[arm]["steps"] for arm in ("adapted", "fresh", "truncated")}) == 1
     accepted = all(
         by_arm["adapted"][key] < by_arm["fresh"][key]
         for key in ("held_out_memory", "held_out_mixture")
     )
-    for result in found:
+    for result in results:
         print(" ".join(f"{name}: {value}" for name, value in result.items()))
     if not quick:
-        append_csv(RESULTS / "cross_vocabulary.csv", [origin | result for result in found])
-    summary = {"benchmark": "cross_vocabulary", **origin, "results": found, "accepted": accepted}
+        append_csv(RESULTS / "cross_vocabulary.csv", [origin | result for result in results])
+    summary = {"benchmark": "cross_vocabulary", **origin, "results": results, "accepted": accepted}
     print(json.dumps(summary))
     sys.exit(0 if accepted else 1)
 

@@ -35,24 +35,26 @@ S = TypeVar("S")
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything: tokens of text, facts, the share of a training that tries a rate."""
+    """How much of everything a domain takes: tokens of each text, and facts."""
 
     train: int = 60_000
     validation: int = 6_000
     test: int = 8_000
     general: int = 3_000
-    gate: int = 40_000  # general text the gate is trained on, of each kind
-    learnt: int = 12_000  # and of the domain's training text
-    general_train: int = 0  # general text that is trained on too, of each kind
+    gate: int = 40_000  # tokens of general text that the gate is trained on, of each kind
+    learnt: int = 12_000  # tokens of the domain's training text that the gate is trained on
+    general_train: int = 0  # tokens of general text that is trained on too, of each kind
     facts: int = 150
     interval: int = 64  # tokens between retrievals
-    trial: float = 0.1
-    epochs: float | None = None  # of the memory; None: the settings file's
+    trial: float = 0.1  # share of a training that tries a learning rate
+    epochs: float | None = None  # epochs of the memory; None: the settings file's
 
 
 SIZES = {
-    domains.CONTROL: Sizes(train=20_000),  # nothing is to be learned from it
-    "finance": Sizes(train=400_000, epochs=2),  # nearly all there is; finance-60k has little
+    domains.CONTROL: Sizes(train=20_000),  # the control teaches nothing
+    "finance": Sizes(
+        train=400_000, epochs=2
+    ),  # nearly all the text there is; finance-60k takes little of it
 }
 QUICK = Sizes(3_000, 600, 600, 400, 1_500, 1_000, 0, 8, 64, 0.5, 0.5)
 

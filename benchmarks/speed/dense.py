@@ -6,7 +6,7 @@ Shape suffixes: N rows, V vocabulary.
 import torch
 import torch.nn.functional as F
 
-PER_ROW = 16  # targets of a row; the demo's have 19
+PER_ROW = 16  # tokens of a row's target; the demo's have 19
 
 
 def dense_targets(targets, N, V):

@@ -13,8 +13,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_USE_V2_MODEL_RUNNER": "0",
 }
-# What vLLM 0.32 compiles ahead of time does not load again with torch 2.13: each start would
-# compile anew.
+# vLLM 0.32 cannot load what it compiled ahead of time with torch 2.13: each start would compile
+# anew.
 COMPILING = ENVIRONMENT | {"VLLM_USE_AOT_COMPILE": "0", "HF_HUB_OFFLINE": "1"}
 ANYWHERE = ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "HF_HUB_OFFLINE")
 MAX_CONTEXT = 2048  # tokens, passages included
@@ -41,7 +41,7 @@ class Stopwatch:
         self.began = time.perf_counter()
         self.first: list[float | None] = [None] * requests
         self.last = [0.0] * requests
-        self.steps: list[float] = []  # ends of those that gave a token
+        self.steps: list[float] = []  # ends of the steps that gave a token
 
     def generate(self, inputs: list[dict], params: Any, use_tqdm: bool = False) -> list[Any]:
         """Return the outputs, as LLM.generate does; may be called again for the same batch."""

@@ -39,14 +39,14 @@ def knn_perplexity(
     index: Index, stored: np.ndarray, keys: Path, k: int, temperature: float
 ) -> dict[str, float]:
     """Return the kNN-LM's held-out perplexity with lambda and temperature tuned on validation."""
-    found = {}
+    near = {}
     for name in ("validation", "held_out"):
         queries, labels = (np.concatenate(shards(keys / name, a)) for a in ("keys", "labels"))
         distances, ids = index.search(queries, k)
-        found[name] = Neighbours(distances, ids, stored[ids] == labels[:, None])
-    base = {name: np.load(keys / name / "logprobs.npy") for name in found}
-    weight, best = tune(base["validation"], found["validation"], temperature)
-    mixed = mix(base["held_out"], found["held_out"].logprobs(best), weight)
+        near[name] = Neighbours(distances, ids, stored[ids] == labels[:, None])
+    base = {name: np.load(keys / name / "logprobs.npy") for name in near}
+    weight, best = tune(base["validation"], near["validation"], temperature)
+    mixed = mix(base["held_out"], near["held_out"].logprobs(best), weight)
     return {
         "knn_ppl": perplexity(mixed),
         "base_ppl": perplexity(base["held_out"]),
@@ -88,8 +88,8 @@ def main() -> None:
     temperature, _ = fit_temperature(distances, ids, stored[ids] == stored[own][:, None])
     results = []
     for (name, probes), index in indexes.items():
-        found = index.search(queries, neighbours + 1)
-        kept = neighbours_without_self(*found, own)[1]
+        near = index.search(queries, neighbours + 1)
+        kept = neighbours_without_self(*near, own)[1]
         size = sum(p.stat().st_size for p in variants[name, probes].glob("*.faiss"))
         row = {
             "index": name,
@@ -98,7 +98,7 @@ def main() -> None:
             "width": queries.shape[1],
             "recall_at_64": recall(keys, queries, kept[:, :RECALL_AT], true_distances, true_ids),
             "leaks": int((kept == own[:, None]).any(axis=1).sum()),
-            "self_not_first": float((found[1][:, 0] != own).mean()),
+            "self_not_first": float((near[1][:, 0] != own).mean()),
             "bytes_per_key": size / arguments.keys,
             **knn_perplexity(index, stored, made, neighbours, temperature),
         }

@@ -33,7 +33,7 @@ from vllm_memdec.state import encode
 
 ALPHA = 0.4
 FLUSH = 2**28  # bytes, several times the L2 cache of any GPU
-CALLS = 20  # of a function in a graph
+CALLS = 20  # calls of a function in a graph
 
 
 def eager(base_NV, memory_NV, alpha_N):
@@ -108,8 +108,8 @@ def device_ms(functions, seconds):
 
     cold = {name: graph_of(lambda f=f: flushed(f), 5) for name, f in functions.items()}
     cold["flush"] = graph_of(flush.zero_, 5)
-    found = {name: ms / 5 for name, ms in interleaved_ms(cold, seconds).items()}
-    return measured | {f"{name} cold": found[name] - found["flush"] for name in functions}
+    replayed = {name: ms / 5 for name, ms in interleaved_ms(cold, seconds).items()}
+    return measured | {f"{name} cold": replayed[name] - replayed["flush"] for name in functions}
 
 
 def main() -> None:
@@ -145,7 +145,7 @@ def main() -> None:
                 measured = {f"{name} launched": ms for name, ms in measured.items()}
                 measured = device_ms(functions, arguments.seconds) | measured
             for name, ms in measured.items():
-                if ms <= 0:  # cold: less than the noise of writing the cache over
+                if ms <= 0:  # a cold time below the noise of writing the cache over
                     print(f"{V:>7} {N:>4} {name:>14} not measured")
                     continue
                 rate = size / ms / 1e6

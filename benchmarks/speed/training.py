@@ -113,7 +113,7 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
     )
     if arguments.shape:
-        # From a configuration alone: random weights of all its layers.
+        # A configuration without weights gives random weights of all its layers.
         arguments.base = str(make_shape(arguments.shape, BUILD / "shapes"))
         settings = settings.changed(init=arguments.base, layers=None)
         known = SHAPES[arguments.shape]["vocab_size"]
@@ -134,7 +134,7 @@ def main() -> None:
     for number in range(arguments.steps):
         for name, run in runs.items():
             rows = run.step(number)
-            if number:  # the first warms up
+            if number:  # the first step warms up
                 rates[name].append(rows / run.seconds[-1])
         reference.step(number)
         shown = " ".join(f"{name} {run.losses[-1]:.5f}" for name, run in runs.items())

@@ -70,12 +70,12 @@ def synchronised():
 def milliseconds(function, times=5):
     """Return the median time of a function, the device's work included."""
     function()
-    found = []
+    times_ms = []
     for _ in range(times):
         began = synchronised()
         function()
-        found.append((synchronised() - began) * 1e3)
-    return statistics.median(found)
+        times_ms.append((synchronised() - began) * 1e3)
+    return statistics.median(times_ms)
 
 
 def parts(module, optimizer, batches, blocks, settings):
@@ -102,13 +102,13 @@ def parts(module, optimizer, batches, blocks, settings):
         torch.nn.utils.clip_grad_norm_(module.parameters(), settings.gradient_clip)
         optimizer.step()
 
-    found = {"trunk_ms": milliseconds(trunk), "loss_ms": milliseconds(loss)}
+    measured = {"trunk_ms": milliseconds(trunk), "loss_ms": milliseconds(loss)}
     trunk()
     layer.weight.grad = torch.zeros_like(layer.weight)
-    found["optimizer_ms"] = milliseconds(update)
+    measured["optimizer_ms"] = milliseconds(update)
     optimizer.zero_grad()
-    found["reading_ms"] = milliseconds(lambda: batches.arrays(chosen))
-    return found
+    measured["reading_ms"] = milliseconds(lambda: batches.arrays(chosen))
+    return measured
 
 
 def measure(arguments, base, attention, compiled, blocks):
@@ -150,8 +150,8 @@ def measure(arguments, base, attention, compiled, blocks):
         "gpu_gb": round(rows[-1].get("gpu_gb", 0), 2),
         "step_ms": round(seconds * 1e3, 2),
     }
-    found = parts(module, optimizer, batches, blocks, settings)
-    return row | {name: round(value, 2) for name, value in found.items()}
+    measured = parts(module, optimizer, batches, blocks, settings)
+    return row | {name: round(value, 2) for name, value in measured.items()}
 
 
 def main() -> None:

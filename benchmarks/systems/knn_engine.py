@@ -75,7 +75,7 @@ class KNNForCausalLM(nn.Module):
             self.key_TD = args[0]
 
         def after(module: nn.Module, args: tuple, output: Any) -> None:
-            # vLLM's layers hand on what they add to the residual stream and the stream apart.
+            # vLLM's layers return the residual stream and what they add to it as two tensors.
             self.key_TD = sum(output) if isinstance(output, tuple) else output
 
         model = Wrapped(self.base)

@@ -26,7 +26,7 @@ from vllm_memdec.train.pipeline import MEMORY_BUDGET
 from vllm_memdec.train.search import Index
 from vllm_memdec.train.targets import neighbour_weights
 
-TEMPERATURES = np.geomspace(0.1, 10, 9)  # multiples of the one the targets were made with
+TEMPERATURES = np.geomspace(0.1, 10, 9)  # multiples of the temperature of the targets
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Neighbours:
 
     distances: np.ndarray  # [rows, k]
     ids: np.ndarray  # [rows, k]
-    hit: np.ndarray  # [rows, k]: the neighbour's token is the true one
+    hit: np.ndarray  # [rows, k]: whether the neighbour's token is the true one
 
     def logprobs(self, temperature: float) -> np.ndarray:
         """Return log p_kNN of the true tokens [rows]; -inf where no neighbour has it."""
@@ -50,13 +50,13 @@ def find_neighbours(
     """Search the build's datastore for every valid row of blocks [B, T+1]."""
     index = Index(build / "index", settings.index.probes, MEMORY_BUDGET)
     k = min(settings.targets.neighbours, len(index.labels))
-    found = []
+    batches = []
     for keys, labels in embed(
         base, settings.datastore.key_layer, tokens, positions, settings.datastore.batch_blocks
     ):
         distances, ids = index.search(keys, k)
-        found.append((distances, ids, index.labels[ids] == labels[:, None]))
-    return Neighbours(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+        batches.append((distances, ids, index.labels[ids] == labels[:, None]))
+    return Neighbours(*(np.concatenate(parts) for parts in zip(*batches, strict=True)))
 
 
 def tune(base_N: np.ndarray, neighbours: Neighbours, temperature: float) -> tuple[float, float]:

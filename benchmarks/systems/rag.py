@@ -28,11 +28,11 @@ from vllm_memdec.train.progress import Progress
 
 PASSAGE = 128  # tokens
 CHOOSING_BLOCKS = 8  # validation blocks used to choose the number of passages
-QUERY_TOKENS = 32  # the paper's
-ENCODER_TOKENS = 256  # the encoder was trained on no longer texts
+QUERY_TOKENS = 32  # tokens of a query, as in the paper
+ENCODER_TOKENS = 256  # tokens of the longest texts that the encoder was trained on
 BATCH = 32
 FIRST_QUERY = 8  # tokens of a document before the first retrieval
-BATCH_TOKENS = 2048  # of a forward pass
+BATCH_TOKENS = 2048  # tokens of a forward pass
 
 
 class Retriever(Protocol):
@@ -44,11 +44,11 @@ class Retriever(Protocol):
 
 def passages(texts: Sequence[str], tokenizer: Any, max_tokens: int) -> list[str]:
     """Cut documents into passages of at most so many tokens; short documents stay whole."""
-    found = []
+    cut = []
     for ids in tokenizer(list(texts))["input_ids"]:
         for start in range(0, len(ids), max_tokens):
-            found.append(tokenizer.decode(ids[start : start + max_tokens]).strip())
-    return [text for text in found if text]
+            cut.append(tokenizer.decode(ids[start : start + max_tokens]).strip())
+    return [text for text in cut if text]
 
 
 class BM25:
@@ -61,16 +61,16 @@ class BM25:
         self.tokenize, self.stemmer = bm25s.tokenize, Stemmer.Stemmer("english")
         self.index = bm25s.BM25()
         self.index.index(self._words(texts), show_progress=False)
-        self.most = len(texts)
+        self.max_passages = len(texts)
 
     def _words(self, texts: Sequence[str]) -> Any:
         return self.tokenize(list(texts), stemmer=self.stemmer, show_progress=False)
 
     def search(self, queries: Sequence[str], k: int) -> np.ndarray:
-        found, _ = self.index.retrieve(
-            self._words(queries), k=min(k, self.most), show_progress=False
+        numbers, _ = self.index.retrieve(
+            self._words(queries), k=min(k, self.max_passages), show_progress=False
         )
-        return np.asarray(found)
+        return np.asarray(numbers)
 
 
 class Dense:
@@ -88,7 +88,7 @@ class Dense:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """Return unit vectors [N, D] float32: the mean of the last hidden states."""
-        found = []
+        vectors = []
         for start in range(0, len(texts), BATCH):
             batch = self.tokenizer(
                 list(texts[start : start + BATCH]),
@@ -101,8 +101,8 @@ class Dense:
                 h_NTD = self.model(**batch).last_hidden_state
             mask_NT1 = batch["attention_mask"][:, :, None].float()
             mean_ND = (h_NTD * mask_NT1).sum(1) / mask_NT1.sum(1)
-            found.append(torch.nn.functional.normalize(mean_ND, dim=-1).numpy())
-        return np.concatenate(found)
+            vectors.append(torch.nn.functional.normalize(mean_ND, dim=-1).numpy())
+        return np.concatenate(vectors)
 
     def search(self, queries: Sequence[str], k: int) -> np.ndarray:
         return self.index.search(self.embed(queries), min(k, self.index.ntotal))[1]
@@ -123,8 +123,8 @@ class Rag:
     def contexts(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         """Return the ids to put before each prompt, the best passage next to it."""
         queries = [self.tokenizer.decode(list(ids)[-QUERY_TOKENS:]) for ids in prompts]
-        found = self.retriever.search(queries, self.k)
-        return [[i for n in row[::-1] for i in self._ids(int(n))] for row in found]
+        numbers = self.retriever.search(queries, self.k)
+        return [[i for n in row[::-1] for i in self._ids(int(n))] for row in numbers]
 
     def _ids(self, number: int) -> list[int]:
         if number not in self.cut:
@@ -168,10 +168,10 @@ def chunks(positions: np.ndarray, interval: int) -> Iterator[tuple[int, int, int
         starts = np.flatnonzero(np.r_[True, position[1:] != position[:-1] + 1])
         for start, end in zip(starts, [*starts[1:], len(position)], strict=True):
             last = end - 1  # nothing is predicted from a document's last token
-            row, upto = start, min(start + FIRST_QUERY - 1, last)
+            row, end_row = start, min(start + FIRST_QUERY - 1, last)
             while row < last:
-                yield block, int(start), int(row), int(upto)
-                row, upto = upto, min(upto + interval, last)
+                yield block, int(start), int(row), int(end_row)
+                row, end_row = end_row, min(end_row + interval, last)
 
 
 @torch.inference_mode()
@@ -194,14 +194,16 @@ def label_logprobs(
         [*contexts.get(n, []), *tokens[b, start:end].tolist()]
         for n, (b, start, _, end) in enumerate(jobs)
     ]
-    found = np.full((len(tokens), tokens.shape[1] - 1), np.nan)
+    logprobs_BT = np.full((len(tokens), tokens.shape[1] - 1), np.nan)
     order = sorted(range(len(jobs)), key=lambda n: len(inputs[n]))
     with progress.task(f"RAG, {reader.k} passages", len(jobs), "chunks") as advance:
         while order:
-            longest = len(inputs[order[-1]])
-            batch = [order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // longest)))]
-            # What is padded on the right no real token sees.
-            ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+            max_length = len(inputs[order[-1]])
+            batch = [
+                order.pop() for _ in range(min(len(order), max(1, BATCH_TOKENS // max_length)))
+            ]
+            # No real token attends to padding on its right.
+            ids = torch.zeros(len(batch), max_length, dtype=torch.int64)
             for i, n in enumerate(batch):
                 ids[i, : len(inputs[n])] = torch.tensor(inputs[n])
             h_BTD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -211,9 +213,9 @@ def label_logprobs(
                 logits_NV = head(model, h_ND).float()
                 labels_N = torch.from_numpy(tokens[b, row + 1 : end + 1].astype(np.int64))
                 chosen_N = logits_NV.gather(1, labels_N[:, None])[:, 0]
-                found[b, row:end] = (chosen_N - logits_NV.logsumexp(-1)).numpy()
+                logprobs_BT[b, row:end] = (chosen_N - logits_NV.logsumexp(-1)).numpy()
             advance(len(batch))
-    logprobs = found[valid_rows(positions)]
+    logprobs = logprobs_BT[valid_rows(positions)]
     assert np.isfinite(logprobs).all()
     return logprobs
 
@@ -221,7 +223,7 @@ def label_logprobs(
 class RagSystem(System):
     """The base, which reads the best of some numbers of passages anew every interval."""
 
-    passages: ClassVar[tuple[int, ...]] = (2, 4)  # numbers of them that are tried
+    passages: ClassVar[tuple[int, ...]] = (2, 4)  # numbers of passages that are tried
 
     def retriever(self, texts: list[str]) -> Retriever:
         return BM25(texts)

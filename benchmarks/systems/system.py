@@ -12,9 +12,11 @@ from benchmarks.quality.domain import Domain
 class System(ABC):
     """A way of answering in a domain, fitted on its training and validation text alone."""
 
-    name: ClassVar[str]  # of its artifacts
-    title: ClassVar[str]  # of its row in tables
-    trained: ClassVar[bool] = False  # on the FLOPs that every training may take
+    name: ClassVar[str]  # part of its artifacts' names
+    title: ClassVar[str]  # name of its row in tables
+    trained: ClassVar[bool] = (
+        False  # whether it was trained on the FLOPs that every training may take
+    )
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain

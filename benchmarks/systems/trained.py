@@ -55,7 +55,7 @@ class Trained(System):
     """A system with weights of its own."""
 
     rates: ClassVar[tuple[float, ...]]  # learning rates that are tried
-    beta: ClassVar[float] = 0.0  # of the KL term of the loss
+    beta: ClassVar[float] = 0.0  # weight of the KL term of the loss
     trained = True
 
     @property
