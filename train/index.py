@@ -52,6 +52,8 @@ SAMPLE_BYTES = 2**30  # for the sample in fp16 and float32, of which lists are t
 SAMPLE_SHARDS = 64  # at least so many, evenly spread, give the sample
 MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
 PART_SHARE = 4  # a part of the index takes a fourth of the memory budget
+# Tables of product codes, 64 kB a list, are made where they pay: by a search, see search.py.
+SKIP_TABLES = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 LABELS = "labels.i32"  # of all rows, in order
 TRAINED = "trained.faiss"  # the index without keys
 SAMPLE = "sample.f16"  # keys that lists are trained on
@@ -247,6 +249,8 @@ def train_lists(index: Any, sample: np.ndarray, found: Shape, seed: int) -> Any:
     """Train an index on a sample of keys [rows, D] fp16; return it."""
     ivf = inverted(index)
     ivf.cp.seed = seed
+    if isinstance(ivf, faiss.IndexIVFPQ):
+        ivf.use_precomputed_table = -1  # by default training makes what a search may need
     if found.levels == 1:
         index = to_gpu(index)
         index.train(np.asarray(sample, np.float32))
@@ -329,7 +333,9 @@ class Filler:
     def empty(self, width: int) -> Any:
         """Return the index without keys."""
         trained = self.work / TRAINED
-        return faiss.read_index(str(trained)) if trained.exists() else faiss.IndexFlatL2(width)
+        if not trained.exists():
+            return faiss.IndexFlatL2(width)
+        return faiss.read_index(str(trained), SKIP_TABLES)
 
 
 def build_index(

@@ -22,6 +22,7 @@ from vllm_memdec.train.index import (
     CODE_SAMPLE,
     GRAPH_SEARCH,
     LABELS,
+    SKIP_TABLES,
     TRAINED,
     inverted,
     kmeans,
@@ -311,9 +312,6 @@ class Index:
         Of equal distances the lower row comes first.
         """
         return next(self.search_all([queries], k))
-
-
-SKIP_TABLES = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 
 
 def read_lists(path: str, flags: int) -> Any:

@@ -11,10 +11,13 @@ from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.index import (
     PQ_KEYS,
+    Filler,
     build_index,
+    inverted,
     sample_rows,
     shape,
     shaping,
+    train_lists,
     two_level_kmeans,
 )
 from vllm_memdec.train.progress import Progress
@@ -119,6 +122,19 @@ def test_the_budget_shapes_no_index(tmp_path):
         trained.append((folder / "trained.faiss").read_bytes())
         assert len(list(folder.glob("lists-*"))) == (1 if budget == BUDGET else 3)
     assert trained[0] == trained[1]
+
+
+def test_nobody_holds_tables_that_only_a_search_needs(tmp_path, monkeypatch):
+    """faiss makes those of product codes when it trains and when it reads: 64 kB a list."""
+    monkeypatch.setattr(index_stage, "PQ_BYTES", 1)
+    keys, labels = clustered(PQ_KEYS)
+    source = store(tmp_path, keys[:, :2], labels)
+    index = faiss.index_factory(2, shape(IndexSettings(kind="pq"), PQ_KEYS, 2).kind)
+    trained = train_lists(index, keys[:, :2], shape(IndexSettings(kind="pq"), PQ_KEYS, 2), seed=1)
+    assert inverted(trained).precomputed_table.size() == 0
+    faiss.write_index(trained, str(tmp_path / "trained.faiss"))
+    empty = Filler(source, [], tmp_path).empty(2)
+    assert inverted(empty).nlist > 1 and inverted(empty).precomputed_table.size() == 0
 
 
 def test_an_index_is_divided_anew_unless_a_part_is_filled(tmp_path, monkeypatch):
