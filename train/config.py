@@ -27,7 +27,6 @@ Model = TypeVar("Model", bound=BaseModel)
 
 # In place of the defaults, where a memory starts from trained weights (arXiv 2508.09874).
 PRETRAINED: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 15.0}
-BLOCKS = 4  # a forward pass, by default; on CUDA this number stands for more: see datastore.py
 
 
 class StageSettings(BaseModel):
@@ -68,7 +67,7 @@ class DatastoreSettings(StageSettings):
     key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"  # the paper's
     layer_fraction: float = Field(0.7, ge=1e-3, le=1)  # of the base's depth, where key is layer
     keep_keys: StrictBool = True  # on disk, 2 bytes a number; else computed again for the search
-    batch_blocks: int = Field(BLOCKS, ge=1, le=1 << 16)  # a forward pass
+    batch_blocks: int | None = Field(None, ge=1, le=1 << 16)  # a forward pass; None: by the device
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
 
     @model_validator(mode="after")
@@ -129,7 +128,8 @@ class MemorySettings(StageSettings):
     gradient_clip: float = Field(1.0, ge=1e-9, le=1e9)
     # blocks an optimiser step, over all GPUs; None: by the corpus, see batch()
     batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
-    micro_batch_blocks: int = Field(BLOCKS, ge=1, le=1 << 20)  # a forward pass
+    # a forward pass; None: by the device
+    micro_batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
     # columns beside the corpus's own; None: all, see head.py
     sampled_negatives: int | None = Field(None, ge=1, le=1 << 24)
@@ -311,7 +311,7 @@ def _expected(field: FieldInfo, value: Any) -> str:
     if kinds and all(isinstance(kind, str) for kind in kinds):
         return f"one of {', '.join(kinds)}"
     if not _is_number(field):
-        return "true or false" if field.annotation is bool else "text"
+        return "text" if str in (field.annotation, *kinds) else "true or false"
     low, high = limits(field)
     try:
         number = None if isinstance(value, bool) else float(value)

@@ -38,7 +38,7 @@ from vllm_memdec.train.shards import (
     unfinished,
 )
 from vllm_memdec.train.split import digest, split_lengths
-from vllm_memdec.train.text import Piece, pieces, read_rows
+from vllm_memdec.train.text import Piece, canonical, pieces, read_rows
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
@@ -111,7 +111,7 @@ class Tokeniser:
         def texts() -> Iterator[str]:
             for text, value in read_rows(self.pieces[number], self.group):
                 own = digest(text)
-                digests.append((own, own if self.group is None else digest(json.dumps(value))))
+                digests.append((own, own if self.group is None else digest(canonical(value))))
                 yield text
 
         found = list(tokenise(self.tokenizer, texts(), keep_empty=True))
@@ -156,7 +156,8 @@ def build_corpus(
     config = load_config(base)
     check_positions(config, base, settings.block_tokens)
     texts = [corpus] if validation is None else [corpus, validation]
-    tokenised = tokenise_pieces(base, texts, settings.group, work / PIECES, progress, cluster)
+    group = settings.group if validation is None else None  # nothing is held out then
+    tokenised = tokenise_pieces(base, texts, group, work / PIECES, progress, cluster)
     train, held_out = tokenised[0], tokenised[-1]
     lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
     if not len(lengths):

@@ -18,7 +18,7 @@ import torch
 
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.cluster import Cluster
-from vllm_memdec.train.config import BLOCKS, DatastoreSettings
+from vllm_memdec.train.config import DatastoreSettings
 from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
@@ -30,6 +30,7 @@ from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 # tokens they take 3.5 ms to run at 60 % of 989 TFLOP/s, on 16,384 28 ms, so that the GPU is what is
 # waited for. Activations of a layer, the widest of a 7B base: 1.2 GB.
 EMBEDDED = 1 << 14
+BLOCKS = 4  # a forward pass on a CPU
 # A training step of 0.5B on an H100 (benchmarks/training_gpu.py, blocks of 512), without and with
 # compiled layers: on 8,192 tokens 67,000 and 84,000 tokens/s in 23 and 18 GB, on 16,384 75,000 and
 # 119,000 in 37 and 27 GB, on 24,576 79,000 and 124,000 in 51 and 37 GB.
@@ -46,14 +47,11 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def blocks_at_once(blocks: int, block_tokens: int, where: torch.device, tokens: int) -> int:
-    """Return how many blocks a forward pass takes: on CUDA, by default, so many tokens of them.
-
-    A setting that is not the default is obeyed: it is what a user without memory lowers.
-    """
-    if where.type != "cuda" or blocks != BLOCKS:
+def blocks_at_once(blocks: int | None, block_tokens: int, where: torch.device, tokens: int) -> int:
+    """Return how many blocks a forward pass takes: those set, else so many tokens on CUDA."""
+    if blocks is not None:
         return blocks
-    return max(blocks, tokens // block_tokens)
+    return max(BLOCKS, tokens // block_tokens) if where.type == "cuda" else BLOCKS
 
 
 def trained_tokens(where: torch.device) -> int:

@@ -62,10 +62,13 @@ class Hashes:
         """Return the SHA-256 of a file's content."""
         return self._of(str(path.resolve()), [path], lambda: file_sha256(path))
 
-    def text(self, path: Path) -> str:
-        """Return the hash of the documents of a corpus, all of which are read and checked."""
-        files = corpus_files(path)[0]
-        return self._of(f"text of {path.resolve()}", files, lambda: text_hash(path))
+    def text(self, path: Path, group: str | None = None) -> str:
+        """Return the hash of the documents of a corpus, and of a field that groups them, if any.
+
+        All of them are read and checked.
+        """
+        name = f"text of {path.resolve()}" + (f" by {group}" if group else "")
+        return self._of(name, corpus_files(path)[0], lambda: text_hash(path, group))
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:
         states = [file_state(path) for path in files]

@@ -15,7 +15,8 @@ DIGESTS = "digests"  # of a working folder: the hashes of files, left by those w
 PLANNED = ("schema", "stage", "settings", "inputs")
 PARTIAL, KEPT = ".partial", ".kept"
 WRITTEN_BY = "written_by"  # of a report: says that it is one
-SIGNATURES = (f'"{WRITTEN_BY}": "memdec"', '<meta name="generator" content="memdec">')
+PAGE = b'<meta name="generator" content="memdec">'  # at the head of one that is a page
+OF_LOGS = ("metrics.jsonl", "loss.png", "tensorboard")  # all that memdec writes in logs/
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -75,7 +76,9 @@ def strangers(folder: Path, files: Iterable[str]) -> Iterator[Path]:
     known = set(files)
     for path in folder.rglob("*"):
         relative = path.relative_to(folder)
-        ours = relative.parts[0] in (LOGS, DIGESTS, MANIFEST, PLAN) or path.name.endswith(".tmp")
+        first, *rest = relative.parts
+        ours = first in (DIGESTS, MANIFEST, PLAN) or path.match("*.????????.tmp")
+        ours |= first == LOGS and rest[:1] != [] and rest[0] in OF_LOGS
         if (path.is_symlink() or not path.is_dir()) and not ours and str(relative) not in known:
             yield path
 
@@ -106,7 +109,7 @@ def retire(folder: Path, successor: Path, say: Callable[[str], None]) -> None:
             path.rename(place)
         names = ", ".join(sorted(str(p.relative_to(folder)) for p in kept)[:3])
         more = f" and {len(kept) - 3} more" if len(kept) > 3 else ""
-        say(f"{folder.name}: moved to {aside}, since memdec did not write it: {names}{more}")
+        say(f"{folder.name}: moved to {aside}, since it is no part of a build: {names}{more}")
     remove(folder, MANIFEST)
 
 
@@ -137,6 +140,14 @@ def unused(path: Path) -> Path:
     return found
 
 
+def is_report(path: Path) -> bool:
+    """Tell whether memdec wrote a report: its top level says so, or the head of the page."""
+    if (read_object(path) or {}).get(WRITTEN_BY) == "memdec":
+        return True
+    with open(path, "rb") as file:
+        return PAGE in file.read(300)
+
+
 def check_report(path: Path | None, option: str = "--json") -> None:
     """Raise MemdecError if a report could not be written there, before minutes are spent on it.
 
@@ -154,7 +165,7 @@ def check_report(path: Path | None, option: str = "--json") -> None:
         )
     if path.exists() and not path.is_file():
         raise MemdecError(f"{path} is no regular file: give {option} another one.")
-    if path.exists() and not any(text.encode() in path.read_bytes() for text in SIGNATURES):
+    if path.exists() and not is_report(path):
         raise MemdecError(
             f"{path} exists and is no report of memdec, so it is left alone: give {option} "
             "another file."

@@ -5,7 +5,6 @@ Its settings and inputs are all that changes its result, and nothing else: batch
 bound memory, paths, and files beside a base that no stage reads are in no manifest.
 """
 
-import functools
 import json
 import os
 from collections.abc import Callable, Iterable
@@ -70,7 +69,7 @@ def build(
     with locked(output):
         hashes = Hashes(output)
         try:
-            inputs = find_inputs(base, corpus, validation, settings.memory, hashes, progress)
+            inputs = find_inputs(base, corpus, validation, settings, hashes, progress)
         finally:
             hashes.save()
         if settings.memory.init != "base":
@@ -110,7 +109,7 @@ def find_inputs(
     base: str,
     corpus: Path,
     validation: Path | None,
-    settings: MemorySettings,
+    all_settings: Settings,
     hashes: Hashes,
     progress: Progress,
 ) -> dict[str, dict[str, str]]:
@@ -118,6 +117,8 @@ def find_inputs(
 
     Of a base a stage's hash covers only what the stage reads.
     """
+    settings = all_settings.memory
+    group = all_settings.corpus.group if validation is None else None  # else nothing is held out
     tokenizer = tokenizer_hash(base, "--base", hashes)
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}
@@ -138,7 +139,7 @@ def find_inputs(
     text = {}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
-            text[name] = hashes.text(path)
+            text[name] = hashes.text(path, group)
             if others := corpus_files(path)[1]:
                 progress.say(f"{name}: files in {path} that are no text and left out: {others}")
     if text.get("validation") == text["corpus"]:
@@ -198,7 +199,7 @@ class Compilation:
         """Make or find one stage's artifact."""
 
         def make(work: Path) -> None:
-            assert self.memory_can_be
+            self.check_memory()
             stage.make(work)
 
         earlier = {each: self.done[each].hash for each in stage.reads}
@@ -207,8 +208,7 @@ class Compilation:
         say = self.progress.say
         return build_artifact(path, name, stage.settings, inputs, make, say, stage.files)
 
-    @functools.cached_property
-    def memory_can_be(self) -> bool:
+    def check_memory(self) -> None:
         """Refuse what only the fifth stage would stumble on."""
         from vllm_memdec.train.decoder import memory_config
         from vllm_memdec.train.faiss_gpu import check_width
@@ -216,7 +216,6 @@ class Compilation:
         settings = self.settings
         memory_config(settings.memory, self.base, settings.corpus.block_tokens)
         check_width(settings.targets.neighbours, settings.index.probes, self.cluster)
-        return True
 
     def path(self, stage: str) -> Path:
         """Return the folder of a finished stage."""
@@ -231,7 +230,7 @@ class Compilation:
     def corpus_stage(self) -> Stage:
         settings = self.settings.corpus.model_dump()
         if self.validation is not None:
-            settings["validation_fraction"] = None  # nothing is held out
+            settings["validation_fraction"] = settings["group"] = None  # nothing is held out
 
         def make(work: Path) -> None:
             from vllm_memdec.train.corpus import build_corpus
@@ -320,6 +319,8 @@ class Compilation:
 
         micro = self.settings.memory.micro_batch_blocks
         remedy = lowered("memory.micro_batch_blocks", micro)
+        if micro == 1 and not self.settings.memory.gradient_checkpointing:
+            remedy = "set memory.gradient_checkpointing to true"
         settings = self.memory_settings()
         return Stage(settings, ("corpus", "targets"), make, complete.model_files, remedy)
 
@@ -359,6 +360,8 @@ class Compilation:
         return Stage(settings, read, make, complete.model_files, OTHERS)
 
 
-def lowered(setting: str, value: int) -> str:
-    """Return the advice to lower a setting, or another one where it cannot be lower."""
+def lowered(setting: str, value: int | None) -> str:
+    """Return the advice to lower a number of blocks, or another one where it cannot be lower."""
+    if value is None:
+        return f"set {setting} to 2 (unset, it goes by the device)"
     return f"lower {setting} (it is {value})" if value > 1 else OTHERS

@@ -20,7 +20,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.calibrate import calibrate, count_tokens
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import Settings
-from vllm_memdec.train.datastore import TRAINED
+from vllm_memdec.train.datastore import BLOCKS, TRAINED
 from vllm_memdec.train.decoder import with_defaults
 from vllm_memdec.train.export import CALIBRATION_TOKENS
 from vllm_memdec.train.index import (
@@ -252,9 +252,9 @@ class Job:
         later = rates.sampled_step if sampling else rates.step
         busy = min(self.workers, batch)  # each has a block at least
         rows_a_step = batch * self.rows / self.blocks / busy
-        micro = settings.micro_batch_blocks
-        if self.gpu_memory:
-            micro = max(micro, TRAINED // self.settings.corpus.block_tokens)
+        micro = settings.micro_batch_blocks or BLOCKS
+        if self.gpu_memory and settings.micro_batch_blocks is None:
+            micro = max(BLOCKS, TRAINED // self.settings.corpus.block_tokens)
         launches = math.ceil(batch / busy / micro) * rates.launch
         reduce = 8 * rates.memory_parameters * (busy - 1) / busy * rates.reduce
         computed = rows_a_step * (warm * rates.step + (steps - warm) * later)

@@ -22,7 +22,7 @@ PIECE_BYTES = 8 * 2**20  # of a file, read and tokenised as one
 def corpus_files(path: Path) -> tuple[list[Path], int]:
     """Return (corpus files at path, how many others), or raise MemdecError if there are none."""
     if not path.exists():
-        raise MemdecError(f"{path} does not exist: check --corpus and --validation.")
+        raise MemdecError(f"{path} does not exist: check the path.")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     kept = [p for p in files if p.suffix.lower() in SUFFIXES]
     if not kept:
@@ -168,17 +168,26 @@ def _encodable(text: str) -> bool:
     return True
 
 
-def text_hash(path: Path) -> str:
-    """Return a hash over the documents at a path, each of them read and checked."""
+def canonical(value: Any) -> str:
+    """Return one text for equal values of a field, whatever JSON or parquet made of them."""
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def text_hash(path: Path, group: str | None = None) -> str:
+    """Return a hash over the documents at a path, each of them read and checked.
+
+    group: a field of theirs that counts as well.
+    """
     digest, documents = hashlib.sha256(), 0
     for piece in pieces(path):
         if piece.path.suffix.lower() == ".jsonl":
             if piece.start:
                 continue
             piece = Piece(piece.path)
-        for text in read_documents(piece):
-            data = text.encode()
-            digest.update(len(data).to_bytes(8) + data)
+        for text, value in read_rows(piece, group):
+            for part in (text,) if group is None else (text, canonical(value)):
+                data = part.encode()
+                digest.update(len(data).to_bytes(8) + data)
             documents += 1
     if not documents:
         raise MemdecError(f"{path} is empty: give a corpus that holds text.")

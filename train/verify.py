@@ -79,6 +79,7 @@ def verify(
 ) -> list[Check]:
     """Check a build's output folder, or one stage's folder in it; MemdecError if it is neither."""
     progress = progress or Progress()
+    artifact = artifact.absolute()  # "." has no name
     root, stages = locate(artifact)
     manifests = {stage: read_manifest(root / stage) for stage in STAGES if (root / stage).is_dir()}
     if base is not None:

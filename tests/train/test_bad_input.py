@@ -60,7 +60,7 @@ def folder_without_text(folder):
 
 ROW = json.dumps({"text": TEXT})
 CORPORA = {
-    "missing": (lambda f: f / "nowhere", "nowhere does not exist", "check --corpus"),
+    "missing": (lambda f: f / "nowhere", "nowhere does not exist", "check the path"),
     "empty": (write("a.txt", ""), "a.txt is empty", "give a corpus that holds text"),
     "blank": (write("a.txt", " \n\n "), "a.txt is empty", "give a corpus that holds text"),
     "without text files": (folder_without_text, "folder is no text", ".txt, .jsonl, .parquet"),
@@ -127,7 +127,9 @@ def test_paths(memdec, tmp_path):
     missing = "is not a model folder, it has no config.json: check --base"
     assert_one_sentence(*memdec.here(base=nowhere), f"{nowhere} {missing}")
     assert_one_sentence(*memdec.here(config=nowhere), "nowhere does not exist: check --config")
-    assert_one_sentence(*memdec.here(validation=nowhere), "nowhere does not exist", "--validation")
+    assert_one_sentence(
+        *memdec.here(validation=nowhere), "nowhere does not exist", "check the path"
+    )
     for output in (occupied, occupied / "deeper"):
         is_file = "is a file, not a folder: give another --output"
         assert_one_sentence(*memdec.here(output=output), is_file)

@@ -1,5 +1,6 @@
 """The corpus stage: every token predicted once, documents apart, and every format read alike."""
 
+import datetime
 import json
 import shutil
 
@@ -26,7 +27,7 @@ from vllm_memdec.train.corpus import (
 )
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.split import digest, split_lengths
-from vllm_memdec.train.text import Piece, corpus_files, pieces, read_documents, text_hash
+from vllm_memdec.train.text import Piece, canonical, corpus_files, pieces, read_documents, text_hash
 
 FILLER = -7
 # Lengths of documents: shorter and longer than a block of 8, ending on its edge, of one token.
@@ -184,6 +185,13 @@ def test_rows_of_one_group_are_held_out_together(tiny_model, tmp_path, jsonl, en
         (tmp_path / group).mkdir()
         with pytest.raises(MemdecError, match=match):
             build_corpus(settings, base, path, None, tmp_path / group, Progress(), Here())
+
+
+def test_equal_values_of_a_field_are_one_group():
+    day = datetime.date(2026, 1, 31)
+    assert canonical({"a": 1, "b": [2]}) == canonical({"b": [2], "a": 1})
+    assert canonical(day) == canonical(datetime.date(2026, 1, 31)) != canonical(str(day)[:-1])
+    assert canonical(b"x") != canonical(b"y") and canonical(1) != canonical("1")
 
 
 def test_validation_text_that_is_in_the_corpus(tiny_model, tmp_path, jsonl, english):

@@ -9,9 +9,10 @@ from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
 from vllm_memdec.train import datastore
 from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import BLOCKS, CorpusSettings, DatastoreSettings, MemorySettings
+from vllm_memdec.train.config import CorpusSettings, DatastoreSettings
 from vllm_memdec.train.corpus import build_corpus, load_blocks, valid_rows
 from vllm_memdec.train.datastore import (
+    BLOCKS,
     EMBEDDED,
     Keys,
     blocks_at_once,
@@ -161,20 +162,16 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 1)
 @pytest.mark.parametrize(
     ("blocks", "block_tokens", "where", "chosen"),
     [
-        (BLOCKS, 512, CPU, BLOCKS),
-        (BLOCKS, 512, CUDA, 32),
-        (BLOCKS, 1 << 15, CUDA, BLOCKS),
-        (BLOCKS - 1, 512, CUDA, BLOCKS - 1),  # a user whose GPU has little memory
+        (None, 512, CPU, BLOCKS),
+        (None, 512, CUDA, 32),
+        (None, 1 << 15, CUDA, BLOCKS),
+        (BLOCKS, 512, CUDA, BLOCKS),  # what is set is obeyed, whatever the device would do
+        (1, 512, CUDA, 1),
         (64, 512, CUDA, 64),
     ],
 )
 def test_blocks_of_a_forward_pass_are_chosen_by_the_device(blocks, block_tokens, where, chosen):
     assert blocks_at_once(blocks, block_tokens, where, EMBEDDED) == chosen
-
-
-def test_what_a_device_chooses_is_in_no_setting():
-    """Manifests hold settings: they stay as they are wherever a build runs."""
-    assert DatastoreSettings().batch_blocks == MemorySettings().micro_batch_blocks == BLOCKS == 4
 
 
 def test_keys_are_the_same_however_many_blocks_pass_at_once(

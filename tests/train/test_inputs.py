@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -153,6 +154,28 @@ def test_what_does_change_the_result(copy, build, change, first):
     assert rebuilt(lines) == {"corpus": ["corpus", "datastore"]}.get(first, [first]), lines
 
 
+def test_a_field_that_groups_is_an_input(pipeline, build, tmp_path):
+    rows = [json.loads(line) for line in Path(pipeline.corpus).read_text().splitlines()]
+    corpus, out, grouped = tmp_path / "corpus.jsonl", tmp_path / "out", {"corpus": {"group": "b"}}
+
+    def building(first):
+        lines = [json.dumps(row | {"b": first + n // 2}) + "\n" for n, row in enumerate(rows)]
+        corpus.write_text("".join(lines))
+        return build(pipeline.base, corpus, out, grouped, until="corpus")
+
+    building(0)
+    assert building(0) == ["corpus: up to date"]
+    assert rebuilt(building(100)) == ["corpus"]
+
+
+def test_a_field_is_not_asked_for_where_nothing_is_held_out(pipeline, build, tmp_path):
+    text, out = tmp_path / "validation.jsonl", tmp_path / "out"
+    text.write_text('{"text": "Of this text, which has no groups, nothing is trained on."}\n' * 9)
+    given = {"validation": text, "until": "corpus"}
+    build(pipeline.base, pipeline.corpus, out, {"corpus": {"group": "book"}}, **given)
+    assert build(pipeline.base, pipeline.corpus, out, **given) == ["corpus: up to date"]
+
+
 def test_what_shapes_the_index_is_in_its_manifest(pipeline):
     """Not the setting, which may be "auto", but what it came to."""
     settings = json.loads((pipeline.output / "index/manifest.json").read_text())["settings"]
@@ -170,7 +193,7 @@ def test_hashes_are_remembered_beside_the_output(copy, build, monkeypatch):
     remembered = json.loads((copy / "out" / REMEMBERED).read_text())
     assert any(name.endswith("model.safetensors") for name in remembered)
 
-    def not_again(path):
+    def not_again(path, *_):
         raise AssertionError(f"{path} was read again")
 
     monkeypatch.setattr(inputs, "file_sha256", not_again)
@@ -252,13 +275,15 @@ def test_what_to_do_if_memory_runs_out(stage, pipeline, command, quick, monkeypa
     assert said.endswith("and run again, finished parts are kept.")
     done = {p: p.stat().st_mtime_ns for p in memdec.output.rglob("*-0000?.npy")}
     options = {}
-    while "lower" in said:  # until it says no more, or works
+    while "lower" in said or "set " in said:  # until it says no more, or works
         if "--memory-budget" in said:
             options["memory-budget"] = "64MiB"
         if found := re.search(r"lower (\w+)\.(\w+) \(it is (\d+)\)", said):
             settings[found[1]][found[2]] = int(found[3]) // 2
-            path = memdec.output.parent / "settings.yaml"
-            path.write_text(json.dumps(settings))  # JSON is YAML
+        if found := re.search(r"set (\w+)\.(\w+) to (\w+)", said):
+            settings[found[1]][found[2]] = json.loads(found[3])
+        path = memdec.output.parent / "settings.yaml"
+        path.write_text(json.dumps(settings))  # JSON is YAML
         code, err = memdec.here(until=stage, **options)
         if code == 0:
             break

@@ -9,8 +9,10 @@ import shutil
 
 import pytest
 
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train import ownership
 from vllm_memdec.train.artifacts import build_artifact
-from vllm_memdec.train.ownership import MANIFEST, PLAN, is_ours, retire, unused
+from vllm_memdec.train.ownership import MANIFEST, PLAN, is_ours, retire
 from vllm_memdec.train.pipeline import STAGES
 
 TEXT = "Some words that make a corpus. " * 40
@@ -119,6 +121,9 @@ def test_another_stage_s_folder_is_not_ours(pipeline, tmp_path):
 def test_a_stranger_s_file_in_an_artifact_is_kept(pipeline, build, tmp_path):
     out = shutil.copytree(pipeline.output, tmp_path / "out")
     (out / "export" / "README.md").write_text("my model card")
+    (out / "export" / "logs").mkdir()
+    (out / "export" / "logs" / "serve.log").write_text("my log")
+    (out / "export" / "a.tmp").write_text("mine")
     (out / "export" / "notes").mkdir()
     (out / "export" / "notes" / "a.txt").write_text("my notes")
     kept = out / "export.kept"
@@ -126,10 +131,15 @@ def test_a_stranger_s_file_in_an_artifact_is_kept(pipeline, build, tmp_path):
     lines = build(pipeline.base, pipeline.corpus, out, {"export": {"alpha": 0.25}})
     assert files(out / "export.kept-2") == {
         "README.md": b"my model card",
+        "a.tmp": b"mine",
+        "logs/serve.log": b"my log",
         "notes/a.txt": b"my notes",
     }
     assert files(kept) == files(pipeline.output / "corpus")
-    assert any("moved to" in line and "README.md, notes/a.txt" in line for line in lines)
+    assert any(
+        "moved to" in line and "README.md, a.tmp, logs/serve.log and 1 more" in line
+        for line in lines
+    )
     assert not (out / "export" / "README.md").exists()
     again = build(pipeline.base, pipeline.corpus, out, {"export": {"alpha": 0.25}})
     assert again == [f"{stage}: up to date" for stage in STAGES]
@@ -170,7 +180,7 @@ def test_a_kill_while_the_old_artifact_is_removed(tmp_path, monkeypatch):
         build_artifact(path, "memory", {"n": 2}, {}, make_a, lambda line: None)
     monkeypatch.setattr("vllm_memdec.train.artifacts.retire", retire)
     build_artifact(path, "memory", {"n": 2}, {}, pytest.fail, lambda line: None)
-    assert (path / "a").read_text() == "a" and unused(path) != path
+    assert (path / "a").read_text() == "a"
 
 
 def test_a_kill_while_unfinished_work_is_removed(tmp_path, monkeypatch):
@@ -224,6 +234,20 @@ def test_reports_go_over_nothing_but_reports(pipeline, tmp_path, memdec_here, na
     assert code == 1 and len(err.splitlines()) == 1, err
     said = "is no report of memdec" if "/" not in name else "among the files of a build's stage"
     assert said in err and f"give {option} another" in err and files(out) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("all.json", '{"mine": 1, "verify": {"written_by": "memdec"}}'),
+        ("notes.md", '"written_by": "memdec"' + " " * 400 + ownership.PAGE.decode()),
+        ("empty.json", ""),
+    ],
+)
+def test_a_file_that_quotes_a_report_is_none(tmp_path, name, content):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(MemdecError, match="is no report of memdec"):
+        ownership.check_report(tmp_path / name)
 
 
 def test_a_report_is_written_over_by_the_next(pipeline, tmp_path, memdec_here):
