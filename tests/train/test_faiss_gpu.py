@@ -2,6 +2,7 @@
 
 import faiss
 import numpy as np
+import psutil
 import pytest
 import torch
 from datastores import BUDGET, clustered, store
@@ -38,6 +39,24 @@ def test_a_faiss_without_kernels_for_the_gpu_is_not_used():
     if not torch.cuda.is_available():
         assert faiss_gpu.no_gpu() == "there is no GPU"
         assert faiss_gpu.failure(faiss_gpu.GPU_TRIAL)
+
+
+def test_the_graph_that_a_gpu_does_not_use_is_freed(tmp_path):
+    """All lists are compared in its place; 256 links of 8 bytes a centroid would stay every time."""
+    centroids, path = clustered(4000)[0].astype(np.float32), str(tmp_path / "index.faiss")
+    index = faiss.index_factory(centroids.shape[1], f"IVF{len(centroids)}_HNSW256,SQ8")
+    index.quantizer.add(centroids)
+    faiss.write_index(index, path)
+    taken = []
+    for _ in range(8):
+        index = faiss.read_index(path)
+        faiss_gpu.compare_all_lists(index)
+        quantizer = faiss.downcast_index(index.quantizer)
+        assert isinstance(quantizer, faiss.IndexFlat)
+        assert np.array_equal(quantizer.reconstruct_n(0, len(centroids)), centroids)
+        del index, quantizer
+        taken.append(psutil.Process().memory_info().rss / 1e6)
+    assert taken[-1] - taken[2] < 5
 
 
 @pytest.mark.parametrize(("neighbours", "probes"), [(2048, 32), (256, 2049)])
