@@ -88,10 +88,12 @@ class Index:
     @cached_property
     def labels(self) -> np.ndarray:
         """Return the label of every row [rows] int32, memory-mapped."""
-        labels = np.memmap(self.folder / LABELS, dtype="<i4", mode="r")
-        if len(labels) != self.facts["keys"]:
-            raise self.damaged(self.folder / LABELS, "cut off")
-        return labels
+        path = self.folder / LABELS
+        if not path.exists():
+            raise self.damaged(path)
+        if path.stat().st_size != 4 * self.facts["keys"]:
+            raise self.damaged(path, "cut off")
+        return np.memmap(path, dtype="<i4", mode="r")
 
     def damaged(self, path: Path, how: str = "damaged or missing") -> MemdecError:
         return MemdecError(f"{path} is {how}: delete the folder {self.folder} and build again.")

@@ -42,7 +42,7 @@ def test_a_faiss_without_kernels_for_the_gpu_is_not_used():
 
 
 def test_the_graph_that_a_gpu_does_not_use_is_freed(tmp_path):
-    """All lists are compared in its place; 256 links of 8 bytes a centroid would stay every time."""
+    """All lists are compared in its place; else 512 links a centroid would stay every time."""
     centroids, path = clustered(4000)[0].astype(np.float32), str(tmp_path / "index.faiss")
     index = faiss.index_factory(centroids.shape[1], f"IVF{len(centroids)}_HNSW256,SQ8")
     index.quantizer.add(centroids)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from datastores import BUDGET, WIDTH, clustered, run, store
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import faiss_gpu
 from vllm_memdec.train import index as index_stage
 from vllm_memdec.train import search as search_module
@@ -155,10 +156,24 @@ def test_a_search_too_wide_for_a_gpu_is_done_on_cpus(
     assert index.on_cpu(k) == ("a GPU finds at most 2048" if refused else "")
 
 
-def test_a_damaged_part_of_the_index_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "name"), [("flat", "index-00000.faiss"), ("sq8", "lists-00000.faiss")]
+)
+def test_a_damaged_part_of_the_index_is_named(tmp_path, kind, name):
     keys, labels = clustered(900)
-    run(tmp_path, keys, labels, neighbours=5)
-    part = tmp_path / "index/index-00000.faiss"
+    run(tmp_path, keys, labels, IndexSettings(kind=kind), neighbours=5)
+    part = tmp_path / "index" / name
     part.write_bytes(part.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="index-00000.faiss is damaged or missing: delete"):
+    with pytest.raises(ValueError, match=f"{name} is damaged or missing: delete"):
         Index(tmp_path / "index", 1, BUDGET).search(keys[:3], 2)
+
+
+@pytest.mark.parametrize(
+    ("size", "how"), [(None, "damaged or missing"), (0, "cut off"), (7, "cut off"), (8, "cut off")]
+)
+def test_damaged_labels_are_named(tmp_path, size, how):
+    write_json(tmp_path / "index.json", {"kind": "Flat", "keys": 3})
+    if size is not None:
+        (tmp_path / "labels.i32").write_bytes(bytes(size))
+    with pytest.raises(MemdecError, match=f"labels.i32 is {how}: delete the folder {tmp_path} "):
+        Index(tmp_path, 1, BUDGET).labels  # noqa: B018
