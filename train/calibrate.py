@@ -145,6 +145,7 @@ class StageProbe:
         scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
         found["score_base"] = scored / (len(tokens) * settings.corpus.block_tokens)
         found |= {"entries": entries, "width": keys.shape[1]}
+        found["threads"] = torch.get_num_threads()
         found["inside"] = time.perf_counter() - began
         write_json(self.work / "stages.json", found)
         return 1

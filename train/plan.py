@@ -35,8 +35,8 @@ from vllm_memdec.train.index import (
 )
 from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
-from vllm_memdec.train.search import GPU_PARTS, group_rows
-from vllm_memdec.train.targets import FIT_ROWS
+from vllm_memdec.train.search import BLOCK_SHARE, GPU_PARTS, PARTS_SHARE, group_rows, table_bytes
+from vllm_memdec.train.targets import CACHE_ROWS, FIT_ROWS, GROUPS_A_WORKER
 from vllm_memdec.train.text import corpus_files
 from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
 
@@ -122,6 +122,17 @@ class Job:
         return min(self.workers, math.ceil(self.blocks / self.settings.corpus.shard_blocks))
 
     @cached_property
+    def shard_rows(self) -> float:
+        return self.rows / math.ceil(self.blocks / self.settings.corpus.shard_blocks)
+
+    @cached_property
+    def used(self) -> float:
+        """Tokens of the vocabulary that occur."""
+        rates = self.rates
+        used = rates.used * max(1, self.tokens / rates.sample_tokens) ** HEAPS
+        return min(used, rates.vocabulary)
+
+    @cached_property
     def shape(self) -> Shape:
         return shape(self.settings.index, self.rows, self.rates.width)
 
@@ -196,14 +207,38 @@ class Job:
 
     @cached_property
     def parts_read(self) -> float:
-        """Seconds in which a worker reads the parts of the index that do not stay open."""
-        size, budget, k = self.rows * self.key_bytes, self.budget, self.settings.targets.neighbours
-        left = size - (self.gpu_memory * GPU_PARTS or budget // PART_SHARE)
-        together = group_rows(self.rates.width, k + 1, self.probes, budget, self.gpu_memory > 0)
-        groups = max(1.0, self.rows / together / self.side_by_side)
+        """Seconds in which all workers have read the parts of the index that do not stay open."""
+        size = self.rows * self.key_bytes
+        left, groups = self.left_closed, self.rows / self.group_rows / self.side_by_side
         if left <= 0:  # all of it once
             left, groups = size, 1.0
-        return left * groups * (CACHED if self.gpu_memory else self.read(size) / size)
+        if self.gpu_memory:  # each its own way from memory to its GPU
+            return left * groups * CACHED
+        return left * groups * self.side_by_side * self.read(size) / size
+
+    @cached_property
+    def left_closed(self) -> float:
+        """Bytes of the index that a worker does not keep open; negative: so much more it could."""
+        room = self.gpu_memory * GPU_PARTS or self.budget // PARTS_SHARE
+        return self.rows * self.key_bytes - room
+
+    @cached_property
+    def group_rows(self) -> float:
+        """Queries that are searched together where parts do not stay open: a shard at least."""
+        on_gpu, k = self.gpu_memory > 0, self.settings.targets.neighbours
+        most = group_rows(self.rates.width, k + 1, self.probes, self.budget, on_gpu)
+        mine = self.rows / self.side_by_side
+        return max(self.shard_rows, min(most, mine / GROUPS_A_WORKER))
+
+    def searching_bytes(self, k: int) -> float:
+        """Return what a worker holds of queries, what is found for them and what sums it up."""
+        rates, codes = self.rates, self.shape.kind.rpartition("PQ")[2]
+        found = min(36 * k * self.shard_rows, self.budget // BLOCK_SHARE)
+        if self.left_closed > 0:  # then it waits for the last part
+            found += self.group_rows * (4 * rates.width + 12 * (k + 1 + self.probes))
+        if codes.isdigit() and not self.gpu_memory:
+            found += table_bytes(self.shape.lists, int(codes), rates.width)
+        return found + 4 * CACHE_ROWS * self.used * rates.threads
 
     @cached_property
     def probes(self) -> int:
@@ -227,16 +262,16 @@ class Job:
         if self.settings.targets.temperature is None:
             fitted = min(FIT_ROWS, self.rows)
             seconds += rates.call + (search + aggregate) * fitted + rates.fit * fitted / FIT_ROWS
-        # Parts, queries and what is found for them; the labels are mapped, and count.
+        # Parts and what is done with them; the labels are mapped, and count.
         opened = min(self.rows * self.key_bytes, self.budget // 2)
         opened += trained_bytes(self.shape, rates.width) + 4 * self.rows
-        at_once = min(36 * k * self.rows / self.side_by_side, self.budget // 4)
+        opened += rates.process_bytes + self.searching_bytes(k)
         disk = self.rows * (12 + 6 * rates.entries)
         return self.stage(
             "targets",
             seconds,
             disk,
-            rates.process_bytes + opened + at_once,
+            opened,
             reading=self.keys_read + self.parts_read,
             merging=merging * self.rows / self.side_by_side,
         )
@@ -247,8 +282,7 @@ class Job:
         epochs = settings.epochs * (settings.transfer_fraction if settings.adapts else 1)
         steps = max(1, round(epochs * self.blocks / batch))
         warm = min(steps, warmup_steps(steps, settings.warmup_fraction))
-        used = rates.used * max(1, self.tokens / rates.sample_tokens) ** HEAPS
-        sampling = (settings.sampled_negatives or math.inf) < rates.vocabulary - used
+        sampling = (settings.sampled_negatives or math.inf) < rates.vocabulary - self.used
         later = rates.sampled_step if sampling else rates.step
         busy = min(self.workers, batch)  # each has a block at least
         rows_a_step = batch * self.rows / self.blocks / busy
@@ -305,13 +339,15 @@ def plan(
     cluster: Cluster,
     budget: int,
     gpu: str | None = None,
-    gpus: int = 1,
+    gpus: int | None = None,
 ) -> Plan:
     """Return what a build of a corpus, or of so many tokens, would cost here or on GPUs."""
     if corpus is None and tokens is None:
         raise MemdecError("memdec plan needs --corpus or --tokens: give the text or its size.")
     if gpu is not None and gpu.lower() not in GPUS:
         raise MemdecError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
+    if gpu is None and gpus is not None:
+        raise MemdecError(f"--gpus {gpus} needs --gpu: add one of {', '.join(GPUS)}.")
     if validation is not None:
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
@@ -320,7 +356,7 @@ def plan(
     rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster)
     held_out = None if validation is None else count_tokens(base, validation, work)
     workers, where = cluster.workers(), "this machine, measured"
-    gpus = gpus if gpu else workers if torch.cuda.is_available() else 0
+    gpus = (gpus or 1) if gpu else workers if torch.cuda.is_available() else 0
     if gpu is not None:
         workers, where = gpus, f"{gpus} x {gpu.upper()}, not measured: {UTILISATION:.0%} of its"
         where += " published FLOP/s and bandwidth"

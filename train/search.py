@@ -52,6 +52,15 @@ def group_rows(width: int, k: int, probes: int, budget: int, on_gpu: bool) -> in
     return max(1, share // (4 * width + 12 * (k + probes)))
 
 
+def table_bytes(lists: int, codes: int, width: int) -> int:
+    """Return how many bytes the tables of product codes take that a search on CPUs makes, 0: none.
+
+    lists: of the index; codes: of a key, a byte each; width: of a key.
+    """
+    size = 4 * lists * codes * 256
+    return size if width // codes >= TABLES_FROM and size <= TABLES_BYTES else 0
+
+
 @dataclass
 class Block:
     """Queries that are searched at once, and what has been found for them."""
@@ -134,9 +143,7 @@ class Index:
         if isinstance(graph, faiss.IndexHNSW):
             graph.hnsw.efSearch = max(GRAPH_SEARCH, 2 * ivf.nprobe)
         if isinstance(ivf, faiss.IndexIVFPQ) and not self.on_gpu:
-            tables = 4 * ivf.nlist * ivf.pq.M * ivf.pq.ksub
-            pays = ivf.pq.dsub >= TABLES_FROM and tables <= TABLES_BYTES
-            ivf.use_precomputed_table = 1 if pays else -1
+            ivf.use_precomputed_table = 1 if table_bytes(ivf.nlist, ivf.pq.M, ivf.d) else -1
             ivf.precompute_table()
         return index
 
