@@ -19,7 +19,7 @@ import torch
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import DatastoreSettings
-from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
+from vllm_memdec.train.corpus import load_blocks, load_config, shard_rows, valid_rows
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
@@ -199,6 +199,13 @@ class Keys:
     @cached_property
     def model(self) -> Any:
         return load_model(self.base, self.settings.dtype)
+
+    @property
+    def width(self) -> int:
+        """Return how many numbers a key has, without making one."""
+        if self.settings.keep_keys:
+            return load_shard(self.datastore, "keys", 0).shape[1]
+        return load_config(self.base).hidden_size
 
     def __call__(self, shard: int) -> np.ndarray:
         """Return keys [rows, D] fp16."""

@@ -227,7 +227,7 @@ def train_index(settings: IndexSettings, keys: Keys, work: Path) -> dict[str, An
     A flat index has none. Returns the description of the index.
     """
     starts = shard_rows(keys.corpus)
-    n_keys, width = int(starts[-1]), keys(0).shape[1]
+    n_keys, width = int(starts[-1]), keys.width
     found = shape(settings, n_keys, width)
     if found.lists:
 

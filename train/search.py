@@ -4,7 +4,6 @@ Parts are the outer loop and queries the inner one, so that what does not stay i
 once for all the queries that are searched together, see Index.group_rows().
 """
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,13 +18,11 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.faiss_gpu import GPU_LARGEST_K, no_gpu, to_gpu
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.index import (
-    CODE_SAMPLE,
     GRAPH_SEARCH,
     LABELS,
     SKIP_TABLES,
     TRAINED,
     inverted,
-    kmeans,
     part_path,
     read_facts,
     transformed,
@@ -341,61 +338,3 @@ def by_row(distances: np.ndarray, ids: np.ndarray) -> None:
         order = np.lexsort((ids[rows], distances[rows]), axis=1)
         distances[rows] = np.take_along_axis(distances[rows], order, axis=1)
         ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
-
-
-@dataclass(frozen=True)
-class TimedSearch:
-    """Seconds of an index's training, filling and search, and what was found."""
-
-    kmeans: float  # of the lists
-    codes: float  # training of what a key is stored as
-    add: float
-    search: float
-    compare: float  # of the search: finding the lists
-    merge: float  # the results of two parts
-    lists: int
-    visited: int  # keys that queries were compared with
-    distances: np.ndarray
-    ids: np.ndarray
-
-
-def time_search(keys: np.ndarray, own: np.ndarray, kind: str, k: int, probes: int) -> TimedSearch:
-    """Build an index over a few keys, of the codes that a factory string names; search rows own.
-
-    On the GPU, if this process has one that faiss can use for it, as a build would.
-    """
-
-    def timed(function: Any, *args: Any) -> tuple[float, Any]:
-        began = time.perf_counter()
-        found = function(*args)
-        return time.perf_counter() - began, found
-
-    def there(index: Any) -> Any:
-        return index if max(k, probes) > GPU_LARGEST_K else to_gpu(index)
-
-    data, code = np.asarray(keys, dtype=np.float32), kind.split(",")[-1]
-    queries = data[own]
-    train = codes = compare = 0.0
-    if code == "Flat":
-        lists, index, visited = 1, there(faiss.IndexFlatL2(data.shape[1])), len(own) * len(data)
-        add, _ = timed(index.add, data)
-    else:
-        lists = max(1, min(int(len(data) ** 0.5), len(data) // 40))
-        index = faiss.index_factory(data.shape[1], f"IVF{lists},{code}")
-        train, centroids = timed(kmeans, data, lists, 0)
-        index.quantizer.add(centroids)
-        codes, _ = timed(index.train, data[:CODE_SAMPLE])
-        index.nprobe = probes = min(probes, lists)
-        index = there(index)
-        add, _ = timed(index.add, data)
-        quantizer = there(faiss.IndexFlatL2(data.shape[1]))
-        quantizer.add(centroids)
-        quantizer.search(queries, probes)  # warms up
-        compare, (_, near) = timed(quantizer.search, queries, probes)
-        in_lists = np.bincount(quantizer.search(data, 1)[1][:, 0], minlength=lists)
-        visited = int(in_lists[near].sum())
-        index.nprobe = probes
-    search, (distances, ids) = timed(index.search, queries, k)
-    two = np.stack([distances, distances]), np.stack([ids, ids])
-    merge, _ = timed(faiss.merge_knn_results, *two)
-    return TimedSearch(train, codes, add, search, compare, merge, lists, visited, distances, ids)

@@ -1,5 +1,9 @@
 """The index stage: its shape, its training, and the parts that it is divided into."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import faiss
 import numpy as np
 import pytest
@@ -8,7 +12,8 @@ from datastores import BUDGET, WIDTH, clustered, store
 from vllm_memdec.train import faiss_gpu
 from vllm_memdec.train import index as index_stage
 from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import IndexSettings
+from vllm_memdec.train.config import DatastoreSettings, IndexSettings
+from vllm_memdec.train.datastore import Keys
 from vllm_memdec.train.index import (
     PQ_KEYS,
     Filler,
@@ -17,6 +22,7 @@ from vllm_memdec.train.index import (
     sample_rows,
     shape,
     shaping,
+    train_index,
     train_lists,
     two_level_kmeans,
 )
@@ -122,6 +128,17 @@ def test_the_budget_shapes_no_index(tmp_path):
         trained.append((folder / "trained.faiss").read_bytes())
         assert len(list(folder.glob("lists-*"))) == (1 if budget == BUDGET else 3)
     assert trained[0] == trained[1]
+
+
+def test_no_key_is_computed_to_learn_their_width(tmp_path, tiny_model, monkeypatch):
+    """Where keys are not kept, a shard takes a forward pass of the base."""
+    base = tiny_model("llama")
+    source = store(tmp_path, *clustered(900))
+    source = replace(source, settings=DatastoreSettings(keep_keys=False), base=base)
+    monkeypatch.setattr(Keys, "__call__", lambda self, shard: pytest.fail("computed"))
+    facts = train_index(IndexSettings(kind="flat"), source, tmp_path)
+    width = json.loads((Path(base) / "config.json").read_text())["hidden_size"]
+    assert facts == {"kind": "Flat", "width": width, "keys": 900} and width != WIDTH
 
 
 def test_nobody_holds_tables_that_only_a_search_needs(tmp_path, monkeypatch):
