@@ -29,7 +29,8 @@ from vllm_memdec.train.index import (
 )
 
 OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned() has one thread
-# Shares of the memory budget. Half of it is for parts: those that stay, and those of one pass.
+# Shares of the memory budget. Half of it is for parts: those that stay, and those of one pass. A
+# fourth is for queries and what is found for them; the last is for what sums that up, and to spare.
 PARTS_SHARE = 4
 GROUP_SHARE = 8  # queries that are searched together, and what has been found for them
 GPU_GROUP_SHARE = 2  # where the parts are in a GPU's memory

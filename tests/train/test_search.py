@@ -156,6 +156,20 @@ def test_a_search_too_wide_for_a_gpu_is_done_on_cpus(
     assert index.on_cpu(k) == ("a GPU finds at most 2048" if refused else "")
 
 
+@pytest.mark.parametrize(("kind", "probes", "k"), [("flat", 1, 2049), ("sq8", 4096, 9)])
+def test_what_is_too_wide_for_a_gpu_is_found(tmp_path, monkeypatch, kind, probes, k):
+    keys, labels = clustered(3000)
+    source, folder = store(tmp_path, keys, labels), tmp_path / "index"
+    folder.mkdir()
+    build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
+    expected = Index(folder, probes, BUDGET, gpu=False).search(keys[:20], k)
+    monkeypatch.setattr(search_module, "no_gpu", lambda: "")
+    index = Index(folder, probes, BUDGET)
+    assert index.on_gpu
+    found = index.search(keys[:20], k)
+    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("flat", "index-00000.faiss"), ("sq8", "lists-00000.faiss")]
 )
