@@ -23,6 +23,7 @@ from vllm_memdec.train.index import (
     SKIP_TABLES,
     TRAINED,
     inverted,
+    part_numbers,
     part_path,
     read_facts,
     transformed,
@@ -157,7 +158,7 @@ class Index:
     @cached_property
     def sizes(self) -> list[int]:
         """Return the bytes of every part."""
-        paths = [part_path(self.folder, n) for n in range(len(self.facts["first_rows"]))]
+        paths = [part_path(self.folder, n) for n in part_numbers(self.facts)]
         return [path.stat().st_size if path.exists() else 0 for path in paths]
 
     @property
@@ -204,7 +205,7 @@ class Index:
 
     def _open(self, part: int) -> Any:
         """Return a part: an index, or one whose inverted lists are lent to the trained one."""
-        path = part_path(self.folder, part)
+        path = part_path(self.folder, part_numbers(self.facts)[part])
         flags = 0 if self.on_gpu else faiss.IO_FLAG_MMAP
         if self.trained is None:
             index = self._read(path, lambda p: faiss.read_index(p, flags))

@@ -13,13 +13,12 @@ from vllm_memdec.train import faiss_gpu
 from vllm_memdec.train import index as index_stage
 from vllm_memdec.train.cluster import Here
 from vllm_memdec.train.config import DatastoreSettings, IndexSettings
-from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.datastore import Keys, sample_rows
 from vllm_memdec.train.index import (
     PQ_KEYS,
     Filler,
     build_index,
     inverted,
-    sample_rows,
     shape,
     shaping,
     train_index,
@@ -154,16 +153,23 @@ def test_nobody_holds_tables_that_only_a_search_needs(tmp_path, monkeypatch):
     assert inverted(empty).nlist > 1 and inverted(empty).precomputed_table.size() == 0
 
 
-def test_an_index_is_divided_anew_unless_a_part_is_filled(tmp_path, monkeypatch):
-    """A budget lowered because a part took too much memory divides what was trained already."""
+def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
+    """A budget lowered because a part took too much memory keeps the parts that it did not fail."""
     keys, labels = clustered(12_000)
     source = store(tmp_path, keys, labels)
     folder, again = tmp_path / "index", tmp_path / "again"
     folder.mkdir(), again.mkdir()
     whole = index_stage.Filler.__call__
+    (folder / "lists-00024.faiss").write_bytes(b"the 25th part, by an earlier release")
+
+    class Backwards(Here):
+        """As workers that end in another order."""
+
+        def map(self, worker, items):
+            yield from map(worker, reversed(items))
 
     def fails(self, part):
-        if len(self.parts) < 3 or part == 2:
+        if len(self.parts) < 3 or part == 1:
             raise RuntimeError("no memory")
         return whole(self, part)
 
@@ -171,10 +177,15 @@ def test_an_index_is_divided_anew_unless_a_part_is_filled(tmp_path, monkeypatch)
         patch.setattr(index_stage.Filler, "__call__", fails)
         for budget in (BUDGET, 1 << 19):  # one part, then three
             with pytest.raises(RuntimeError, match="no memory"):
-                build_index(IndexSettings(), source, budget, folder, Progress(), Here())
+                build_index(IndexSettings(), source, budget, folder, Progress(), Backwards())
             patch.setattr(index_stage, "train_index", None)  # once is enough
-    build_index(IndexSettings(), source, 1 << 16, folder, Progress(), Here())
-    assert len(list(folder.glob("lists-*"))) == 3  # two of them were filled before
+    [filled] = folder.glob("lists-*")
+    written = filled.stat().st_mtime_ns
+    build_index(IndexSettings(), source, 1 << 18, folder, Progress(), Here())
+    # Of thirty shards the last four were filled: of the others each part takes six.
+    names = [f"lists-{shard:05d}.faiss" for shard in (0, 6, 12, 18, 24, 26)]
+    assert sorted(path.name for path in folder.glob("lists-*")) == names
+    assert filled.name == names[-1] and filled.stat().st_mtime_ns == written
     build_index(IndexSettings(), source, BUDGET, again, Progress(), Here())
     found, expected = (Index(where, 8, BUDGET).search(keys[:50], 5) for where in (folder, again))
     assert np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0])
