@@ -36,13 +36,12 @@ from vllm_memdec.train.datastore import (
 from vllm_memdec.train.decoder import build_memory, memory_config
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.exact import nearest
-from vllm_memdec.train.index import CODE_SAMPLE, POINTS_PER_LIST, PQ_KEYS, shape
+from vllm_memdec.train.index_rates import measure_index
 from vllm_memdec.train.parallel import spread
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.rates import Rates
-from vllm_memdec.train.search import time_search
 from vllm_memdec.train.shards import save_array, shard_path
-from vllm_memdec.train.targets import fit_temperature, sparse_targets
+from vllm_memdec.train.targets import sparse_targets
 from vllm_memdec.train.text import Piece, corpus_files, pieces, read_documents
 from vllm_memdec.train.trainer import Training, new_optimizer
 from vllm_memdec.train.windows import TOKENS_AT_ONCE
@@ -50,7 +49,6 @@ from vllm_memdec.train.windows import TOKENS_AT_ONCE
 SAMPLE_BYTES = 2**23  # of text
 EMBED_SECONDS = 12.0
 SCORED_BLOCKS = 8
-QUERIES = 2048  # whose search is timed
 SEARCHED_ROWS = 256  # that targets to train on are made of
 STORAGE_BYTES = 1 << 26  # written and read, for the speed of the disk
 LINK = 1e9  # bytes a second between machines without GPUs: assumed, not measured
@@ -145,6 +143,7 @@ class StageProbe:
         scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
         found["score_base"] = scored / (len(tokens) * settings.corpus.block_tokens)
         found |= {"entries": entries, "width": keys.shape[1]}
+        found["threads"] = torch.get_num_threads()
         found["inside"] = time.perf_counter() - began
         write_json(self.work / "stages.json", found)
         return 1
@@ -206,36 +205,6 @@ def sparse_sample(
     used, least = np.unique(labels), settings.targets.min_probability
     offsets, tokens, probs = sparse_targets(distances, ids, rows, labels, used, temperature, least)
     return offsets, tokens, probs.astype(np.float16)
-
-
-def measure_index(
-    keys: np.ndarray, labels: np.ndarray, settings: Settings, n_keys: int
-) -> dict[str, float]:
-    """Return the rates of training, filling and searching an index such as n_keys would get."""
-    kind = shape(settings.index, n_keys, keys.shape[1]).kind
-    if "PQ" in kind:  # which needs as many to train on
-        keys, labels = (np.resize(a, (max(len(a), PQ_KEYS), *a.shape[1:])) for a in (keys, labels))
-    own = np.arange(0, len(keys), -(-len(keys) // QUERIES))
-    k = min(settings.targets.neighbours + 1, len(keys))
-    timed = time_search(keys, own, kind, k, settings.index.probes)
-    ids, found = timed.ids, {}
-    # k-means takes no more of them for a list.
-    trained_on = min(len(keys), POINTS_PER_LIST * timed.lists)
-    found["train_index"] = timed.kmeans / (trained_on * timed.lists)
-    found["codes"] = timed.codes / min(len(keys), CODE_SAMPLE)
-    found["compare"] = timed.compare / (len(own) * timed.lists)
-    found["encode"] = max(0.0, timed.add / len(keys) - found["compare"] * timed.lists)
-    found["merge"] = timed.merge / ids.size
-    found["scan"] = max(0.0, timed.search - timed.compare) / max(timed.visited, 1)
-    probes = min(settings.index.probes, timed.lists)
-    found["imbalance"] = timed.visited / (len(own) * probes * len(keys) / timed.lists)
-    hit = labels[ids[:, 1:]] == labels[own][:, None]
-    found["fit"] = seconds(fit_temperature, timed.distances[:, 1:], ids[:, 1:], hit)
-    temperature = float(np.median(timed.distances)) / 10 or 1.0
-    used, least = np.unique(labels), settings.targets.min_probability
-    arguments = (timed.distances, ids, own, labels, used, temperature, least)
-    found["aggregate"] = seconds(sparse_targets, *arguments) / ids.size
-    return found
 
 
 @dataclass

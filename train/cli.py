@@ -192,7 +192,7 @@ def plan(
     gpu: Annotated[
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them.")] = 1,
+    gpus: Annotated[int | None, typer.Option(min=1, help="How many of them; default: one.")] = None,
     assignments: Assignments = None,
     trust_remote_code: Trust = False,
     work: Annotated[

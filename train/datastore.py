@@ -19,7 +19,7 @@ import torch
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import DatastoreSettings
-from vllm_memdec.train.corpus import load_blocks, shard_rows, valid_rows
+from vllm_memdec.train.corpus import load_blocks, load_config, shard_rows, valid_rows
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished
@@ -36,6 +36,8 @@ BLOCKS = 4  # a forward pass on a CPU
 # 119,000 in 37 and 27 GB, on 24,576 79,000 and 124,000 in 51 and 37 GB.
 TRAINED = 1 << 13
 LARGE_GPU = 64 * 10**9  # bytes, from which on a training step takes twice as many
+SAMPLE_SHARDS = 64  # at least so many, evenly spread, give a sample of keys
+MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
 
 
 class _KeyReached(Exception):
@@ -200,6 +202,13 @@ class Keys:
     def model(self) -> Any:
         return load_model(self.base, self.settings.dtype)
 
+    @property
+    def width(self) -> int:
+        """Return how many numbers a key has, without making one."""
+        if self.settings.keep_keys:
+            return load_shard(self.datastore, "keys", 0).shape[1]
+        return load_config(self.base).hidden_size
+
     def __call__(self, shard: int) -> np.ndarray:
         """Return keys [rows, D] fp16."""
         if self.settings.keep_keys:
@@ -214,6 +223,28 @@ class Keys:
         )
         keys, labels = zip(*batches, strict=True)
         return np.concatenate(keys), np.concatenate(labels)
+
+
+def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (row numbers, keys fp16) of so many rows in all, evenly spread over the shards."""
+    n_shards, n_rows = len(starts) - 1, int(starts[-1])
+    most = MOST_SAMPLE_SHARDS
+    if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
+        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
+    shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
+    ends = np.cumsum(np.diff(starts)[shards])  # of the shards, one after the other
+    wanted = np.linspace(0, int(ends[-1]) - 1, min(rows, int(ends[-1]))).astype(np.int64)
+    for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
+        first = end - (starts[shard + 1] - starts[shard])
+        local = wanted[slice(*np.searchsorted(wanted, (first, end)))] - first
+        if len(local):
+            yield local + starts[shard], keys(shard)[local]
+
+
+def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (row numbers, keys fp16) of so many rows, or of all, evenly spread over the shards."""
+    numbers, found = zip(*sampled(keys, starts, rows), strict=True)
+    return np.concatenate(numbers), np.concatenate(found)
 
 
 @dataclass

@@ -73,8 +73,10 @@ def compare_all_lists(index: Any) -> None:
     if ivf is None or not isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW):
         return
     graph = faiss.downcast_index(ivf.quantizer)
-    graph.own_fields = False  # the centroids stay, as the index's own; the graph is small
+    graph.own_fields = False  # the centroids stay, as the index's own
     ivf.quantizer = graph.storage
+    # To own what faiss made (thisown) ends in a crash: SWIG 4.5 counts its references too low.
+    graph.__swig_destroy__(graph)
 
 
 def to_gpu(index: Any, resources: Any = None) -> Any:

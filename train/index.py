@@ -11,7 +11,7 @@ decides in how many parts it lies.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +28,7 @@ from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.complete import check_there
 from vllm_memdec.train.config import IndexSettings
 from vllm_memdec.train.corpus import shard_rows
-from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.datastore import Keys, sampled
 from vllm_memdec.train.faiss_gpu import no_gpu, to_cpu, to_gpu
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.shards import load_shard
@@ -36,8 +36,8 @@ from vllm_memdec.train.shards import load_shard
 FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
 TWO_LEVELS_FROM = 10**6  # keys: k-means of all lists at once takes longer than the filling
 PQ_ABOVE = 20_000_000  # keys: 8-bit scalars no longer fit in memory comfortably
-# Lists: to compare a key with all takes longer than to walk a graph of them. Measured on one core,
-# width 96: 16,384 lists take 45 us by matrix products, 113 us by a graph that finds 99 % of them.
+# Lists: to compare a key with all takes longer than to walk a graph of them. Measured once, on one
+# core and for width 96: of 16,384 lists all are compared in less than half the time of a walk.
 GRAPH_FROM = 1 << 16
 GRAPH_LINKS = 32  # of a centroid, as faiss advises
 GRAPH_SEARCH, GRAPH_CONSTRUCTION = 64, 200  # candidates; faiss's 16 and 40 miss near lists
@@ -49,9 +49,9 @@ LEAST_PER_LIST = 40  # and wants as many for a sound centroid
 TWO_LEVEL_POINTS = 64  # a list, of large corpora: what is read of them grows with the lists
 KMEANS_PASSES = 10  # faiss's own number for the lists of an index
 SAMPLE_BYTES = 2**30  # for the sample in fp16 and float32, of which lists are trained at once
-SAMPLE_SHARDS = 64  # at least so many, evenly spread, give the sample
-MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
 PART_SHARE = 4  # a part of the index takes a fourth of the memory budget
+# Tables of product codes, 64 kB a list, are made where they pay: by a search, see search.py.
+SKIP_TABLES = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
 LABELS = "labels.i32"  # of all rows, in order
 TRAINED = "trained.faiss"  # the index without keys
 SAMPLE = "sample.f16"  # keys that lists are trained on
@@ -112,7 +112,15 @@ def index_files(work: Path) -> Iterator[str]:
         if "IVF" in facts["kind"]:
             what = "lists"
             yield TRAINED
-        yield from (f"{what}-{part:05d}.faiss" for part in range(len(facts["first_rows"])))
+        yield from (f"{what}-{number:05d}.faiss" for number in part_numbers(facts))
+
+
+def part_numbers(facts: dict[str, Any]) -> list[int]:
+    """Return the number of every part of an index in its file's name: its first shard's.
+
+    A release before this one counted parts.
+    """
+    return facts.get("parts", list(range(len(facts["first_rows"]))))
 
 
 def key_bytes(kind: str, width: int) -> int:
@@ -133,14 +141,23 @@ def training_bytes(found: Shape, width: int) -> int:
     return 6 * width * found.sample  # in fp16 and float32
 
 
-def index_parts(starts: np.ndarray, width_bytes: int, budget: int) -> list[range]:
-    """Return runs of shards whose keys take at most a share of the budget; one shard at least."""
+def index_parts(
+    starts: np.ndarray, width_bytes: int, budget: int, filled: Iterable[range] = ()
+) -> list[range]:
+    """Return runs of shards whose keys take at most a share of the budget; one shard at least.
+
+    filled: runs that stay as they are.
+    """
     most = max(1, budget // PART_SHARE // width_bytes)
+    kept, end = {part.start: part.stop for part in filled}, len(starts) - 1
     parts, first = [], 0
-    for stop in range(1, len(starts)):
-        if stop == len(starts) - 1 or starts[stop + 1] - starts[first] > most:
-            parts.append(range(first, stop))
-            first = stop
+    while first < end:
+        stop = kept.get(first, first + 1)
+        if first not in kept:
+            while stop < end and stop not in kept and starts[stop + 1] - starts[first] <= most:
+                stop += 1
+        parts.append(range(first, stop))
+        first = stop
     return parts
 
 
@@ -157,28 +174,6 @@ def transformed(index: Any, keys: np.ndarray) -> np.ndarray:
         for n in range(index.chain.size()):
             keys = faiss.downcast_VectorTransform(index.chain.at(n)).apply(keys)
     return keys
-
-
-def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (row numbers, keys fp16) of so many rows in all, evenly spread over the shards."""
-    n_shards, n_rows = len(starts) - 1, int(starts[-1])
-    most = MOST_SAMPLE_SHARDS
-    if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
-        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
-    shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
-    ends = np.cumsum(np.diff(starts)[shards])  # of the shards, one after the other
-    wanted = np.linspace(0, int(ends[-1]) - 1, min(rows, int(ends[-1]))).astype(np.int64)
-    for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
-        first = end - (starts[shard + 1] - starts[shard])
-        local = wanted[slice(*np.searchsorted(wanted, (first, end)))] - first
-        if len(local):
-            yield local + starts[shard], keys(shard)[local]
-
-
-def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return (row numbers, keys fp16) of so many rows, or of all, evenly spread over the shards."""
-    numbers, found = zip(*sampled(keys, starts, rows), strict=True)
-    return np.concatenate(numbers), np.concatenate(found)
 
 
 def kmeans(points: np.ndarray, lists: int, seed: int) -> np.ndarray:
@@ -225,7 +220,7 @@ def train_index(settings: IndexSettings, keys: Keys, work: Path) -> dict[str, An
     A flat index has none. Returns the description of the index.
     """
     starts = shard_rows(keys.corpus)
-    n_keys, width = int(starts[-1]), keys(0).shape[1]
+    n_keys, width = int(starts[-1]), keys.width
     found = shape(settings, n_keys, width)
     if found.lists:
 
@@ -247,6 +242,8 @@ def train_lists(index: Any, sample: np.ndarray, found: Shape, seed: int) -> Any:
     """Train an index on a sample of keys [rows, D] fp16; return it."""
     ivf = inverted(index)
     ivf.cp.seed = seed
+    if isinstance(ivf, faiss.IndexIVFPQ):
+        ivf.use_precomputed_table = -1  # by default training makes what a search may need
     if found.levels == 1:
         index = to_gpu(index)
         index.train(np.asarray(sample, np.float32))
@@ -285,10 +282,10 @@ class Rotated:
         return transformed(self.index, np.ascontiguousarray(self.sample[rows], np.float32))
 
 
-def part_path(folder: Path, part: int) -> Path:
+def part_path(folder: Path, number: int) -> Path:
     """Return the file of one part of an index: its inverted lists, or all of it."""
     what = "lists" if (folder / TRAINED).exists() else "index"
-    return folder / f"{what}-{part:05d}.faiss"
+    return folder / f"{what}-{number:05d}.faiss"
 
 
 def write_part(index: Any, path: Path) -> None:
@@ -323,13 +320,16 @@ class Filler:
                 index.add(added)
             rows += len(added)
         index = to_cpu(index)
-        write_atomic(part_path(self.work, part), lambda p: write_part(index, p))
+        path = part_path(self.work, self.parts[part].start)
+        write_atomic(path, lambda p: write_part(index, p))
         return rows
 
     def empty(self, width: int) -> Any:
         """Return the index without keys."""
         trained = self.work / TRAINED
-        return faiss.read_index(str(trained)) if trained.exists() else faiss.IndexFlatL2(width)
+        if not trained.exists():
+            return faiss.IndexFlatL2(width)
+        return faiss.read_index(str(trained), SKIP_TABLES)
 
 
 def build_index(
@@ -342,8 +342,8 @@ def build_index(
 ) -> None:
     """Write trained.faiss, lists-N.faiss (of a flat index: index-N.faiss), labels.i32, index.json.
 
-    Each part is over a run of rows; labels are [rows] int32. budget: bytes a process may take for
-    a part of the index.
+    Each part is over a run of rows; labels are [rows] int32. budget: bytes a process may take, a
+    fourth of them for a part.
     """
     if (work / "index.json").exists():  # killed just before the end
         (work / "training.json").unlink(missing_ok=True)
@@ -354,14 +354,16 @@ def build_index(
             write_json(work / "training.json", cluster.call(train_index, settings, keys, work))
             advance(1)
     facts = read_facts(work / "training.json")
-    parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget)
-    # Divided anew for another budget, unless some were filled: a large one may be what failed.
-    if any(part_path(work, n).exists() for n in range(len(facts.get("first_shards", [])))):
-        bounds = [*facts["first_shards"], len(starts) - 1]
-        parts = [range(a, b) for a, b in pairwise(bounds)]
-    else:
-        write_json(work / "training.json", facts | {"first_shards": [p.start for p in parts]})
-    todo = [n for n in range(len(parts)) if not part_path(work, n).exists()]
+    if "parts" not in facts:
+        for path in work.glob("*-*.faiss"):  # of an earlier release, which counted parts
+            path.unlink()
+    # What is not filled is divided anew for another budget: a part too large may be what failed.
+    bounds = pairwise([*facts.get("parts", []), len(starts) - 1])
+    filled = [range(a, b) for a, b in bounds if part_path(work, a).exists()]
+    parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget, filled)
+    facts["parts"] = [part.start for part in parts]
+    write_json(work / "training.json", facts)
+    todo = [n for n, part in enumerate(parts) if part not in filled]
     if torch.cuda.is_available() and (why := no_gpu()):
         progress.say(f"index: built on CPUs, {why}")
     with progress.task(f"index: adding to {facts['kind']}", int(starts[-1]), "keys") as advance:
@@ -369,7 +371,7 @@ def build_index(
             advance(int(starts[parts[n].stop] - starts[parts[n].start]), done_before=True)
         for rows in cluster.map(Filler(keys, parts, work), todo):
             advance(rows)
-    check_there(work, (part_path(work, n).name for n in range(len(parts))), os.listdir(work))
+    check_there(work, (part_path(work, n).name for n in facts["parts"]), os.listdir(work))
 
     def write_labels(path: Path) -> None:
         with open(path, "wb") as file:
@@ -377,7 +379,6 @@ def build_index(
                 load_shard(keys.datastore, "labels", shard).astype("<i4").tofile(file)
 
     write_atomic(work / LABELS, write_labels)
-    facts.pop("first_shards", None)
     facts["first_rows"] = [int(starts[part.start]) for part in parts]
     write_json(work / "index.json", facts)
     (work / "training.json").unlink()

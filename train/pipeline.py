@@ -21,7 +21,6 @@ from vllm_memdec.train.faults import AGAIN, out_of_memory
 from vllm_memdec.train.inputs import Hashes, model_hash, tokenizer_hash, weights_hash
 from vllm_memdec.train.ownership import check_ours, check_places
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import load_shard
 from vllm_memdec.train.text import corpus_files
 
 __all__ = ["MEMORY_BUDGET", "STAGES", "build", "model_hash"]
@@ -263,21 +262,13 @@ class Compilation:
         from vllm_memdec.train.index import build_index, index_files, shaping
 
         rows = json.loads((self.path("corpus") / "corpus.json").read_text())["train"]["rows"]
-        settings = shaping(self.settings.index, rows, self.width())
+        keys = self.keys(self.path("datastore"))
+        settings = shaping(self.settings.index, rows, keys.width)
 
         def make(work: Path) -> None:
-            keys = self.keys(self.path("datastore"))
             build_index(self.settings.index, keys, self.budget, work, self.progress, self.cluster)
 
         return Stage(settings, ("datastore",), make, index_files, self.less_budget())
-
-    def width(self) -> int:
-        """Return how many numbers a key has."""
-        if self.settings.datastore.keep_keys:
-            return load_shard(self.path("datastore"), "keys", 0).shape[1]
-        from vllm_memdec.train.corpus import load_config
-
-        return load_config(self.base).hidden_size
 
     def less_budget(self) -> str:
         """Return what to do if an index takes too much memory, or keys that are computed again."""

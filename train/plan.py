@@ -1,14 +1,11 @@
 """`memdec plan`: what a build will cost, before it starts.
 
-Sizes follow from what the stages write; times are amounts of work times the rates of rates.py. Work
-is divided among the workers; files are written and read at the speed of one disk, which they share.
-For a GPU that is not here, rates follow from its published figures: an estimate, and called so.
+Sizes and times follow from costs.py, with rates that calibrate.py measured. For a GPU that is not
+here, rates follow from its published figures: an estimate, and called so.
 """
 
-import math
 import os
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,265 +17,15 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.calibrate import calibrate, count_tokens
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import Settings
-from vllm_memdec.train.datastore import BLOCKS, TRAINED
+from vllm_memdec.train.costs import OVERHEADS, Job, Stage
 from vllm_memdec.train.decoder import with_defaults
-from vllm_memdec.train.export import CALIBRATION_TOKENS
-from vllm_memdec.train.index import (
-    CODE_SAMPLE,
-    KMEANS_PASSES,
-    PART_SHARE,
-    Shape,
-    key_bytes,
-    shape,
-    trained_bytes,
-    training_bytes,
-)
 from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
-from vllm_memdec.train.search import GPU_PARTS, group_rows
-from vllm_memdec.train.targets import FIT_ROWS
 from vllm_memdec.train.text import corpus_files
-from vllm_memdec.train.trainer import EVALUATION_TOKENS, warmup_steps
 
 TABLE = tuple(10**n for n in range(6, 11))  # tokens
-HEAPS = 0.5  # the vocabulary in use grows as this power of the text
-PLOT = 1.5  # seconds
-FAISS = 0.5  # seconds until two processes have imported it and started its threads
-GRAPH_LISTS = 40_000  # with as many a key is compared in the time of a walk through their graph
-OPQ_PASSES = 15  # of training codes, until the rotation before them is found
-CACHED = 1.5e-10  # seconds a byte that is read from memory and sent to a GPU: assumed, not measured
 GPU_HOST = 5e11  # bytes of memory of a machine with GPUs that is not here: assumed
 GPU_STAGES = ("datastore", "index", "targets", "memory")
-
-
-# What is not the stage's own work: its files are hashed, read and written; parts of an index are
-# merged; optimiser steps wait for their launch and for the gradients of other workers.
-OVERHEADS = ("hashing", "reading", "writing", "merging", "steps")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What one stage is predicted to cost."""
-
-    name: str
-    seconds: float
-    disk: int  # bytes
-    memory: int  # bytes of the largest process, at its peak
-    of: dict[str, float] = field(default_factory=dict)  # of the seconds: see OVERHEADS
-
-
-@dataclass(frozen=True)
-class Job:
-    """A build whose cost is asked for: amounts of work, and each stage's cost.
-
-    validation: tokens of a validation text, None if a part of the corpus is held out; budget: bytes
-    a process may take for what grows with the corpus; gpu_memory: bytes of a worker's GPU, 0: none;
-    host_memory: of a machine.
-    """
-
-    rates: Rates
-    settings: Settings
-    tokens: int
-    validation: int | None
-    budget: int
-    workers: int
-    gpu_memory: float = 0.0
-    host_memory: float = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-    def stages(self) -> list[Stage]:
-        """Return the cost of every stage, in order."""
-        return [
-            self.corpus(),
-            self.datastore(),
-            self.index(),
-            self.targets(),
-            self.memory(),
-            self.export(),
-        ]
-
-    @cached_property
-    def held_out(self) -> int:
-        """Tokens that are not trained on."""
-        if self.validation is not None:
-            return self.validation
-        return round(self.tokens * self.settings.corpus.validation_fraction)
-
-    @cached_property
-    def trained_on(self) -> int:
-        """Tokens of the corpus that are trained on."""
-        return self.tokens - (self.held_out if self.validation is None else 0)
-
-    @cached_property
-    def rows(self) -> int:
-        return max(2, round(self.trained_on * self.rates.rows_per_token))
-
-    @cached_property
-    def blocks(self) -> int:
-        return max(1, math.ceil((self.trained_on - 1) / self.settings.corpus.block_tokens))
-
-    @cached_property
-    def side_by_side(self) -> int:
-        """Workers that have a shard to do."""
-        return min(self.workers, math.ceil(self.blocks / self.settings.corpus.shard_blocks))
-
-    @cached_property
-    def shape(self) -> Shape:
-        return shape(self.settings.index, self.rows, self.rates.width)
-
-    @cached_property
-    def key_bytes(self) -> int:
-        return key_bytes(self.shape.kind, self.rates.width)
-
-    @cached_property
-    def parts(self) -> int:
-        """Parts of the index."""
-        return math.ceil(self.rows * self.key_bytes / (self.budget / PART_SHARE))
-
-    @cached_property
-    def keys_again(self) -> float:
-        """Seconds to compute all keys anew, where they are not kept."""
-        return 0.0 if self.settings.datastore.keep_keys else self.rows * self.rates.key
-
-    def read(self, size: float) -> float:
-        """Seconds to read files again: none of what stays in memory."""
-        return 0.0 if size < self.host_memory / 2 else size * self.rates.read
-
-    def stage(self, name: str, seconds: float, disk: float, memory: float, **of: float) -> Stage:
-        """Return a stage's cost, its own files hashed and written on top of the seconds."""
-        of["hashing"] = disk * self.rates.hash / self.side_by_side
-        of["writing"] = disk * self.rates.write
-        seconds += of["hashing"] + of["writing"]
-        return Stage(name, seconds, round(disk), round(memory), of)
-
-    def corpus(self) -> Stage:
-        rates, tokens = self.rates, self.trained_on + self.held_out
-        # The command itself imports, too, what its workers do.
-        seconds = rates.prepare + rates.start + 2 * rates.first + rates.map
-        seconds += tokens * rates.tokenise / self.side_by_side
-        return self.stage("corpus", seconds, 8 * tokens, rates.process_bytes)
-
-    def datastore(self) -> Stage:
-        rates, kept = self.rates, self.settings.datastore.keep_keys
-        embedded = rates.load + self.rows * rates.key / self.side_by_side if kept else 0.0
-        disk = self.rows * (4 + 2 * rates.width * kept)
-        return self.stage("datastore", rates.map + embedded, disk, rates.embed_bytes)
-
-    @cached_property
-    def lists_compared(self) -> float:
-        """Lists in whose time those near a key are found."""
-        lists = self.shape.lists
-        return (
-            min(lists, GRAPH_LISTS) if "HNSW" in self.shape.kind and not self.gpu_memory else lists
-        )
-
-    @cached_property
-    def keys_read(self) -> float:
-        """Seconds to read all keys, where they are kept."""
-        kept = self.settings.datastore.keep_keys
-        return self.read(2 * self.rates.width * self.rows) if kept else 0.0
-
-    def index(self) -> Stage:
-        rates, share, lists = self.rates, self.budget // PART_SHARE, self.shape.lists
-        sample = self.shape.sample
-        # In two levels a key of the sample is compared with the clusters, then with those within.
-        compared = math.sqrt(lists) * (1 + 1 / KMEANS_PASSES) if self.shape.levels == 2 else lists
-        seconds = FAISS + rates.call + rates.train_index * sample * compared
-        codes = rates.codes * min(sample, CODE_SAMPLE)
-        seconds += codes * (1 + OPQ_PASSES * ("OPQ" in self.shape.kind))
-        seconds += self.keys_again * sample / self.rows
-        fill = (rates.compare * self.lists_compared + rates.encode) * self.rows + self.keys_again
-        seconds += rates.map + fill / min(self.workers, self.parts) + self.keys_read
-        filled = self.rows * self.key_bytes
-        trained = trained_bytes(self.shape, rates.width)
-        peak = max(min(filled, share) + trained, training_bytes(self.shape, rates.width))
-        disk, memory = filled + trained + 4 * self.rows, rates.process_bytes + peak
-        return self.stage("index", seconds, disk, memory, reading=self.keys_read)
-
-    @cached_property
-    def parts_read(self) -> float:
-        """Seconds in which a worker reads the parts of the index that do not stay open."""
-        size, budget, k = self.rows * self.key_bytes, self.budget, self.settings.targets.neighbours
-        left = size - (self.gpu_memory * GPU_PARTS or budget // PART_SHARE)
-        together = group_rows(self.rates.width, k + 1, self.probes, budget, self.gpu_memory > 0)
-        groups = max(1.0, self.rows / together / self.side_by_side)
-        if left <= 0:  # all of it once
-            left, groups = size, 1.0
-        return left * groups * (CACHED if self.gpu_memory else self.read(size) / size)
-
-    @cached_property
-    def probes(self) -> int:
-        return min(self.settings.index.probes, self.shape.lists)
-
-    def targets(self) -> Stage:
-        rates = self.rates
-        k = min(self.settings.targets.neighbours, self.rows - 1)
-        visited = float(self.rows)
-        if self.shape.lists:
-            visited *= min(1.0, self.probes / self.shape.lists * rates.imbalance)
-        # On a GPU all parts are merged at once, at a cost that grows with their logarithm; else one
-        # after the other.
-        merged = math.log2(self.parts) if self.gpu_memory else self.parts - 1
-        merging, aggregate = rates.merge * k * merged, rates.aggregate * k
-        search = rates.compare * self.lists_compared + rates.scan * visited + merging
-        done = [(search * self.rows + self.keys_again) / self.side_by_side + self.parts_read]
-        done += [aggregate * self.rows / self.side_by_side, self.keys_read]
-        # Beside a GPU what it found before is summed, and keys are read for what it does next.
-        seconds = rates.map + (max(done) if self.gpu_memory else sum(done))
-        if self.settings.targets.temperature is None:
-            fitted = min(FIT_ROWS, self.rows)
-            seconds += rates.call + (search + aggregate) * fitted + rates.fit * fitted / FIT_ROWS
-        # Parts, queries and what is found for them; the labels are mapped, and count.
-        opened = min(self.rows * self.key_bytes, self.budget // 2)
-        opened += trained_bytes(self.shape, rates.width) + 4 * self.rows
-        at_once = min(36 * k * self.rows / self.side_by_side, self.budget // 4)
-        disk = self.rows * (12 + 6 * rates.entries)
-        return self.stage(
-            "targets",
-            seconds,
-            disk,
-            rates.process_bytes + opened + at_once,
-            reading=self.keys_read + self.parts_read,
-            merging=merging * self.rows / self.side_by_side,
-        )
-
-    def memory(self) -> Stage:
-        rates, settings = self.rates, self.settings.memory
-        batch = min(settings.batch(self.blocks), self.blocks)
-        epochs = settings.epochs * (settings.transfer_fraction if settings.adapts else 1)
-        steps = max(1, round(epochs * self.blocks / batch))
-        warm = min(steps, warmup_steps(steps, settings.warmup_fraction))
-        used = rates.used * max(1, self.tokens / rates.sample_tokens) ** HEAPS
-        sampling = (settings.sampled_negatives or math.inf) < rates.vocabulary - used
-        later = rates.sampled_step if sampling else rates.step
-        busy = min(self.workers, batch)  # each has a block at least
-        rows_a_step = batch * self.rows / self.blocks / busy
-        micro = settings.micro_batch_blocks or BLOCKS
-        if self.gpu_memory and settings.micro_batch_blocks is None:
-            micro = max(BLOCKS, TRAINED // self.settings.corpus.block_tokens)
-        launches = math.ceil(batch / busy / micro) * rates.launch
-        reduce = 8 * rates.memory_parameters * (busy - 1) / busy * rates.reduce
-        computed = rows_a_step * (warm * rates.step + (steps - warm) * later)
-        seconds = max(computed, launches * steps) + reduce * steps
-        waited = seconds - computed
-        # A prefetching thread reads what the next steps are trained on.
-        reading = epochs * self.read(self.rows * (20 + 6 * rates.entries))
-        seconds = max(seconds, reading)
-        if settings.evaluate_steps:
-            scored = min(self.held_out, EVALUATION_TOKENS)
-            seconds += steps // settings.evaluate_steps * scored * rates.score_memory
-        seconds *= 1 + rates.checkpoint / max(settings.checkpoint_seconds, rates.checkpoint)
-        seconds += rates.train + rates.build_memory + rates.checkpoint + PLOT
-        disk = 4 * rates.memory_parameters
-        return self.stage("memory", seconds, disk, rates.train_bytes, reading=reading, steps=waited)
-
-    def export(self) -> Stage:
-        rates = self.rates
-        scored = 2 * min(self.held_out, CALIBRATION_TOKENS)  # in short and in long contexts
-        # Beside the base only weights of the memory are read and written.
-        seconds = rates.reload + rates.checkpoint / 2
-        seconds += scored * (rates.score_base + rates.score_memory)
-        disk = {"float32": 4, "bfloat16": 2}[self.settings.export.dtype] * rates.memory_parameters
-        return self.stage("export", seconds, disk, rates.embed_bytes)
 
 
 @dataclass(frozen=True)
@@ -305,13 +52,15 @@ def plan(
     cluster: Cluster,
     budget: int,
     gpu: str | None = None,
-    gpus: int = 1,
+    gpus: int | None = None,
 ) -> Plan:
     """Return what a build of a corpus, or of so many tokens, would cost here or on GPUs."""
     if corpus is None and tokens is None:
         raise MemdecError("memdec plan needs --corpus or --tokens: give the text or its size.")
     if gpu is not None and gpu.lower() not in GPUS:
         raise MemdecError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
+    if gpu is None and gpus is not None:
+        raise MemdecError(f"--gpus {gpus} needs --gpu: add one of {', '.join(GPUS)}.")
     if validation is not None:
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
@@ -320,7 +69,7 @@ def plan(
     rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster)
     held_out = None if validation is None else count_tokens(base, validation, work)
     workers, where = cluster.workers(), "this machine, measured"
-    gpus = gpus if gpu else workers if torch.cuda.is_available() else 0
+    gpus = (gpus or 1) if gpu else workers if torch.cuda.is_available() else 0
     if gpu is not None:
         workers, where = gpus, f"{gpus} x {gpu.upper()}, not measured: {UTILISATION:.0%} of its"
         where += " published FLOP/s and bandwidth"

@@ -47,6 +47,7 @@ class Rates:
     entries: float  # tokens of a target
     width: int
     vocabulary: int
+    threads: int  # of a worker that has no GPU, or beside it
     used: int  # tokens of the vocabulary that occur in the sample
     sample_tokens: int
     memory_parameters: int

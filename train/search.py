@@ -4,7 +4,6 @@ Parts are the outer loop and queries the inner one, so that what does not stay i
 once for all the queries that are searched together, see Index.group_rows().
 """
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,19 +18,20 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.faiss_gpu import GPU_LARGEST_K, no_gpu, to_gpu
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.index import (
-    CODE_SAMPLE,
     GRAPH_SEARCH,
     LABELS,
+    SKIP_TABLES,
     TRAINED,
     inverted,
-    kmeans,
+    part_numbers,
     part_path,
     read_facts,
     transformed,
 )
 
 OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned() has one thread
-# Shares of the memory budget. Half of it is for parts: those that stay, and those of one pass.
+# Shares of the memory budget. Half of it is for parts: those that stay, and those of one pass. A
+# fourth is for queries and what is found for them; the last is for what sums that up, and to spare.
 PARTS_SHARE = 4
 GROUP_SHARE = 8  # queries that are searched together, and what has been found for them
 GPU_GROUP_SHARE = 2  # where the parts are in a GPU's memory
@@ -49,6 +49,15 @@ def group_rows(width: int, k: int, probes: int, budget: int, on_gpu: bool) -> in
     """Return how many queries may be searched together: they and what is found are in memory."""
     share = budget // (GPU_GROUP_SHARE if on_gpu else GROUP_SHARE)
     return max(1, share // (4 * width + 12 * (k + probes)))
+
+
+def table_bytes(lists: int, codes: int, width: int) -> int:
+    """Return how many bytes the tables of product codes take that a search on CPUs makes, 0: none.
+
+    lists: of the index; codes: of a key, a byte each; width: of a key.
+    """
+    size = 4 * lists * codes * 256
+    return size if width // codes >= TABLES_FROM and size <= TABLES_BYTES else 0
 
 
 @dataclass
@@ -87,10 +96,12 @@ class Index:
     @cached_property
     def labels(self) -> np.ndarray:
         """Return the label of every row [rows] int32, memory-mapped."""
-        labels = np.memmap(self.folder / LABELS, dtype="<i4", mode="r")
-        if len(labels) != self.facts["keys"]:
-            raise self.damaged(self.folder / LABELS, "cut off")
-        return labels
+        path = self.folder / LABELS
+        if not path.exists():
+            raise self.damaged(path)
+        if path.stat().st_size != 4 * self.facts["keys"]:
+            raise self.damaged(path, "cut off")
+        return np.memmap(path, dtype="<i4", mode="r")
 
     def damaged(self, path: Path, how: str = "damaged or missing") -> MemdecError:
         return MemdecError(f"{path} is {how}: delete the folder {self.folder} and build again.")
@@ -131,9 +142,7 @@ class Index:
         if isinstance(graph, faiss.IndexHNSW):
             graph.hnsw.efSearch = max(GRAPH_SEARCH, 2 * ivf.nprobe)
         if isinstance(ivf, faiss.IndexIVFPQ) and not self.on_gpu:
-            tables = 4 * ivf.nlist * ivf.pq.M * ivf.pq.ksub
-            pays = ivf.pq.dsub >= TABLES_FROM and tables <= TABLES_BYTES
-            ivf.use_precomputed_table = 1 if pays else -1
+            ivf.use_precomputed_table = 1 if table_bytes(ivf.nlist, ivf.pq.M, ivf.d) else -1
             ivf.precompute_table()
         return index
 
@@ -149,7 +158,7 @@ class Index:
     @cached_property
     def sizes(self) -> list[int]:
         """Return the bytes of every part."""
-        paths = [part_path(self.folder, n) for n in range(len(self.facts["first_rows"]))]
+        paths = [part_path(self.folder, n) for n in part_numbers(self.facts)]
         return [path.stat().st_size if path.exists() else 0 for path in paths]
 
     @property
@@ -196,7 +205,7 @@ class Index:
 
     def _open(self, part: int) -> Any:
         """Return a part: an index, or one whose inverted lists are lent to the trained one."""
-        path = part_path(self.folder, part)
+        path = part_path(self.folder, part_numbers(self.facts)[part])
         flags = 0 if self.on_gpu else faiss.IO_FLAG_MMAP
         if self.trained is None:
             index = self._read(path, lambda p: faiss.read_index(p, flags))
@@ -313,9 +322,6 @@ class Index:
         return next(self.search_all([queries], k))
 
 
-SKIP_TABLES = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
-
-
 def read_lists(path: str, flags: int) -> Any:
     """Return the inverted lists of a file, in an index without centroids that owns them."""
     file = faiss.FileIOReader(path)
@@ -334,61 +340,3 @@ def by_row(distances: np.ndarray, ids: np.ndarray) -> None:
         order = np.lexsort((ids[rows], distances[rows]), axis=1)
         distances[rows] = np.take_along_axis(distances[rows], order, axis=1)
         ids[rows] = np.take_along_axis(ids[rows], order, axis=1)
-
-
-@dataclass(frozen=True)
-class TimedSearch:
-    """Seconds of an index's training, filling and search, and what was found."""
-
-    kmeans: float  # of the lists
-    codes: float  # training of what a key is stored as
-    add: float
-    search: float
-    compare: float  # of the search: finding the lists
-    merge: float  # the results of two parts
-    lists: int
-    visited: int  # keys that queries were compared with
-    distances: np.ndarray
-    ids: np.ndarray
-
-
-def time_search(keys: np.ndarray, own: np.ndarray, kind: str, k: int, probes: int) -> TimedSearch:
-    """Build an index over a few keys, of the codes that a factory string names; search rows own.
-
-    On the GPU, if this process has one that faiss can use for it, as a build would.
-    """
-
-    def timed(function: Any, *args: Any) -> tuple[float, Any]:
-        began = time.perf_counter()
-        found = function(*args)
-        return time.perf_counter() - began, found
-
-    def there(index: Any) -> Any:
-        return index if max(k, probes) > GPU_LARGEST_K else to_gpu(index)
-
-    data, code = np.asarray(keys, dtype=np.float32), kind.split(",")[-1]
-    queries = data[own]
-    train = codes = compare = 0.0
-    if code == "Flat":
-        lists, index, visited = 1, there(faiss.IndexFlatL2(data.shape[1])), len(own) * len(data)
-        add, _ = timed(index.add, data)
-    else:
-        lists = max(1, min(int(len(data) ** 0.5), len(data) // 40))
-        index = faiss.index_factory(data.shape[1], f"IVF{lists},{code}")
-        train, centroids = timed(kmeans, data, lists, 0)
-        index.quantizer.add(centroids)
-        codes, _ = timed(index.train, data[:CODE_SAMPLE])
-        index.nprobe = probes = min(probes, lists)
-        index = there(index)
-        add, _ = timed(index.add, data)
-        quantizer = there(faiss.IndexFlatL2(data.shape[1]))
-        quantizer.add(centroids)
-        quantizer.search(queries, probes)  # warms up
-        compare, (_, near) = timed(quantizer.search, queries, probes)
-        in_lists = np.bincount(quantizer.search(data, 1)[1][:, 0], minlength=lists)
-        visited = int(in_lists[near].sum())
-        index.nprobe = probes
-    search, (distances, ids) = timed(index.search, queries, k)
-    two = np.stack([distances, distances]), np.stack([ids, ids])
-    merge, _ = timed(faiss.merge_knn_results, *two)
-    return TimedSearch(train, codes, add, search, compare, merge, lists, visited, distances, ids)

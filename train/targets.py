@@ -23,9 +23,8 @@ from vllm_memdec.train.artifacts import write_json
 from vllm_memdec.train.cluster import Cluster
 from vllm_memdec.train.config import TargetSettings
 from vllm_memdec.train.corpus import load_used, shard_rows
-from vllm_memdec.train.datastore import Keys
+from vllm_memdec.train.datastore import Keys, sample_rows
 from vllm_memdec.train.faiss_gpu import check_width
-from vllm_memdec.train.index import sample_rows
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.search import Index
 from vllm_memdec.train.shards import load_shard, save_array, shard_path, unfinished

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from vllm_memdec.train.config import Settings, load_settings
-from vllm_memdec.train.plan import GPUS, UTILISATION, Job, human_bytes, on_gpu
-from vllm_memdec.train.rates import Rates
+from vllm_memdec.train.costs import Job
+from vllm_memdec.train.plan import human_bytes
+from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, on_gpu
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 TOKENS, GPU, COUNT = 100_000_000, "h100", 8
@@ -78,6 +79,7 @@ def cost(name: str, settings: Settings) -> list[str]:
     width = MODELS[base][1]["hidden_size"]
     nothing = {field.name: 0 for field in dataclasses.fields(Rates)}
     known = {"width": width, "entries": ENTRIES, "rows_per_token": 1.0, "imbalance": 1.0}
+    known["sample_tokens"] = 1  # of which no word is known
     rates = Rates(**nothing | known | {"memory_parameters": of_memory})
     rates = on_gpu(rates, GPUS[GPU], of_base, key_bytes=0)
     job = Job(rates, settings, TOKENS, None, budget=4 * 2**30, workers=COUNT)

@@ -10,18 +10,22 @@ noise of a fifth of every number's spread. So they are clustered as real ones ar
 near ones, the more of them the more keys there are. Labels are the tokens that followed.
 
 All keys are indexed; search and targets are measured on whole shards of 32,768 rows, evenly spread,
-done as the targets stage does them (a group of shards at once, results merged over the parts). What
-a run has finished, the next one keeps. Every stage runs in a process of its own with one thread:
-seconds are the process's CPU time, so that they hold on a machine that others use; RAM is its peak,
-`files` the most descriptors that it had open.
+done as the targets stage does them (a group of shards at once, results merged over the parts).
+Every stage runs in a process of its own with one thread: seconds are the process's CPU time, so
+that they hold on a machine that others use; RAM is its peak, `files` the most descriptors that it
+had open. A run that was stopped goes on after the last stage that it finished; the one it was in
+starts anew. Nothing is taken from runs of another commit, kind or budget.
 
 A query's cost grows with the keys that its lists hold: from 1,024 lists at a million keys to 8,192
-at 30 million their length grows 3.75 times. So search and targets are compared by the nanoseconds a
-row and key visited, `search_ns_a_key`, beside seconds a million rows; the index, which compares
-every key with all lists, by those a row and list.
+at 30 million their length grows 3.75 times, and with it seconds a million rows. What should stay
+the same is the time of a row and key visited, `search_ns_a_key` and `targets_ns_a_key`: compare
+these. The index compares every key with all lists: compare `index_ns_a_list`, of a row and list;
+at a million keys most of it is the training of codes, on as many keys as ever.
 The table that product codes are compared with is made for every query, list and part. Compare one
 kind of code, `--kind pq`, not 8-bit numbers at a million keys with product codes at 30 million.
-Appends to results/scale.csv; the last line is JSON.
+RAM follows the budget once the index is larger than half of that, as that of 10 million keys is;
+from there it grows with the centroids and labels alone. Recall needs all keys in memory: beyond 13
+million it is not taken. Appends to results/scale.csv; the last line is JSON.
 """
 
 import argparse
@@ -33,6 +37,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +66,10 @@ SHARD = 64 * BLOCK  # rows a file, as by default
 REAL = 400_000  # tokens of text
 NOISE = 0.2
 SAMPLED = 4  # shards that are searched
+RECALL_SHARDS = 400  # shards that brute force reads at most
 RECALL_QUERIES = 64
 MAX_VALUE = 20_000  # characters of a fact
+PACKAGES = ("faiss-cpu", "numpy", "torch")
 
 
 def real_keys() -> tuple[np.ndarray, np.ndarray]:
@@ -110,10 +117,6 @@ def make_keys(
     write_json(work / "corpus.json", {"shard_blocks": 1})
 
 
-def stored(folder: Path) -> Keys:
-    return Keys(DatastoreSettings(), "", folder / "keys", folder / "keys")
-
-
 def cached_keys(folder: Path, count: int, progress: Progress) -> None:
     made = build_artifact(
         FOLDER / "real", "scale", {"rows": REAL, "width": WIDTH}, {}, make_real, progress.say
@@ -130,8 +133,8 @@ def cached_keys(folder: Path, count: int, progress: Progress) -> None:
     )
 
 
-def measured(stage: str, folder: Path, kind: str, budget: int) -> dict[str, float]:
-    """Do one stage in this process; return its CPU seconds, peak RAM and open files."""
+def measured(stage: str, folder: Path, kind: str, budget: int) -> dict[str, Any]:
+    """Do one stage in this process; return its CPU seconds, peak RAM, open files and origin."""
     files = [0]
 
     def watch() -> None:
@@ -142,18 +145,34 @@ def measured(stage: str, folder: Path, kind: str, budget: int) -> dict[str, floa
     threading.Thread(target=watch, daemon=True).start()
     began, wall = time.process_time(), time.perf_counter()
     found = STAGES[stage](folder, kind, budget)
-    return found | {
-        f"{stage}_s": time.process_time() - began - found.pop("left_out", 0.0),
+    found |= {
+        f"{stage}_s": time.process_time() - began,
         f"{stage}_wall_s": time.perf_counter() - wall,
         f"{stage}_ram_mb": status_kb("VmHWM") / 1024,
         f"{stage}_files": files[0],
     }
+    return found | provenance(*PACKAGES)
 
 
-def do_index(folder: Path, kind: str, budget: int) -> dict[str, float]:
+def emptied(folder: Path) -> Path:
+    """Make a folder without what a stopped run left: a stage is measured as a whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return folder
+
+
+def stored(run: Path) -> Keys:
+    keys = run.parent / "keys"
+    return Keys(DatastoreSettings(), "", keys, keys)
+
+
+def index_of(run: Path, budget: int) -> Index:
+    return Index(run / "index", IndexSettings().probes, budget)
+
+
+def do_index(run: Path, kind: str, budget: int) -> dict[str, Any]:
     """Train and fill the index."""
-    work, times = folder / f"index-{kind}", {}
-    work.mkdir(exist_ok=True)
+    work, times = emptied(run / "index"), {}
 
     class Timed(Progress):
         def say(self, line: str) -> None:
@@ -161,47 +180,44 @@ def do_index(folder: Path, kind: str, budget: int) -> dict[str, float]:
             print(line, file=sys.stderr, flush=True)
 
     began = time.process_time()
-    build_index(IndexSettings(kind=kind), stored(folder), budget, work, Timed(), Here())
+    build_index(IndexSettings(kind=kind), stored(run), budget, work, Timed(), Here())
     return {"train_s": times.get("training", began) - began}
 
 
-def sampled_shards(folder: Path) -> list[int]:
+def sampled_shards(starts: np.ndarray) -> list[int]:
     """Return the shards that are searched, neighbours by twos, so that they make groups."""
-    count = len(shard_rows(folder / "keys")) - 1
+    count = len(starts) - 1  # the last may be a short one
     return [
         n for first in np.linspace(0, count - 3, SAMPLED // 2) for n in (int(first), int(first) + 1)
     ]
 
 
-def do_search(folder: Path, kind: str, budget: int) -> dict[str, float]:
+def do_search(run: Path, kind: str, budget: int) -> dict[str, Any]:
     """Search the index for the rows of some shards, as the targets stage does."""
-    keys, index = stored(folder), Index(folder / f"index-{kind}", IndexSettings().probes, budget)
-    k, starts = TargetSettings().neighbours + 1, shard_rows(folder / "keys")
+    keys, index = stored(run), index_of(run, budget)
+    k, starts = TargetSettings().neighbours + 1, shard_rows(keys.corpus)
     rows = index.rows_at_once(k)
-    for group in grouped(sampled_shards(folder), starts, index.group_rows(k), SAMPLED):
+    for group in grouped(sampled_shards(starts), starts, index.group_rows(k), SAMPLED):
         batches = (keys(s)[n : n + rows] for s in group for n in range(0, SHARD, rows))
         for _ in index.search_all(batches, k):
             pass
     return {}
 
 
-def do_targets(folder: Path, kind: str, budget: int) -> dict[str, float]:
-    """Make the targets of those shards that have none yet, the whole stage but its fit."""
-    keys, index = stored(folder), Index(folder / f"index-{kind}", IndexSettings().probes, budget)
-    work = folder / f"targets-{kind}"
-    work.mkdir(exist_ok=True)
-    settings = TargetSettings()
+def do_targets(run: Path, kind: str, budget: int) -> dict[str, Any]:
+    """Make the targets of those shards, the whole stage but its fit."""
+    keys, index, work = stored(run), index_of(run, budget), emptied(run / "targets")
+    settings, starts = TargetSettings(), shard_rows(keys.corpus)
     write_json(work / "targets.json", {"temperature": 10.0, "neighbours": settings.neighbours})
-    todo = [n for n in sampled_shards(folder) if not shard_path(work, "probs", n).exists()]
-    starts = shard_rows(folder / "keys")
-    groups = grouped(todo, starts, index.group_rows(settings.neighbours + 1), SAMPLED)
+    most = index.group_rows(settings.neighbours + 1)
+    groups = grouped(sampled_shards(starts), starts, most, SAMPLED)
     searcher = Searcher(settings, keys, index, work, groups)
     return {"targets_rows": sum(searcher(n) for n in range(len(groups)))}
 
 
-def do_quality(folder: Path, kind: str, budget: int) -> dict[str, float]:
+def do_quality(run: Path, kind: str, budget: int) -> dict[str, Any]:
     """Count what queries visit; compare what they find with brute force."""
-    keys, index = stored(folder), Index(folder / f"index-{kind}", IndexSettings().probes, budget)
+    keys, index = stored(run), index_of(run, budget)
     ivf = inverted(index.trained)
     sizes = np.zeros(ivf.nlist, np.int64)
     for part in range(len(index.sizes)):
@@ -210,8 +226,9 @@ def do_quality(folder: Path, kind: str, budget: int) -> dict[str, float]:
         sizes += [lists.list_size(n) for n in range(ivf.nlist)]
     own = np.arange(RECALL_QUERIES) * (SHARD // RECALL_QUERIES)
     queries = np.asarray(keys(0))[own]
-    count = len(shard_rows(folder / "keys")) - 1
-    shards = [load_shard(folder / "keys", "keys", n) for n in range(count)] if count < 400 else []
+    count = len(shard_rows(keys.corpus)) - 1
+    count = count if count <= RECALL_SHARDS else 0
+    shards = [load_shard(keys.datastore, "keys", n) for n in range(count)]
     found = {
         "lists": ivf.nlist,
         "parts": len(index.sizes),
@@ -229,43 +246,55 @@ def do_quality(folder: Path, kind: str, budget: int) -> dict[str, float]:
     return found
 
 
+KINDS = ("auto", "sq8", "fp16", "pq")
 STAGES = {"index": do_index, "search": do_search, "targets": do_targets, "quality": do_quality}
+
+
+def in_a_process(stage: str, run: Path, count: int, kind: str, budget: int) -> dict[str, Any]:
+    """Return what measured() does in a process with one thread."""
+    words = ["--keys", count, "--kind", kind, "--budget", budget, "--stage", stage, "--run", run]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.speed.scale", *map(str, words)],
+        check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--keys", type=int, nargs="+", default=SIZES)
-    parser.add_argument("--kind", default="auto", help="as index.kind")
+    parser.add_argument("--kind", default="auto", choices=KINDS, help="as index.kind")
     parser.add_argument("--budget", type=int, default=2**30, help="bytes, as --memory-budget")
     parser.add_argument("--delete", action="store_true", help="keys and indices, when measured")
     parser.add_argument("--stage", choices=STAGES, help="in this process: for the benchmark itself")
+    parser.add_argument("--run", type=Path, help="a folder: for the benchmark itself")
     arguments = parser.parse_args()
+    if min(arguments.keys) <= SAMPLED * SHARD:
+        parser.error(f"--keys must be above {SAMPLED * SHARD}: so many are searched.")
 
+    kind, budget, run = arguments.kind, arguments.budget, arguments.run
     if arguments.stage:
-        folder = FOLDER / str(arguments.keys[0])
-        found = measured(arguments.stage, folder, arguments.kind, arguments.budget)
-        print(json.dumps(found))
+        print(json.dumps(measured(arguments.stage, run, kind, budget)))
         return
-    results, progress = [], Progress()
+    results, progress, origin = [], Progress(), provenance(*PACKAGES)
     for count in arguments.keys:
         folder = FOLDER / str(count)
         cached_keys(folder, count, progress)
-        row: dict[str, float] = {"keys": count, "width": WIDTH, "budget": arguments.budget}
+        run = folder / f"{kind}-{budget}-{origin['commit']}"
+        run.mkdir(exist_ok=True)
+        row: dict[str, Any] = {"keys": count, "width": WIDTH, "budget": budget}
         row["neighbours"], row["probes"] = TargetSettings().neighbours, IndexSettings().probes
         for stage in STAGES:
-            kept = folder / f"{stage}-{arguments.kind}.json"  # of a run that was stopped
+            kept = run / f"{stage}.json"  # of a run that was stopped
             if not kept.exists():
-                words = ["--keys", str(count), "--kind", arguments.kind, "--stage", stage]
-                words += ["--budget", str(arguments.budget)]
-                done = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.speed.scale", *words],
-                    check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                )  # fmt: skip
-                write_json(kept, json.loads(done.stdout.splitlines()[-1]))
+                write_json(kept, in_a_process(stage, run, count, kind, budget))
             row |= json.loads(kept.read_text())
+            if row["commit"] != origin["commit"]:
+                raise SystemExit(f"the code changed while it was measured: delete {run}, run again")
             progress.say(f"{count:,} keys, {stage}: done")
         rows = SAMPLED * SHARD
+        assert row["targets_rows"] == rows
         row |= {
             "index_s_per_million": row["index_s"] / count * 1e6,
             "search_s_per_million": row["search_s"] / rows * 1e6,
@@ -276,12 +305,11 @@ def main() -> None:
             "search_ns_a_key": row["search_s_per_million"] / row["visited"] * 1e3,
             "targets_ns_a_key": row["targets_s_per_million"] / row["visited"] * 1e3,
         }
-        results.append(rounded(row, 3))
+        results.append(origin | rounded(row, 3))  # with the time of the measurement
+        append_csv(RESULTS / "scale.csv", results[-1:])
         progress.say(json.dumps(results[-1]))
         if arguments.delete:
             shutil.rmtree(folder)
-    origin = provenance("faiss-cpu", "numpy", "torch")
-    append_csv(RESULTS / "scale.csv", [origin | row for row in results])
     print(json.dumps({"benchmark": "scale", **origin, "results": results}))
 
 

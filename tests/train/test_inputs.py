@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from vllm_memdec.errors import MemdecError
@@ -13,6 +14,7 @@ from vllm_memdec.train import datastore, export, index, inputs, search, trainer
 from vllm_memdec.train.config import parse_settings
 from vllm_memdec.train.inputs import REMEMBERED, Hashes, model_hash
 from vllm_memdec.train.pipeline import STAGES
+from vllm_memdec.train.shards import load_shard
 from vllm_memdec.train.verify import FAILED, verify
 
 UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
@@ -242,7 +244,9 @@ def refusing_above(monkeypatch, stage):
         case "datastore":
             guarded(datastore, "embed", lambda *given: given[-1] > limit["blocks"])
         case "index":
-            guarded(index, "index_parts", lambda starts, size, budget: budget > limit["budget"], 0)
+            # By 4 GiB a part takes two shards, by 64 MiB one.
+            monkeypatch.setattr(index, "PART_SHARE", 2**32 // (2**11 * 40))
+            guarded(index.Filler, "__call__", lambda filler, n: len(filler.parts[n]) > 1, 1)
         case "targets":
             guarded(search.Index, "_add", lambda self, *_: self.budget > limit["budget"], 3)
         case "memory":
@@ -273,9 +277,12 @@ def test_what_to_do_if_memory_runs_out(stage, pipeline, command, quick, monkeypa
     said = err.splitlines()[-1]
     assert code == 1 and said.startswith(f"memdec: out of memory in the {stage} stage: "), err
     assert said.endswith("and run again, finished parts are kept.")
-    done = {p: p.stat().st_mtime_ns for p in memdec.output.rglob("*-0000?.npy")}
-    options = {}
+    files = ("*-0000?.npy", "lists-*.faiss")
+    done = {p: p.stat().st_mtime_ns for name in files for p in memdec.output.rglob(name)}
+    options, followed = {}, 0
     while "lower" in said or "set " in said:  # until it says no more, or works
+        followed += 1
+        assert followed < 9, said
         if "--memory-budget" in said:
             options["memory-budget"] = "64MiB"
         if found := re.search(r"lower (\w+)\.(\w+) \(it is (\d+)\)", said):
@@ -297,8 +304,15 @@ def test_what_to_do_if_memory_runs_out(stage, pipeline, command, quick, monkeypa
     for path, when in done.items():
         kept = path.parent.with_name(path.parent.name.removesuffix(".partial")) / path.name
         assert kept.stat().st_mtime_ns == when, path
-    assert any(".partial" in str(p) for p in done) == (stage in ("datastore", "targets"))
-    if stage != "memory":  # another size of batches adds in another order: last bits may differ
+    partly = ("datastore", "index", "targets")
+    assert any(".partial" in str(p) for p in done) == (stage in partly)
+    if stage == "index":  # in other parts
+        found = [search.Index(o / "index", 8, 2**30) for o in (memdec.output, pipeline.output)]
+        queries = load_shard(pipeline.output / "datastore", "keys", 1)
+        (a, near_a), (b, near_b) = (each.search(queries, 9) for each in found)
+        assert len(found[0].sizes) > len(found[1].sizes) == 1
+        assert np.array_equal(near_a, near_b) and np.array_equal(a, b)
+    elif stage != "memory":  # another size of batches adds in another order: last bits may differ
         assert hashes_of(memdec.output, [stage]) == hashes_of(pipeline.output, [stage])
 
 

@@ -9,12 +9,14 @@ import json
 import numpy as np
 import pytest
 
-from vllm_memdec.train.config import parse_settings
+from vllm_memdec.train.config import IndexSettings, TargetSettings, parse_settings
+from vllm_memdec.train.costs import OVERHEADS, Job
 from vllm_memdec.train.index import trained_bytes, training_bytes
+from vllm_memdec.train.index_rates import time_search
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.plan import OVERHEADS, TABLE, Job
+from vllm_memdec.train.plan import TABLE
 from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, on_gpu
-from vllm_memdec.train.search import time_search
+from vllm_memdec.train.search import table_bytes
 
 MB = 2**20
 
@@ -62,6 +64,7 @@ def test_it_predicts_a_build(pipeline, run_plan):
     [
         ((), "memdec plan needs --corpus or --tokens: give the text or its size."),
         (("--tokens", "2000", "--gpu", "abacus"), "--gpu must be one of a100"),
+        (("--tokens", "2000", "--gpus", "8"), "--gpus 8 needs --gpu: add one of a100, a800"),
         (("--corpus", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--tokens", "2000", "--validation", "nowhere.txt"), "nowhere.txt does not exist"),
         (("--tokens", "2000", "--json", "nowhere/plan.json"), "nowhere is no folder: create it"),
@@ -89,7 +92,7 @@ RATES = Rates(
     **{f.name: 1e-3 for f in dataclasses.fields(Rates)}
     | {"width": 64, "vocabulary": 1000, "used": 500, "sample_tokens": 10_000}
     | {"rows_per_token": 1.0, "entries": 10.0, "imbalance": 1.0, "memory_parameters": 1000}
-    | {"process_bytes": 0, "embed_bytes": 0, "train_bytes": 0}
+    | {"process_bytes": 0, "embed_bytes": 0, "train_bytes": 0, "threads": 1}
     | dict.fromkeys(("codes", "merge", "launch", "reduce", "hash", "write", "read"), 0.0)
 )
 
@@ -105,8 +108,36 @@ def test_memory_is_bounded_by_the_budget():
     trained = trained_bytes(large.shape, RATES.width)
     training = training_bytes(large.shape, RATES.width)
     assert large.index().memory < max(64 * MB + trained, training) + MB
-    assert large.targets().memory < 64 * MB + trained + 4 * large.rows
+    # What is found for a shard waits for the last part, whatever the budget.
+    k, probes = TargetSettings().neighbours, IndexSettings().probes
+    shard = 1.01 * large.shard_rows * (4 * RATES.width + 12 * (k + 1 + probes))
+    bound = 64 * MB + trained + 4 * large.rows + shard
+    assert bound - 64 * MB < large.targets().memory < bound
     assert job(10**9).index().memory > large.index().memory
+
+
+def test_memory_of_targets_counts_what_a_search_holds_beside_the_parts():
+    """Tables of product codes, and in every thread one of tokens that rows are summed in."""
+    found = job(10**8, rates=QWEN)
+    assert "IVF16384,PQ64" in found.shape.kind
+    tables, parts = table_bytes(16384, 64, QWEN.width), trained_bytes(found.shape, QWEN.width)
+    assert tables == 1024 * MB
+    threads = dataclasses.replace(QWEN, threads=9)
+    sums = job(10**8, rates=threads).targets().memory - found.targets().memory
+    assert sums == pytest.approx(8 * 192 * 4 * found.used) and found.used > 45_000
+    held = found.targets().memory - parts - 4 * found.rows - sums / 8
+    assert held > tables + 512 * MB  # half the budget is for parts
+    assert on_h100s(10**8).targets().memory < tables + parts + 4 * found.rows + 4096 * MB
+
+
+def test_workers_read_one_disk():
+    """Parts that do not stay open: four workers do not read faster than one."""
+    slow = dataclasses.replace(RATES, read=1e-9)
+    alone, four = (
+        dataclasses.replace(job(10**8, 64 * MB, n, slow), host_memory=1e9) for n in (1, 4)
+    )
+    assert alone.parts_read > 10
+    assert four.parts_read == pytest.approx(alone.parts_read, rel=0.01)
 
 
 def test_keys_that_are_not_kept_cost_time_and_no_disk():
