@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.server import environment, free_port, run_server
+
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from server import environment, free_port, run_server  # noqa: E402
-
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-SMALL = {"build/demo": "build/demo-quick", "benchmarks/demo.yaml": "benchmarks/demo-quick.yaml"}
+SMALL = {
+    "build/demo": "build/demo-quick",
+    "benchmarks/demo/demo.yaml": "benchmarks/demo/demo-quick.yaml",
+}
 BASE = "SmolLM2-135M-Instruct"
 BIN = Path(sys.executable).parent
 
@@ -154,6 +155,6 @@ def test_python_example(demo, monkeypatch):
 
 def test_the_tree_lists_every_module():
     for folder in ("vllm_memdec", "kernels", "train", "benchmarks"):
-        for module in (ROOT / folder).glob("*.py"):
+        for module in (ROOT / folder).rglob("*.py"):
             if module.name != "__init__.py":
                 assert f"  {module.name} " in README, f"the README's tree lacks {folder}/{module}"
