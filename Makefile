@@ -103,21 +103,21 @@ diff-next: setup-next
 # The README's table of features: only the tests of its rows.
 features: setup
 	$(BIN)/pytest tests/serving -m feature --features tests/serving/features.csv
-	$(BIN)/python benchmarks/tables.py --readme
+	$(BIN)/python -m benchmarks.tables --readme
 
 demo: setup
-	$(BIN)/python benchmarks/demo.py $(DEMO_OPTIONS)
+	$(BIN)/python -m benchmarks.demo.demo $(DEMO_OPTIONS)
 
 # With the machine's own Python, whose torch knows the GPU: `make gpu PYTHON=python3 MINUTES=12`.
 # GPU_OPTIONS="--dry" rehearses it on a CPU.
 MINUTES ?= 12
 GIVEN := $(filter-out file default,$(origin PYTHON))
 gpu:
-	$(or $(if $(GIVEN),$(PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py $(MINUTES) $(GPU_OPTIONS)
+	$(or $(if $(GIVEN),$(PYTHON)),$(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu.gpu $(MINUTES) $(GPU_OPTIONS)
 
 # vLLM for a GPU machine without a network, in pieces: copy build/gpu-pack there.
 gpu-pack:
-	$(PYTHON) benchmarks/gpu/pack.py build/gpu-pack
+	$(PYTHON) -m benchmarks.gpu.pack build/gpu-pack
 
 lint: setup
 	$(BIN)/ruff check --fix .

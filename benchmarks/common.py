@@ -12,7 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,7 +47,7 @@ def commit() -> str:
     head = git("rev-parse", "--short", "--verify", "-q", "HEAD")
     if not head:
         return os.environ.get("BENCHMARK_COMMIT") or "none"
-    # Rows of the benchmark before are no change of what is measured.
+    # A row that an earlier benchmark wrote does not change what is measured.
     others = (":(top)", ":(top,exclude)benchmarks/results")
     return head + (
         "+" if git("status", "--porcelain", "--untracked-files=no", "--", *others) else ""
@@ -124,6 +124,20 @@ def _time_ms(function: Callable[[], Any], inner: int) -> float:
     return (time.perf_counter() - started) * 1e3
 
 
+def rounded(row: dict[str, Any], digits: int = 4) -> dict[str, Any]:
+    """Return a row with its floats rounded."""
+    return {k: round(v, digits) if isinstance(v, float) else v for k, v in row.items()}
+
+
+def status_kb(field: str) -> int:
+    """Return a field of this process's /proc/self/status, in kB.
+
+    VmHWM is the peak of its resident memory; getrusage() would count what its parent held, too.
+    """
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
+
+
 def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
     """Append rows to a CSV file, header first if it is new; refuse a file with other columns."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -136,3 +150,19 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         if not header:
             writer.writeheader()
         writer.writerows(rows)
+
+
+def replace_rows(path: Path, rows: list[dict[str, Any]], order: Sequence[str] = ()) -> None:
+    """Write rows to a CSV file in place of older ones of their domains, in the order of domains."""
+    kept: list[dict[str, Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = list(csv.DictReader(file))
+    new = {row["domain"] for row in rows}
+    merged = [row for row in kept if row["domain"] not in new] + rows
+    if order:
+        merged.sort(key=lambda row: order.index(row["domain"]))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(merged)

@@ -1,34 +1,28 @@
-"""Show the tables of the README, made from committed CSV files; --readme puts them into it.
+"""Show the tables of the READMEs, made from committed CSV files; --readme puts them into the pages.
 
-python benchmarks/tables.py [--readme]
+    python -m benchmarks.tables [--readme]
+
+A table goes wherever a page has its marks: <!-- NAME --> and <!-- /NAME -->.
 """
 
 import argparse
-import csv
+import ast
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-README = ROOT / "README.md"
-RESULTS = ROOT / "benchmarks/results"
+from benchmarks import overview
+from benchmarks.csv_rows import RESULTS, ROOT, grid, read
+from benchmarks.speed import paper
+
+PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
 FEATURES = ROOT / "tests/serving/features.csv"
-# arXiv 2508.09874: Qwen2.5-1.5B + 0.5B, teacher-forced tokens; GPU, batch, context not stated.
-PAPER = {"base + memory": 1.28, "RAG (BM25), every 4 tokens": 1.51, "kNN-LM": 2.17}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def grid(titles: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+# Names of rows in gating.csv, and the field's words for them.
+SHOWN = {
+    "perplexity, both in turn": "perplexity, mixed stream",
+    "facts said by heart": "fact recall",
+}
 
 
 def features() -> str:
@@ -40,15 +34,19 @@ def features() -> str:
 
 
 def quality() -> str:
-    """Return perplexity by domain, what general text costs, and facts said by heart."""
+    """Return perplexity by domain, what general text costs, and fact recall."""
     rows = read(RESULTS / "quality.csv")
     if not rows:
         return "not measured\n"
     domains = list(dict.fromkeys(row["domain"] for row in rows))
-    most = max(domains, key=lambda domain: sum(row["domain"] == domain for row in rows))
-    systems = [row["system"] for row in rows if row["domain"] == most]
-    found = {(row["domain"], row["system"]): row for row in rows}
-    base = {domain: found[domain, systems[0]] for domain in domains}
+    fullest = max(domains, key=lambda domain: sum(row["domain"] == domain for row in rows))
+    systems = [row["system"] for row in rows if row["domain"] == fullest]
+    by_system = {(row["domain"], row["system"]): row for row in rows}
+    base = {domain: by_system[domain, systems[0]] for domain in domains}
+
+    def shown(cell: Callable[[dict[str, str]], str], domain: str, system: str) -> str:
+        row = by_system.get((domain, system))
+        return "not measured" if row is None else cell(row)
 
     def own(row: dict[str, str]) -> str:
         change = f" ({float(row['change']):+.0%})" if float(row["change"]) else ""
@@ -67,21 +65,12 @@ def quality() -> str:
     parts = [
         ("perplexity on unseen text of the domain", domains, own),
         ("change on general text, Wikipedia / Brown", domains, general),
-        ("facts of the corpus said by heart", asked, recall),
+        ("fact recall, facts of the corpus", asked, recall),
     ]
     return "\n".join(
         grid(
             [title, *chosen],
-            [
-                [
-                    system,
-                    *(
-                        cell(found[domain, system]) if (domain, system) in found else "not measured"
-                        for domain in chosen
-                    ),
-                ]
-                for system in systems
-            ],
+            [[system, *(shown(cell, domain, system) for domain in chosen)] for system in systems],
         )
         for title, chosen, cell in parts
     )
@@ -96,7 +85,7 @@ def latency() -> str:
         run = (device, models, timestamp)
         chosen = [r for r in rows if (r["device"], r["models"], r["timestamp"]) == run]
         regimes = list(dict.fromkeys(row["regime"] for row in chosen))
-        found = {(row["regime"], row["system"]): row for row in chosen}
+        by_system = {(row["regime"], row["system"]): row for row in chosen}
         systems = list(dict.fromkeys(row["system"] for row in chosen))
 
         def cell(row: dict[str, str] | None) -> str:
@@ -109,8 +98,8 @@ def latency() -> str:
             grid(
                 [f"time per token: {models}, {device}", *regimes, "the paper's"],
                 [
-                    [system, *(cell(found.get((regime, system))) for regime in regimes)]
-                    + [f"{PAPER[system]:.2f}x" if system in PAPER else ""]
+                    [system, *(cell(by_system.get((regime, system))) for regime in regimes)]
+                    + [f"{paper.RATIOS[system]:.2f}x" if system in paper.RATIOS else ""]
                     for system in systems
                 ],
             )
@@ -127,8 +116,8 @@ def speculation() -> str:
         mine = (row for row in rows if row["device"] == device)
         chosen = [r for r in mine if last[device, r["temperature"]] == r["timestamp"]]
         greedy = [r for r in chosen if not float(r["temperature"])]
-        found = {(f"{r['text']}, batch {r['batch']}", r["system"]): r for r in greedy}
-        columns = list(dict.fromkeys(column for column, _ in found))
+        by_system = {(f"{r['text']}, batch {r['batch']}", r["system"]): r for r in greedy}
+        columns = list(dict.fromkeys(column for column, _ in by_system))
 
         def cell(row: dict[str, str]) -> str:
             between = f"{float(row['ratio_min']):.2f}-{float(row['ratio_max']):.2f}"
@@ -138,13 +127,14 @@ def speculation() -> str:
             grid(
                 [f"greedy, {device}", *columns],
                 [
-                    [system, *(cell(found[column, system]) for column in columns)]
-                    for system in dict.fromkeys(system for _, system in found)
+                    [system, *(cell(by_system[column, system]) for column in columns)]
+                    for system in dict.fromkeys(system for _, system in by_system)
                 ],
             )
         )
-        titles = ("alpha", "drafts", "accepted", "alpha + (1 - alpha) o", "by position",
-                  "tokens a step", "c", "v", "predicted", "measured", "off")  # fmt: skip
+        titles = ("alpha", "drafts", "acceptance", "alpha + (1 - alpha) o",
+                  "acceptance by position", "tokens per step", "draft cost", "verify cost",
+                  "predicted", "measured", "error")  # fmt: skip
         predicted = [row for row in chosen if row["predicted"]]
         lines.append(
             grid(
@@ -186,7 +176,7 @@ def gating() -> str:
         [
             [
                 row["domain"],
-                row["what"],
+                SHOWN.get(row["what"], row["what"]),
                 row["count"],
                 cell(row, "base"),
                 f"{cell(row, 'fixed')} at {float(row['alpha']):.2f}" if row["alpha"] else "",
@@ -224,7 +214,70 @@ def context() -> str:
     )
 
 
+def demo() -> str:
+    """Return what the demo measured."""
+    systems = ("base", "memory", "base + memory", "kNN-LM")
+    rows = read(RESULTS / "demo.csv")
+    return grid(
+        ["", *systems],
+        [[row["what"], *(row[system] or "not measured" for system in systems)] for row in rows],
+    )
+
+
+def scale() -> str:
+    """Return what index, search and targets cost, by number of keys and kind of index."""
+    rows = read(RESULTS / "scale.csv")
+    titles = ("keys", "index", "parts", "index, s/M keys", "search, s/M queries",
+              "targets, s/M rows", "search, ns/key visited", "peak ram, GB", "files open",
+              "recall@64", "commit")  # fmt: skip
+
+    def largest(row: dict[str, str], of: str) -> float:
+        return max(float(row[f"{part}_{of}"] or 0) for part in ("index", "search", "targets"))
+
+    return grid(
+        list(titles),
+        [
+            [
+                f"{int(row['keys']) / 1e6:g} M",
+                row["kind"],
+                row["parts"],
+                *(
+                    f"{float(row[f'{part}_s_per_million']):.0f}"
+                    for part in ("index", "search", "targets")
+                ),
+                f"{float(row['search_ns_a_key']):.0f}",
+                f"{largest(row, 'ram_mb') / 1000:.2f}",
+                f"{largest(row, 'files'):.0f}",
+                f"{float(row['recall_at_64']):.2f}" if row["recall_at_64"] else "not measured",
+                row["commit"],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def modules(folder: str) -> str:
+    """Return the modules of a folder, and what each is for: the first sentence of its docstring."""
+    root = ROOT / folder
+    rows = []
+    for path in sorted(root.rglob("*.py"), key=lambda p: (p.parent != root, p.parts)):
+        inside = path.relative_to(root)
+        if path.name == "__init__.py" or (folder == "vllm_memdec" and inside.parts[0] in LINKED):
+            continue
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text, f"{path} has no docstring"
+        rows.append([f"[{inside}]({inside})", text.split("\n\n")[0].replace("\n", " ")])
+    return grid(["module", "what it is for"], rows)
+
+
+LINKED = ("kernels", "train")  # folders of the repository, installed inside vllm_memdec
 TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview.overview,
+    "demo": demo,
+    "scale": scale,
+    "serving modules": functools.partial(modules, "vllm_memdec"),
+    "compiling modules": functools.partial(modules, "train"),
+    "benchmark modules": functools.partial(modules, "benchmarks"),
     "features": features,
     "quality": quality,
     "gating": gating,
@@ -235,21 +288,34 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def block(name: str) -> re.Pattern:
-    """Return what matches a table between its marks in the README."""
+    """Return what matches a table between its marks in a page."""
     return re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.DOTALL)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--readme", action="store_true", help="replace the tables in README.md")
-    options = parser.parse_args()
-    text = README.read_text()
-    for name, make in TABLES.items():
-        table = make()
-        print(table)
+def pages() -> list[Path]:
+    """Return the pages that are there."""
+    return [ROOT / page for page in PAGES if (ROOT / page).exists()]
+
+
+def filled(text: str, tables: dict[str, str]) -> str:
+    """Return a page with these tables between their marks; those it has no marks for stay out."""
+    for name, table in tables.items():
         text = block(name).sub(lambda _, table=table: table, text)
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--readme", action="store_true", help="write the tables into the pages, and draw"
+    )
+    options = parser.parse_args()
+    tables = {name: make() for name, make in TABLES.items()}
+    print("\n".join(tables.values()))
     if options.readme:
-        README.write_text(text)
+        for page in pages():
+            page.write_text(filled(page.read_text(), tables))
+        overview.draw(overview.PICTURE)
 
 
 if __name__ == "__main__":

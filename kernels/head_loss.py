@@ -7,7 +7,7 @@ its logits and multiplied out at once. What autograd would do for the head (a le
 weight's gradient made anew, widened and added each time) is one product added in place. Autograd
 gets the finished gradients, so that tied embeddings, DDP, FSDP and checkpointing work as elsewhere.
 
-Test: `pytest tests/kernels/test_head_loss.py`; measure: `python benchmarks/loss.py`.
+Test: `pytest tests/kernels/test_head_loss.py`; measure: `python -m benchmarks.speed.loss`.
 Shape suffixes: N rows, P rows of a chunk, V vocabulary, D hidden, C columns, S columns that learn.
 """
 

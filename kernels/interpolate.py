@@ -23,7 +23,7 @@ Rules all implementations share (kernels/reference.py is the oracle):
   * NaN or +inf in a row, or `a` outside [0, 1], makes that row NaN and leaves the others alone
     (rows with a = 0 in the logits form do not look at the memory).
 
-Test: `pytest tests/kernels/test_interpolate.py`; measure: `python benchmarks/kernel.py`.
+Test: `pytest tests/kernels/test_interpolate.py`; measure: `python -m benchmarks.speed.interpolate`.
 Shape suffixes: N rows, V vocabulary of the base (and of the output), W width of the memory, K units
 of a gate.
 """

@@ -15,7 +15,7 @@ Rules they share (kernels/reference.py is the oracle): a logit of -inf is a toke
 row of nothing but -inf has softmax 0 and logsumexp 0; a target of probability 0 costs nothing;
 NaN stays in its row.
 
-Test: `pytest tests/kernels/test_sparse_kl.py`; measure: `python benchmarks/loss.py`.
+Test: `pytest tests/kernels/test_sparse_kl.py`; measure: `python -m benchmarks.speed.loss`.
 Shape suffixes: N rows, P rows of a group, V columns: the vocabulary, or some of it.
 """
 

@@ -11,14 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu import gpu, pack, smoke
+from benchmarks.speed import shapes
+
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks/gpu")]
-
-import gpu  # noqa: E402
-import pack  # noqa: E402
-import shapes  # noqa: E402
-import smoke  # noqa: E402
-
 OURS = ("VLLM_", "TRITON_", "TORCHDYNAMO_", "PYTEST_")  # set by tests for their own process
 RESULTS = ROOT / "benchmarks/results"
 WRITTEN = {  # by a rehearsal: file -> rows
@@ -52,8 +48,8 @@ def env():
 
 
 def script(env, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "benchmarks/gpu.py"), *map(str, arguments)]
-    return subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.gpu.gpu", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def test_a_rehearsal_runs_every_step(env, tmp_path):
@@ -81,10 +77,9 @@ def test_a_rehearsal_runs_every_step(env, tmp_path):
 
 
 def python_step(tmp_path: Path, name: str, code: str, **options) -> gpu.Step:
-    """Return a step that runs some code."""
-    path = tmp_path / f"{name}.py"
-    path.write_text(code)
-    return gpu.Step(name, 1, (str(path),), (), **options)
+    """Return a step that runs some code, a module in a folder that has to be on the path."""
+    (tmp_path / f"{name}.py").write_text(code)
+    return gpu.Step(name, 1, name, **options)
 
 
 SLOW = """
@@ -111,6 +106,7 @@ def test_the_next_step_goes_on(env, tmp_path, monkeypatch):
         python_step(tmp_path, "absent", "print('never')", needs_vllm=True),
         python_step(tmp_path, "quick", "print('summary: 3 ms')"),
     ]
+    env["PYTHONPATH"] = str(tmp_path)
     rows = gpu.run_steps(steps, 40, tmp_path / "results", env, dry=False, vllm=False)
     found = [(row["step"], row["status"], row["what"]) for row in rows]
     assert found == [

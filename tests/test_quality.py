@@ -1,11 +1,9 @@
-"""benchmarks/quality.py on tiny models: what it draws, scores and trains is what it says."""
+"""benchmarks/quality on tiny models: what it draws, scores and trains is what it says."""
 
 import random
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +11,16 @@ import torch
 from tiny import tiny_text
 from transformers import AutoTokenizer
 
+from benchmarks.corpora import domains
+from benchmarks.corpora.download import made
+from benchmarks.corpora.factbook import Fact, pages
+from benchmarks.quality import domain as domain_module
+from benchmarks.quality import gating, quality
+from benchmarks.quality.domain import QUICK, Domain
+from benchmarks.systems import finetune, knn_lm, memory, rag
+from benchmarks.systems.finetune import Dapt
+from benchmarks.systems.registry import SYSTEMS
+from benchmarks.systems.trained import Trained, budget
 from vllm_memdec.kernels import sparse_kl
 from vllm_memdec.train.config import parse_settings
 from vllm_memdec.train.corpus import pack, tokenise, valid_rows
@@ -20,15 +28,6 @@ from vllm_memdec.train.datastore import load_model
 from vllm_memdec.train.evaluate import label_logprobs
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.text import documents
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import data  # noqa: E402
-import domains  # noqa: E402
-import gating  # noqa: E402
-import quality  # noqa: E402
-import rag  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +41,19 @@ def tokenizer(base):
 
 
 def test_what_two_ask_for_at_once_is_made_once(tmp_path):
-    made = []
+    makers = []
 
     def make(work):
-        made.append(work)
+        makers.append(work)
         time.sleep(0.2)
         (work / "file").write_text("whole")
 
     def ask(_):
-        return (data.made(tmp_path / "some/folder", make) / "file").read_text()
+        return (made(tmp_path / "some/folder", make) / "file").read_text()
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(ask, range(4))) == ["whole"] * 4
-    assert len(made) == 1
+    assert len(makers) == 1
 
 
 def test_near_duplicates_of_what_was_drawn_are_left_out(tokenizer):
@@ -140,23 +139,23 @@ SETTINGS = {
 @pytest.fixture
 def domain(base, monkeypatch, tmp_path):
     monkeypatch.setattr(sparse_kl, "INTERPRETED", False)  # Triton's interpreter takes minutes here
-    facts = [data.Fact(f"{tiny_text(n, 1)}{n}", "size", tiny_text(900 + n, 2)) for n in range(200)]
-    monkeypatch.setattr(quality, "WORK", tmp_path)
-    monkeypatch.setattr(quality, "ASKED", 4_000)
-    documents = domains.pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
+    facts = [Fact(f"{tiny_text(n, 1)}{n}", "size", tiny_text(900 + n, 2)) for n in range(200)]
+    monkeypatch.setattr(domain_module, "WORK", tmp_path)
+    monkeypatch.setattr(domain_module, "ASKED", 4_000)
+    documents = pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
     monkeypatch.setattr(domains, "DOMAINS", {"tiny": lambda: documents})
     texts = {name: [tiny_text(seed, 60) for seed in range(70, 130)] for name in domains.GENERAL}
     monkeypatch.setattr(domains, "GENERAL", {n: lambda n=n: texts[n] for n in texts})
     monkeypatch.setattr(domains, "FACTS", {"tiny": ()})
     monkeypatch.setattr(domains, "facts", lambda sections: facts)
-    sizes = replace(quality.QUICK, validation=300, test=300, general=200)
+    sizes = replace(QUICK, validation=300, test=300, general=200)
     settings = parse_settings(SETTINGS)
-    return quality.Domain("tiny", base, replace(sizes, epochs=None), settings, Progress())
+    return Domain("tiny", base, replace(sizes, epochs=None), settings, Progress())
 
 
 def gates_of(domain, dapt):
     """Return what gating.py measures, the other base being the one trained on the domain."""
-    other = domain.train("dapt", dapt["learning_rate"])
+    other = domain.system(Dapt).train(dapt["learning_rate"])
     return gating.Gating(domain, lambda: str(other.path)).rows(companion=True)
 
 
@@ -171,20 +170,22 @@ def test_cloze_questions():
 
 
 def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
-    rows = domain.rows()
-    assert [row["system"] for row in rows] == list(quality.TITLES.values())
+    rows = quality.rows_of(domain)
+    assert [row["system"] for row in rows] == [system.title for system in SYSTEMS]
     for row in rows:
         assert 1 < row["perplexity"] < 1e5 and 0 <= row["recall"] <= 1, row
     assert len({row["perplexity"] for row in rows}) == len(rows)
     assert rows[0]["change"] == 0 and rows[0]["facts"] == domain.sizes.facts
-    by_system = dict(zip(quality.TITLES, rows, strict=True))
-    for name, trained in quality.TRAINED.items():
-        row = by_system[name]
-        assert row["learning_rate"] in trained.rates
-        model = domain.train(name, row["learning_rate"])
-        before, token = domain.costs[name]
+    by_system = {system.name: row for system, row in zip(SYSTEMS, rows, strict=True)}
+    trained = [system for system in SYSTEMS if issubclass(system, Trained)]
+    assert {system.name for system in trained} == {"memory", "ce_only", "dapt", "lora"}
+    for kind in trained:
+        row, system = by_system[kind.name], domain.system(kind)
+        assert row["learning_rate"] in system.rates
+        model = system.train(row["learning_rate"])
+        before, token = system.cost
         tokens = model.manifest["settings"]["epochs"] * domain.corpus_tokens
-        assert before + token * tokens == pytest.approx(domain.budget, rel=1e-3)
+        assert before + token * tokens == pytest.approx(budget(domain), rel=1e-3)
     for name in ("dapt", "lora"):  # they learn: 4 epochs of so small a model's FLOPs are few
         assert by_system[name]["perplexity"] < by_system["base"]["perplexity"]
 
@@ -212,7 +213,14 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
     def again(*args, **kwargs):
         raise AssertionError("what is there is made again")
 
-    for name in ("train_memory", "train_lora", "label_logprobs", "find_neighbours"):
-        monkeypatch.setattr(quality, name, again)
-    same = quality.Domain("tiny", domain.base, domain.sizes, domain.settings, Progress())
-    assert same.rows() == rows
+    for module, name in (
+        (memory, "train_memory"),
+        (finetune, "train_memory"),
+        (finetune, "train_lora"),
+        (domain_module, "label_logprobs"),
+        (rag, "label_logprobs"),
+        (knn_lm, "find_neighbours"),
+    ):
+        monkeypatch.setattr(module, name, again)
+    same = Domain("tiny", domain.base, domain.sizes, domain.settings, Progress())
+    assert quality.rows_of(same) == rows

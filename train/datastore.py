@@ -31,7 +31,7 @@ from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 # waited for. Activations of a layer, the widest of a 7B base: 1.2 GB.
 EMBEDDED = 1 << 14
 BLOCKS = 4  # a forward pass on a CPU
-# A training step of 0.5B on an H100 (benchmarks/training_gpu.py, blocks of 512), without and with
+# A training step of 0.5B on an H100 (speed/training_gpu.py, blocks of 512), without and with
 # compiled layers: on 8,192 tokens 67,000 and 84,000 tokens/s in 23 and 18 GB, on 16,384 75,000 and
 # 119,000 in 37 and 27 GB, on 24,576 79,000 and 124,000 in 51 and 37 GB.
 TRAINED = 1 << 13

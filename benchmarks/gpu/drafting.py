@@ -1,6 +1,6 @@
 """What a draft pass costs beside the base's step, launched kernel by kernel and as a CUDA graph.
 
-    python benchmarks/gpu.py --steps drafting
+    python -m benchmarks.gpu.gpu --steps drafting
 
 Plain PyTorch, no vLLM: layers of Qwen2.5's shapes with random bfloat16 weights, attention over 512
 tokens of KV. c is a pass of the memory over one token, v the base's over drafts + 1, both in units
@@ -19,10 +19,11 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_csv, interleaved_rounds, provenance
-from shapes import MEMORIES, SHAPES, cost_rows, cost_sentence
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenance
+from benchmarks.speed.shapes import MEMORIES, SHAPES, cost_rows, cost_sentence
 
 CONTEXT = 512  # tokens of KV
 
@@ -127,13 +128,13 @@ def main() -> None:
         ms = {key: statistics.median(times) for key, times in rounds.items()}
         step = "graph" if cuda else "launched"
         for way in ("launched", "graph")[: 1 + cuda]:
-            where = {"models": f"{name} + {MEMORIES[name]}", "drafts_as": way}
+            columns = {"models": f"{name} + {MEMORIES[name]}", "drafts_as": way}
             rows = cost_rows(
-                where, ms["base", step], ms["wide", step], ms["draft", way], arguments.drafts
+                columns, ms["base", step], ms["wide", step], ms["draft", way], arguments.drafts
             )
             origin = provenance("torch")
             append_csv(RESULTS / "gpu_drafting.csv", [origin | row for row in rows])
-            print(f"summary: {where['models']}, drafts {way}: {cost_sentence(rows)}")
+            print(f"summary: {columns['models']}, drafts {way}: {cost_sentence(rows)}")
         del base, memory, calls
         if cuda:
             torch.cuda.empty_cache()

@@ -1,6 +1,6 @@
 """The kernels' tests on the device; with --dry the first test of each file, interpreted.
 
-    python benchmarks/gpu.py --steps kernel_tests
+    python -m benchmarks.gpu.gpu --steps kernel_tests
 
 Writes a row with the counts to results/gpu_kernel_tests.csv. Fails if a test does, or if none ran.
 """
@@ -13,7 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from common import RESULTS, append_csv, provenance
+
+from benchmarks.common import RESULTS, append_csv, provenance
 
 TESTS = Path(__file__).parents[2] / "tests/kernels"
 
@@ -39,15 +40,15 @@ def main() -> int:
     arguments = parser.parse_args()
     count = Count(arguments.dry)
     options = ["-q", "-p", "no:cacheprovider", "--no-header", "-rs", str(TESTS)]
-    # What the compiler makes of them is seen without a device.
+    # Tests of compiled code do not need a device.
     options += ["-k", "not register and not 16_bytes"]
     if not arguments.dry and importlib.util.find_spec("xdist"):
         options += ["-n", str(max(1, (os.cpu_count() or 1) // 2))]  # most of it is compilation
     code = pytest.main(options, plugins=[count])
-    found = {name: count.outcomes[name] for name in ("passed", "failed", "skipped")}
-    append_csv(RESULTS / "gpu_kernel_tests.csv", [provenance("torch", "triton") | found])
-    print("summary: " + ", ".join(f"{number} {name}" for name, number in found.items()))
-    return int(code) or int(not found["passed"])
+    counts = {name: count.outcomes[name] for name in ("passed", "failed", "skipped")}
+    append_csv(RESULTS / "gpu_kernel_tests.csv", [provenance("torch", "triton") | counts])
+    print("summary: " + ", ".join(f"{number} {name}" for name, number in counts.items()))
+    return int(code) or int(not counts["passed"])
 
 
 if __name__ == "__main__":

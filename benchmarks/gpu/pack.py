@@ -1,7 +1,7 @@
 """Pack vLLM for a GPU machine that has torch 2.11 (CUDA 13.0) and no network.
 
     make gpu-pack                                             # into build/gpu-pack
-    python benchmarks/gpu/pack.py OUT [--vllm-wheel FILE] [--untrimmed]
+    python -m benchmarks.gpu.pack OUT [--vllm-wheel FILE] [--untrimmed]
 
 Writes OUT/piece1, OUT/piece2: archives of at most 60 MiB together each. The first has all that
 dense models need: vLLM's Python with the packages of wheels.txt, its compiled operators and

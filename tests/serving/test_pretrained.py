@@ -1,13 +1,8 @@
 """A pretrained model as its own memory: whatever the weight, it must answer as it does alone."""
 
-import sys
-from pathlib import Path
-
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
-import data  # noqa: E402
+from benchmarks.corpora import download
 
 PROMPTS = [
     "The capital of France is",
@@ -19,7 +14,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return str(data.smollm2())
+    return str(download.smollm2())
 
 
 def greedy(llm, alpha=None):

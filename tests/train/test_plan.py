@@ -1,6 +1,6 @@
 """`memdec plan` against the build it predicts: counts and sizes, times on tiny models loosely.
 
-How close times come on a real model is measured by benchmarks/plan.py.
+How close times come on a real model is measured by benchmarks/speed/plan.py.
 """
 
 import dataclasses

@@ -1,20 +1,13 @@
 """Recipes in train/configs/: they load, state what is computed, and their models can be read."""
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.speed.recipes import CONFIGS, MODELS, RECIPES, comment, cost, parameters
 from vllm_memdec.train.config import PRETRAINED, load_settings
 from vllm_memdec.train.datastore import check_isolation, hidden_keys
 from vllm_memdec.train.head import head
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from recipes import CONFIGS, MODELS, RECIPES, comment, cost, parameters  # noqa: E402
 
 # As the models' publishers count them: the shapes are theirs.
 PUBLISHED = {

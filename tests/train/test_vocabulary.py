@@ -2,7 +2,6 @@
 
 import importlib.resources
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +9,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from benchmarks.corpora.download import smollm2
 from vllm_memdec.train.vocabulary import roles, spelling, texts, transfer
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import data  # noqa: E402
-
 # Spaces, digits, accents, characters of two to four bytes, some of them in no vocabulary.
 TEXT = " naïve Ünder 2024\n\n\tπ≈3.14 日本語 🙂👍 𐍈𒀀 (a  b)"
 TEXT = (ROOT / "LICENSE").read_text().strip()[:3000] + TEXT
@@ -65,7 +61,7 @@ def save_mistral(folder):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     """Return a function: the tokenizer of a name, loaded as a user's would be."""
-    made = {"smollm2": AutoTokenizer.from_pretrained(data.smollm2())}
+    made = {"smollm2": AutoTokenizer.from_pretrained(smollm2())}
 
     def get(name):
         if name not in made:

@@ -1,0 +1,138 @@
+"""What a domain's text teaches memory, kNN-LM, RAG, DAPT and LoRA, and what they forget for it.
+
+    python -m benchmarks.quality.quality   # two CPU cores: about seven hours; what is there is kept
+
+For each domain (see domains.py) every system gets the same text. What is trained gets the same
+training FLOPs: the memory's, its pass of the base over the corpus included. Learning rates, alpha,
+lambda, the retriever's k and kNN-LM's temperature are tuned on validation text. Then, on text that
+none has seen and that is no near-duplicate of what they have: perplexity on the domain, and on
+general text (what was forgotten); and fact recall, the share of the corpus's facts each completes.
+
+Rows go to results/quality.csv, the curves over alpha to build/quality/alpha.png, and
+`python -m benchmarks.tables --readme` puts the table into the README.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, provenance, replace_rows
+from benchmarks.corpora import domains
+from benchmarks.corpora.download import smollm2
+from benchmarks.quality.domain import QUICK, SETTINGS, SIZES, TEXTS, WORK, Domain, Sizes
+from benchmarks.quality.recall import recall
+from benchmarks.systems.base import Base
+from benchmarks.systems.memory import Memory, TokenMemory
+from benchmarks.systems.registry import SYSTEMS
+from benchmarks.systems.trained import budget
+from vllm_memdec.train.config import load_settings
+from vllm_memdec.train.evaluate import ALPHAS, perplexity
+from vllm_memdec.train.progress import Progress
+
+TABLE = RESULTS / "quality.csv"
+TUNED = ("alpha", "lambda", "temperature", "passages", "learning_rate")  # columns of the table
+
+
+def rows_of(domain: Domain) -> list[dict[str, Any]]:
+    """Return a row for each system."""
+    systems = [domain.system(kind) for kind in SYSTEMS]
+    tuned: dict[str, dict[str, float]] = {}
+    measured: dict[str, dict[str, float]] = {}
+    for system in systems:
+        tuned[system.name] = system.fit()
+        measured[system.name] = {text: perplexity(system.logprobs(text)) for text in TEXTS[1:]}
+        domain.progress.say(f"{domain.name}, {system.name}: {measured[system.name]['test']:.2f}")
+    recalled = recall(domain, systems, tuned)
+    counts = json.loads((domain.text.path / "counts.json").read_text())
+    base, base_N = measured[systems[0].name]["test"], systems[0].logprobs("test")
+    return [
+        {
+            "domain": domain.name,
+            "system": system.title,
+            "perplexity": round(measured[system.name]["test"], 3),
+            "change": round(measured[system.name]["test"] / base - 1, 4),
+            **{text: round(measured[system.name][text], 3) for text in domains.GENERAL},
+            "recall": round(recalled[system.name], 4) if recalled else "",
+            "facts": recalled.get("facts", ""),
+            **{name: tuned[system.name].get(name, "") for name in TUNED},
+            "train_tokens": domain.corpus_tokens,
+            "test_tokens": len(base_N),
+            "duplicates": counts["duplicates"],
+            "tflop": round(budget(domain) / 1e12, 1) if system.trained else "",
+        }
+        for system in systems
+    ]
+
+
+def curves_of(domain: Domain) -> dict[tuple[str, str], list[float]]:
+    """Return perplexity over alpha, relative to the base's, by memory and text."""
+    base = domain.system(Base)
+    return {
+        (kind.name, text): [
+            value / perplexity(base.logprobs(text)) for value in domain.system(kind).curve(text)
+        ]
+        for kind in (Memory, TokenMemory)
+        for text in TEXTS[1:]
+    }
+
+
+def draw(curves: dict[str, dict[tuple[str, str], list[float]]], path: Path) -> None:
+    """Draw the curves of each domain: domain and general text."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(curves), figsize=(3.6 * len(curves), 3.6), layout="constrained", squeeze=False
+    )
+    for axis, (name, of_domain) in zip(axes[0], curves.items(), strict=True):
+        for kind, style in ((Memory, "-"), (TokenMemory, ":")):
+            for text, colour in (("test", "C0"), ("wiki", "C1"), ("brown", "C2")):
+                label = f"{'domain' if text == 'test' else text}{', CE only' * (style == ':')}"
+                values = of_domain[kind.name, text][:96]
+                axis.plot(ALPHAS[:96], values, style, color=colour, label=label)
+        axis.axhline(1, color="grey", lw=0.8)
+        axis.set(title=name, xlabel="alpha", ylim=(0.2, 2.5))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("perplexity / base's")
+    axes[0, -1].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--domains", nargs="+", default=list(domains.DOMAINS), metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
+    options = parser.parse_args()
+    if wrong := set(options.domains) - set(domains.DOMAINS):
+        parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(domains.DOMAINS)}.")
+    base = str(smollm2())
+    settings = load_settings(SETTINGS)
+    progress = Progress()
+    curves, rows = {}, []
+    origin = provenance("torch", "transformers")
+    for name in options.domains:
+        sizes = QUICK if options.quick else SIZES.get(name, Sizes())
+        domain = Domain(name, base, sizes, settings, progress)
+        measured = [row | origin for row in rows_of(domain)]
+        curves[name] = curves_of(domain)
+        rows += measured
+        for row in measured:
+            print(
+                f"{row['domain']:<12} {row['system']:<24} {row['perplexity']:>8.2f} "
+                f"{row['change']:>+7.1%}  wiki {row['wiki']:>6.2f}  brown {row['brown']:>6.2f}  "
+                f"recall {row['recall']}"
+            )
+        table = WORK / "quick.csv" if options.quick else TABLE
+        replace_rows(table, rows, list(domains.DOMAINS))
+    draw(curves, WORK / "alpha.png")
+    print(json.dumps({"rows": len(rows), "csv": str(TABLE)}))
+
+
+if __name__ == "__main__":
+    main()

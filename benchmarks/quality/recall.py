@@ -1,0 +1,74 @@
+"""Fact recall: the share of a corpus's facts whose every token a system finds the likeliest."""
+
+import json
+import random
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.corpora import domains
+from benchmarks.corpora.factbook import Fact
+from benchmarks.quality.domain import Domain
+from benchmarks.systems.system import System
+from vllm_memdec.train.artifacts import write_json
+
+MAX_VALUE = 60  # characters of a fact that is asked for
+
+
+def facts_of(domain: Domain) -> list[Fact]:
+    """Return facts that the domain's corpus has, drawn at random."""
+    if domain.name not in domains.FACTS:
+        return []
+    known = {line for text in domain.documents("train") for line in text.splitlines()}
+    facts = [
+        fact
+        for fact in domains.facts(domains.FACTS[domain.name])
+        if len(fact.value) <= MAX_VALUE and fact.line in known
+    ]
+    return random.Random(0).sample(facts, min(domain.sizes.facts, len(facts)))
+
+
+def recall(
+    domain: Domain, systems: Sequence[System], tuned: dict[str, dict[str, float]]
+) -> dict[str, float]:
+    """Return the share of facts that each system recalls, and how many facts were asked for.
+
+    tuned: what each system's fit() chose, by its name. Without facts: nothing.
+    """
+    facts = facts_of(domain)
+    if not facts:
+        return {}
+
+    def make(work: Path) -> None:
+        recalled = list(ask(domain, systems, facts))
+        shares = {name: statistics.mean(row[name] for row in recalled) for name in recalled[0]}
+        write_json(work / "recall.json", shares | {"facts": len(facts)})
+
+    settings: dict[str, Any] = {"facts": len(facts)}
+    settings["tuned"] = {name: chosen for name, chosen in tuned.items() if chosen}
+    inputs = {"text": domain.text.hash}
+    for system in systems:
+        inputs |= system.inputs()
+    artifact = domain.artifact("recall", settings, inputs, make)
+    return json.loads((artifact.path / "recall.json").read_text())
+
+
+@torch.inference_mode()
+def ask(
+    domain: Domain, systems: Sequence[System], facts: Sequence[Fact]
+) -> Iterator[dict[str, bool]]:
+    """Yield for each fact which systems recall it: every token of its value and of the line end."""
+    with domain.progress.task("asking for facts", len(facts), "facts") as advance:
+        for fact in facts:
+            prompt, line = (
+                domain.tokenizer(text)["input_ids"] for text in (fact.prompt, f"{fact.line}\n")
+            )
+            wanted = torch.tensor(line[len(prompt) :])
+            yield {
+                system.name: bool((system.next_token(prompt, line).argmax(-1) == wanted).all())
+                for system in systems
+            }
+            advance(1)

@@ -1,0 +1,122 @@
+"""Fine-tuning of the base: all weights (DAPT), and LoRA (arXiv 2106.09685) with peft.
+
+Both train on the batches that memories are trained on, with cross-entropy alone.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.systems.trained import Trained, parameters
+from vllm_memdec.train.batches import Batches
+from vllm_memdec.train.cluster import Here
+from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.corpus import load_config
+from vllm_memdec.train.datastore import device, load_model
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.trainer import autocast_to, learning_rate_factor, train_memory
+
+RANK = 64
+# As in the paper: queries, keys, values and the MLP.
+MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FineTuned(Trained):
+    """The base, trained further."""
+
+    def settings(self, rate: float, epochs: float) -> MemorySettings:
+        settings = super().settings(rate, epochs)
+        return settings.changed(init=self.domain.base, layers=None, sampled_negatives=None)
+
+    def served(self, scores: dict[str, np.ndarray], text: str) -> np.ndarray:
+        return scores[text]
+
+    def next_token(self, prompt: list[int], line: list[int]) -> torch.Tensor:
+        return self.reader.p(line, len(line) - len(prompt))
+
+
+class Dapt(FineTuned):
+    """Domain-adaptive pretraining: all weights of the base learn."""
+
+    name, title = "dapt", "DAPT"
+    rates = (1e-4, 3e-4)
+
+    @cached_property
+    def cost(self) -> tuple[float, float]:
+        return 0, 6 * sum(parameters(load_config(self.domain.base)))
+
+    def write(self, settings: MemorySettings, work: Path) -> None:
+        domain = self.domain
+        files = (domain.base, domain.corpus, domain.targets.path, work)
+        train_memory(settings, *files, domain.progress, Here())
+
+
+class Lora(FineTuned):
+    """Adapters learn, and are merged into the base."""
+
+    name, title = "lora", "LoRA"
+    rates = (1e-3, 3e-3)
+
+    @cached_property
+    def cost(self) -> tuple[float, float]:
+        base = self.domain.base
+        adapters = sum(p.numel() for p in adapted(base, RANK).parameters() if p.requires_grad)
+        return 0, 4 * sum(parameters(load_config(base))) + 6 * adapters
+
+    def plan(self, settings: MemorySettings) -> dict[str, Any]:
+        return super().plan(settings) | {"rank": RANK}
+
+    def write(self, settings: MemorySettings, work: Path) -> None:
+        domain = self.domain
+        files = (domain.base, domain.corpus, domain.targets.path, work)
+        train_lora(settings, RANK, *files, domain.progress)
+
+
+def adapted(base: str, rank: int) -> torch.nn.Module:
+    """Return a base with LoRA adapters of a rank, scaled by 2, as peft's model."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=list(MODULES), task_type="CAUSAL_LM"
+    )
+    return get_peft_model(load_model(base, "float32"), config)
+
+
+def train_lora(
+    settings: MemorySettings,
+    rank: int,
+    base: str,
+    corpus: Path,
+    targets: Path,
+    work: Path,
+    progress: Progress,
+) -> None:
+    """Write the base with its trained adapters merged into it; settings as a memory's, CE only."""
+    batches = Batches(settings, corpus, targets)
+    torch.manual_seed(settings.seed)
+    adapters = adapted(base, rank).to(device()).train()
+    model = adapters.get_base_model()
+    learning = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learning, weight_decay=settings.weight_decay, fused=True)
+    with progress.task("LoRA: training", batches.steps, "steps") as advance:
+        for step in range(batches.steps):
+            factor = learning_rate_factor(
+                step, batches.steps, settings.warmup_fraction, settings.schedule
+            )
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * factor
+            tokens, positions, places, labels, _ = batches.load(batches.blocks(step), device())
+            with autocast_to(settings.dtype, device()):
+                h_BTD = model.base_model(
+                    input_ids=tokens, position_ids=positions, use_cache=False
+                ).last_hidden_state
+                logits_NV = model.get_output_embeddings()(h_BTD.flatten(0, 1)[places])
+            torch.nn.functional.cross_entropy(logits_NV.float(), labels).backward()
+            torch.nn.utils.clip_grad_norm_(learning, settings.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            advance(1)
+    adapters.merge_and_unload().to("cpu").save_pretrained(work)

@@ -1,0 +1,132 @@
+"""What trained systems share: equal FLOPs, and a learning rate tuned in short runs."""
+
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.quality.domain import Domain
+from benchmarks.systems.base import LineReader
+from benchmarks.systems.system import System
+from vllm_memdec.train.artifacts import Artifact
+from vllm_memdec.train.config import MemorySettings
+from vllm_memdec.train.corpus import load_config, load_used
+from vllm_memdec.train.decoder import truncated_config
+from vllm_memdec.train.evaluate import perplexity
+from vllm_memdec.train.inputs import model_hash
+
+
+def parameters(config: Any) -> tuple[int, int]:
+    """Return how many weights a token passes: those of the layers, and those of the head."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    embedding = model.get_input_embeddings().weight.numel()
+    layers = sum(p.numel() for p in model.base_model.parameters()) - embedding
+    return layers, model.get_output_embeddings().weight.numel()
+
+
+def memory_cost(domain: Domain) -> tuple[float, float]:
+    """Return the FLOPs of a memory's training: before it begins (keys of the base), and a token.
+
+    Two a weight and token forward, four backward; of a frozen weight two. Attention, the search
+    and the optimiser are not counted.
+    """
+    config = load_config(domain.base)
+    layers, _ = parameters(config)
+    small, _ = parameters(truncated_config(domain.base, domain.settings.memory.layers))
+    used = len(load_used(domain.corpus, "train"))
+    sampled = domain.settings.memory.sampled_negatives or config.vocab_size
+    columns = min(config.vocab_size, used + sampled) * config.hidden_size
+    return 2 * layers * domain.corpus_tokens, 6 * (small + columns)
+
+
+def budget(domain: Domain) -> float:
+    """Return the FLOPs that each training may take: the memory's."""
+    before, token = memory_cost(domain)
+    epochs = domain.sizes.epochs or domain.settings.memory.epochs
+    return before + token * epochs * domain.corpus_tokens
+
+
+class Trained(System):
+    """A system with weights of its own."""
+
+    rates: ClassVar[tuple[float, ...]]  # learning rates that are tried
+    beta: ClassVar[float] = 0.0  # weight of the KL term of the loss
+    trained = True
+
+    @property
+    @abstractmethod
+    def cost(self) -> tuple[float, float]:
+        """FLOPs of the training: before it begins, and a token."""
+
+    @abstractmethod
+    def write(self, settings: MemorySettings, work: Path) -> None:
+        """Train and write the model's folder."""
+
+    @abstractmethod
+    def served(self, scores: dict[str, np.ndarray], text: str) -> np.ndarray:
+        """Return log p [rows] as it is served, from the model's own log p of the texts."""
+
+    def settings(self, rate: float, epochs: float) -> MemorySettings:
+        """Return the settings of a training."""
+        return self.domain.settings.memory.changed(
+            beta=self.beta, learning_rate=rate, epochs=epochs
+        )
+
+    def plan(self, settings: MemorySettings) -> dict[str, Any]:
+        """Return what the model's artifact depends on, beside its inputs."""
+        init = Path(settings.init).name
+        return settings.model_dump() | {"system": self.name, "init": init}
+
+    def train(self, rate: float, share: float = 1.0) -> Artifact:
+        """Return a trained model; share: of the FLOPs that a training may take."""
+        before, token = self.cost
+        epochs = share * (budget(self.domain) - before) / token / self.domain.corpus_tokens
+        settings = self.settings(rate, round(epochs, 4))
+        return self.domain.artifact(
+            f"{self.name}-{rate:g}-{share:g}",
+            self.plan(settings),
+            {"targets": self.domain.targets.hash, "base": self.domain.base_hash},
+            lambda work: self.write(settings, work),
+        )
+
+    @cached_property
+    def rate(self) -> float:
+        """The learning rate with the lowest perplexity on validation text in short runs."""
+        tried = {}
+        for rate in self.rates:
+            short = self.train(rate, self.domain.sizes.trial)
+            name = f"{self.name}-{rate:g}-trial"
+            scores = self.domain.scores(name, str(short.path), ("validation",))
+            tried[rate] = perplexity(self.served(scores, "validation"))
+            self.domain.progress.say(
+                f"{self.name}: learning rate {rate:g}: perplexity {tried[rate]:.3f}"
+            )
+        return min(tried, key=tried.__getitem__)
+
+    @cached_property
+    def folder(self) -> str:
+        """The model's folder."""
+        return str(self.train(self.rate).path)
+
+    @cached_property
+    def scores(self) -> dict[str, np.ndarray]:
+        """The model's own log p of the texts."""
+        return self.domain.scores(self.name, self.folder)
+
+    @cached_property
+    def reader(self) -> LineReader:
+        return LineReader(self.folder)
+
+    def fit(self) -> dict[str, float]:
+        return {"learning_rate": self.rate}
+
+    def logprobs(self, text: str) -> np.ndarray:
+        return self.served(self.scores, text)
+
+    def inputs(self) -> dict[str, str]:
+        return {self.name: model_hash(self.folder, self.name)}
