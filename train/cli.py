@@ -18,10 +18,11 @@ try:
     import typer
     from rich.console import Console
 
-    from vllm_memdec.train.cluster import Cluster, Here, RayCluster
-    from vllm_memdec.train.config import load_settings
-    from vllm_memdec.train.ownership import check_report
+    from vllm_memdec.train.data.ownership import check_report
+    from vllm_memdec.train.executor.executor import Cluster, Here
+    from vllm_memdec.train.executor.ray_executor import RayCluster
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.settings import load_settings
     from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
@@ -127,7 +128,7 @@ def build(
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
-        from vllm_memdec.train.compare import serve_command
+        from vllm_memdec.train.evaluation.compare import serve_command
 
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
         progress.say(serve_command(base, {"model": str(made.path)}))
@@ -161,7 +162,7 @@ def choose_cluster(address: str, shared: Path, option: str = "--output") -> Clus
 @contextlib.contextmanager
 def joined(address: str, output: Path) -> Iterator[Cluster | None]:
     """Yield where the work runs; None in a process of torchrun that has done what was its to do."""
-    from vllm_memdec.train.torchrun import Torchrun, started
+    from vllm_memdec.train.executor.torchrun import Torchrun, started
 
     if not started():
         yield choose_cluster(address, output)
@@ -206,8 +207,8 @@ def plan(
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
     progress = Progress()
     with explained(progress), contextlib.ExitStack() as stack:
-        from vllm_memdec.train import plan as planning
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.plan import report as planning
 
         check_report(json_file)
         if work is not None and not work.is_dir():
@@ -244,8 +245,8 @@ def verify(
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import verify as checking
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.verify import report as checking
 
         check_report(json_file)
         found = checking.verify(artifact, sample, base, progress)
@@ -283,8 +284,9 @@ def calibrate(
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import gate, gate_report
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import gate_report
+        from vllm_memdec.train.evaluation import gate_training as gate
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
@@ -306,8 +308,8 @@ def evaluate(
     """Compare base, memory and mixture on text: perplexity, also by length of context."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import compare
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
         found = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
@@ -327,8 +329,8 @@ def alpha(
     """Tune the memory's weight for another base, on text of the domain that it has not learnt."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import compare
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
         found = compare.best_weights(str(memory), str(base), text, progress, context)
@@ -351,8 +353,8 @@ def explain(
 ) -> None:
     """Tell of each token what base, memory and mixture gave it, and which of them decided."""
     with explained(Progress()):
-        from vllm_memdec.train import explain as explaining
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import explain as explaining
 
         check_report(html_file, "--html")
         check_report(json_file)

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import complete
-from vllm_memdec.train.artifacts import Artifact, build_artifact, json_sha256, locked
-from vllm_memdec.train.cluster import Cluster, Here
-from vllm_memdec.train.config import MemorySettings, Settings
+from vllm_memdec.train.data import completeness as complete
+from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha256, locked
+from vllm_memdec.train.data.documents import corpus_files
+from vllm_memdec.train.data.inputs import Hashes, model_hash, tokenizer_hash, weights_hash
+from vllm_memdec.train.data.ownership import check_ours, check_places
+from vllm_memdec.train.executor.executor import Cluster, Here
 from vllm_memdec.train.faults import AGAIN, out_of_memory
-from vllm_memdec.train.inputs import Hashes, model_hash, tokenizer_hash, weights_hash
-from vllm_memdec.train.ownership import check_ours, check_places
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import corpus_files
+from vllm_memdec.train.settings import MemorySettings, Settings
 
 __all__ = ["MEMORY_BUDGET", "STAGES", "build", "model_hash"]
 
@@ -72,7 +72,7 @@ def build(
         finally:
             hashes.save()
         if settings.memory.init != "base":
-            from vllm_memdec.train.decoder import with_defaults
+            from vllm_memdec.train.model.decoder import with_defaults
 
             memory = with_defaults(settings.memory, base, progress.say)
             settings = settings.model_copy(update={"memory": memory})
@@ -132,7 +132,7 @@ def find_inputs(
         )
     if settings.adapts:
         from vllm_memdec.checkpoint import tokenizer_fingerprint
-        from vllm_memdec.train.corpus import load_tokenizer
+        from vllm_memdec.train.model.huggingface import load_tokenizer
 
         of_memory["tokenizer"] = tokenizer_fingerprint(load_tokenizer(settings.tokenizer or base))
     text = {}
@@ -209,8 +209,8 @@ class Compilation:
 
     def check_memory(self) -> None:
         """Refuse what only the fifth stage would stumble on."""
-        from vllm_memdec.train.decoder import memory_config
-        from vllm_memdec.train.faiss_gpu import check_width
+        from vllm_memdec.train.model.decoder import memory_config
+        from vllm_memdec.train.stages.faiss_gpu import check_width
 
         settings = self.settings
         memory_config(settings.memory, self.base, settings.corpus.block_tokens)
@@ -222,7 +222,7 @@ class Compilation:
 
     def keys(self, datastore: Path) -> Any:
         """Return the keys of the corpus's rows, of which a datastore may hold some."""
-        from vllm_memdec.train.datastore import Keys
+        from vllm_memdec.train.model.hidden_states import Keys
 
         return Keys(self.settings.datastore, self.base, self.path("corpus"), datastore)
 
@@ -232,7 +232,7 @@ class Compilation:
             settings["validation_fraction"] = settings["group"] = None  # nothing is held out
 
         def make(work: Path) -> None:
-            from vllm_memdec.train.corpus import build_corpus
+            from vllm_memdec.train.stages.corpus import build_corpus
 
             text = self.corpus, self.validation
             build_corpus(self.settings.corpus, self.base, *text, work, self.progress, self.cluster)
@@ -247,7 +247,7 @@ class Compilation:
             settings["layer_fraction"] = None
 
         def make(work: Path) -> None:
-            from vllm_memdec.train.datastore import build_datastore
+            from vllm_memdec.train.stages.datastore import build_datastore
 
             build_datastore(self.keys(work), work, self.progress, self.cluster)
 
@@ -259,7 +259,7 @@ class Compilation:
         return Stage(settings, ("corpus",), make, files, remedy)
 
     def index_stage(self) -> Stage:
-        from vllm_memdec.train.index import build_index, index_files, shaping
+        from vllm_memdec.train.stages.index import build_index, index_files, shaping
 
         rows = json.loads((self.path("corpus") / "corpus.json").read_text())["train"]["rows"]
         keys = self.keys(self.path("datastore"))
@@ -280,15 +280,15 @@ class Compilation:
         settings = self.settings.targets.model_dump() | {"probes": self.settings.index.probes}
 
         def make(work: Path) -> None:
-            from vllm_memdec.train.search import Index
-            from vllm_memdec.train.targets import build_targets
+            from vllm_memdec.train.stages.search import Index
+            from vllm_memdec.train.stages.targets import build_targets
 
             searched = Index(self.path("index"), self.settings.index.probes, self.budget)
             keys = self.keys(self.path("datastore"))
             build_targets(self.settings.targets, keys, searched, work, self.progress, self.cluster)
 
         def files(work: Path) -> Iterable[str]:
-            from vllm_memdec.train.targets import ARRAYS
+            from vllm_memdec.train.stages.targets import ARRAYS
 
             count = complete.n_shards(self.path("corpus"))
             return ["targets.json", *complete.numbered(ARRAYS, count)]
@@ -297,8 +297,8 @@ class Compilation:
 
     def memory_stage(self) -> Stage:
         def make(work: Path) -> None:
-            from vllm_memdec.train.decoder import training_budget
-            from vllm_memdec.train.trainer import train_memory
+            from vllm_memdec.train.model.decoder import training_budget
+            from vllm_memdec.train.stages.training import train_memory
 
             trained = training_budget(self.settings.memory, self.base, self.progress.say)
             if trained.init != "base":
@@ -317,7 +317,7 @@ class Compilation:
 
     def memory_settings(self) -> dict[str, Any]:
         """Return what decides what is trained; what is read from folders is among the inputs."""
-        from vllm_memdec.train.corpus import load_rows
+        from vllm_memdec.train.data.blocks import load_rows
 
         settings = self.settings.memory.model_dump()
         for name in NO_MATTER:
@@ -337,7 +337,7 @@ class Compilation:
         read = ("corpus", "targets", "memory")
 
         def make(work: Path) -> None:
-            from vllm_memdec.train.export import export_memory
+            from vllm_memdec.train.stages.export import export_memory
 
             made = {name: self.done[name].manifest["settings"] for name in self.done}
             provenance = {

@@ -31,15 +31,15 @@ from benchmarks.demo.texts import FULL, LEARNED, QUICK, Demo, facts_of, recalled
 from benchmarks.server import environment, serve
 from benchmarks.systems.knn_lm import find_neighbours, tune
 from vllm_memdec.checkpoint import read_block
-from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
-from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.corpus import pack, tokenise, valid_rows
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import label_logprobs, mix, perplexity
+from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_json
+from vllm_memdec.train.data.blocks import pack, tokenise, valid_rows
+from vllm_memdec.train.data.documents import documents, text_hash
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import label_logprobs, mix, perplexity
+from vllm_memdec.train.model.windows import alpha_at
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import documents, text_hash
-from vllm_memdec.train.windows import alpha_at
+from vllm_memdec.train.settings import load_settings
 
 SHOWN_FIELD = "Executive branch - head of government"
 SHOWN_FACTS = 12

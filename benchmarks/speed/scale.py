@@ -46,17 +46,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from benchmarks.common import RESULTS, append_csv, provenance, rounded, status_kb
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.factbook import factbook
-from vllm_memdec.train.artifacts import build_artifact, write_json
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings, TargetSettings
-from vllm_memdec.train.corpus import pack, shard_rows, tokenise
-from vllm_memdec.train.datastore import Keys, embed
-from vllm_memdec.train.exact import nearest, recall
-from vllm_memdec.train.index import build_index, inverted
+from vllm_memdec.train.data.artifacts import build_artifact, write_json
+from vllm_memdec.train.data.blocks import pack, shard_rows, tokenise
+from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.model.hidden_states import Keys, embed
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.shards import load_shard, save_array, shard_path
-from vllm_memdec.train.targets import Searcher, grouped
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings, TargetSettings
+from vllm_memdec.train.stages.index import build_index, inverted
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import Searcher, grouped
+from vllm_memdec.train.verify.brute_force import nearest, recall
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = BUILD / "scale"

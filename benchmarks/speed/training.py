@@ -29,12 +29,12 @@ from benchmarks.corpora.download import BUILD
 from benchmarks.speed.dense import dense_targets, losses
 from benchmarks.speed.random_batches import RandomBatches
 from benchmarks.speed.shapes import SHAPES, make_shape
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import device
-from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.parallel import Spread
-from vllm_memdec.train.trainer import add_gradients
+from vllm_memdec.train.model.decoder import build_memory
+from vllm_memdec.train.model.devices import device
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import add_gradients
+from vllm_memdec.train.training.batches import Batches
+from vllm_memdec.train.training.parallel import Spread
 
 ACCEPTED = 1.8
 

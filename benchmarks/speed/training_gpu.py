@@ -33,12 +33,12 @@ from benchmarks.corpora.download import BUILD
 from benchmarks.speed.random_batches import RandomBatches
 from benchmarks.speed.shapes import SHAPES, make_shape
 from vllm_memdec.kernels.head_loss import head_loss
-from vllm_memdec.train.cluster import World
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import device
-from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.parallel import spread
-from vllm_memdec.train.trainer import Training, autocast_to, new_optimizer
+from vllm_memdec.train.executor.ray_executor import World
+from vllm_memdec.train.model.decoder import build_memory
+from vllm_memdec.train.model.devices import device
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import Training, autocast_to, new_optimizer
+from vllm_memdec.train.training.parallel import spread
 
 WARM_UP = 3  # steps that are not timed: kernels are compiled, the allocator grows
 

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from benchmarks.systems.trained import Trained, parameters
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.corpus import load_config
-from vllm_memdec.train.datastore import device, load_model
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.model.devices import device
+from vllm_memdec.train.model.huggingface import load_config, load_model
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.trainer import autocast_to, learning_rate_factor, train_memory
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import autocast_to, learning_rate_factor, train_memory
+from vllm_memdec.train.training.batches import Batches
 
 RANK = 64
 # As in the paper: queries, keys, values and the MLP.

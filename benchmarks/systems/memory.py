@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.systems.base import Base
 from benchmarks.systems.trained import Trained, memory_cost
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.evaluate import ALPHAS, best_alpha, mix, perplexity
-from vllm_memdec.train.trainer import train_memory
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.model.scoring import ALPHAS, best_alpha, mix, perplexity
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import train_memory
 
 
 class Memory(Trained):

@@ -191,9 +191,9 @@ def hashes():
 @pytest.fixture(scope="session")
 def build(quick):
     """Return a function that runs the whole pipeline here and returns the lines it said."""
-    from vllm_memdec.train.config import parse_settings
     from vllm_memdec.train.pipeline import build as run
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.settings import parse_settings
 
     class Listening(Progress):
         def say(self, line):

@@ -4,15 +4,15 @@ import json
 
 import numpy as np
 
-from vllm_memdec.train.artifacts import write_json
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings, TargetSettings
-from vllm_memdec.train.datastore import Keys
-from vllm_memdec.train.index import build_index
+from vllm_memdec.train.data.artifacts import write_json
+from vllm_memdec.train.data.shards import save_array, shards
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.model.hidden_states import Keys
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.shards import save_array, shards
-from vllm_memdec.train.targets import build_targets
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings, TargetSettings
+from vllm_memdec.train.stages.index import build_index
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import build_targets
 
 WIDTH, VOCABULARY = 16, 50
 BUDGET = 2**30

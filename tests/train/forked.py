@@ -18,9 +18,9 @@ CONTEXT.set_forkserver_preload(
         "transformers.models.gpt2.modeling_gpt2",
         "transformers.models.llama.modeling_llama",
         "vllm_memdec.train.cli",
-        "vllm_memdec.train.export",
-        "vllm_memdec.train.targets",
-        "vllm_memdec.train.trainer",
+        "vllm_memdec.train.stages.export",
+        "vllm_memdec.train.stages.targets",
+        "vllm_memdec.train.stages.training",
     ]
 )
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.cluster import World
+from vllm_memdec.train.executor.ray_executor import World
 
 DIE = {
     "exit": lambda: os._exit(1),

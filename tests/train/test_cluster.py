@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from vllm_memdec.train.cluster import QUIET, RayCluster
-from vllm_memdec.train.crew import LARGEST_WORKER, alike, slots
+from vllm_memdec.train.executor.ray_crew import LARGEST_WORKER, alike, slots
+from vllm_memdec.train.executor.ray_executor import QUIET, RayCluster
 
 SETTINGS = {
     "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 2},

@@ -12,11 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import text
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import CorpusSettings
-from vllm_memdec.train.corpus import (
-    build_corpus,
+from vllm_memdec.train.data import documents as text
+from vllm_memdec.train.data.blocks import (
     load_blocks,
     load_rows,
     load_used,
@@ -25,9 +22,19 @@ from vllm_memdec.train.corpus import (
     tokenise,
     valid_rows,
 )
+from vllm_memdec.train.data.documents import (
+    Piece,
+    canonical,
+    corpus_files,
+    pieces,
+    read_documents,
+    text_hash,
+)
+from vllm_memdec.train.data.splits import digest, split_lengths
+from vllm_memdec.train.executor.executor import Here
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.split import digest, split_lengths
-from vllm_memdec.train.text import Piece, canonical, corpus_files, pieces, read_documents, text_hash
+from vllm_memdec.train.settings import CorpusSettings
+from vllm_memdec.train.stages.corpus import build_corpus
 
 FILLER = -7
 # Lengths of documents: shorter and longer than a block of 8, ending on its edge, of one token.

@@ -7,13 +7,13 @@ import pytest
 import torch
 from datastores import BUDGET, clustered, store
 
-from vllm_memdec.train import faiss_gpu
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import IndexSettings
-from vllm_memdec.train.faiss_gpu import check_width
-from vllm_memdec.train.index import PQ_KEYS, build_index
+from vllm_memdec.train.executor.executor import Here
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
+from vllm_memdec.train.settings import IndexSettings
+from vllm_memdec.train.stages import faiss_gpu
+from vllm_memdec.train.stages.faiss_gpu import check_width
+from vllm_memdec.train.stages.index import PQ_KEYS, build_index
+from vllm_memdec.train.stages.search import Index
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 from datastores import BUDGET, WIDTH, clustered, store
 
-from vllm_memdec.train import faiss_gpu
-from vllm_memdec.train import index as index_stage
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings
-from vllm_memdec.train.datastore import Keys, sample_rows
-from vllm_memdec.train.index import (
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.model.hidden_states import Keys
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
+from vllm_memdec.train.stages import faiss_gpu
+from vllm_memdec.train.stages import index as index_stage
+from vllm_memdec.train.stages.datastore import sample_rows
+from vllm_memdec.train.stages.index import (
     PQ_KEYS,
     Filler,
     build_index,
@@ -25,8 +27,7 @@ from vllm_memdec.train.index import (
     train_lists,
     two_level_kmeans,
 )
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
+from vllm_memdec.train.stages.search import Index
 
 
 @pytest.mark.parametrize(

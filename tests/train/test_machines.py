@@ -24,8 +24,8 @@ from jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.cli import sentence_of
-from vllm_memdec.train.cluster import QUIET, RayCluster
-from vllm_memdec.train.crew import TRIES, slots
+from vllm_memdec.train.executor.ray_crew import TRIES, slots
+from vllm_memdec.train.executor.ray_executor import QUIET, RayCluster
 
 SOON = 60.0  # seconds; a collective operation would wait for half an hour
 NODE = """

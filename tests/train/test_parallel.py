@@ -11,15 +11,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from vllm_memdec.train import trainer
-from vllm_memdec.train.checkpoints import STOP, saved_step
-from vllm_memdec.train.cluster import Here, World
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import layers_of
-from vllm_memdec.train.metrics import read_metrics
-from vllm_memdec.train.parallel import spread
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.ray_executor import World
+from vllm_memdec.train.executor.worker import Worker, join, leave
+from vllm_memdec.train.model.huggingface import layers_of
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.worker import Worker, join, leave
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages import training as trainer
+from vllm_memdec.train.training.checkpoints import STOP, saved_step
+from vllm_memdec.train.training.metrics import read_metrics
+from vllm_memdec.train.training.parallel import spread
 
 SETTINGS = MemorySettings(
     layers=2, epochs=0.6, batch_blocks=3, micro_batch_blocks=1, dtype="float32", evaluate_steps=5

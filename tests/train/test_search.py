@@ -8,22 +8,17 @@ import pytest
 from datastores import BUDGET, WIDTH, clustered, run, store
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import faiss_gpu
-from vllm_memdec.train import index as index_stage
-from vllm_memdec.train import search as search_module
-from vllm_memdec.train.artifacts import write_json
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings
-from vllm_memdec.train.datastore import Keys
-from vllm_memdec.train.index import (
-    PQ_KEYS,
-    build_index,
-    key_bytes,
-    shape,
-)
+from vllm_memdec.train.data.artifacts import write_json
+from vllm_memdec.train.data.shards import shards
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.model.hidden_states import Keys
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index, by_row
-from vllm_memdec.train.shards import shards
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
+from vllm_memdec.train.stages import faiss_gpu
+from vllm_memdec.train.stages import index as index_stage
+from vllm_memdec.train.stages import search as search_module
+from vllm_memdec.train.stages.index import PQ_KEYS, build_index, key_bytes, shape
+from vllm_memdec.train.stages.search import Index, by_row
 
 
 def test_sq8_recall_on_real_keys(pipeline):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from datastores import BUDGET, clustered, run, store
 
-from vllm_memdec.train import targets as targets_stage
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import IndexSettings, TargetSettings
-from vllm_memdec.train.index import PQ_KEYS, build_index
+from vllm_memdec.train.executor.executor import Here
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.targets import (
+from vllm_memdec.train.settings import IndexSettings, TargetSettings
+from vllm_memdec.train.stages import targets as targets_stage
+from vllm_memdec.train.stages.index import PQ_KEYS, build_index
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import (
     aggregate,
     build_targets,
     fit_temperature,

@@ -11,17 +11,19 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from vllm_memdec.kernels.head_loss import Columns
-from vllm_memdec.train import checkpoints, trainer
-from vllm_memdec.train.artifacts import write_atomic
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.cluster import Here, World
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.corpus import load_blocks, valid_rows
-from vllm_memdec.train.evaluate import label_logprobs
-from vllm_memdec.train.head import ALL, Candidates
-from vllm_memdec.train.metrics import metrics_file, stopped_early
-from vllm_memdec.train.parallel import Spread
+from vllm_memdec.train.data.artifacts import write_atomic
+from vllm_memdec.train.data.blocks import load_blocks, valid_rows
+from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.ray_executor import World
+from vllm_memdec.train.model.output_head import ALL, Candidates
+from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages import training as trainer
+from vllm_memdec.train.training import checkpoints
+from vllm_memdec.train.training.batches import Batches
+from vllm_memdec.train.training.metrics import metrics_file, stopped_early
+from vllm_memdec.train.training.parallel import Spread
 
 BETA = 0.3  # not a half: a swap of the two terms would show
 GRADIENT = 1e-5  # float32, parameters and rows of the order of one

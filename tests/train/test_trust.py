@@ -6,7 +6,7 @@ import shutil
 import pytest
 import ray
 
-from vllm_memdec.train.cluster import QUIET, RayCluster
+from vllm_memdec.train.executor.ray_executor import QUIET, RayCluster
 from vllm_memdec.train.trust import VARIABLE, allow_code, code_allowed
 
 CODE = """
