@@ -19,8 +19,8 @@ try:
     from rich.console import Console
 
     from vllm_memdec.train.data.ownership import check_report
-    from vllm_memdec.train.executor.executor import Cluster, Here
-    from vllm_memdec.train.executor.ray_executor import RayCluster
+    from vllm_memdec.train.executor.executor import Executor, LocalExecutor
+    from vllm_memdec.train.executor.ray_executor import RayExecutor
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.settings import load_settings
     from vllm_memdec.train.trust import allow_code
@@ -66,7 +66,7 @@ Memory = Annotated[Path, typer.Argument(help="Folder of the memory: a build's ex
 Served = Annotated[Path, typer.Option(help="Folder of a base that it serves.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the memory; default: its own.")]
 Texts = Annotated[list[Path], typer.Option(help="Text to read. May be given several times.")]
-Context = Annotated[
+ContextTokens = Annotated[
     int | None,
     typer.Option(
         min=32,
@@ -118,13 +118,15 @@ def build(
         given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
         settings = load_settings(config, assignments or (), chosen)
+        from vllm_memdec.train.executor.context import Context
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
-        with joined(ray_address, output) as cluster:
-            if cluster is None:  # the training of another process, to its end
+        with joined(ray_address, output) as executor:
+            if executor is None:  # the training of another process, to its end
                 return
-            made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+            context = Context(progress, executor, budget)
+            made = run(base, corpus, output, settings, validation, context, until)
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
@@ -149,18 +151,18 @@ def parse_bytes(text: str, option: str) -> int:
     return size
 
 
-def choose_cluster(address: str, shared: Path, option: str = "--output") -> Cluster:
+def choose_cluster(address: str, shared: Path, option: str = "--output") -> Executor:
     """Return where the work runs: in this process, on this machine's Ray, or on a cluster.
 
     shared: the folder that all nodes must see; option: what it is given by.
     """
     if address == "none":
-        return Here()
-    return RayCluster(None if address == "local" else address, shared.resolve(), option)
+        return LocalExecutor()
+    return RayExecutor(None if address == "local" else address, shared.resolve(), option)
 
 
 @contextlib.contextmanager
-def joined(address: str, output: Path) -> Iterator[Cluster | None]:
+def joined(address: str, output: Path) -> Iterator[Executor | None]:
     """Yield where the work runs; None in a process of torchrun that has done what was its to do."""
     from vllm_memdec.train.executor.torchrun import Torchrun, started
 
@@ -278,7 +280,7 @@ def calibrate(
         ),
     ] = None,
     trust_remote_code: Trust = False,
-    context: Context = None,
+    context: ContextTokens = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -301,7 +303,7 @@ def evaluate(
     base: Served,
     text: Texts,
     alpha: Alpha = None,
-    context: Context = None,
+    context: ContextTokens = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -322,7 +324,7 @@ def alpha(
     memory: Memory,
     base: Annotated[Path, typer.Option(help="Folder of the base to tune it for.")],
     text: Texts,
-    context: Context = None,
+    context: ContextTokens = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:

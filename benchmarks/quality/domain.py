@@ -20,6 +20,7 @@ from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_jso
 from vllm_memdec.train.data.blocks import pack, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.pipeline import build
@@ -148,7 +149,7 @@ class Domain:
             self.folder / "build",
             self.settings,
             text / "validation.jsonl",
-            self.progress,
+            Context(self.progress),
             until="targets",
         )
 

@@ -24,8 +24,8 @@ from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenanc
 from benchmarks.speed.keys import KINDS, SEARCH_ROWS, cached_index, cached_keys
 from benchmarks.systems.knn_lm import Neighbours, tune
 from vllm_memdec.train.data.shards import shards
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.model.scoring import mix, perplexity
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import IndexSettings, TargetSettings
 from vllm_memdec.train.stages.search import Index

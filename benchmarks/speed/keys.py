@@ -15,11 +15,10 @@ from vllm_memdec.train.data.blocks import pack, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.inputs import model_hash
 from vllm_memdec.train.data.shards import save_array
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys, embed
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import label_logprobs
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
 from vllm_memdec.train.stages.index import build_index, shaping
@@ -125,7 +124,7 @@ def cached_index(name: str, n_keys: int, progress: Progress) -> Path:
 
     def make(work: Path) -> None:
         stored = Keys(DatastoreSettings(), "", keys / "datastore", keys / "datastore")
-        build_index(settings, stored, MEMORY_BUDGET, work, progress, Here())
+        build_index(settings, stored, work, Context(progress))
 
     return build_artifact(
         FOLDER / f"index-{name}-{n_keys}",

@@ -49,7 +49,7 @@ from benchmarks.corpora.factbook import factbook
 from vllm_memdec.train.data.artifacts import build_artifact, write_json
 from vllm_memdec.train.data.blocks import pack, shard_rows, tokenise
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys, embed
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import DatastoreSettings, IndexSettings, TargetSettings
@@ -180,7 +180,7 @@ def do_index(run: Path, kind: str, budget: int) -> dict[str, Any]:
             print(line, file=sys.stderr, flush=True)
 
     began = time.process_time()
-    build_index(IndexSettings(kind=kind), stored(run), budget, work, Timed(), Here())
+    build_index(IndexSettings(kind=kind), stored(run), work, Context(Timed(), ram_budget=budget))
     return {"train_s": times.get("training", began) - began}
 
 

@@ -31,7 +31,7 @@ import torch
 from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenance, spread
 from benchmarks.speed.keys import SEARCH_ROWS, cached_index, cached_keys
 from vllm_memdec.train.data.shards import save_array, shards
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import IndexSettings
 from vllm_memdec.train.stages.search import Index

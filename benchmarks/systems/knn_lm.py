@@ -19,10 +19,10 @@ from benchmarks.quality.domain import TEXTS
 from benchmarks.systems.base import Base
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact, write_json
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.model.hidden_states import embed
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
 from vllm_memdec.train.settings import Settings
 from vllm_memdec.train.stages.search import Index
 from vllm_memdec.train.stages.targets import neighbour_weights

@@ -36,7 +36,6 @@ def sentences():
 def compiled(tiny_model, tmp_path_factory):
     """Return a function: the folder of a build with keys of some kind, from a base."""
     from vllm_memdec.train.pipeline import build
-    from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.settings import parse_settings
 
     def make(base, **datastore):
@@ -44,7 +43,7 @@ def compiled(tiny_model, tmp_path_factory):
         corpus = folder / "corpus.txt"
         corpus.write_text("\n".join(dict.fromkeys(sentences())))
         changed = SETTINGS | {"datastore": SETTINGS["datastore"] | datastore}
-        build(base, corpus, folder / "out", parse_settings(changed), None, Progress())
+        build(base, corpus, folder / "out", parse_settings(changed))
         return folder / "out"
 
     return make

@@ -6,9 +6,8 @@ import numpy as np
 
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.shards import save_array, shards
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import DatastoreSettings, IndexSettings, TargetSettings
 from vllm_memdec.train.stages.index import build_index
 from vllm_memdec.train.stages.search import Index
@@ -48,9 +47,9 @@ def run(tmp_path, keys, labels, index=None, probes=10_000, budget=BUDGET, **sett
         (tmp_path / name).mkdir()
     source = store(tmp_path / "datastore", keys, labels)
     folder, work = tmp_path / "index", tmp_path / "targets"
-    build_index(index or IndexSettings(), source, budget, folder, Progress(), Here())
+    build_index(index or IndexSettings(), source, folder, Context(ram_budget=budget))
     searched = Index(folder, probes, budget)
-    build_targets(TargetSettings(**settings), source, searched, work, Progress(), Here())
+    build_targets(TargetSettings(**settings), source, searched, work, Context())
     rows = []
     parts = (shards(work, name) for name in ("offsets", "ids", "probs", "labels"))
     for offsets, ids, probs, stored in zip(*parts, strict=True):

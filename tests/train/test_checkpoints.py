@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import MemorySettings
 from vllm_memdec.train.stages import training as trainer
@@ -33,8 +33,8 @@ def train(pipeline, work):
     work.mkdir(exist_ok=True)
     progress = Progress()
     progress.say = (lines := []).append
-    args = SETTINGS, pipeline.base, out / "corpus", out / "targets", work, progress
-    trainer.train_memory(*args, Here())
+    args = SETTINGS, pipeline.base, out / "corpus", out / "targets", work, Context(progress)
+    trainer.train_memory(*args)
     return lines
 
 

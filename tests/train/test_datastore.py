@@ -9,12 +9,11 @@ from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
 from vllm_memdec.train.data.blocks import load_blocks, valid_rows
 from vllm_memdec.train.data.shards import shards
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model import hidden_states
 from vllm_memdec.train.model.devices import BLOCKS, EMBEDDED, blocks_at_once
 from vllm_memdec.train.model.hidden_states import Keys, check_isolation, last_mlp
 from vllm_memdec.train.model.huggingface import load_model
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import CorpusSettings, DatastoreSettings
 from vllm_memdec.train.stages.corpus import build_corpus
 from vllm_memdec.train.stages.datastore import build_datastore
@@ -31,12 +30,12 @@ def corpus(tiny_model, tmp_path_factory, jsonl, english):
     texts = [t for i in range(1, 4) for t in english(8, sentences_each=i, seed=i)]
     path = jsonl(work / "text.jsonl", texts)
     settings = CorpusSettings(block_tokens=32, shard_blocks=SHARD_BLOCKS)
-    build_corpus(settings, tiny_model("llama"), path, None, work, Progress(), Here())
+    build_corpus(settings, tiny_model("llama"), path, None, work, Context())
     return work
 
 
 def embed_all(settings, base, corpus, work):
-    build_datastore(Keys(settings, base, corpus, work), work, Progress(), Here())
+    build_datastore(Keys(settings, base, corpus, work), work, Context())
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_memdec.train.data.shards import shard_path
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.model.windows import alone, window_logprobs
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.stages.export import SHARD_TOKENS, number, score, tell, tune
@@ -21,7 +21,7 @@ class Listening(Progress):
         self.lines.append(line)
 
 
-class Counting(Here):
+class Counting(LocalExecutor):
     """Notes the shards that it was given."""
 
     def __init__(self):

@@ -22,9 +22,10 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import open_artifact
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.shards import load_shard
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.faults import fault, sentence_of
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
-from vllm_memdec.train.pipeline import MEMORY_BUDGET, STAGES
+from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.stages.search import Index
 from vllm_memdec.train.verify.report import FAILED, verify
 

@@ -25,7 +25,7 @@ from jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.cli import sentence_of
 from vllm_memdec.train.executor.ray_crew import TRIES, slots
-from vllm_memdec.train.executor.ray_executor import QUIET, RayCluster
+from vllm_memdec.train.executor.ray_executor import QUIET, RayExecutor
 
 SOON = 60.0  # seconds; a collective operation would wait for half an hour
 NODE = """
@@ -167,7 +167,7 @@ def machines(tmp_path_factory):
 @pytest.fixture(scope="module")
 def cluster(machines):
     """Return what runs work on the machines."""
-    return RayCluster(machines.address, machines.shared)
+    return RayExecutor(machines.address, machines.shared)
 
 
 @pytest.fixture

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.executor.worker import Worker, join, leave
 from vllm_memdec.train.model.huggingface import layers_of
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import MemorySettings
 from vllm_memdec.train.stages import training as trainer
 from vllm_memdec.train.training.checkpoints import STOP, saved_step
@@ -93,7 +92,7 @@ def test_what_several_processes_left_is_gone_on_with_by_one(runs, pipeline, tiny
     work, out = runs / "stop", pipeline.output
     assert saved_step(work) == 1 and not (work / "model.safetensors").exists()
     args = SETTINGS, tiny_model("qwen2"), out / "corpus", out / "targets", work
-    trainer.train_memory(*args, Progress(), Here())
+    trainer.train_memory(*args, Context())
     assert losses(work) == pytest.approx(losses(runs / "one"), rel=LOSS)
 
 

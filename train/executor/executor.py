@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from vllm_memdec.train.executor.worker import World
 
 
-class Cluster(Protocol):
+class Executor(Protocol):
     """Runs workers over shards, and the training loop."""
 
     def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:
@@ -23,7 +23,7 @@ class Cluster(Protocol):
         """Run a training loop on one process or several; work is on storage all of them share."""
 
 
-class Here:
+class LocalExecutor:
     """Everything in this process, one after the other: for tests and debuggers."""
 
     def map(self, worker: Callable[[int], int], items: Iterable[int]) -> Iterator[int]:

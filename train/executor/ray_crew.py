@@ -222,14 +222,14 @@ class Crew:
 
     def cause(self, process: Process) -> str:
         """Return what most likely ends a process again and again, and what to do."""
-        where = process.slot.address
+        address = process.slot.address
         if process.slot.node in self.out_of_memory:
             return (
-                f"{where} ran out of memory and the kernel ended it: lower --memory-budget, or the "
-                "batches in the settings."
+                f"{address} ran out of memory and the kernel ended it: lower --memory-budget, or "
+                "the batches in the settings."
             )
         return (
-            f"a library crashed on {where}, or it ran out of memory: see Ray's logs there, lower "
+            f"a library crashed on {address}, or it ran out of memory: see Ray's logs there, lower "
             "--memory-budget, or the batches in the settings."
         )
 

@@ -58,7 +58,7 @@ class Lost:
     why: str
 
 
-class RayCluster:
+class RayExecutor:
     """Runs work on Ray: by default a local one of this machine, started when it is first needed."""
 
     def __init__(

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from vllm_memdec.train.executor.executor import Here
+from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.executor.worker import leave
 
@@ -29,7 +29,7 @@ def started() -> bool:
     return all(name in os.environ for name in VARIABLES)
 
 
-class Torchrun(Here):
+class Torchrun(LocalExecutor):
     """Everything in rank 0's process but the training, which all processes run."""
 
     def __init__(self) -> None:

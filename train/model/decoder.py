@@ -159,7 +159,7 @@ def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
     config = memory_config(settings, base, block_tokens)
     folder = base if settings.init == "base" else settings.init
     if has_any(folder, WEIGHT_FILES):
-        model = load_model(folder, where=torch.device("cpu"), config=config)
+        model = load_model(folder, device=torch.device("cpu"), config=config)
     else:
         torch.manual_seed(settings.seed)
         model = AutoModelForCausalLM.from_config(

@@ -16,29 +16,29 @@ TRAINED = 1 << 13
 LARGE_GPU = 64 * 10**9  # bytes, from which on a training step takes twice as many
 
 
-def device() -> torch.device:
+def default_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def blocks_at_once(blocks: int | None, block_tokens: int, where: torch.device, tokens: int) -> int:
+def blocks_at_once(blocks: int | None, block_tokens: int, device: torch.device, tokens: int) -> int:
     """Return how many blocks a forward pass takes: those set, else so many tokens on CUDA."""
     if blocks is not None:
         return blocks
-    return max(BLOCKS, tokens // block_tokens) if where.type == "cuda" else BLOCKS
+    return max(BLOCKS, tokens // block_tokens) if device.type == "cuda" else BLOCKS
 
 
-def trained_tokens(where: torch.device) -> int:
+def trained_tokens(device: torch.device) -> int:
     """Return how many tokens a forward pass of the training takes on CUDA."""
-    if where.type != "cuda":
+    if device.type != "cuda":
         return TRAINED
-    large = torch.cuda.get_device_properties(where).total_memory >= LARGE_GPU
+    large = torch.cuda.get_device_properties(device).total_memory >= LARGE_GPU
     return 2 * TRAINED if large else TRAINED
 
 
-def to_device(array: np.ndarray, where: torch.device) -> torch.Tensor:
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
     """Return an array as a tensor on a device; nobody waits until CUDA has it."""
     tensor = torch.from_numpy(array)
-    if where.type != "cuda":
-        return tensor.to(where)
-    return tensor.pin_memory().to(where, non_blocking=True)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

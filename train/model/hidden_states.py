@@ -90,14 +90,14 @@ def embed(
     model: torch.nn.Module, key: str | float, tokens: np.ndarray, positions: np.ndarray, batch: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1]."""
-    where = model.device
-    batch = blocks_at_once(batch, tokens.shape[1] - 1, where, EMBEDDED)
+    device = model.device
+    batch = blocks_at_once(batch, tokens.shape[1] - 1, device, EMBEDDED)
     for start in range(0, len(tokens), batch):
         block = tokens[start : start + batch].astype(np.int64)
         position = positions[start : start + batch].astype(np.int64)
         valid = valid_rows(position)
-        inputs = (to_device(x[:, :-1], where) for x in (block, position))
-        kept = hidden_keys(model, key, *inputs)[to_device(valid, where)].to(torch.float16)
+        inputs = (to_device(x[:, :-1], device) for x in (block, position))
+        kept = hidden_keys(model, key, *inputs)[to_device(valid, device)].to(torch.float16)
         host = kept.cpu().numpy()
         # An H100 has the keys of 1.5B sooner than one core has checked them, by arithmetic.
         if not (kept.isfinite() if kept.is_cuda else np.isfinite(host)).all():

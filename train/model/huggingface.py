@@ -6,7 +6,7 @@ import torch
 
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.faults import reraise
-from vllm_memdec.train.model.devices import device
+from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 
@@ -54,7 +54,7 @@ def check_positions(config: Any, folder: str, block_tokens: int) -> None:
 
 
 def load_model(
-    folder: str, dtype: str = "float32", where: torch.device | None = None, config: Any = None
+    folder: str, dtype: str = "float32", device: torch.device | None = None, config: Any = None
 ) -> Any:
     """Return the causal LM of a folder in eval mode, or raise MemdecError in one sentence.
 
@@ -79,7 +79,7 @@ def load_model(
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
         )
-    return model.eval().to(where or device())
+    return model.eval().to(device or default_device())
 
 
 def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:

@@ -46,12 +46,12 @@ class Candidates:
         ids = torch.from_numpy(np.r_[used, chosen].astype(np.int64))
         return cls(Columns(ids, torch.from_numpy(log_weight), len(used)), torch.from_numpy(rank))
 
-    def to(self, where: torch.device) -> "Candidates":
+    def to(self, device: torch.device) -> "Candidates":
         """Return the same columns on a device."""
         if self.columns is None:
             return self
-        ids, log_weight = self.columns.ids.to(where), self.columns.log_weight.to(where)
-        return Candidates(Columns(ids, log_weight, self.columns.trained), self.rank_V.to(where))
+        ids, log_weight = self.columns.ids.to(device), self.columns.log_weight.to(device)
+        return Candidates(Columns(ids, log_weight, self.columns.trained), self.rank_V.to(device))
 
     def rank(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return the columns of some tokens of S."""

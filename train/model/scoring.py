@@ -33,7 +33,7 @@ def label_logprobs(
     scored: the rows [B, T] in place of the valid ones, where positions run on across documents.
     """
     scored = valid_rows(positions) if scored is None else scored
-    where = model.device
+    device = model.device
     found, done = [], 0
     with contextlib.ExitStack() as stack:
         advance = None
@@ -41,13 +41,13 @@ def label_logprobs(
             task = progress.task(f"scoring with {name}", len(tokens), "blocks")
             advance = stack.enter_context(task)
         for start in range(0, len(tokens), batch):
-            block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(where)
+            block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(device)
             position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
-            mask = torch.from_numpy(scored[start : start + batch]).to(where)
+            mask = torch.from_numpy(scored[start : start + batch]).to(device)
             h_ND = model.base_model(
-                input_ids=block[:, :-1], position_ids=position[:, :-1].to(where), use_cache=False
+                input_ids=block[:, :-1], position_ids=position[:, :-1].to(device), use_cache=False
             ).last_hidden_state[mask]
-            rows = h_ND, block[:, 1:][mask], position[:, :-1].to(where)[mask]
+            rows = h_ND, block[:, 1:][mask], position[:, :-1].to(device)[mask]
             chunk = rows_at_once(model.config.vocab_size)
             for h_PD, labels_P, position_P in zip(*(r.split(chunk) for r in rows), strict=True):
                 logits_PV = head(model, h_PD).float()

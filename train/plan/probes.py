@@ -24,10 +24,11 @@ from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import load_blocks, tokenise
 from vllm_memdec.train.data.documents import Piece, corpus_files, pieces, read_documents
 from vllm_memdec.train.data.shards import save_array, shard_path
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.model.decoder import build_memory, memory_config
-from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, device
+from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device
 from vllm_memdec.train.model.hidden_states import check_isolation, embed
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import label_logprobs
@@ -220,7 +221,7 @@ class TrainingProbe:
             self.work / "targets",
         )
         model = build_memory(settings, self.base, self.settings.corpus.block_tokens)
-        module = spread(model.to(device()).train(), settings, world)
+        module = spread(model.to(default_device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
         found = {"build_memory": time.perf_counter() - began}
         for name, sampled in (("step", None), ("sampled_step", settings.sampled_negatives)):
@@ -279,7 +280,7 @@ def calibrate(
     settings: Settings,
     work: Path,
     progress: Progress,
-    cluster: Cluster,
+    executor: Executor,
 ) -> tuple[Rates, int]:
     """Return (rates, tokens of the corpus), measured in a working folder.
 
@@ -291,10 +292,10 @@ def calibrate(
         memory_config(settings.memory, base, settings.corpus.block_tokens)
 
     with progress.task("calibrating", 4, "probes") as advance:
-        found: dict[str, float] = {"prepare": seconds(prepare), "start": seconds(cluster.workers)}
-        found["first"] = seconds(cluster.call, nothing)
-        found["call"] = seconds(cluster.call, nothing)
-        found |= cluster.call(measure_storage, work) | {"launch": 0.0, "reduce": 1 / LINK}
+        found: dict[str, float] = {"prepare": seconds(prepare), "start": seconds(executor.workers)}
+        found["first"] = seconds(executor.call, nothing)
+        found["call"] = seconds(executor.call, nothing)
+        found |= executor.call(measure_storage, work) | {"launch": 0.0, "reduce": 1 / LINK}
         read = total = 1
         if corpus is None:
             sample = random_text(base, work)
@@ -308,7 +309,7 @@ def calibrate(
         blocks.mkdir()
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
-            build_corpus(settings.corpus, base, sample, None, blocks, quiet, cluster)
+            build_corpus(settings.corpus, base, sample, None, blocks, Context(quiet, executor))
         except MemdecError as error:  # of the text, which is the user's, not the sample's
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
@@ -322,11 +323,11 @@ def calibrate(
             tokens = round(total * found["tokens_per_byte"])
         advance(1)
         probe = StageProbe(settings, base, blocks, work, round(tokens * found["rows_per_token"]))
-        spent = seconds(lambda: list(cluster.map(probe, [0])))
+        spent = seconds(lambda: list(executor.map(probe, [0])))
         found |= json.loads((work / "stages.json").read_text())
         found["map"] = max(0.0, spent - found.pop("inside"))
         advance(1)
-        spent = seconds(cluster.train, TrainingProbe(settings, base, work), work)
+        spent = seconds(executor.train, TrainingProbe(settings, base, work), work)
         found |= json.loads((work / "training.json").read_text())
         found["train"] = max(0.0, spent - found.pop("inside"))
         advance(1)

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.documents import corpus_files
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.model.decoder import with_defaults
 from vllm_memdec.train.plan.costs import OVERHEADS, Job, Stage
 from vllm_memdec.train.plan.probes import calibrate, count_tokens
@@ -33,7 +33,7 @@ class Plan:
     """Predictions for one corpus, and for a table of sizes."""
 
     tokens: int
-    where: str
+    hardware: str
     workers: int
     gpus: int
     stages: list[Stage]
@@ -49,7 +49,7 @@ def plan(
     settings: Settings,
     work: Path,
     progress: Progress,
-    cluster: Cluster,
+    executor: Executor,
     budget: int,
     gpu: str | None = None,
     gpus: int | None = None,
@@ -66,13 +66,13 @@ def plan(
     base = os.path.abspath(base)  # workers have another working directory
     memory = with_defaults(settings.memory, base, progress.say)
     settings = settings.model_copy(update={"memory": memory})
-    rates, total = calibrate(base, corpus, tokens, settings, work, progress, cluster)
+    rates, total = calibrate(base, corpus, tokens, settings, work, progress, executor)
     held_out = None if validation is None else count_tokens(base, validation, work)
-    workers, where = cluster.workers(), "this machine, measured"
+    workers, hardware = executor.workers(), "this machine, measured"
     gpus = (gpus or 1) if gpu else workers if torch.cuda.is_available() else 0
     if gpu is not None:
-        workers, where = gpus, f"{gpus} x {gpu.upper()}, not measured: {UTILISATION:.0%} of its"
-        where += " published FLOP/s and bandwidth"
+        workers, hardware = gpus, f"{gpus} x {gpu.upper()}, not measured: {UTILISATION:.0%} of its"
+        hardware += " published FLOP/s and bandwidth"
         parameters = base_parameters(base)
 
     def job(n: int, held_out: int | None) -> Job:
@@ -87,7 +87,7 @@ def plan(
 
     sizes = {n: job(n, None).stages() for n in TABLE}
     mine = job(total, held_out)
-    return Plan(total, where, workers, gpus, mine.stages(), sizes, mine.rates)
+    return Plan(total, hardware, workers, gpus, mine.stages(), sizes, mine.rates)
 
 
 def human_bytes(count: float) -> str:
@@ -102,7 +102,7 @@ def human_bytes(count: float) -> str:
 def show(found: Plan, console: Console) -> None:
     """Print the stages of the corpus, and the totals of other sizes."""
     gpus = found.gpus
-    console.print(f"{found.tokens:,} tokens on {found.where}")
+    console.print(f"{found.tokens:,} tokens on {found.hardware}")
     table = Table("stage", "time", *(["GPU-hours"] if gpus else []), "disk", "peak RAM a process")
     for stage in found.stages:
         hours = [f"{gpu_hours(stage, gpus):.3g}"] if gpus else []

@@ -22,16 +22,18 @@ from typing import Any
 import numpy as np
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import SPLITS, packed, tokenise, valid_rows
 from vllm_memdec.train.data.completeness import check_there, numbered
 from vllm_memdec.train.data.documents import Piece, canonical, pieces, read_rows
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path, unfinished
 from vllm_memdec.train.data.splits import digest, split_lengths
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import check_positions, load_config, load_tokenizer
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import CorpusSettings
+from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
 TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
 PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
@@ -78,8 +80,7 @@ def build_corpus(
     corpus: Path,
     validation: Path | None,
     work: Path,
-    progress: Progress,
-    cluster: Cluster,
+    context: Context,
 ) -> None:
     """Write tokens-SPLIT and positions-SPLIT in shards of blocks [blocks, T+1] int32.
 
@@ -102,7 +103,7 @@ def build_corpus(
     check_positions(config, base, settings.block_tokens)
     texts = [corpus] if validation is None else [corpus, validation]
     group = settings.group if validation is None else None  # nothing is held out then
-    tokenised = tokenise_pieces(base, texts, group, work / PIECES, progress, cluster)
+    tokenised = tokenise_pieces(base, texts, group, work / PIECES, context)
     train, held_out = tokenised[0], tokenised[-1]
     lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
     if not len(lengths):
@@ -144,7 +145,7 @@ def build_corpus(
     }
     for name in SPLITS:
         counts[name] = write_blocks(
-            documents[name], settings, tokenizer.eos_token_id, name, work, progress
+            documents[name], settings, tokenizer.eos_token_id, name, work, context.progress
         )
     if validation is not None:
         equal = np.isin(held_out.digests("texts"), train.digests("texts"))
@@ -155,7 +156,7 @@ def build_corpus(
                 "give --validation text that it does not see, or leave it out."
             )
         if equal.any():
-            progress.say(
+            context.progress.say(
                 f"corpus: {equal.sum():,} of {len(equal):,} validation documents "
                 f"({equal.mean():.0%}) are in the corpus word for word: the memory looks better on "
                 "them than it is"
@@ -207,8 +208,7 @@ def tokenise_pieces(
     texts: list[Path],
     group: str | None,
     folder: Path,
-    progress: Progress,
-    cluster: Cluster,
+    context: Context,
 ) -> list[Tokenised]:
     """Tokenise some texts piece by piece into a folder."""
     folder.mkdir(exist_ok=True)
@@ -218,9 +218,9 @@ def tokenise_pieces(
         parts += pieces(text)
         found.append(Tokenised(folder, range(first, len(parts))))
     todo = unfinished(folder, TOKENISED, len(parts))
-    with progress.task("corpus: tokenising", len(parts), "pieces") as advance:
+    with context.progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
-        for done in cluster.map(Tokeniser(base, parts, group, folder), todo):
+        for done in context.executor.map(Tokeniser(base, parts, group, folder), todo):
             advance(done)
     check_there(folder, numbered(TOKENISED, len(parts)), os.listdir(folder))
     return found
@@ -265,3 +265,17 @@ def write_blocks(
     n_blocks = len(row_counts)
     progress.say(f"corpus: {counts['tokens']:,} tokens of {name} text in {n_blocks:,} blocks")
     return counts | {"blocks": n_blocks, "rows": int(row_counts.sum())}
+
+
+def stage(build: Build) -> Stage:
+    """Return how the corpus is made."""
+    settings = build.settings.corpus.model_dump()
+    if build.validation is not None:
+        settings["validation_fraction"] = settings["group"] = None  # nothing is held out
+
+    def make(work: Path) -> None:
+        text = build.corpus, build.validation
+        build_corpus(build.settings.corpus, build.base, *text, work, build.context)
+
+    remedy = f"{OTHERS}, or give --ray-address none, which takes one worker,"
+    return Stage(settings, (), make, completeness.corpus_files, remedy)

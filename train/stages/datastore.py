@@ -5,7 +5,7 @@ numbered through all blocks in order, counting valid pairs only; that number is 
 the index and in the targets.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import ClassVar
 
 import numpy as np
 
+from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.blocks import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.data.shards import save_array, shard_path, unfinished
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys, check_isolation
-from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.stages.stage import Build, Stage, lowered
 
 SAMPLE_SHARDS = 64  # at least so many, evenly spread, give a sample of keys
 MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
@@ -80,15 +81,38 @@ class Labeller:
         return len(labels)
 
 
-def build_datastore(keys: Keys, work: Path, progress: Progress, cluster: Cluster) -> None:
+def build_datastore(keys: Keys, work: Path, context: Context) -> None:
     """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
     starts = shard_rows(keys.corpus)
     n_shards = len(starts) - 1
     names = ("keys", "labels") if keys.settings.keep_keys else ("labels",)
     todo = unfinished(work, names, n_shards)
     worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
-    with progress.task("datastore", int(starts[-1]), "rows") as advance:
+    with context.progress.task("datastore", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))
         advance(int(np.diff(starts)[done].sum()), done_before=True)
-        for rows in cluster.map(worker, todo):
+        for rows in context.executor.map(worker, todo):
             advance(rows)
+
+
+def keys_of(build: Build, datastore: Path) -> Keys:
+    """Return the keys of the corpus's rows, of which a datastore may hold some."""
+    return Keys(build.settings.datastore, build.base, build.path("corpus"), datastore)
+
+
+def stage(build: Build) -> Stage:
+    """Return how the datastore is made."""
+    settings = build.settings.datastore.model_dump()
+    batch = settings.pop("batch_blocks")  # bounds memory
+    if build.settings.datastore.key != "layer":
+        settings["layer_fraction"] = None
+
+    def make(work: Path) -> None:
+        build_datastore(keys_of(build, work), work, build.context)
+
+    def files(work: Path) -> Iterable[str]:
+        names = ("keys", "labels") if settings["keep_keys"] else ("labels",)
+        return completeness.numbered(names, completeness.n_shards(build.path("corpus")))
+
+    remedy = lowered("datastore.batch_blocks", batch)
+    return Stage(settings, ("corpus",), make, files, remedy)

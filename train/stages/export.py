@@ -19,9 +19,10 @@ import torch
 from vllm_memdec.checkpoint import MemoryBlock, write_block
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, MEMORY, read_gate, weights_fingerprint
+from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import versions
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
-from vllm_memdec.train.executor.executor import Cluster, Here
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
 from vllm_memdec.train.model.windows import (
@@ -36,6 +37,7 @@ from vllm_memdec.train.model.windows import (
 )
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import ExportSettings
+from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
 CALIBRATION_TOKENS = 2**18  # that alpha is tuned on, at most
 SHARD_TOKENS = 2**14  # scored at once, and lost at most when a run is killed
@@ -68,8 +70,7 @@ def score(
     dtype: str,
     text: Windows,
     work: Path,
-    progress: Progress,
-    cluster: Cluster,
+    context: Context,
 ) -> dict[str, np.ndarray]:
     """Return log-probabilities [N] of each model's folder; what work holds is not done again."""
     work.mkdir(exist_ok=True)
@@ -81,10 +82,10 @@ def score(
     found = {}
     for name, folder in folders.items():
         todo = [n for n in range(len(shards)) if not shard_path(work, name, n).exists()]
-        with progress.task(f"export: scoring with {name}", len(text), "windows") as advance:
+        with context.progress.task(f"export: scoring with {name}", len(text), "windows") as advance:
             done = set(range(len(shards))) - set(todo)
             advance(sum(len(shards[n]) for n in done), done_before=True)
-            for count in cluster.map(Scorer(folder, dtype, name, work), todo):
+            for count in context.executor.map(Scorer(folder, dtype, name, work), todo):
                 advance(count)
         found[name] = np.concatenate([load_shard(work, name, n) for n in range(len(shards))])
     return found
@@ -98,8 +99,7 @@ def export_memory(
     memory: Path,
     provenance: dict,
     work: Path,
-    progress: Progress,
-    cluster: Cluster | None = None,
+    context: Context,
 ) -> None:
     """Write weights, tokenizer and config with the memdec block into work."""
     documents = validation_documents(corpus, CALIBRATION_TOKENS)
@@ -111,11 +111,10 @@ def export_memory(
     )
     text = windows(documents, width, tokenizer.eos_token_id, 2 * CALIBRATION_TOKENS)
     folders = {"base": base, "memory": str(memory)}
-    rest = settings.dtype, text, work / SCORES, progress, cluster or Here()
-    scores = score(folders, *rest)
+    scores = score(folders, settings.dtype, text, work / SCORES, context)
     shutil.rmtree(work / SCORES)
     tuned = tune(text.position_N, scores["base"], scores["memory"], settings.alpha)
-    tell(tuned, width, progress)
+    tell(tuned, width, context.progress)
 
     model = load_model(str(memory), settings.dtype, torch.device("cpu"))
     model.save_pretrained(work)
@@ -137,7 +136,7 @@ def export_memory(
         },
     )
     write_block(work, block)
-    keep_gate(work.with_name(work.name.removesuffix(".partial")), work, progress)
+    keep_gate(work.with_name(work.name.removesuffix(".partial")), work, context.progress)
 
 
 def tune(
@@ -225,3 +224,21 @@ def keep_gate(before: Path, work: Path, progress: Progress) -> None:
         if kept.exists():
             shutil.copyfile(kept, work / kept.name)
     progress.say("export: the gate is kept, its memory is the same")
+
+
+def stage(build: Build) -> Stage:
+    """Return how the memory's folder is made."""
+    settings = build.settings.export.model_dump()
+    read = ("corpus", "targets", "memory")
+
+    def make(work: Path) -> None:
+        made = {name: artifact.manifest["settings"] for name, artifact in build.done.items()}
+        provenance = {
+            "artifacts": {name: build.done[name].hash for name in read},
+            "settings": made | {"export": settings},
+        }
+        paths = [build.path(name) for name in read]
+        context = build.context
+        export_memory(build.settings.export, build.base, *paths, provenance, work, context)
+
+    return Stage(settings, read, make, completeness.model_files, OTHERS)

@@ -27,12 +27,12 @@ from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import shard_rows
 from vllm_memdec.train.data.completeness import check_there
 from vllm_memdec.train.data.shards import load_shard
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import IndexSettings
-from vllm_memdec.train.stages.datastore import sampled
+from vllm_memdec.train.stages.datastore import keys_of, sampled
 from vllm_memdec.train.stages.faiss_gpu import no_gpu, to_cpu, to_gpu
+from vllm_memdec.train.stages.stage import Build, Stage, less_budget
 
 FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
 TWO_LEVELS_FROM = 10**6  # keys: k-means of all lists at once takes longer than the filling
@@ -336,23 +336,22 @@ class Filler:
 def build_index(
     settings: IndexSettings,
     keys: Keys,
-    budget: int,
     work: Path,
-    progress: Progress,
-    cluster: Cluster,
+    context: Context,
 ) -> None:
     """Write trained.faiss, lists-N.faiss (of a flat index: index-N.faiss), labels.i32, index.json.
 
-    Each part is over a run of rows; labels are [rows] int32. budget: bytes a process may take, a
-    fourth of them for a part.
+    Each part is over a run of rows; labels are [rows] int32. A part takes a fourth of the
+    ram budget.
     """
     if (work / "index.json").exists():  # killed just before the end
         (work / "training.json").unlink(missing_ok=True)
         return
+    progress, executor = context.progress, context.executor
     starts = shard_rows(keys.corpus)
     if not (work / "training.json").exists():
         with progress.task("index: training", 1, "pass") as advance:
-            write_json(work / "training.json", cluster.call(train_index, settings, keys, work))
+            write_json(work / "training.json", executor.call(train_index, settings, keys, work))
             advance(1)
     facts = read_facts(work / "training.json")
     if "parts" not in facts:
@@ -361,7 +360,9 @@ def build_index(
     # What is not filled is divided anew for another budget: a part too large may be what failed.
     bounds = pairwise([*facts.get("parts", []), len(starts) - 1])
     filled = [range(a, b) for a, b in bounds if part_path(work, a).exists()]
-    parts = index_parts(starts, key_bytes(facts["kind"], facts["width"]), budget, filled)
+    parts = index_parts(
+        starts, key_bytes(facts["kind"], facts["width"]), context.ram_budget, filled
+    )
     facts["parts"] = [part.start for part in parts]
     write_json(work / "training.json", facts)
     todo = [n for n, part in enumerate(parts) if part not in filled]
@@ -370,7 +371,7 @@ def build_index(
     with progress.task(f"index: adding to {facts['kind']}", int(starts[-1]), "keys") as advance:
         for n in set(range(len(parts))) - set(todo):
             advance(int(starts[parts[n].stop] - starts[parts[n].start]), done_before=True)
-        for rows in cluster.map(Filler(keys, parts, work), todo):
+        for rows in executor.map(Filler(keys, parts, work), todo):
             advance(rows)
     check_there(work, (part_path(work, n).name for n in facts["parts"]), os.listdir(work))
 
@@ -388,3 +389,15 @@ def build_index(
 def read_facts(path: Path) -> dict[str, Any]:
     """Return index.json."""
     return json.loads(path.read_text())
+
+
+def stage(build: Build) -> Stage:
+    """Return how the index is made."""
+    rows = json.loads((build.path("corpus") / "corpus.json").read_text())["train"]["rows"]
+    keys = keys_of(build, build.path("datastore"))
+    settings = shaping(build.settings.index, rows, keys.width)
+
+    def make(work: Path) -> None:
+        build_index(build.settings.index, keys, work, build.context)
+
+    return Stage(settings, ("datastore",), make, index_files, less_budget(build.settings))

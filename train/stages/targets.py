@@ -8,7 +8,7 @@ labels [rows] int32, which training checks against its batches.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,16 +19,17 @@ import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import load_used, shard_rows
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path, unfinished
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import TargetSettings
-from vllm_memdec.train.stages.datastore import sample_rows
+from vllm_memdec.train.stages.datastore import keys_of, sample_rows
 from vllm_memdec.train.stages.faiss_gpu import check_width
 from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.stage import Build, Stage, less_budget
 
 ARRAYS = ("offsets", "labels", "ids", "probs")  # files of a shard
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
@@ -295,18 +296,18 @@ def build_targets(
     keys: Keys,
     index: Index,
     work: Path,
-    progress: Progress,
-    cluster: Cluster,
+    context: Context,
 ) -> None:
     """Write offsets-N.npy, ids-N.npy, probs-N.npy, labels-N.npy of each shard, and targets.json."""
+    progress, executor = context.progress, context.executor
     searcher = Searcher(settings, keys, index, work)
-    check_width(searcher.neighbours, index.probes, cluster)
+    check_width(searcher.neighbours, index.probes, executor)
     starts = searcher.starts
     if not (work / "targets.json").exists():  # else shards were made with its temperature
         temperature = settings.temperature
         if temperature is None:
             with progress.task("targets: fitting the temperature", 1, "fit") as advance:
-                temperature, warning = cluster.call(searcher.fit)
+                temperature, warning = executor.call(searcher.fit)
                 advance(1)
             if warning:
                 progress.say(f"targets: {warning}")
@@ -319,10 +320,28 @@ def build_targets(
     todo = unfinished(work, ARRAYS, n_shards)
     # Of an index that does not fit in memory parts are read for every group: as many shards as
     # the budget allows. A few groups for each worker, as one may be lost.
-    most = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * cluster.workers()))
+    most = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * executor.workers()))
     searcher = replace(searcher, groups=grouped(todo, starts, index.group_rows(k), most))
     with progress.task("targets", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))
         advance(int(np.diff(starts)[done].sum()), done_before=True)
-        for rows in cluster.map(searcher, list(range(len(searcher.groups)))):
+        for rows in executor.map(searcher, list(range(len(searcher.groups)))):
             advance(rows)
+
+
+def stage(build: Build) -> Stage:
+    """Return how the targets are made."""
+    # Another number of lists to visit needs no other index, but finds other neighbours.
+    settings = build.settings.targets.model_dump() | {"probes": build.settings.index.probes}
+
+    def make(work: Path) -> None:
+        budget = build.context.ram_budget
+        searched = Index(build.path("index"), build.settings.index.probes, budget)
+        keys = keys_of(build, build.path("datastore"))
+        build_targets(build.settings.targets, keys, searched, work, build.context)
+
+    def files(work: Path) -> Iterable[str]:
+        count = completeness.n_shards(build.path("corpus"))
+        return ["targets.json", *completeness.numbered(ARRAYS, count)]
+
+    return Stage(settings, ("datastore", "index"), make, files, less_budget(build.settings))

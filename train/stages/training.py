@@ -7,6 +7,7 @@ resumed run repeats the undisturbed one, step for step.
 
 import contextlib
 import math
+import os
 import signal
 import time
 from collections.abc import Sequence
@@ -20,11 +21,13 @@ import torch
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels.head_loss import head_loss
 from vllm_memdec.kernels.sparse_kl import SparseRows
+from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import LOGS, write_atomic
-from vllm_memdec.train.executor.executor import Cluster
+from vllm_memdec.train.data.blocks import load_rows
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.ray_executor import World, followed
-from vllm_memdec.train.model.decoder import build_memory
-from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, device, trained_tokens
+from vllm_memdec.train.model.decoder import build_memory, training_budget
+from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device, trained_tokens
 from vllm_memdec.train.model.output_head import Candidates, logits_transform
 from vllm_memdec.train.model.scoring import (
     best_alpha,
@@ -34,8 +37,8 @@ from vllm_memdec.train.model.scoring import (
     sampled_validation,
     validation_logprobs,
 )
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.stage import Build, Stage, lowered
 from vllm_memdec.train.training.batches import AHEAD, Batches
 from vllm_memdec.train.training.checkpoints import (
     BEST,
@@ -71,6 +74,9 @@ from vllm_memdec.train.training.parallel import (
 )
 
 EVALUATION_TOKENS = 2**15
+# Settings that change nothing in a memory, or whose meaning is among its inputs.
+UNRECORDED = ("adapt_tokenizer", "checkpoint_seconds", "compile", "gradient_checkpointing",
+              "micro_batch_blocks", "parallel", "tokenizer")  # fmt: skip
 BASE = "base.pt"  # its log-probabilities of the validation text, computed once
 SCRATCH = (
     CHECKPOINT,
@@ -102,10 +108,10 @@ def learning_rate_factor(
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
-def autocast_to(dtype: str, where: torch.device) -> contextlib.AbstractContextManager:
+def autocast_to(dtype: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context in which matrix products are of a dtype."""
     if dtype == "bfloat16":
-        return torch.autocast(where.type, dtype=torch.bfloat16)
+        return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
 
 
@@ -163,8 +169,8 @@ def add_gradients(
 
     following: the blocks of the micro-batches after it, to be read meanwhile.
     """
-    batch = batches.load(blocks, device())
-    batches.expect(following, device())
+    batch = batches.load(blocks, default_device())
+    batches.expect(following, default_device())
     alone = type(module) is Spread
     loss, sums = module(memory_loss, batch, candidates, settings, scale, alone)
     loss.backward()
@@ -187,7 +193,7 @@ class Training:
         batches = Batches(settings, self.corpus, self.targets)
         base_N = self.base_logprobs(batches.block_tokens, world)
         memory = build_memory(settings, self.base, batches.block_tokens)
-        module = spread(memory.to(device()).train(), settings, world)
+        module = spread(memory.to(default_device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
         step, saved = 0, time.monotonic()
         if path := agreed(newest(self.work), world):
@@ -255,7 +261,9 @@ class Training:
 
     def scored_blocks(self, block_tokens: int) -> int:
         """Return how many of the validation blocks a forward pass takes."""
-        return blocks_at_once(self.settings.micro_batch_blocks, block_tokens, device(), EMBEDDED)
+        return blocks_at_once(
+            self.settings.micro_batch_blocks, block_tokens, default_device(), EMBEDDED
+        )
 
     def evaluate(
         self, module: torch.nn.Module, base_N: np.ndarray | None, world: World
@@ -266,7 +274,7 @@ class Training:
         """
         tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
         module.eval()
-        with autocast_to(self.settings.dtype, device()):
+        with autocast_to(self.settings.dtype, default_device()):
             n = self.scored_blocks(tokens.shape[1] - 1)
             memory_N = run_alone(module, label_logprobs, tokens, positions, n)
         module.train()
@@ -298,8 +306,10 @@ class Training:
         # An untrained memory puts its mass anywhere: warm-up pushes all of it down.
         warm = step < warmup_steps(batches.steps, settings.warmup_fraction)
         sampled = None if warm else settings.sampled_negatives
-        candidates = batches.candidates(step, memory.config.vocab_size, sampled).to(device())
-        sums = torch.zeros(2, dtype=torch.float64, device=device())
+        candidates = batches.candidates(step, memory.config.vocab_size, sampled).to(
+            default_device()
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=default_device())
         micros = self.micro_batches(batches, step, world)
         after = self.micro_batches(batches, step + 1, world) if step + 1 < batches.steps else []
         coming = [micro for micro in micros + after if len(micro)]
@@ -327,7 +337,7 @@ class Training:
             "learning_rate": settings.learning_rate * factor,
             "gradient_norm": float(whole(norm)),
         }
-        if device().type == "cuda":
+        if default_device().type == "cuda":
             found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
         return found
 
@@ -339,7 +349,9 @@ class Training:
         blocks = batches.blocks(step)
         mine = blocks[world.rank :: world.size]
         most = self.settings.micro_batch_blocks
-        n = blocks_at_once(most, batches.block_tokens, device(), trained_tokens(device()))
+        n = blocks_at_once(
+            most, batches.block_tokens, default_device(), trained_tokens(default_device())
+        )
         passes = -(-len(blocks) // world.size)  # blocks of the process that has most
         return [mine[start : start + n] for start in range(0, passes, n)]
 
@@ -355,10 +367,10 @@ def train_memory(
     corpus: Path,
     targets: Path,
     work: Path,
-    progress: Progress,
-    cluster: Cluster,
+    context: Context,
 ) -> None:
     """Write the trained memory (weights and config), and logs/ with metrics and a loss curve."""
+    progress, executor = context.progress, context.executor
     logs = work / LOGS
     logs.mkdir(exist_ok=True)
     if (logs / CURVE).exists():  # killed just before the end
@@ -367,7 +379,7 @@ def train_memory(
         return
     batches = Batches(settings, corpus, targets)
     steps, fed = batches.steps, batches.size
-    if fed < (workers := cluster.workers()):
+    if fed < (workers := executor.workers()):
         progress.say(
             f"memory: a step of {fed} blocks gives work to {fed} of {workers} processes: raise "
             "memory.batch_blocks to use all of them"
@@ -381,7 +393,7 @@ def train_memory(
         advance(done, done_before=True)
         with stop_file(work) as stop:
             with followed(logs / METRICS, advance):
-                cluster.train(Training(settings, base, corpus, targets, work), work)
+                executor.train(Training(settings, base, corpus, targets, work), work)
             asked = stop.exists()
     stopped = asked and not (work / "config.json").exists()
     metrics = read_metrics(logs / METRICS)
@@ -398,3 +410,38 @@ def train_memory(
         (work / name).unlink(missing_ok=True)
     if asked:  # too late to stop the training
         raise SystemExit(128 + signal.SIGTERM)
+
+
+def stage(build: Build) -> Stage:
+    """Return how the memory is trained."""
+
+    def make(work: Path) -> None:
+        trained = training_budget(build.settings.memory, build.base, build.context.progress.say)
+        if trained.init != "base":
+            trained = trained.changed(init=os.path.abspath(trained.init))
+        if trained.tokenizer is not None:
+            trained = trained.changed(tokenizer=os.path.abspath(trained.tokenizer))
+        read = build.path("corpus"), build.path("targets")
+        train_memory(trained, build.base, *read, work, build.context)
+
+    micro = build.settings.memory.micro_batch_blocks
+    remedy = lowered("memory.micro_batch_blocks", micro)
+    if micro == 1 and not build.settings.memory.gradient_checkpointing:
+        remedy = "set memory.gradient_checkpointing to true"
+    settings = recorded_settings(build.settings.memory, build.path("corpus"))
+    return Stage(settings, ("corpus", "targets"), make, completeness.model_files, remedy)
+
+
+def recorded_settings(memory: MemorySettings, corpus: Path) -> dict[str, Any]:
+    """Return what decides what is trained; what is read from folders is among the inputs."""
+    settings = memory.model_dump()
+    for name in UNRECORDED:
+        settings.pop(name)
+    settings["batch_blocks"] = memory.batch(len(load_rows(corpus, "train")))
+    if settings["init"] != "base":
+        settings["init"] = "folder"
+    if settings["early_stop"] is None:
+        settings["evaluate_steps"] = None  # only looked at
+    if not memory.adapts:  # else the tokenizer's hash is an input
+        settings.pop("transfer_fraction")
+    return settings

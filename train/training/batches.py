@@ -99,7 +99,7 @@ class Batches:
         return Candidates.draw(self.used, vocabulary, sampled, [self.seed, 1, step])
 
     def load(
-        self, blocks: np.ndarray, where: torch.device
+        self, blocks: np.ndarray, device: torch.device
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseRows]:
         """Return tokens and positions [B, T], of the valid rows places [N] and labels, targets.
 
@@ -107,16 +107,16 @@ class Batches:
         """
         reading = self.ahead.pop(blocks.tobytes(), None)
         arrays = self.arrays(blocks) if reading is None else reading.result()
-        tokens, positions, places, labels, *targets = (to_device(x, where) for x in arrays)
+        tokens, positions, places, labels, *targets = (to_device(x, device) for x in arrays)
         return tokens, positions, places, labels, SparseRows(*targets)
 
-    def expect(self, following: Sequence[np.ndarray], where: torch.device) -> None:
+    def expect(self, following: Sequence[np.ndarray], device: torch.device) -> None:
         """Read the blocks of the next load()s, in their order, while CUDA works on others.
 
         A block takes about 1 ms to read, and six files more on storage that is far: several
         threads wait for it. A CPU has no core to spare for it.
         """
-        if where.type == "cuda":
+        if device.type == "cuda":
             self.ahead = {
                 blocks.tobytes(): self.ahead.get(blocks.tobytes())
                 or self.pool.submit(self.arrays, blocks)

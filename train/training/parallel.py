@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 
 from vllm_memdec.train.executor.ray_executor import World
-from vllm_memdec.train.model.devices import device
+from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.model.huggingface import layers_of
 from vllm_memdec.train.settings import MemorySettings
 
@@ -57,7 +57,7 @@ def spread(memory: Any, settings: MemorySettings, world: World) -> torch.nn.Modu
     """
     if settings.gradient_checkpointing:
         memory.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.compile if settings.compile is not None else device().type == "cuda":
+    if settings.compile if settings.compile is not None else default_device().type == "cuda":
         torch._dynamo.config.suppress_errors = True  # what cannot be compiled runs as it is
         for layer in layers_of(memory):  # each by itself: they share one compiled function
             layer.compile()
@@ -119,7 +119,7 @@ def agreed(value: Any, world: World) -> Any:
     if world.size == 1:
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=device())
+    dist.broadcast_object_list(values, src=0, device=default_device())
     return values[0]
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from vllm_memdec.train.data.artifacts import open_artifact
 from vllm_memdec.train.data.ownership import MANIFEST
 from vllm_memdec.train.data.shards import Shards, shards
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.model.huggingface import load_model
-from vllm_memdec.train.pipeline import MEMORY_BUDGET, STAGES
+from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.verify.brute_force import evenly, nearest, take
 
