@@ -77,9 +77,9 @@ class Domain:
     sizes: Sizes
     settings: Settings
     progress: Progress
-    systems: dict[type, Any] = field(default_factory=dict, init=False, repr=False)
+    systems: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
-    def system(self, kind: type[S]) -> S:
+    def system(self, kind: Callable[["Domain"], S]) -> S:
         """Return the system of a class over this domain."""
         if kind not in self.systems:
             self.systems[kind] = kind(self)

@@ -15,7 +15,8 @@ class LineReader:
     """A model that reads one line at a time and keeps what it found in the last one."""
 
     def __init__(self, folder: str) -> None:
-        self.folder, self.line = folder, None
+        self.folder = folder
+        self.line: tuple[list[int], int] | None = None  # with the number of its last tokens
 
     @cached_property
     def model(self) -> Any:
