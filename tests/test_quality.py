@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_text
+from support.tiny_models import tiny_text
 from transformers import AutoTokenizer
 
 from benchmarks.corpora import domains

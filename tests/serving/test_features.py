@@ -6,11 +6,11 @@ files, those over HTTP of test_http.py. The answer key is matrix.py's.
 
 from collections import Counter
 
-import oracle
 import pytest
 import regex
 import torch
-from matrix import (
+from support import oracle
+from support.choices import (
     CHOICES,
     EOS,
     PLAIN,

@@ -4,9 +4,9 @@ import json
 import shutil
 
 import numpy as np
-import oracle
 import pytest
-from gates import gate_weights, random_gate
+from support import oracle
+from support.gate_oracle import gate_weights, random_gate
 
 from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
 from vllm_memdec.gate import FILE, write_gate

@@ -9,9 +9,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
-import oracle
 import pytest
-from matrix import (
+from support import oracle
+from support.choices import (
     ALPHAS,
     CHOICES,
     PLAIN,

@@ -5,9 +5,9 @@ import math
 import random
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
+from support import oracle
 from vllm.forward_context import set_forward_context
 
 pytestmark = pytest.mark.usefixtures("hostile")

@@ -5,10 +5,10 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import oracle
 import pytest
 import torch
-from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
+from support import oracle
+from support.choices import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError

@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-import oracle
 import pytest
+from support import oracle
 
 GENERATE = """
 import json, sys

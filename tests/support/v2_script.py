@@ -67,7 +67,7 @@ def with_bool_mask(function):
 InterpreterBuilder.create_masked_store = with_bool_mask(InterpreterBuilder.create_masked_store)
 
 import recorded_graphs  # noqa: E402
-from emulation import Captured, Hostile, Log, no_wait, watch  # noqa: E402
+from support.emulation import Captured, Hostile, Log, no_wait, watch  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorded_graphs import Graph, check_no_wait
+from support.recorded_graphs import Graph, check_no_wait
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, get_forward_context

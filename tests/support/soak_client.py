@@ -9,11 +9,11 @@ import socket
 import time
 
 import httpx
-import oracle
 import psutil
 import pytest
 import torch
-from matrix import ALPHAS, memdec_block
+from support import oracle
+from support.choices import ALPHAS, memdec_block
 
 LAW, BIO = "law", "bio"
 BLOCK = 32  # tokens of a KV block, the fewest that the CPU attention takes

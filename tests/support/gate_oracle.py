@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import oracle
 import torch
+from support import oracle
 
 from vllm_memdec.gate import gate_path, read_gate
 

@@ -5,8 +5,8 @@ The key is computed without vLLM: float64 mixtures of plain Hugging Face models.
 
 from dataclasses import dataclass
 
-import oracle
 import torch
+from support import oracle
 
 ALPHAS = {"law": 0.6, "bio": 0.4}
 DEFAULT = "law"

@@ -1,4 +1,4 @@
-"""Engines on the V2 runner for tests: jobs for run_v2.py, and what their results must show."""
+"""Engines on the V2 runner for tests: jobs for v2_script.py, and what their results must show."""
 
 import functools
 import json
@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import torch
+from support import oracle
 from transformers import AutoModelForCausalLM
 
 SIZES = [1, 2, 4, 8, 16, 32]  # tokens of a captured graph
@@ -39,7 +39,7 @@ def job(base, block, requests, graphs=None, **options):
 
 def run(jobs, env):
     """Return the results of jobs by their names, all from one process."""
-    script = str(Path(__file__).with_name("run_v2.py"))
+    script = str(Path(__file__).with_name("v2_script.py"))
     run = subprocess.run(
         [sys.executable, script, json.dumps([*jobs.values()])],
         env=env,
