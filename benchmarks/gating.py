@@ -291,7 +291,7 @@ def cost(base: Path, folder: Path) -> list[dict[str, Any]]:
         setattr(owner, name, call)
 
     model.interpolate = both
-    timed(runner.model.gates[0], "score", "gate")
+    timed(runner.model.memories[0].gate, "score", "gate")
     timed(runner, "execute_model", "step")
     timed(runner, "sample_tokens", "step")
     rows = []

@@ -120,7 +120,7 @@ def against_plain(base, memory, sizes, rounds, options):
 
 def profile(base, memory, sizes):
     """Return rows of batch size and the milliseconds of each part of a decode step."""
-    from vllm_memdec import model, state
+    from vllm_memdec import batch, model
 
     llm = engine(base, memory)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -147,7 +147,7 @@ def profile(base, memory, sizes):
     timed(model, "interpolate", "mixture")
     timed(composite, "forward", "composite forward")
     timed(composite, "compute_logits", "composite logits")
-    timed(state.Batch, "write", "batch")
+    timed(batch.Batch, "write", "batch")
     timed(composite.choices, "resolve", "choices")
     timed(runner, "execute_model", "execute_model")
     timed(runner, "sample_tokens", "sample_tokens")

@@ -17,10 +17,10 @@ import torch
 from test_interpolate import BF16, FP16, FP32, assert_close, bits, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_memdec.batch import encode
 from vllm_memdec.kernels import interpolate as op
 from vllm_memdec.kernels.interpolate import RowWeights, interpolate
 from vllm_memdec.kernels.reference import interpolate_reference, row_weights_reference
-from vllm_memdec.state import encode
 
 # Rows: of memory 0, 1, none; weights plain and capped, 0, 1, one that needs all three columns.
 NUMBERS = torch.tensor([0, 1, -1, 0, 1, 0, 1, 0])

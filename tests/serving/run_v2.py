@@ -122,7 +122,7 @@ def generate(llm, job, log):
         "drafted": drafted,
         "accepted": accepted,
         "steps": log.steps,
-        "kept": len(runner.speculator.model.heard) if runner.speculator else 0,
+        "kept": len(runner.speculator.model.draft_logits) if runner.speculator else 0,
     }
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_memdec.drafting import EXPLORED, WARM_UP, Draft, DraftLength
+from vllm_memdec.batch import Draft
+from vllm_memdec.draft_length import EXPLORED, WARM_UP, DraftLength
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
@@ -126,16 +127,18 @@ def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
     assert Question("general", 0.0, 8) in speculation.questions()
 
 
-def test_a_draft_knows_what_it_spoke_of():
+def test_a_draft_knows_which_tokens_it_read():
     """All tokens but the last, if they are those that it read, at their place."""
     rows = torch.zeros(6, 1)
     draft = Draft({"a": 0, "b": 1}, [7, 30], [[5, 6, 7, 8], [9, 6, 7, 8]], rows, rows)
-    assert draft.said("a", 7, [5, 6, 7, 8]) == range(3) and draft.said("b", 30, [9, 6]) == range(
-        3, 4
+    assert draft.reusable_rows("a", 7, [5, 6, 7, 8]) == range(3) and draft.reusable_rows(
+        "b", 30, [9, 6]
+    ) == range(3, 4)
+    assert not draft.reusable_rows("a", 7, [5])  # the last runs in any case
+    assert not draft.reusable_rows("a", 8, [6, 7]) and not draft.reusable_rows("c", 7, [5, 6])
+    assert not draft.reusable_rows("a", 7, [5, 6, 8]) and not draft.reusable_rows(
+        "a", 7, [5, 6, 7, 8, 9]
     )
-    assert not draft.said("a", 7, [5])  # the last runs in any case
-    assert not draft.said("a", 8, [6, 7]) and not draft.said("c", 7, [5, 6])
-    assert not draft.said("a", 7, [5, 6, 8]) and not draft.said("a", 7, [5, 6, 7, 8, 9])
 
 
 def test_nothing_known_yet_is_no_reason_to_stop():
