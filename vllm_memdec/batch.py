@@ -70,7 +70,7 @@ class ContextTable:
     """A memory's weights by the position of a row, in the columns' form."""
 
     def __init__(
-        self, table: Sequence[tuple[int, float]], number: int, dtype: torch.dtype, device: Any
+        self, table: Sequence[Sequence[float]], number: int, dtype: torch.dtype, device: Any
     ):
         starts, alphas = zip(*table, strict=True)
         self.number = number

@@ -18,6 +18,8 @@ NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
 MAX_MEMORIES = 256  # bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
+# Of the settings that are not text, alpha apart.
+TYPES: dict[str, type] = {"tensor_parallel_size": int, "gate": bool, "alpha_by_context": list}
 SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
@@ -66,8 +68,7 @@ class MemoryConfig:
                 f"Unknown memdec setting {unknown[0]!r}{which}: the settings are {sorted(known)}."
             )
         for key, value in settings.items():
-            kind = {"tensor_parallel_size": int, "gate": bool, "alpha_by_context": list}
-            kind = kind.get(key, str)
+            kind = TYPES.get(key, str)
             if key != "alpha" and value is not None and type(value) is not kind:
                 raise ValueError(
                     f"memdec setting {key!r}{which} must be of type {kind.__name__}, got {value!r}."
@@ -161,7 +162,7 @@ class MemDecConfig:
                 )
         if len(names) > MAX_MEMORIES:
             raise ValueError(f"memdec serves at most {MAX_MEMORIES} memories, got {len(names)}.")
-        default = settings.get("default")
+        default: Any = settings.get("default")
         if default is None and len(names) == 1:
             default = names[0]
         if default not in (*names, NONE):

@@ -29,13 +29,13 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         copies = ranks if memory.tensor_parallel_size == 1 else 1
         size = kv_bytes_per_token(models[-1], vllm_config, dtype)
         sizes.append(size and size * copies)
+    known = [size for size in sizes if size is not None]
+    shares = [round(size / sum(known), 4) for size in known]
     parts = [
-        {
-            "model": model.model,
-            "parameters": parameters(model),
-            "kv_cache_share": None if None in sizes else round(size / sum(sizes), 4),
-        }
-        for model, size in zip(models, sizes, strict=True)
+        {"model": model.model, "parameters": parameters(model), "kv_cache_share": share}
+        for model, share in zip(
+            models, shares if len(known) == len(sizes) else [None] * len(sizes), strict=True
+        )
     ]
     memories = {
         memory.name: {**part, "alpha": memory.alpha, "gate": memory.gate}
@@ -63,6 +63,8 @@ def parameters(model: ModelConfig) -> int | None:
     total = 0
     try:
         config = cached_file(model.model, "config.json", revision=model.revision)
+        if config is None:
+            return None
         for path in Path(config).parent.glob("*.safetensors"):
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118, not a dict

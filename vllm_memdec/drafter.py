@@ -56,8 +56,9 @@ class Drafter:
                 out_NV = torch.where(own_N1, logits_NV, out_NV)
         return out_NV
 
-    def fitted(self, logits_NW: torch.Tensor) -> torch.Tensor:
+    def fitted(self, logits_NW: torch.Tensor | None) -> torch.Tensor:
         """Return logits [N, V], as wide as the base's and in the dtype that vLLM keeps them in."""
+        assert logits_NW is not None, "drafting across ranks is refused at start"
         V, W = self.vocabulary, logits_NW.shape[1]
         logits_NV = logits_NW[:, :V].to(self.dtype)
         if W < V:
@@ -68,8 +69,9 @@ class Drafter:
         """Return [N, V], each head on the rows of its own requests; zeros where a row has none."""
         out_NV = memory_ND.new_zeros(len(memory_ND), self.vocabulary, dtype=self.dtype)
         for _, rows, _, memory_NW in self.memories.selected_logits(memory_ND, columns_NA):
-            if self.batch.shared:
+            logits_NV = self.fitted(memory_NW)
+            if self.batch.shared and memory_NW is not None:
                 self.draft_logits.append(memory_NW)
-                return self.fitted(memory_NW)
-            out_NV[rows] = self.fitted(memory_NW)
+                return logits_NV
+            out_NV[rows] = logits_NV
         return out_NV

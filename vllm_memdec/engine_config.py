@@ -1,7 +1,7 @@
 """vLLM's own configurations of a memory, made from those of the base that it serves beside."""
 
 import copy
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_memdec.config import MemoryConfig
 
@@ -15,16 +15,18 @@ def memory_model_config(
     """Return vLLM's own ModelConfig of a memory, in the base's dtype unless it has its own."""
     from vllm.config import ModelConfig
 
+    dtype: Any = memory.dtype or base.dtype
+    limit: Any = max_model_len  # None: the memory's own
     return ModelConfig(
         model=memory.model,
         revision=memory.revision,
         tokenizer=base.tokenizer,
         tokenizer_revision=base.tokenizer_revision,
         trust_remote_code=base.trust_remote_code,
-        dtype=memory.dtype or base.dtype,
+        dtype=dtype,
         quantization=memory.quantization,
         seed=base.seed,
-        max_model_len=max_model_len,
+        max_model_len=limit,
         enforce_eager=base.enforce_eager,
         runner="generate",
         model_impl="vllm",
@@ -43,11 +45,13 @@ def memory_vllm_config(
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.sliding_window = uniform_sliding_window(model_config)
     if memory.kv_cache_dtype is not None:
-        cache_config.cache_dtype = memory.kv_cache_dtype
+        kv_cache_dtype: Any = memory.kv_cache_dtype  # one of vLLM's, see startup.py
+        cache_config.cache_dtype = kv_cache_dtype
     # Its own: vLLM writes into it whether the model is a mixture of experts.
     parallel_config = copy.copy(vllm_config.parallel_config)
     if memory.tensor_parallel_size == 1:
         parallel_config.tensor_parallel_size = 1  # whose heads vLLM counts by it
+    assert isinstance(vllm_config.additional_config, dict)
     # quant_config None: vLLM derives the memory's own, if its config.json names one.
     return replace(
         vllm_config,

@@ -13,7 +13,7 @@ from vllm.model_executor.model_loader import DefaultModelLoader
 
 from vllm_memdec.batch import CONTEXT, Batch, ContextTable, MemoryShare
 from vllm_memdec.compat.attention import narrow_attention, narrow_slots
-from vllm_memdec.compat.inner_models import build_memory
+from vllm_memdec.compat.inner_models import build_memory, dtype_of
 from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
 from vllm_memdec.config import MemoryConfig
 from vllm_memdec.gate import Gate, read_gate
@@ -38,7 +38,7 @@ class Memory:
         self.name = f"memory{number}"
         model = config.model_config
         self.width, self.vocabulary = model.get_hidden_size(), model.get_vocab_size()
-        self.dtype = model.dtype
+        self.dtype = dtype_of(model)
         self.is_whole = settings.tensor_parallel_size == 1  # on each tensor-parallel rank
         self.clamped_T: torch.Tensor | None = None  # token ids, where some would be unknown to it
         if self.vocabulary < vllm_config.model_config.get_vocab_size():

@@ -10,6 +10,7 @@ import torch
 from vllm.config import VllmConfig
 
 from vllm_memdec.batch import Batch, decode_memory, decode_reused, write_context
+from vllm_memdec.compat.inner_models import dtype_of
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.engine_config import memory_vllm_config
 from vllm_memdec.memory import Memory
@@ -28,20 +29,20 @@ class MemorySet:
         models = [config.model_config for config in configs]
         self.width = max(model.get_hidden_size() for model in models)
         # Rows of both models travel side by side: in the wider of their dtypes, so unchanged.
-        self.dtype = functools.reduce(
-            torch.promote_types, (model.dtype for model in models), base.dtype
-        )
-        device = torch.device(vllm_config.device_config.device)
+        self.dtype = functools.reduce(torch.promote_types, map(dtype_of, models), dtype_of(base))
+        device = vllm_config.device_config.device
+        assert isinstance(device, (str, torch.device))
+        self.device = torch.device(device)
         self.batch = Batch(
             len(models),
             base.get_hidden_size() + self.width,
             vllm_config.scheduler_config.max_num_batched_tokens,
             self.dtype,
-            device,
+            self.device,
         )
         # Selecting the rows of a memory makes the host wait for the device. On a CPU there is
         # nothing to wait for; elsewhere each head runs on all rows, and few rows cost no more.
-        self.selects_rows = device.type == "cpu" and not vllm_config.use_v2_model_runner
+        self.selects_rows = self.device.type == "cpu" and not vllm_config.use_v2_model_runner
         self.memories = [
             Memory(number, memory, config, vllm_config, self.batch, prefix)
             for number, (memory, config) in enumerate(zip(settings.memories, configs, strict=True))
@@ -88,7 +89,8 @@ class MemorySet:
         alone = len(shares) == 1 and all(share.tokens is None for share in shares.values())
         if shares and not alone:
             memory_TD.zero_()  # a head runs on a row without a memory too: it must be finite
-        if batch.reused is not None and batch.draft is not None:
+        if batch.reused is not None:
+            assert batch.draft is not None
             tokens, rows_R = batch.reused
             memory_TD[tokens] = batch.draft.hidden_RD[rows_R]
         for number, share in shares.items():
@@ -115,12 +117,15 @@ class MemorySet:
                 if not len(rows):
                     continue
             mine = memory.own_rows(memory_ND[rows])
-            if batch.reused is None or batch.draft is None:
+            if batch.reused is None:
                 yield memory, rows, mine, memory.logits(mine)
                 continue
             # The batch is this memory's alone.
+            assert batch.draft is not None
             reused_N = decode_reused(columns_NA)
             new_N = reused_N < 0
             logits_NW = batch.draft.logits_RW[reused_N.clamp(min=0)]
-            logits_NW[new_N] = memory.logits(mine[new_N])
+            new_NW = memory.logits(mine[new_N])
+            assert new_NW is not None, "drafting across ranks is refused at start"
+            logits_NW[new_N] = new_NW
             yield memory, rows, mine, logits_NW

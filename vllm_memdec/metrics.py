@@ -26,13 +26,14 @@ def note_memory(request_id: str, memory: str) -> None:
 @cache
 def counters() -> tuple[Counter, Counter, Counter]:
     """Return the counters of finished requests, once in a process."""
-    return tuple(
-        Counter(f"memdec:{what}", f"Finished requests: {text}, by memory.", ["memory"])
-        for what, text in (
-            ("requests", "their number"),
-            ("prompt_tokens", "tokens of their prompts"),
-            ("generation_tokens", "tokens of their answers"),
-        )
+
+    def counter(what: str, text: str) -> Counter:
+        return Counter(f"memdec:{what}", f"Finished requests: {text}, by memory.", ["memory"])
+
+    return (
+        counter("requests", "their number"),
+        counter("prompt_tokens", "tokens of their prompts"),
+        counter("generation_tokens", "tokens of their answers"),
     )
 
 

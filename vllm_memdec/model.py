@@ -10,7 +10,7 @@ Shapes: T tokens, N selected rows, V base vocabulary, W memory vocabulary, D hid
 
 from collections.abc import Iterable
 from itertools import groupby
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,7 +25,7 @@ from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
 from vllm_memdec.batch import decode
 from vllm_memdec.compat.attention import is_attention, kv_bytes_per_token
-from vllm_memdec.compat.inner_models import build_base
+from vllm_memdec.compat.inner_models import build_base, dtype_of
 from vllm_memdec.config import ARCHITECTURE, MemDecConfig
 from vllm_memdec.drafter import Drafter
 from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolate
@@ -48,11 +48,10 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.choices = Choices.of(self.settings)
         model_config = vllm_config.model_config
         assert ARCHITECTURE not in model_config.architectures, "the base would be the composite"
-        device = torch.device(vllm_config.device_config.device)
         self.loaded: set[str] = set()
 
         self.base = build_base(vllm_config, prefix)
-        self.base_dtype, self.vocabulary = model_config.dtype, model_config.get_vocab_size()
+        self.base_dtype, self.vocabulary = dtype_of(model_config), model_config.get_vocab_size()
         self.memories = MemorySet(vllm_config, self.settings, prefix)
         for memory in self.memories:  # so that the composite has their parameters
             setattr(self, memory.name, memory.module)
@@ -70,7 +69,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.secondary_weights = [memory.source for memory in self.memories]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
         mode = vllm_config.compilation_config.mode
-        self.compiled = mode != CompilationMode.NONE and device.type == "cpu"
+        self.compiled = mode != CompilationMode.NONE and self.memories.device.type == "cpu"
         if vllm_config.lora_config is not None:
             self.prepare_lora()
         self.install_seams(vllm_config)
@@ -97,8 +96,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             v1_runner.install()
             if self.drafter is not None:
                 v1_drafting.install()
-        device = torch.device(vllm_config.device_config.device)
-        if vllm_config.speculative_config is not None and device.type == "cpu":
+        on_cpu = self.memories.device.type == "cpu"
+        if vllm_config.speculative_config is not None and on_cpu:
             from vllm_memdec.compat import cpu_speculation
 
             cpu_speculation.install()
@@ -122,6 +121,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         out_TD = self.batch.columns_TA.new_empty(len(input_ids), width)
         if self.overlaps():
             main, side = torch.cuda.current_stream(), aux_stream()
+            assert side is not None, "see may_overlap()"
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 self.memories.run(input_ids, positions, out_TD[:, self.split[0] :])
@@ -196,7 +196,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
     def mix(self, hidden_states: torch.Tensor, out_NV: torch.Tensor) -> bool:
         """Write the mixture [N, V] without waiting for the device; False where a rank has none."""
         _, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
-        base_NV, others = self.base_logits(hidden_states), "base"
+        base_NV = self.base_logits(hidden_states)
+        others: Literal["base", "keep"] = "base"
         for memory in self.memories.used:
             mine_ND = memory.own_rows(memory_ND)
             memory_NW = memory.logits(mine_ND)
@@ -240,7 +241,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             if self.batch.shared:
                 out_NV = mixed_NV
             else:
-                out_NV = base_NV.to(torch.float32, copy=True) if out_NV is base_NV else out_NV
+                if out_NV is None or out_NV is base_NV:
+                    out_NV = base_NV.to(torch.float32, copy=True)
                 out_NV[rows] = mixed_NV
         return out_NV
 
@@ -277,8 +279,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
 
     def prepare_lora(self) -> None:
         """Let vLLM put LoRA adapters on the base, and on nothing else."""
-        if not supports_lora(self.base):
-            raise ValueError(f"vLLM has no LoRA for {type(self.base).__name__}: start without it.")
+        base = self.base
+        if not supports_lora(base):
+            raise ValueError(f"vLLM has no LoRA for {type(base).__name__}: start without it.")
         from vllm_memdec.compat import lora
 
         lora.install()
@@ -286,7 +289,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             setattr(self, name, getattr(self.base, name))
         self.packed_modules_mapping = self.base.packed_modules_mapping
         self.config = self.base.config
-        self.lora_skip_prefixes = self.base.lora_skip_prefixes
+        self.lora_skip_prefixes = self.base.lora_skip_prefixes  # type: ignore[misc]
         mapper = getattr(self.base, "hf_to_vllm_mapper", None) or WeightsMapper()
         self.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_prefix={"": "base."})
 

@@ -20,7 +20,8 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
     choices: None on a server that runs without a memory.
     """
     names = choices.names if choices else ()
-    for key, value in (extra_args or {}).items():
+    extra_args = extra_args or {}
+    for key, value in extra_args.items():
         if not str(key).startswith(PREFIX):
             continue
         if key not in (ALPHA, MEMORY):
@@ -37,7 +38,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
                 f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
                 f"got {brief(value)}."
             )
-    if choices and (extra_args or {}).get(ALPHA) == AUTO:
+    if choices and extra_args.get(ALPHA) == AUTO:
         name = extra_args.get(MEMORY, choices.default)
         if name != NONE and name not in choices.gated and name not in choices.by_context:
             raise ValueError(

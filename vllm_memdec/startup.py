@@ -222,6 +222,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
 def check_speculation(vllm_config: "VllmConfig", models: "list[ModelConfig]", adapts: bool) -> None:
     """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
     speculation = vllm_config.speculative_config
+    assert speculation is not None, "see check_engine()"
     if adapts and vllm_config.use_v2_model_runner:
         raise ValueError(
             "vLLM's V2 runner drafts a fixed number of tokens: give speculative_tokens a number, "

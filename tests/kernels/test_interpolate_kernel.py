@@ -263,10 +263,10 @@ COMPILE = """
             ptxas = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2"]
             command = [*ptxas, f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-        said = done.stdout + done.stderr
+        printed = done.stdout + done.stderr
         return {
-            "registers": int(re.search(r"Used (\\d+) registers", said)[1]),
-            "spilled": sum(map(int, re.findall(r"(\\d+) bytes spill", said))),
+            "registers": int(re.search(r"Used (\\d+) registers", printed)[1]),
+            "spilled": sum(map(int, re.findall(r"(\\d+) bytes spill", printed))),
             "loads": re.findall(r"ld\\.global[\\w.:]*?((?:v\\d\\.)?b\\d+)", ptx),
             "stores": re.findall(r"st\\.global[\\w.:]*?((?:v\\d\\.)?b\\d+)", ptx),
             "vectors": flags["BLOCK"] * dtype.itemsize // 16 // (32 * warps),

@@ -103,12 +103,12 @@ def test_gated_mixtures(engine, models):
         assert second.outputs[0].token_ids == first.outputs[0].token_ids
     outputs = [*outputs, *again]
     asked = [*asked, *asked]
-    for (_, _, name, most), output in zip(asked, outputs, strict=True):
+    for (_, _, name, cap), output in zip(asked, outputs, strict=True):
         ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-        alpha_T1 = gate_weights(models, name, most, ids)
+        alpha_T1 = gate_weights(models, name, cap, ids)
         error = oracle.gap(output, models["base"], models[name], alpha_T1)
-        assert error < oracle.TOLERANCE, (name, most)
-        if most == 1:
+        assert error < oracle.TOLERANCE, (name, cap)
+        if cap == 1:
             spread += alpha_T1.flatten().tolist()
     assert min(spread) < 0.2 and max(spread) > 0.8  # or the gates would not be seen
 

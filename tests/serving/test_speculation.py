@@ -156,7 +156,7 @@ def test_weights_and_cache_exist_once(engine, models, requests, plain):
         assert mine.kv_cache_config.num_blocks == plain.blocks
         layers = {n for g in mine.kv_cache_config.kv_cache_groups for n in g.layer_names}
         assert len(layers) == 7  # of base and memories: 2 + 3 + 2
-        assert mine.drafter.model.composite is mine.model
+        assert mine.drafter.model.memories is mine.model.memories
         assert set(mine.drafter._draft_attn_layer_names) < layers
         assert not [v for v in vars(mine.drafter).values() if isinstance(v, torch.nn.Module)]
 

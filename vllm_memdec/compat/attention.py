@@ -13,7 +13,7 @@ import contextlib
 import copy
 import functools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.config import VllmConfig
@@ -112,7 +112,10 @@ class NarrowBuilder(AttentionMetadataBuilder):
             return None  # no request of this batch runs these layers
         if share.requests is not None:
             common_attn_metadata = _narrowed(common_attn_metadata, share)
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        # The backend's own, which comes next among the bases.
+        return super().build(  # type: ignore[safe-super]
+            common_prefix_len, common_attn_metadata, fast_build
+        )
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
         if self.memdec_number not in self.memdec_batch.shares:
@@ -126,26 +129,28 @@ class NarrowBuilder(AttentionMetadataBuilder):
 
 def _narrowed(common: CommonAttentionMetadata, share: MemoryShare) -> CommonAttentionMetadata:
     """Return the metadata of some requests of a batch."""
+    requests, lengths, tokens = share.requests, share.lengths, share.tokens
+    assert requests is not None and lengths is not None and tokens is not None
 
     def pick(name: str) -> Any:
         value = getattr(common, name)
         if value is None:
             return None
-        return value[share.requests if value.is_cpu else share.rows]
+        return value[requests if value.is_cpu else share.rows]
 
     return common.replace(
         query_start_loc=share.starts,
-        query_start_loc_cpu=torch.nn.functional.pad(share.lengths.cumsum(0), (1, 0)).int(),
+        query_start_loc_cpu=torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int(),
         seq_lens=pick("seq_lens"),
-        num_reqs=len(share.requests),
-        num_actual_tokens=len(share.tokens),
-        max_query_len=int(share.lengths.max()),
+        num_reqs=len(requests),
+        num_actual_tokens=len(tokens),
+        max_query_len=int(lengths.max()),
         block_table_tensor=pick("block_table_tensor"),
-        slot_mapping=common.slot_mapping[share.tokens],
-        positions=None if common.positions is None else common.positions[share.tokens],
+        slot_mapping=common.slot_mapping[tokens],
+        positions=None if common.positions is None else common.positions[tokens],
         is_prefilling=pick("is_prefilling"),
         seq_lens_cpu_upper_bound=pick("seq_lens_cpu_upper_bound"),
-        req_idx=None if common.req_idx is None else common.req_idx[share.requests.numpy()],
+        req_idx=None if common.req_idx is None else common.req_idx[requests.numpy()],
         rswa_prefix_lens=pick("rswa_prefix_lens"),
         _num_computed_tokens_cache=None,
         _token_to_req_indices_cache=None,
@@ -157,12 +162,14 @@ def narrow_slots(layers: Iterable[str], tokens: torch.Tensor) -> Iterator[None]:
     """Let a memory's layers write the keys and values of these tokens of the batch only."""
     context = copy.copy(get_forward_context())
     narrowed: dict[int, torch.Tensor] = {}  # layers share their tensors
-    context.slot_mapping = dict(context.slot_mapping)
+    # A list only under dual-batch overlap, which is refused.
+    slot_mapping = dict(cast(dict[str, torch.Tensor], context.slot_mapping))
+    context.slot_mapping = slot_mapping
     for name in layers:
-        if (slots := context.slot_mapping.get(name)) is not None:
+        if (slots := slot_mapping.get(name)) is not None:
             if id(slots) not in narrowed:
                 narrowed[id(slots)] = slots[tokens]
-            context.slot_mapping[name] = narrowed[id(slots)]
+            slot_mapping[name] = narrowed[id(slots)]
     with override_forward_context(context):
         yield
 

@@ -21,6 +21,7 @@ from vllm.v1.spec_decode.draft_model import DraftModelProposer
 from vllm_memdec.batch import MAX_REUSED, Draft
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.draft_length import DraftLength
+from vllm_memdec.drafter import Drafter
 from vllm_memdec.request import NO_MEMORY
 
 PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
@@ -66,10 +67,12 @@ def _loaded(original: Callable) -> Callable:
 class MemoryProposer(DraftModelProposer):
     """vLLM's drafter, with the composite's memories for a model."""
 
+    memory_model: Drafter  # the model, by its own type
+
     def adopt(self, target_model: Any) -> None:
         """Become this drafter: the runner makes its own before there is a model to ask."""
         self.__class__ = MemoryProposer
-        self.model = target_model.drafter
+        self.model = self.memory_model = target_model.drafter
         self._draft_attn_layer_names = set(target_model.memories.layer_names)
         # With asynchronous scheduling vLLM has planned the drafts before they are made.
         self.ragged = not self.vllm_config.scheduler_config.async_scheduling
@@ -82,7 +85,7 @@ class MemoryProposer(DraftModelProposer):
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Run nothing: memories have run with the target already, and drafts use no graphs."""
 
-    def propose(
+    def propose(  # type: ignore[override]
         self,
         num_speculative_tokens: int,
         target_token_ids: torch.Tensor,
@@ -104,12 +107,12 @@ class MemoryProposer(DraftModelProposer):
             last_B = common_attn_metadata.query_start_loc[1:] - 1
         newest = (next_token_ids, target_positions[last_B.long()])
         if not self.ragged:
-            if not self.model.batch.used:  # no request is drafted for
+            if not self.memory_model.batch.used:  # no request is drafted for
                 return next_token_ids.new_zeros(len(next_token_ids), num_speculative_tokens)
             return self.draft(
                 num_speculative_tokens, *newest, common_attn_metadata, sampling_metadata
             )
-        batch = self.model.batch
+        batch = self.memory_model.batch
         names, has_memory = batch.requests, (batch.memory_B != NO_MEMORY).tolist()
         accepted = self.accepted(names, common_attn_metadata, num_rejected_tokens_gpu)
         # This step gave one token more than it accepted, the next will do so too.
@@ -187,11 +190,13 @@ class MemoryProposer(DraftModelProposer):
             _num_computed_tokens_cache=None,
             _token_to_req_indices_cache=None,
         )
-        batch = self.model.batch
+        batch = self.memory_model.batch
         batch.write_drafting()
-        kept_logits = self.model.draft_logits
+        kept_logits = self.memory_model.draft_logits
         kept_logits.clear()
-        drafts, probabilities, hidden, first = [newest_B], [], [], None
+        drafts, hidden = [newest_B], []
+        probabilities: list[torch.Tensor] = []
+        first: list[int] = []
         for number in range(K):
             positions_B = self._update_positions_dependent_metadata(
                 positions_B, common, B, B, self.block_size
@@ -203,7 +208,7 @@ class MemoryProposer(DraftModelProposer):
             # With a memory's configuration: ranks that share experts would wait for one another.
             with set_forward_context(
                 attention,
-                self.model.memories[0].config,
+                self.memory_model.memories[0].config,
                 num_tokens=B,
                 cudagraph_runtime_mode=CUDAGraphMode.NONE,
                 slot_mapping=self._get_slot_mapping(B),
@@ -211,9 +216,10 @@ class MemoryProposer(DraftModelProposer):
                 h_BD = self.model(self.input_ids[:B], self._get_positions(B))
             tokens_B, p_BV = self._sample_draft_tokens(h_BD[:B], sampling_metadata)
             drafts.append(tokens_B)
-            probabilities.append(p_BV)
+            if p_BV is not None:
+                probabilities.append(p_BV)
             hidden.append(h_BD[:B])
-        if probabilities and probabilities[0] is not None:
+        if probabilities:
             self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
         drafts_BK = torch.stack(drafts, dim=1)
         # Elsewhere the next step is planned before it is known what it will verify.

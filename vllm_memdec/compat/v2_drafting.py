@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.compat.v2_graphs import MemoryGraphs
+from vllm_memdec.drafter import Drafter
 
 DRAFTER = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
 SIGNATURES = {
@@ -79,14 +80,15 @@ class DraftGraphs(SpeculatorCudaGraphManager, MemoryGraphs):
 class MemorySpeculator(StandaloneARSpeculator):
     """vLLM's speculator, with the composite's memories for a model."""
 
-    graphs: DraftGraphs | None = None
+    memory_model: Drafter  # the model, by its own type
+    graphs: DraftGraphs  # from init_cudagraph_manager() on
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Plan a graph for each number of requests, where the target decodes by full graphs."""
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.graphs = DraftGraphs(self.vllm_config, self.device, mode, decode_query_len=1)
-        batch = self.model.batch
+        batch = self.memory_model.batch
         self.graphs.adopt(batch, [memories for memories in batch.sets if memories])
 
     def capture(self) -> None:
@@ -124,7 +126,7 @@ class MemorySpeculator(StandaloneARSpeculator):
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         """Return drafts [B, K], arbitrary ones for a request without a memory."""
-        B, batch = input_batch.num_reqs, self.model.batch
+        B, batch = input_batch.num_reqs, self.memory_model.batch
         drafts_BK = self.draft_tokens[:B]
         if dummy_run:
             if skip_attn_for_dummy_run:  # vLLM's memory profile
@@ -234,7 +236,7 @@ class MemorySpeculator(StandaloneARSpeculator):
         # A memory's own configuration: ranks with experts in common would wait for one another.
         with set_forward_context(
             attn_metadata,
-            self.model.memories[0].config,
+            self.memory_model.memories[0].config,
             num_tokens=num_tokens,
             slot_mapping=slot_mappings,
         ):
@@ -267,7 +269,7 @@ def _loaded(original: Callable) -> Callable:
             # Another engine of this process, with a draft model of its own.
             return original(self, target_model)
         self.__class__ = MemorySpeculator
-        self.model = target_model.drafter
+        self.model = self.memory_model = target_model.drafter
         self.draft_attn_layer_names = set(target_model.memories.layer_names)
 
     return load_model

@@ -93,7 +93,7 @@ class MemoryGraphs(CudaGraphManager):
         return super().run_fullgraph(desc)
 
 
-class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):
+class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):  # type: ignore[misc]
     """The manager of a composite's graphs."""
 
     def add_single_tokens(self) -> None:

@@ -43,7 +43,7 @@ class MemDecModelState(DefaultModelState):
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any):
         super().__init__(vllm_config, model, encoder_cache, device)
-        self.choices, self.batch = model.choices, model.batch
+        self.composite, self.choices, self.batch = model, model.choices, model.batch
         # By the request's slot in the runner's table.
         self.memory_R = torch.full((self.max_num_reqs,), NO_MEMORY)
         self.alpha_R = torch.zeros(self.max_num_reqs)
@@ -51,7 +51,7 @@ class MemDecModelState(DefaultModelState):
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
         super().initialize_kv_cache(kv_cache_config, *args, **kwargs)
-        self.model.log_groups(kv_cache_config)
+        self.composite.log_groups(kv_cache_config)
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)

@@ -18,14 +18,14 @@ from speculation import PLAIN, Found, Question, drafting  # noqa: E402
 BASE, TOKEN, PASS = 30e-3, 2e-3, 8e-3  # seconds of a step, of each token in it, of a draft pass
 
 
-def best(beta, requests, most):
+def best(beta, requests, max_drafts):
     """Return the length of most tokens a second, by the geometric series of limits."""
 
     def speed(k):
         tokens = sum(beta**j for j in range(k + 1))
         return requests * tokens / (BASE + TOKEN * requests * (k + 1) + k * PASS)
 
-    return max(range(most + 1), key=speed), speed
+    return max(range(max_drafts + 1), key=speed), speed
 
 
 def run(length, beta, names, steps, rng):
