@@ -15,7 +15,7 @@ from test_memories import base, block, composite, folders, params  # noqa: F401
 from test_speculation import answers
 from vllm.forward_context import get_forward_context
 
-from vllm_memdec.model import Drafter
+from vllm_memdec.drafter import Drafter
 
 
 @pytest.fixture

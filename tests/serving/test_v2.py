@@ -128,9 +128,9 @@ def test_mixture(results, mixed):
         result["requests"], CHOSEN, strict=True
     ):
         if name == "gated":
-            most = 1.0 if alpha == "auto" else 0.4
+            cap = 1.0 if alpha == "auto" else 0.4
             models = folders | {"base": base}
-            alpha = gate_weights(models, name, most, [*prompt, *sampled])
+            alpha = gate_weights(models, name, cap, [*prompt, *sampled])
         error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
         assert error < oracle.TOLERANCE, extra
     assert v2_process.check_steps(result) == {"NONE"}

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -39,10 +40,11 @@ def job(base, block, requests, graphs=None, **options):
 
 def run(jobs, env):
     """Return the results of jobs by their names, all from one process."""
-    script = str(Path(__file__).with_name("v2_script.py"))
+    tests = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [tests, env.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, script, json.dumps([*jobs.values()])],
-        env=env,
+        [sys.executable, "-m", "support.v2_script", json.dumps([*jobs.values()])],
+        env=env | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
