@@ -6,36 +6,23 @@ A table goes wherever a page has its marks: <!-- NAME --> and <!-- /NAME -->.
 """
 
 import argparse
-import csv
+import ast
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks import overview
+from benchmarks.csv_rows import RESULTS, ROOT, grid, read
 from benchmarks.speed import paper
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
-RESULTS = ROOT / "benchmarks/results"
 FEATURES = ROOT / "tests/serving/features.csv"
 # Names of rows in gating.csv, and the field's words for them.
 SHOWN = {
     "perplexity, both in turn": "perplexity, mixed stream",
     "facts said by heart": "fact recall",
 }
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a CSV file, none if it is not there."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def grid(titles: list[str], rows: list[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [titles, ["---"] * len(titles), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def features() -> str:
@@ -227,7 +214,70 @@ def context() -> str:
     )
 
 
+def demo() -> str:
+    """Return what the demo measured."""
+    systems = ("base", "memory", "base + memory", "kNN-LM")
+    rows = read(RESULTS / "demo.csv")
+    return grid(
+        ["", *systems],
+        [[row["what"], *(row[system] or "not measured" for system in systems)] for row in rows],
+    )
+
+
+def scale() -> str:
+    """Return what index, search and targets cost, by number of keys and kind of index."""
+    rows = read(RESULTS / "scale.csv")
+    titles = ("keys", "index", "parts", "index, s/M keys", "search, s/M queries",
+              "targets, s/M rows", "search, ns/key visited", "peak ram, GB", "files open",
+              "recall@64", "commit")  # fmt: skip
+
+    def largest(row: dict[str, str], of: str) -> float:
+        return max(float(row[f"{part}_{of}"] or 0) for part in ("index", "search", "targets"))
+
+    return grid(
+        list(titles),
+        [
+            [
+                f"{int(row['keys']) / 1e6:g} M",
+                row["kind"],
+                row["parts"],
+                *(
+                    f"{float(row[f'{part}_s_per_million']):.0f}"
+                    for part in ("index", "search", "targets")
+                ),
+                f"{float(row['search_ns_a_key']):.0f}",
+                f"{largest(row, 'ram_mb') / 1000:.2f}",
+                f"{largest(row, 'files'):.0f}",
+                f"{float(row['recall_at_64']):.2f}" if row["recall_at_64"] else "not measured",
+                row["commit"],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def modules(folder: str) -> str:
+    """Return the modules of a folder, and what each is for: the first sentence of its docstring."""
+    root = ROOT / folder
+    rows = []
+    for path in sorted(root.rglob("*.py"), key=lambda p: (p.parent != root, p.parts)):
+        inside = path.relative_to(root)
+        if path.name == "__init__.py" or (folder == "vllm_memdec" and inside.parts[0] in LINKED):
+            continue
+        text = ast.get_docstring(ast.parse(path.read_text()))
+        assert text, f"{path} has no docstring"
+        rows.append([f"[{inside}]({inside})", text.split("\n\n")[0].replace("\n", " ")])
+    return grid(["module", "what it is for"], rows)
+
+
+LINKED = ("kernels", "train")  # folders of the repository, installed inside vllm_memdec
 TABLES: dict[str, Callable[[], str]] = {
+    "overview": overview.overview,
+    "demo": demo,
+    "scale": scale,
+    "serving modules": functools.partial(modules, "vllm_memdec"),
+    "compiling modules": functools.partial(modules, "train"),
+    "benchmark modules": functools.partial(modules, "benchmarks"),
     "features": features,
     "quality": quality,
     "gating": gating,
@@ -256,13 +306,16 @@ def filled(text: str, tables: dict[str, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--readme", action="store_true", help="replace the tables in the pages")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the tables into the pages, and draw"
+    )
     options = parser.parse_args()
     tables = {name: make() for name, make in TABLES.items()}
     print("\n".join(tables.values()))
     if options.readme:
         for page in pages():
             page.write_text(filled(page.read_text(), tables))
+        overview.draw(overview.PICTURE)
 
 
 if __name__ == "__main__":

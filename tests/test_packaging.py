@@ -63,12 +63,14 @@ def test_wheel_holds_only_the_package(wheel):
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_memdec"}
     for folder, link in ((ROOT / "kernels", "kernels"), (ROOT / "train", "train")):
-        expected = {f"vllm_memdec/{link}/{p.name}" for p in folder.glob("*.py")}
-        assert expected and expected <= set(names)
+        files = {p.relative_to(folder) for p in folder.rglob("*.py")}
+        expected = {f"vllm_memdec/{link}/{path}" for path in files}
+        assert len(expected) > 3 and expected <= set(names)
     configs = {f"vllm_memdec/train/configs/{p.name}" for p in ROOT.glob("train/configs/*.yaml")}
     assert len(configs) >= 2 and configs <= set(names)
-    ours = {f"vllm_memdec/{p.name}" for p in ROOT.glob("vllm_memdec/*.py")}
-    assert ours <= set(names)
+    for folder in ("vllm_memdec", "vllm_memdec/compat"):
+        ours = {f"{folder}/{p.name}" for p in ROOT.glob(f"{folder}/*.py")}
+        assert ours and ours <= set(names)
 
 
 def test_entry_points_are_registered(installed):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, tiny_text
+from support.tiny_models import VOCAB, tiny_text
 from transformers import AutoTokenizer
 
 from benchmarks.corpora import domains
@@ -23,12 +23,12 @@ from benchmarks.systems.registry import SYSTEMS
 from benchmarks.systems.system import System
 from benchmarks.systems.trained import Trained, budget
 from vllm_memdec.kernels import sparse_kl
-from vllm_memdec.train.config import parse_settings
-from vllm_memdec.train.corpus import pack, tokenise, valid_rows
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import label_logprobs
+from vllm_memdec.train.data.blocks import pack, tokenise, valid_rows
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import documents
+from vllm_memdec.train.settings import parse_settings
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What the README tells a person to type works, with the small demo in place of the full one."""
+"""What the READMEs tell a person to type works, with the small demo in place of the full one."""
 
 import json
 import os
@@ -11,10 +11,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks.server import environment, free_port, run_server
+from benchmarks.tables import pages
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = [
+    text
+    for page in pages()
+    for kind, text in re.findall(r"```(\w+)\n(.*?)```", page.read_text(), flags=re.DOTALL)
+    if kind != "mermaid"
+]
 SMALL = {
     "build/demo": "build/demo-quick",
     "benchmarks/demo/demo.yaml": "benchmarks/demo/demo-quick.yaml",
@@ -24,9 +29,9 @@ BIN = Path(sys.executable).parent
 
 
 def block(start: str) -> str:
-    """Return the README's only code block that starts so, with the small demo's paths."""
-    found = [text for _, text in BLOCKS if text.startswith(start)]
-    assert len(found) == 1, f"the README has {len(found)} blocks starting with {start!r}"
+    """Return the pages' only code block that starts so, with the small demo's paths."""
+    found = [text for text in BLOCKS if text.startswith(start)]
+    assert len(found) == 1, f"the READMEs have {len(found)} blocks starting with {start!r}"
     text = found[0]
     for full, small in SMALL.items():
         text = text.replace(full, small)
@@ -82,22 +87,27 @@ def test_the_demo_reports_everything(demo):
     assert "exact recall" in (ROOT / "build/demo-quick/report.md").read_text()
 
 
-def test_plan_command(demo):
-    printed = run(block("memdec plan"))
-    assert all(stage in printed for stage in ("datastore", "targets", "memory", "1e+10"))
+def test_install_command():
+    """Everything is installed: pip only has to find that out."""
+    command = block("pip install").strip()
+    printed = run(f"python -m {command} --dry-run --no-index --no-build-isolation --no-deps")
+    assert "Would install vllm-memdec-" in printed
 
 
-def test_compile_verify_and_calibrate_commands(demo, tmp_path):
+def test_commands_on_a_build(demo, tmp_path):
     run(block("memdec build").replace("build/my-memory", str(tmp_path / "memory")))
     assert json.loads((tmp_path / "memory/export/config.json").read_text())["memdec"]["alpha"] >= 0
-    verify = block("memdec verify").strip().replace("build/my-memory", str(tmp_path / "memory"))
-    run(f"{verify} --json {tmp_path}/found.json || test $? = 1")
+    commands = block("memdec plan").replace("build/my-memory", str(tmp_path / "memory"))
+    plan, verify, evaluate = (f"memdec {words}" for words in commands.split("memdec ")[1:])
+    printed = run(plan)
+    assert all(stage in printed for stage in ("datastore", "targets", "memory", "1e+10"))
+    run(f"{verify.strip()} --json {tmp_path}/found.json || test $? = 1")
     checks = json.loads((tmp_path / "found.json").read_text())["checks"]
     # The small demo's memory learns nothing, see above, and that is said.
     assert [check["name"] for check in checks if check["status"] == "FAILED"] == ["fidelity"]
-    evaluate = block("memdec evaluate").replace("build/my-memory", str(tmp_path / "memory"))
-    printed = run(evaluate)
-    assert "base" in printed and "alpha_by_context" in printed
+    assert "base" in run(evaluate)
+    printed = run(block("memdec alpha").replace("build/my-memory", str(tmp_path / "memory")))
+    assert "alpha_by_context" in printed
     calibrate = block("memdec calibrate").replace("build/my-memory", str(tmp_path / "memory"))
     assert "general" in run(calibrate)
     assert (tmp_path / "memory/export/memdec_gate.npz").exists()
@@ -153,8 +163,20 @@ def test_python_example(demo, monkeypatch):
     names["llm"].llm_engine.engine_core.shutdown()
 
 
-def test_the_tree_lists_every_module():
-    for folder in ("vllm_memdec", "kernels", "train", "benchmarks"):
-        for module in (ROOT / folder).rglob("*.py"):
-            if module.name != "__init__.py":
-                assert f"  {module.name} " in README, f"the README's tree lacks {folder}/{module}"
+def test_every_block_is_run_here():
+    starts = re.findall(r'block\(\s*f?"(.+?)"\)', Path(__file__).read_text())
+    starts = [start.replace("{SERVE}", SERVE).replace("\\\\\\n", "\\\n") for start in starts]
+    assert not [text for text in BLOCKS if not text.startswith(tuple(starts))]
+
+
+def test_links_lead_somewhere():
+    for page in pages():
+        for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page} links {link}"
+
+
+def test_the_front_page_is_short():
+    """A person reads it; every other figure has a page of its own."""
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 250
+    assert re.findall(r"<!-- (\w+) -->", text) == ["overview"]

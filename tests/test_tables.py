@@ -1,11 +1,13 @@
-"""The README's tables are what the committed CSV files say, and nothing is missing in them."""
+"""The pages' tables are what the committed CSV files say, and nothing is missing in them."""
 
 import ast
+import html
+import re
 from pathlib import Path
 
 import pytest
 
-from benchmarks import tables
+from benchmarks import overview, tables
 from benchmarks.corpora import domains
 from benchmarks.systems.registry import SYSTEMS
 
@@ -22,6 +24,7 @@ def test_a_page_gets_the_tables_that_it_has_marks_for(tmp_path, monkeypatch, cap
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "TABLES", {"one": lambda: "| 1 |\n", "two": lambda: "| 2 |\n"})
     monkeypatch.setattr("sys.argv", ["tables", "--readme"])
+    monkeypatch.setattr(overview, "PICTURE", tmp_path / "picture.svg")
     (tmp_path / "train").mkdir()
     front, train = tmp_path / "README.md", tmp_path / "train/README.md"
     front.write_text("<!-- one -->\nold\n<!-- /one -->\nsee train\n")
@@ -29,6 +32,21 @@ def test_a_page_gets_the_tables_that_it_has_marks_for(tmp_path, monkeypatch, cap
     tables.main()
     assert front.read_text() == "<!-- one -->\n| 1 |\n<!-- /one -->\nsee train\n"
     assert train.read_text() == "# two\n<!-- two -->\n| 2 |\n<!-- /two -->\n"
+    assert overview.PICTURE.read_text().startswith("<?xml")
+
+
+def test_no_page_has_a_table_of_figures_that_is_not_generated():
+    for page in tables.pages():
+        text = page.read_text()
+        for name in tables.TABLES:
+            text = tables.block(name).sub("", text)
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert not [row for row in rows if re.search(r"\| *[-+]?\d", row)], page
+
+
+def test_the_picture_shows_the_rows():
+    svg = overview.PICTURE.read_text()
+    assert html.escape(overview.shown(), quote=False) in svg.replace("&quot;", '"')
 
 
 def marked() -> set[str]:

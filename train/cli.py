@@ -18,10 +18,11 @@ try:
     import typer
     from rich.console import Console
 
-    from vllm_memdec.train.cluster import Cluster, Here, RayCluster
-    from vllm_memdec.train.config import load_settings
-    from vllm_memdec.train.ownership import check_report
+    from vllm_memdec.train.data.ownership import check_report
+    from vllm_memdec.train.executor.executor import Executor, LocalExecutor
+    from vllm_memdec.train.executor.ray_executor import RayExecutor
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.settings import load_settings
     from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
@@ -65,7 +66,7 @@ Memory = Annotated[Path, typer.Argument(help="Folder of the memory: a build's ex
 Served = Annotated[Path, typer.Option(help="Folder of a base that it serves.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the memory; default: its own.")]
 Texts = Annotated[list[Path], typer.Option(help="Text to read. May be given several times.")]
-Context = Annotated[
+ContextTokens = Annotated[
     int | None,
     typer.Option(
         min=32,
@@ -117,17 +118,19 @@ def build(
         given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
         settings = load_settings(config, assignments or (), chosen)
+        from vllm_memdec.train.executor.context import Context
         from vllm_memdec.train.pipeline import build as run
 
         budget = parse_bytes(memory_budget, "--memory-budget")
-        with joined(ray_address, output) as cluster:
-            if cluster is None:  # the training of another process, to its end
+        with joined(ray_address, output) as executor:
+            if executor is None:  # the training of another process, to its end
                 return
-            made = run(base, corpus, output, settings, validation, progress, cluster, budget, until)
+            context = Context(progress, executor, budget)
+            made = run(base, corpus, output, settings, validation, context, until)
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
-        from vllm_memdec.train.compare import serve_command
+        from vllm_memdec.train.evaluation.compare import serve_command
 
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
         progress.say(serve_command(base, {"model": str(made.path)}))
@@ -148,20 +151,20 @@ def parse_bytes(text: str, option: str) -> int:
     return size
 
 
-def choose_cluster(address: str, shared: Path, option: str = "--output") -> Cluster:
+def choose_cluster(address: str, shared: Path, option: str = "--output") -> Executor:
     """Return where the work runs: in this process, on this machine's Ray, or on a cluster.
 
     shared: the folder that all nodes must see; option: what it is given by.
     """
     if address == "none":
-        return Here()
-    return RayCluster(None if address == "local" else address, shared.resolve(), option)
+        return LocalExecutor()
+    return RayExecutor(None if address == "local" else address, shared.resolve(), option)
 
 
 @contextlib.contextmanager
-def joined(address: str, output: Path) -> Iterator[Cluster | None]:
+def joined(address: str, output: Path) -> Iterator[Executor | None]:
     """Yield where the work runs; None in a process of torchrun that has done what was its to do."""
-    from vllm_memdec.train.torchrun import Torchrun, started
+    from vllm_memdec.train.executor.torchrun import Torchrun, started
 
     if not started():
         yield choose_cluster(address, output)
@@ -206,8 +209,8 @@ def plan(
     """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
     progress = Progress()
     with explained(progress), contextlib.ExitStack() as stack:
-        from vllm_memdec.train import plan as planning
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.plan import report as planning
 
         check_report(json_file)
         if work is not None and not work.is_dir():
@@ -244,8 +247,8 @@ def verify(
     """Check a build: files, hashes, index, labels, targets, memory. Exit code 1 if one fails."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import verify as checking
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.verify import report as checking
 
         check_report(json_file)
         found = checking.verify(artifact, sample, base, progress)
@@ -277,14 +280,15 @@ def calibrate(
         ),
     ] = None,
     trust_remote_code: Trust = False,
-    context: Context = None,
+    context: ContextTokens = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import gate, gate_report
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import gate_report
+        from vllm_memdec.train.evaluation import gate_training as gate
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
@@ -299,15 +303,15 @@ def evaluate(
     base: Served,
     text: Texts,
     alpha: Alpha = None,
-    context: Context = None,
+    context: ContextTokens = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Compare base, memory and mixture on text: perplexity, also by length of context."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import compare
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
         found = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
@@ -320,15 +324,15 @@ def alpha(
     memory: Memory,
     base: Annotated[Path, typer.Option(help="Folder of the base to tune it for.")],
     text: Texts,
-    context: Context = None,
+    context: ContextTokens = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Tune the memory's weight for another base, on text of the domain that it has not learnt."""
     progress = Progress()
     with explained(progress):
-        from vllm_memdec.train import compare
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
         found = compare.best_weights(str(memory), str(base), text, progress, context)
@@ -351,8 +355,8 @@ def explain(
 ) -> None:
     """Tell of each token what base, memory and mixture gave it, and which of them decided."""
     with explained(Progress()):
-        from vllm_memdec.train import explain as explaining
-        from vllm_memdec.train.artifacts import write_report
+        from vllm_memdec.train.data.artifacts import write_report
+        from vllm_memdec.train.evaluation import explain as explaining
 
         check_report(html_file, "--html")
         check_report(json_file)

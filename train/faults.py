@@ -105,15 +105,15 @@ def sentence_of(error: BaseException) -> str | None:
         if isinstance(error, OSError) and error.strerror and error.filename:
             return f"{error.filename}: {error.strerror}: check the path and run again."
         return None
-    where, what = found.filename or "a file", found.strerror or os.strerror(found.errno)
+    place, what = found.filename or "a file", found.strerror or os.strerror(found.errno)
     if found.errno in FULL:
         return f"the disk is full: free some space {AGAIN}"
     if found.errno == errno.EMFILE:
-        return f"too many open files (at {where}): raise the limit with `ulimit -n 4096` {AGAIN}"
+        return f"too many open files (at {place}): raise the limit with `ulimit -n 4096` {AGAIN}"
     if found.errno == errno.ENFILE:
         return f"the machine has too many open files: close other programs {AGAIN}"
     if found.errno == errno.ENOMEM:
         return f"out of memory: close other programs or take a larger machine {AGAIN}"
     if found.errno in NOT_ALLOWED:
-        return f"no permission for {where}: choose a place you may read or write."
-    return f"{where} cannot be read or written now ({what}): check the storage {AGAIN}"
+        return f"no permission for {place}: choose a place you may read or write."
+    return f"{place} cannot be read or written now ({what}): check the storage {AGAIN}"

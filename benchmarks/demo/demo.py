@@ -1,9 +1,9 @@
 """The demo: a small real model learns a part of the CIA World Factbook, and vLLM serves both.
 
 Run with `make demo`; `--quick` does the same with a fraction of everything, to see that it works.
-It builds the memory with `memdec build`, scores held-out text, starts a real
-`vllm serve`, asks it over HTTP with the openai client, and writes build/demo/report.json and
-report.md. What is built already is not built again.
+It builds the memory with `memdec build`, scores held-out text, starts a real `vllm serve`, asks it
+over HTTP with the openai client, and writes build/demo/report.json, report.md and report.csv, of
+which benchmarks/results/demo.csv is one. What is built already is not built again.
 """
 
 import argparse
@@ -22,23 +22,24 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from benchmarks.common import commit
+from benchmarks.common import append_csv, commit, device_name
 from benchmarks.corpora.download import smollm2
 from benchmarks.corpora.factbook import Fact
+from benchmarks.csv_rows import grid
 from benchmarks.demo.client import SERVER_OPTIONS, Client, recall
 from benchmarks.demo.texts import FULL, LEARNED, QUICK, Demo, facts_of, recalled_facts, write_texts
 from benchmarks.server import environment, serve
 from benchmarks.systems.knn_lm import find_neighbours, tune
 from vllm_memdec.checkpoint import read_block
-from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
-from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.corpus import pack, tokenise, valid_rows
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import label_logprobs, mix, perplexity
+from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_json
+from vllm_memdec.train.data.blocks import pack, tokenise, valid_rows
+from vllm_memdec.train.data.documents import documents, text_hash
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import label_logprobs, mix, perplexity
+from vllm_memdec.train.model.windows import alpha_at
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import documents, text_hash
-from vllm_memdec.train.windows import alpha_at
+from vllm_memdec.train.settings import load_settings
 
 SHOWN_FIELD = "Executive branch - head of government"
 SHOWN_FACTS = 12
@@ -119,25 +120,31 @@ def ask_server(demo: Demo, base: Path, export: Artifact, learned: list[Fact]) ->
     return {"recall": {"facts": len(asked), **shares}, "facts": rows}
 
 
-def report_markdown(report: dict) -> str:
-    """Return the report for people."""
-    r, table = report["recall"], report["perplexity"]["alpha"]
-    weights = ", ".join(f"{alpha:.2f} from position {start}" for start, alpha in table)
-    lines = [
-        "| | base | memory alone | base + memory | kNN-LM |",
-        "|---|---|---|---|---|",
-    ]
+SYSTEMS = {"base": "base", "memory": "memory", "mixture": "base + memory", "knn_lm": "kNN-LM"}
+
+
+def report_rows(report: dict) -> list[dict[str, str]]:
+    """Return what was measured, a row each, with a column for each system."""
+    rows = []
     for title, key in (
         ("countries not in the corpus, whole pages", "perplexity"),
         ("countries not in the corpus, single facts", "single_fact_perplexity"),
         ("Wikipedia", "general_perplexity"),
     ):
-        p = report[key]
-        cells = [f"{p[name]:.2f}" for name in ("base", "memory", "mixture", "knn_lm")]
-        lines.append(f"| perplexity, {title} | " + " | ".join(cells) + " |")
-    lines += [
-        f"| exact recall of {r['facts']} facts of the corpus | {r['base']:.1%} | "
-        f"{r['memory']:.1%} | {r['mixture']:.1%} | not measured |",
+        cells = {title: f"{report[key][name]:.2f}" for name, title in SYSTEMS.items()}
+        rows.append({"what": f"perplexity, {title}"} | cells)
+    recalled = report["recall"]
+    cells = {t: f"{recalled[name]:.1%}" if name in recalled else "" for name, t in SYSTEMS.items()}
+    return [*rows, {"what": f"exact recall of {recalled['facts']} facts of the corpus"} | cells]
+
+
+def report_markdown(report: dict) -> str:
+    """Return the report for people."""
+    table = report["perplexity"]["alpha"]
+    weights = ", ".join(f"{alpha:.2f} from position {start}" for start, alpha in table)
+    rows = [[cell or "not measured" for cell in row.values()] for row in report_rows(report)]
+    lines = [
+        *grid(["", *SYSTEMS.values()], rows).splitlines(),
         "",
         f"alpha by length of context, tuned on other countries than those scored: {weights}; "
         "kNN-LM with lambda and temperature tuned on the same.",
@@ -232,6 +239,9 @@ def run(demo: Demo) -> None:
     }
     write_json(demo.out / "report.json", report)
     (demo.out / "report.md").write_text(report_markdown(report))
+    where = {"commit": report["commit"], "device": device_name()} | report["versions"]
+    (demo.out / "report.csv").unlink(missing_ok=True)
+    append_csv(demo.out / "report.csv", [row | where for row in report_rows(report)])
     show(report, console)
     console.print(f"report: {demo.out / 'report.md'} and report.json")
 

@@ -27,17 +27,17 @@ from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.texts import FULL
 from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts
 from benchmarks.systems.memory import Memory
-from vllm_memdec.train import gate as gates
-from vllm_memdec.train.artifacts import build_artifact
-from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.corpus import tokenise
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import mix
-from vllm_memdec.train.export import tune
-from vllm_memdec.train.inputs import model_hash
+from vllm_memdec.train.data.artifacts import build_artifact
+from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.documents import documents, text_hash
+from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.evaluation import gate_training as gates
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import mix
+from vllm_memdec.train.model.windows import alpha_at, by_context
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import documents, text_hash
-from vllm_memdec.train.windows import alpha_at, by_context
+from vllm_memdec.train.settings import load_settings
+from vllm_memdec.train.stages.export import tune
 
 TABLE = RESULTS / "context.csv"
 WORK = BUILD / "context"

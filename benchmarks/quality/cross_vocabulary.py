@@ -44,17 +44,17 @@ from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.texts import HELD_OUT, LEARNED, VALIDATION, facts_of
 from benchmarks.server import environment
 from vllm_memdec.checkpoint import read_block
-from vllm_memdec.train import text
-from vllm_memdec.train.artifacts import write_json
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.config import parse_settings
-from vllm_memdec.train.corpus import load_tokenizer, pack, tokenise
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.decoder import truncated_config
-from vllm_memdec.train.evaluate import label_logprobs, mix
-from vllm_memdec.train.head import head
+from vllm_memdec.train.data import documents as text
+from vllm_memdec.train.data.artifacts import write_json
+from vllm_memdec.train.data.blocks import pack, tokenise
+from vllm_memdec.train.model.decoder import truncated_config
+from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
+from vllm_memdec.train.model.output_head import head
+from vllm_memdec.train.model.scoring import label_logprobs, mix
+from vllm_memdec.train.model.vocabulary_transfer import exchange, texts
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.vocabulary import exchange, texts
+from vllm_memdec.train.settings import parse_settings
+from vllm_memdec.train.training.batches import Batches
 
 SHARED = ("corpus", "datastore", "index", "targets")  # stages that the arms have in common
 FRACTION = 0.1  # share of the source's epochs: the default of memory.transfer_fraction

@@ -16,15 +16,16 @@ from transformers import AutoTokenizer
 from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD
 from benchmarks.corpora.jsonl import write_jsonl
-from vllm_memdec.train.artifacts import Artifact, build_artifact, write_json
-from vllm_memdec.train.config import Settings
-from vllm_memdec.train.corpus import pack, tokenise
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import label_logprobs
-from vllm_memdec.train.inputs import model_hash
+from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_json
+from vllm_memdec.train.data.blocks import pack, tokenise
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.pipeline import build
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import documents
+from vllm_memdec.train.settings import Settings
 
 SETTINGS = Path(__file__).resolve().with_name("quality.yaml")
 WORK = BUILD / "quality"
@@ -148,7 +149,7 @@ class Domain:
             self.folder / "build",
             self.settings,
             text / "validation.jsonl",
-            self.progress,
+            Context(self.progress),
             until="targets",
         )
 

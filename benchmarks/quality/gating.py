@@ -47,15 +47,15 @@ from benchmarks.systems.finetune import Dapt
 from benchmarks.systems.gated import Gated, read_for_gate
 from benchmarks.systems.memory import Memory
 from vllm_memdec.checkpoint import read_block
-from vllm_memdec.train import gate as gates
-from vllm_memdec.train.artifacts import build_artifact, write_json
-from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.corpus import valid_rows
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import best_alpha, mix, perplexity
-from vllm_memdec.train.inputs import model_hash
+from vllm_memdec.train.data.artifacts import build_artifact, write_json
+from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.evaluation import gate_training as gates
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
+from vllm_memdec.train.model.windows import Windows, window_logprobs
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.windows import Windows, window_logprobs
+from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "gating.csv"
 PASSAGE, LINE = 128, 200  # stream: tokens of a passage at most, characters of its line at least
@@ -280,7 +280,7 @@ def cost(base: Path, folder: Path) -> list[dict[str, Any]]:
         return mixed[True]
 
     model.interpolate = both
-    clock.time(runner.model.gates[0], "score", "gate")
+    clock.time(runner.model.memories[0].gate, "score", "gate")
     clock.time(runner, "execute_model", "step")
     clock.time(runner, "sample_tokens", "step")
     rows = []

@@ -26,9 +26,9 @@ from benchmarks.systems.base import Base
 from benchmarks.systems.memory import Memory, TokenMemory
 from benchmarks.systems.registry import SYSTEMS
 from benchmarks.systems.trained import budget
-from vllm_memdec.train.config import load_settings
-from vllm_memdec.train.evaluate import ALPHAS, perplexity
+from vllm_memdec.train.model.scoring import ALPHAS, perplexity
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "quality.csv"
 TUNED = ("alpha", "lambda", "temperature", "passages", "learning_rate")  # columns of the table

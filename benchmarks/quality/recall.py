@@ -13,7 +13,7 @@ from benchmarks.corpora import domains
 from benchmarks.corpora.factbook import Fact
 from benchmarks.quality.domain import Domain
 from benchmarks.systems.system import System
-from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.data.artifacts import write_json
 
 MAX_VALUE = 60  # characters of a fact that is asked for
 

@@ -23,14 +23,14 @@ import numpy as np
 from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenance, spread
 from benchmarks.speed.keys import KINDS, SEARCH_ROWS, cached_index, cached_keys
 from benchmarks.systems.knn_lm import Neighbours, tune
-from vllm_memdec.train.config import IndexSettings, TargetSettings
-from vllm_memdec.train.evaluate import mix, perplexity
-from vllm_memdec.train.exact import nearest, recall, take
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.data.shards import shards
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.shards import shards
-from vllm_memdec.train.targets import fit_temperature, neighbours_without_self
+from vllm_memdec.train.settings import IndexSettings, TargetSettings
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import fit_temperature, neighbours_without_self
+from vllm_memdec.train.verify.brute_force import nearest, recall, take
 
 RECALL_AT, RECALL_QUERIES = 64, 2048
 

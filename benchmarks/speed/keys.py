@@ -10,18 +10,18 @@ from transformers import AutoTokenizer
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.factbook import factbook
 from benchmarks.corpora.jsonl import write_jsonl
-from vllm_memdec.train.artifacts import build_artifact, json_sha256, open_artifact, write_json
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings
-from vllm_memdec.train.corpus import pack, tokenise
-from vllm_memdec.train.datastore import Keys, embed, load_model
-from vllm_memdec.train.evaluate import label_logprobs
-from vllm_memdec.train.index import build_index, shaping
-from vllm_memdec.train.inputs import model_hash
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.data.artifacts import build_artifact, json_sha256, open_artifact, write_json
+from vllm_memdec.train.data.blocks import pack, tokenise
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.data.shards import save_array
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.hidden_states import Keys, embed
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import save_array
-from vllm_memdec.train.text import documents
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
+from vllm_memdec.train.stages.index import build_index, shaping
 
 FOLDER = BUILD / "index-benchmark"
 REGIONS = (
@@ -124,7 +124,7 @@ def cached_index(name: str, n_keys: int, progress: Progress) -> Path:
 
     def make(work: Path) -> None:
         stored = Keys(DatastoreSettings(), "", keys / "datastore", keys / "datastore")
-        build_index(settings, stored, MEMORY_BUDGET, work, progress, Here())
+        build_index(settings, stored, work, Context(progress))
 
     return build_artifact(
         FOLDER / f"index-{name}-{n_keys}",

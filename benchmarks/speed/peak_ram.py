@@ -29,7 +29,7 @@ from benchmarks.corpora.domains import wikipedia
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.server import environment
-from vllm_memdec.train.artifacts import write_json
+from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.pipeline import STAGES
 
 WORK = BUILD / "memory-benchmark"

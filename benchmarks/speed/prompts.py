@@ -19,7 +19,7 @@ def check_build(parser: argparse.ArgumentParser, build: str) -> None:
 
 def demo_documents(build: str, name: str) -> list[str]:
     """Return the documents of one of the texts that a demo's build was made of."""
-    from vllm_memdec.train.text import documents
+    from vllm_memdec.train.data.documents import documents
 
     return list(documents(texts_of(Path(build)) / f"{name}.jsonl"))
 

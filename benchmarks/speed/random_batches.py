@@ -3,7 +3,7 @@
 import numpy as np
 
 from benchmarks.speed.dense import PER_ROW
-from vllm_memdec.train.batches import Batches
+from vllm_memdec.train.training.batches import Batches
 
 
 class RandomBatches(Batches):

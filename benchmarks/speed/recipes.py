@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from vllm_memdec.train.config import Settings, load_settings
-from vllm_memdec.train.costs import Job
-from vllm_memdec.train.plan import human_bytes
-from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, on_gpu
+from vllm_memdec.train.plan.costs import Job
+from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, on_gpu
+from vllm_memdec.train.plan.report import human_bytes
+from vllm_memdec.train.settings import Settings, load_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"
 TOKENS, GPU, COUNT = 100_000_000, "h100", 8

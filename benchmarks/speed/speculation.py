@@ -41,8 +41,8 @@ from benchmarks.corpora.domains import wikipedia
 from benchmarks.speed.engines import COMPILING, MAX_CONTEXT, Stopwatch
 from benchmarks.speed.prompts import check_build, held_out, lasting, lasting_prompts
 from benchmarks.speed.workers import answer, ask, spawn, stop, wait_until_ready
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.head import head
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.output_head import head
 
 ALPHAS = (0.4, 0.6, 0.8)
 LENGTHS = (1, 3, 5)

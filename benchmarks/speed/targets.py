@@ -30,18 +30,18 @@ import torch
 
 from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenance, spread
 from benchmarks.speed.keys import SEARCH_ROWS, cached_index, cached_keys
-from vllm_memdec.train.config import IndexSettings
-from vllm_memdec.train.exact import StoredTargets, evenly, take
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
+from vllm_memdec.train.data.shards import save_array, shards
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.shards import save_array, shards
-from vllm_memdec.train.targets import (
+from vllm_memdec.train.settings import IndexSettings
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import (
     SMALLEST,
     fit_temperature,
     neighbours_without_self,
     sparse_targets,
 )
+from vllm_memdec.train.verify.brute_force import StoredTargets, evenly, take
 
 SMOLLM2_VOCABULARY = 49152
 RECORD = pa.schema(

@@ -29,12 +29,12 @@ from benchmarks.corpora.download import BUILD
 from benchmarks.speed.dense import dense_targets, losses
 from benchmarks.speed.random_batches import RandomBatches
 from benchmarks.speed.shapes import SHAPES, make_shape
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import device
-from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.parallel import Spread
-from vllm_memdec.train.trainer import add_gradients
+from vllm_memdec.train.model.decoder import build_memory
+from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import add_gradients
+from vllm_memdec.train.training.batches import Batches
+from vllm_memdec.train.training.parallel import Spread
 
 ACCEPTED = 1.8
 
@@ -42,9 +42,12 @@ ACCEPTED = 1.8
 def dense_gradients(module, batches, blocks, scale, _candidates, settings):
     """trainer.add_gradients with dense targets and autograd."""
     model = module.memory
-    tokens, positions, places, labels_N, targets = batches.load(blocks, device())
+    device = default_device()
+    tokens, positions, places, labels_N, targets = batches.load(blocks, device)
     target_NV = dense_targets(targets, len(labels_N), model.config.vocab_size)
-    with torch.autocast(device().type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+    with torch.autocast(
+        default_device().type, torch.bfloat16, enabled=settings.dtype == "bfloat16"
+    ):
         trunk = model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
         logits_NV = model.lm_head(trunk.last_hidden_state.flatten(0, 1)[places])
     kl, ce = losses(logits_NV, labels_N, target_NV)
@@ -58,7 +61,7 @@ class Run:
     def __init__(self, gradients, settings, base, batches):
         self.gradients, self.settings, self.batches = gradients, settings, batches
         model = build_memory(settings, base, batches.tokens.shape[1] - 1)
-        self.model = model.to(device()).train()
+        self.model = model.to(default_device()).train()
         self.module = Spread(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
@@ -72,7 +75,7 @@ class Run:
         rows = int(self.batches.rows[blocks].sum())
         candidates = self.batches.candidates(
             number, self.model.config.vocab_size, self.settings.sampled_negatives
-        ).to(device())
+        ).to(default_device())
         sums = np.zeros(2)
         size = self.settings.micro_batch_blocks
         for micro in (blocks[i : i + size] for i in range(0, len(blocks), size)):
@@ -81,7 +84,7 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if device().type == "cuda":
+        if default_device().type == "cuda":
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - began)
         beta = self.settings.beta

@@ -33,12 +33,12 @@ from benchmarks.corpora.download import BUILD
 from benchmarks.speed.random_batches import RandomBatches
 from benchmarks.speed.shapes import SHAPES, make_shape
 from vllm_memdec.kernels.head_loss import head_loss
-from vllm_memdec.train.cluster import World
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import device
-from vllm_memdec.train.decoder import build_memory
-from vllm_memdec.train.parallel import spread
-from vllm_memdec.train.trainer import Training, autocast_to, new_optimizer
+from vllm_memdec.train.executor.ray_executor import World
+from vllm_memdec.train.model.decoder import build_memory
+from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import Training, autocast_to, new_optimizer
+from vllm_memdec.train.training.parallel import spread
 
 WARM_UP = 3  # steps that are not timed: kernels are compiled, the allocator grows
 
@@ -62,7 +62,7 @@ class Packed(RandomBatches):
 
 def synchronised():
     """Return the time once the device has done all it was given."""
-    if device().type == "cuda":
+    if default_device().type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -81,12 +81,12 @@ def milliseconds(function, times=5):
 def parts(module, optimizer, batches, blocks, settings):
     """Return the milliseconds of the parts of a step."""
     memory, chosen = module.memory, np.arange(blocks)
-    tokens, positions, places, labels_N, targets = batches.load(chosen, device())
+    tokens, positions, places, labels_N, targets = batches.load(chosen, default_device())
     layer = memory.get_output_embeddings()
     kept = []
 
     def trunk():
-        with autocast_to(settings.dtype, device()):
+        with autocast_to(settings.dtype, default_device()):
             out = memory.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
         h_ND = out.last_hidden_state.flatten(0, 1)[places]
         kept[:] = [h_ND.detach()]
@@ -124,7 +124,7 @@ def measure(arguments, base, attention, compiled, blocks):
     optimizer = new_optimizer(module, settings)
     training = Training(settings, base, Path(), Path(), Path())
     spent, rows = [], []
-    if device().type == "cuda":
+    if default_device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     for step in range(WARM_UP + arguments.steps):
         began = synchronised()
@@ -167,7 +167,7 @@ def main() -> None:
     arguments = parser.parse_args()
     base = str(make_shape(arguments.shape, BUILD / "shapes"))
     settings = MemorySettings(init=base)
-    arguments.memory = build_memory(settings, base, arguments.tokens).to(device()).train()
+    arguments.memory = build_memory(settings, base, arguments.tokens).to(default_device()).train()
     origin = provenance("torch", "transformers", "triton")
     print(" ".join(f"{name}: {value}" for name, value in origin.items()))
     results = []
@@ -179,7 +179,7 @@ def main() -> None:
             except Exception as error:  # a kernel that this machine lacks, or too large a batch
                 print(f"{name}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
                 arguments.memory.zero_grad()
-                if device().type == "cuda":
+                if default_device().type == "cuda":
                     torch.cuda.empty_cache()
                 continue
             results.append(origin | row)

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from benchmarks.systems.system import System
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.head import head
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.output_head import head
 
 
 class LineReader:

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from benchmarks.systems.trained import Trained, parameters
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.corpus import load_config
-from vllm_memdec.train.datastore import device, load_model
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.model.huggingface import load_config, load_model
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.trainer import autocast_to, learning_rate_factor, train_memory
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import autocast_to, learning_rate_factor, train_memory
+from vllm_memdec.train.training.batches import Batches
 
 RANK = 64
 # As in the paper: queries, keys, values and the MLP.
@@ -51,7 +51,7 @@ class Dapt(FineTuned):
     def write(self, settings: MemorySettings, work: Path) -> None:
         domain = self.domain
         files = (domain.base, domain.corpus, domain.targets.path, work)
-        train_memory(settings, *files, domain.progress, Here())
+        train_memory(settings, *files, Context(domain.progress))
 
 
 class Lora(FineTuned):
@@ -97,7 +97,7 @@ def train_lora(
     """Write the base with its trained adapters merged into it; settings as a memory's, CE only."""
     batches = Batches(settings, corpus, targets)
     torch.manual_seed(settings.seed)
-    adapters = adapted(base, rank).to(device()).train()
+    adapters = adapted(base, rank).to(default_device()).train()
     model = adapters.get_base_model()
     learning = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learning, weight_decay=settings.weight_decay, fused=True)
@@ -108,8 +108,10 @@ def train_lora(
             )
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * factor
-            tokens, positions, places, labels, _ = batches.load(batches.blocks(step), device())
-            with autocast_to(settings.dtype, device()):
+            tokens, positions, places, labels, _ = batches.load(
+                batches.blocks(step), default_device()
+            )
+            with autocast_to(settings.dtype, default_device()):
                 h_BTD = model.base_model(
                     input_ids=tokens, position_ids=positions, use_cache=False
                 ).last_hidden_state

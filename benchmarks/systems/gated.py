@@ -14,13 +14,13 @@ from benchmarks.systems.base import Base
 from benchmarks.systems.memory import Memory
 from benchmarks.systems.system import System
 from vllm_memdec.gate import Gate, features, read_gate, write_gate
-from vllm_memdec.train import gate as gates
-from vllm_memdec.train.artifacts import Artifact, build_artifact
-from vllm_memdec.train.corpus import tokenise, valid_rows
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import mix
-from vllm_memdec.train.inputs import model_hash
-from vllm_memdec.train.windows import Windows, window_logprobs, windows
+from vllm_memdec.train.data.artifacts import Artifact, build_artifact
+from vllm_memdec.train.data.blocks import tokenise, valid_rows
+from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.evaluation import gate_training as gates
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import mix
+from vllm_memdec.train.model.windows import Windows, window_logprobs, windows
 
 WINDOW = 512  # tokens of the longest contexts that a gate is trained on
 

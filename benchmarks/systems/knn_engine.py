@@ -22,10 +22,11 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from vllm_memdec.train.datastore import last_mlp, layers_of
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.targets import neighbour_weights
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.model.hidden_states import last_mlp
+from vllm_memdec.train.model.huggingface import layers_of
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import neighbour_weights
 
 ARCHITECTURE = "KNNForCausalLM"
 

@@ -18,13 +18,14 @@ import torch
 from benchmarks.quality.domain import TEXTS
 from benchmarks.systems.base import Base
 from benchmarks.systems.system import System
-from vllm_memdec.train.artifacts import Artifact, write_json
-from vllm_memdec.train.config import Settings
-from vllm_memdec.train.datastore import embed, load_model
-from vllm_memdec.train.evaluate import best_alpha, mix, perplexity
-from vllm_memdec.train.pipeline import MEMORY_BUDGET
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.targets import neighbour_weights
+from vllm_memdec.train.data.artifacts import Artifact, write_json
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.model.hidden_states import embed
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
+from vllm_memdec.train.settings import Settings
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import neighbour_weights
 
 TEMPERATURES = np.geomspace(0.1, 10, 9)  # multiples of the temperature of the targets
 

@@ -8,10 +8,10 @@ import torch
 
 from benchmarks.systems.base import Base
 from benchmarks.systems.trained import Trained, memory_cost
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.evaluate import ALPHAS, best_alpha, mix, perplexity
-from vllm_memdec.train.trainer import train_memory
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.scoring import ALPHAS, best_alpha, mix, perplexity
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages.training import train_memory
 
 
 class Memory(Trained):
@@ -27,7 +27,7 @@ class Memory(Trained):
     def write(self, settings: MemorySettings, work: Path) -> None:
         domain = self.domain
         files = (domain.base, domain.corpus, domain.targets.path, work)
-        train_memory(settings, *files, domain.progress, Here())
+        train_memory(settings, *files, Context(domain.progress))
 
     @cached_property
     def base(self) -> Base:

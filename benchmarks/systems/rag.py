@@ -19,11 +19,11 @@ from benchmarks.corpora.download import minilm
 from benchmarks.quality.domain import TEXTS
 from benchmarks.systems.base import Base
 from benchmarks.systems.system import System
-from vllm_memdec.train.artifacts import Artifact, write_json
-from vllm_memdec.train.corpus import valid_rows
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import perplexity
-from vllm_memdec.train.head import head
+from vllm_memdec.train.data.artifacts import Artifact, write_json
+from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.output_head import head
+from vllm_memdec.train.model.scoring import perplexity
 from vllm_memdec.train.progress import Progress
 
 PASSAGE = 128  # tokens

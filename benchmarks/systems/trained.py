@@ -12,12 +12,13 @@ from transformers import AutoModelForCausalLM
 from benchmarks.quality.domain import Domain
 from benchmarks.systems.base import LineReader
 from benchmarks.systems.system import System
-from vllm_memdec.train.artifacts import Artifact
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.corpus import load_config, load_used
-from vllm_memdec.train.decoder import truncated_config
-from vllm_memdec.train.evaluate import perplexity
-from vllm_memdec.train.inputs import model_hash
+from vllm_memdec.train.data.artifacts import Artifact
+from vllm_memdec.train.data.blocks import load_used
+from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.model.decoder import truncated_config
+from vllm_memdec.train.model.huggingface import load_config
+from vllm_memdec.train.model.scoring import perplexity
+from vllm_memdec.train.settings import MemorySettings
 
 
 def parameters(config: Any) -> tuple[int, int]:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import oracle
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -35,16 +35,15 @@ def sentences():
 @pytest.fixture(scope="module")
 def compiled(tiny_model, tmp_path_factory):
     """Return a function: the folder of a build with keys of some kind, from a base."""
-    from vllm_memdec.train.config import parse_settings
     from vllm_memdec.train.pipeline import build
-    from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.settings import parse_settings
 
     def make(base, **datastore):
         folder = tmp_path_factory.mktemp("baselines")
         corpus = folder / "corpus.txt"
         corpus.write_text("\n".join(dict.fromkeys(sentences())))
         changed = SETTINGS | {"datastore": SETTINGS["datastore"] | datastore}
-        build(base, corpus, folder / "out", parse_settings(changed), None, Progress())
+        build(base, corpus, folder / "out", parse_settings(changed))
         return folder / "out"
 
     return make
@@ -56,7 +55,8 @@ def offline(base, build, key, temperature, ids):
     Also for which rows [T] the k nearest are no matter of chance: keys of contexts that repeat are
     as near as each other.
     """
-    from vllm_memdec.train.datastore import last_mlp, layers_of
+    from vllm_memdec.train.model.hidden_states import last_mlp
+    from vllm_memdec.train.model.huggingface import layers_of
 
     model, found = oracle.load(base), []
     if key == "last_mlp_input":

@@ -16,7 +16,7 @@ import faiss
 import pytest
 import torch
 import yaml
-from forked import Forked
+from support.forked_cli import Forked
 from typer.testing import CliRunner
 
 from vllm_memdec.kernels import sparse_kl
@@ -191,9 +191,10 @@ def hashes():
 @pytest.fixture(scope="session")
 def build(quick):
     """Return a function that runs the whole pipeline here and returns the lines it said."""
-    from vllm_memdec.train.config import parse_settings
+    from vllm_memdec.train.executor.context import Context
     from vllm_memdec.train.pipeline import build as run
     from vllm_memdec.train.progress import Progress
+    from vllm_memdec.train.settings import parse_settings
 
     class Listening(Progress):
         def say(self, line):
@@ -203,7 +204,7 @@ def build(quick):
         progress = Listening()
         progress.lines = []
         settings = parse_settings(quick(changes))
-        run(base, corpus, output, settings, validation, progress, until=until)
+        run(base, corpus, output, settings, validation, Context(progress), until)
         return progress.lines
 
     return make

@@ -8,13 +8,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vllm_memdec.train import trainer
-from vllm_memdec.train.checkpoints import CHECKPOINT, PREVIOUS, Checkpoints, newest, saved_step
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.metrics import read_metrics
-from vllm_memdec.train.parallel import Spread, restore, state_of
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages import training as trainer
+from vllm_memdec.train.training.checkpoints import (
+    CHECKPOINT,
+    PREVIOUS,
+    Checkpoints,
+    newest,
+    saved_step,
+)
+from vllm_memdec.train.training.metrics import read_metrics
+from vllm_memdec.train.training.parallel import Spread, restore, state_of
 
 SETTINGS = MemorySettings(
     layers=1, epochs=0.6, batch_blocks=4, dtype="float32", checkpoint_seconds=0, learning_rate=1e-2
@@ -27,8 +33,8 @@ def train(pipeline, work):
     work.mkdir(exist_ok=True)
     progress = Progress()
     progress.say = (lines := []).append
-    args = SETTINGS, pipeline.base, out / "corpus", out / "targets", work, progress
-    trainer.train_memory(*args, Here())
+    args = SETTINGS, pipeline.base, out / "corpus", out / "targets", work, Context(progress)
+    trainer.train_memory(*args)
     return lines
 
 

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import torch
 
-from vllm_memdec.train.cluster import QUIET, RayCluster
-from vllm_memdec.train.crew import LARGEST_WORKER, alike, slots
+from vllm_memdec.train.executor.ray_crew import LARGEST_WORKER, alike, slots
+from vllm_memdec.train.executor.ray_executor import QUIET, RayExecutor
 
 SETTINGS = {
     "corpus": {"block_tokens": 32, "validation_fraction": 0.02, "shard_blocks": 2},
@@ -44,7 +44,7 @@ def alone(tiny_model, tmp_path_factory, build, corpus):
 @pytest.fixture
 def ray_cluster(monkeypatch):
     """Yield a cluster of a head without CPUs and two nodes of one CPU, as processes here."""
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Executor
 
     # A lost node is noticed in a second instead of half a minute.
     impatient = {"period_ms": 500, "timeout_ms": 2000, "failure_threshold": 2}
@@ -54,15 +54,15 @@ def ray_cluster(monkeypatch):
     for name, value in (QUIET | health | idle).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
-    cluster = Cluster(
+    executor = Executor(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
     try:
         for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        yield cluster
+            executor.add_node(num_cpus=1)
+        yield executor
     finally:
-        cluster.shutdown()
+        executor.shutdown()
 
 
 def wait_for(path, pattern, count, process, seconds=300):
@@ -74,9 +74,9 @@ def wait_for(path, pattern, count, process, seconds=300):
         time.sleep(0.005)
 
 
-def lose_a_node(cluster, done):
+def lose_a_node(executor, done):
     """Kill all processes of a node at once, as a power cut would."""
-    cluster.remove_node(sorted(cluster.worker_nodes, key=id)[0], allow_graceful=False)
+    executor.remove_node(sorted(executor.worker_nodes, key=id)[0], allow_graceful=False)
     assert not done.exists(), "the stage ended before the node was lost"
 
 
@@ -185,20 +185,20 @@ threads.gpu = True
 
 def test_a_worker_with_a_gpu_has_cpus_too(monkeypatch):
     """On a machine that declares GPUs to Ray; none is used."""
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Executor
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     for name in ("OMP_NUM_THREADS", "TRITON_INTERPRET"):  # the nodes would inherit them
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
     machine = {"num_cpus": 6, "num_gpus": 2, "include_dashboard": False}
-    nodes = Cluster(initialize_head=True, head_node_args=machine)
-    cluster = RayCluster(nodes.address)
+    nodes = Executor(initialize_head=True, head_node_args=machine)
+    executor = RayExecutor(nodes.address)
     try:
-        assert cluster.workers() == 2
-        assert cluster.call(threads) == 3
-        assert set(cluster.map(threads, range(2))) == {3}
+        assert executor.workers() == 2
+        assert executor.call(threads) == 3
+        assert set(executor.map(threads, range(2))) == {3}
     finally:
         import ray
 

@@ -5,17 +5,17 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import tiny_text
+from support.tiny_models import tiny_text
 from transformers import AutoTokenizer
 
 from vllm_memdec.checkpoint import read_block, write_block
 from vllm_memdec.config import MemoryConfig
 from vllm_memdec.gate import write_gate
-from vllm_memdec.train.corpus import tokenise
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import mix, perplexity
-from vllm_memdec.train.text import documents
-from vllm_memdec.train.windows import alone, joined, window_logprobs
+from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import mix, perplexity
+from vllm_memdec.train.model.windows import alone, joined, window_logprobs
 
 TABLE = [[0, 0.6], [64, 0.2]]
 

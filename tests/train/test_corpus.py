@@ -12,11 +12,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import text
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import CorpusSettings
-from vllm_memdec.train.corpus import (
-    build_corpus,
+from vllm_memdec.train.data import documents as text
+from vllm_memdec.train.data.blocks import (
     load_blocks,
     load_rows,
     load_used,
@@ -25,9 +22,19 @@ from vllm_memdec.train.corpus import (
     tokenise,
     valid_rows,
 )
+from vllm_memdec.train.data.documents import (
+    Piece,
+    canonical,
+    corpus_files,
+    pieces,
+    read_documents,
+    text_hash,
+)
+from vllm_memdec.train.data.splits import digest, split_lengths
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.split import digest, split_lengths
-from vllm_memdec.train.text import Piece, canonical, corpus_files, pieces, read_documents, text_hash
+from vllm_memdec.train.settings import CorpusSettings
+from vllm_memdec.train.stages.corpus import build_corpus
 
 FILLER = -7
 # Lengths of documents: shorter and longer than a block of 8, ending on its edge, of one token.
@@ -173,7 +180,7 @@ def test_rows_of_one_group_are_held_out_together(tiny_model, tmp_path, jsonl, en
         work = tmp_path / file.suffix
         work.mkdir()
         settings = CorpusSettings(block_tokens=32, group="book", validation_fraction=0.1)
-        build_corpus(settings, base, file, None, work, Progress(), Here())
+        build_corpus(settings, base, file, None, work, Context())
         tokens, positions = (a[:] for a in load_blocks(work, "validation"))
         stream = tokenizer.decode(tokens[:, 1:].ravel())
         found.append([n for n, text in enumerate(texts) if text[-60:] in stream])
@@ -184,7 +191,7 @@ def test_rows_of_one_group_are_held_out_together(tiny_model, tmp_path, jsonl, en
         settings = CorpusSettings(block_tokens=32, group=group)
         (tmp_path / group).mkdir()
         with pytest.raises(MemdecError, match=match):
-            build_corpus(settings, base, path, None, tmp_path / group, Progress(), Here())
+            build_corpus(settings, base, path, None, tmp_path / group, Context())
 
 
 def test_equal_values_of_a_field_are_one_group():
@@ -205,7 +212,7 @@ def test_validation_text_that_is_in_the_corpus(tiny_model, tmp_path, jsonl, engl
         work.mkdir()
         held_out = jsonl(tmp_path / "held_out.jsonl", held_out)
         settings = CorpusSettings(block_tokens=32)
-        run = (settings, tiny_model("llama"), corpus, held_out, work, progress, Here())
+        run = (settings, tiny_model("llama"), corpus, held_out, work, Context(progress))
         if "work0" in str(work):
             build_corpus(*run)
             assert "10 of 20 validation documents (50%) are in the corpus word for word" in said[-1]
@@ -224,7 +231,7 @@ def test_stage_writes_what_it_counts(tiny_model, tmp_path, jsonl, english):
     work = tmp_path / "work"
     work.mkdir()
     settings = CorpusSettings(block_tokens=16, shard_blocks=3)
-    build_corpus(settings, tiny_model("gpt2"), train, held_out, work, Progress(), Here())
+    build_corpus(settings, tiny_model("gpt2"), train, held_out, work, Context())
     facts = json.loads((work / "corpus.json").read_text())
     tokenizer = AutoTokenizer.from_pretrained(tiny_model("gpt2"))
     for name, path in (("train", train), ("validation", held_out)):
@@ -245,7 +252,7 @@ def test_a_base_that_cannot_take_the_corpus_is_refused(tiny_model, tmp_path, jso
     def refused(base, match):
         with pytest.raises(ValueError, match=match):
             settings = CorpusSettings(block_tokens=64)
-            build_corpus(settings, base, path, None, tmp_path, Progress(), Here())
+            build_corpus(settings, base, path, None, tmp_path, Context())
 
     refused(tiny_model("gpt2", positions=32), "32 positions: lower corpus.block_tokens from 64")
     base = shutil.copytree(tiny_model("llama"), tmp_path / "base")

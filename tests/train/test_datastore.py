@@ -7,22 +7,16 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig
 
-from vllm_memdec.train import datastore
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import CorpusSettings, DatastoreSettings
-from vllm_memdec.train.corpus import build_corpus, load_blocks, valid_rows
-from vllm_memdec.train.datastore import (
-    BLOCKS,
-    EMBEDDED,
-    Keys,
-    blocks_at_once,
-    build_datastore,
-    check_isolation,
-    last_mlp,
-    load_model,
-)
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import shards
+from vllm_memdec.train.data.blocks import load_blocks, valid_rows
+from vllm_memdec.train.data.shards import shards
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model import hidden_states
+from vllm_memdec.train.model.devices import BLOCKS, EMBEDDED, blocks_at_once
+from vllm_memdec.train.model.hidden_states import Keys, check_isolation, last_mlp
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.settings import CorpusSettings, DatastoreSettings
+from vllm_memdec.train.stages.corpus import build_corpus
+from vllm_memdec.train.stages.datastore import build_datastore
 
 TOLERANCE = 2e-3  # of the largest entry: keys are stored in fp16
 SHARD_BLOCKS = 4  # neither this nor
@@ -36,12 +30,12 @@ def corpus(tiny_model, tmp_path_factory, jsonl, english):
     texts = [t for i in range(1, 4) for t in english(8, sentences_each=i, seed=i)]
     path = jsonl(work / "text.jsonl", texts)
     settings = CorpusSettings(block_tokens=32, shard_blocks=SHARD_BLOCKS)
-    build_corpus(settings, tiny_model("llama"), path, None, work, Progress(), Here())
+    build_corpus(settings, tiny_model("llama"), path, None, work, Context())
     return work
 
 
 def embed_all(settings, base, corpus, work):
-    build_datastore(Keys(settings, base, corpus, work), work, Progress(), Here())
+    build_datastore(Keys(settings, base, corpus, work), work, Context())
 
 
 @torch.inference_mode()
@@ -180,7 +174,7 @@ def test_keys_are_the_same_however_many_blocks_pass_at_once(
     settings = DatastoreSettings(dtype="float32")
     passes = []
     for n, chosen in enumerate((BLOCKS, 7)):
-        monkeypatch.setattr(datastore, "blocks_at_once", lambda *_, chosen=chosen: chosen)
+        monkeypatch.setattr(hidden_states, "blocks_at_once", lambda *_, chosen=chosen: chosen)
         (tmp_path / str(n)).mkdir()
         embed_all(settings, tiny_model("llama"), corpus, tmp_path / str(n))
         passes.append(np.concatenate([*shards(tmp_path / str(n), "keys")]))

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.decoder import build_memory, memory_config
+from vllm_memdec.train.model.decoder import build_memory, memory_config
+from vllm_memdec.train.settings import MemorySettings
 
 BLOCK = 32
 

@@ -12,8 +12,7 @@ import pytest
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import pipeline
 from vllm_memdec.train.cli import DEFECT, sentence_of
-from vllm_memdec.train.corpus import load_config, load_tokenizer
-from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 
 
 @pytest.mark.parametrize(

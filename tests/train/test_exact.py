@@ -5,8 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from vllm_memdec.train import exact, fidelity
-from vllm_memdec.train.corpus import pack
+from vllm_memdec.train.data.blocks import pack
+from vllm_memdec.train.verify import brute_force as exact
+from vllm_memdec.train.verify import fidelity
 
 EXACT = 1e-9  # float64 on both sides
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.kernels import interpolate
-from vllm_memdec.train import explain as explaining
-from vllm_memdec.train.explain import explain
+from vllm_memdec.train.evaluation import explain as explaining
+from vllm_memdec.train.evaluation.explain import explain
 
 PROMPT = "Licensed under the <b>Apache</b> License — «naïve» 漢字 🙂, unless required by law"
 

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.export import SHARD_TOKENS, number, score, tell, tune
+from vllm_memdec.train.data.shards import shard_path
+from vllm_memdec.train.executor.executor import LocalExecutor
+from vllm_memdec.train.model.windows import alone, window_logprobs
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.shards import shard_path
-from vllm_memdec.train.windows import alone, window_logprobs
+from vllm_memdec.train.stages.export import SHARD_TOKENS, number, score, tell, tune
 
 
 class Listening(Progress):
@@ -21,7 +21,7 @@ class Listening(Progress):
         self.lines.append(line)
 
 
-class Counting(Here):
+class Counting(LocalExecutor):
     """Notes the shards that it was given."""
 
     def __init__(self):
@@ -57,7 +57,7 @@ def test_a_given_weight_is_that_of_all_contexts():
 
 
 def test_what_was_scored_is_not_scored_again(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr("vllm_memdec.train.export.SHARD_TOKENS", 64)
+    monkeypatch.setattr("vllm_memdec.train.stages.export.SHARD_TOKENS", 64)
     assert SHARD_TOKENS > 64
     rng = np.random.default_rng(0)
     ids = [rng.integers(2, 1000, n).astype(np.int32) for n in (30, 50, 7, 90, 20)]
@@ -69,7 +69,7 @@ def test_what_was_scored_is_not_scored_again(tiny_model, tmp_path, monkeypatch):
     shard_path(tmp_path, "base", 1).unlink()
     again = score(*run, second)
     assert second.items == [1]
-    from vllm_memdec.train.datastore import load_model
+    from vllm_memdec.train.model.huggingface import load_model
 
     assert np.array_equal(found["base"], again["base"])
     assert np.abs(found["base"] - window_logprobs(load_model(folder), text)).max() < 1e-5

@@ -5,15 +5,15 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from datastores import BUDGET, clustered, store
+from support.datastores import BUDGET, clustered, store
 
-from vllm_memdec.train import faiss_gpu
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import IndexSettings
-from vllm_memdec.train.faiss_gpu import check_width
-from vllm_memdec.train.index import PQ_KEYS, build_index
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.executor.executor import LocalExecutor
+from vllm_memdec.train.settings import IndexSettings
+from vllm_memdec.train.stages import faiss_gpu
+from vllm_memdec.train.stages.faiss_gpu import check_width
+from vllm_memdec.train.stages.index import PQ_KEYS, build_index
+from vllm_memdec.train.stages.search import Index
 
 
 @pytest.mark.parametrize(
@@ -62,11 +62,11 @@ def test_the_graph_that_a_gpu_does_not_use_is_freed(tmp_path):
 @pytest.mark.parametrize(("neighbours", "probes"), [(2048, 32), (256, 2049)])
 def test_a_build_too_wide_for_its_gpus_is_refused_early(monkeypatch, neighbours, probes):
     monkeypatch.setattr(faiss_gpu, "no_gpu", lambda: "there is no GPU")
-    check_width(neighbours, probes, Here())
+    check_width(neighbours, probes, LocalExecutor())
     monkeypatch.setattr(faiss_gpu, "no_gpu", lambda: "")
-    check_width(2047, 2048, Here())
+    check_width(2047, 2048, LocalExecutor())
     with pytest.raises(ValueError, match=f"neighbours is {neighbours} .* at most 2047 and visits"):
-        check_width(neighbours, probes, Here())
+        check_width(neighbours, probes, LocalExecutor())
 
 
 @pytest.mark.gpu
@@ -79,7 +79,7 @@ def test_a_gpu_finds_what_a_cpu_does(tmp_path, kind, recall):
     folder = tmp_path / "index"
     folder.mkdir()
     source = store(tmp_path, keys, labels)
-    build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
+    build_index(IndexSettings(kind=kind), source, folder, Context(ram_budget=BUDGET))
     ours = Index(folder, 8, BUDGET).search(keys[:200], 9)
     theirs = Index(folder, 8, BUDGET, gpu=False).search(keys[:200], 9)
     same = [len(set(a) & set(b)) / 9 for a, b in zip(ours[1], theirs[1], strict=True)]

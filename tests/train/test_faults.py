@@ -19,15 +19,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.artifacts import open_artifact
-from vllm_memdec.train.corpus import load_config, load_tokenizer
-from vllm_memdec.train.datastore import load_model
+from vllm_memdec.train.data.artifacts import open_artifact
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.shards import load_shard
+from vllm_memdec.train.executor.context import MEMORY_BUDGET
 from vllm_memdec.train.faults import fault, sentence_of
-from vllm_memdec.train.pipeline import MEMORY_BUDGET, STAGES
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.shards import load_shard
-from vllm_memdec.train.text import documents
-from vllm_memdec.train.verify import FAILED, verify
+from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
+from vllm_memdec.train.pipeline import STAGES
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.verify.report import FAILED, verify
 
 REFUSED = {}  # pattern of a path -> the number of the error that opening it raises
 
@@ -173,7 +173,7 @@ def test_400_shards_with_256_handles(many, pipeline):
 
 def test_no_reader_holds_more_than_it_reads(many, monkeypatch):
     """Files that are mapped stay open: counted at every one that is opened."""
-    from vllm_memdec.train import shards
+    from vllm_memdec.train.data import shards
 
     most, load = [0], shards.load_array
 
@@ -195,7 +195,7 @@ def test_verify_does_not_call_it_damage(pipeline, memdec_here, number, tmp_path)
     assert code == 1 and "delete" not in err and "damaged" not in out, err
     with refusing(r"targets/(ids|probs)-00001\.npy$", number):
         # Hashed before it was away.
-        from vllm_memdec.train import verify as checking
+        from vllm_memdec.train.verify import report as checking
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checking, "file_sha256", lambda path: digest(path))

@@ -7,16 +7,16 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_text
+from support.tiny_models import tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.gate import FILE, Gate, features, gate_path, read_gate
-from vllm_memdec.train import gate as gates
-from vllm_memdec.train.corpus import load_tokenizer, tokenise
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import mix, perplexity
-from vllm_memdec.train.explain import explain
-from vllm_memdec.train.gate import (
+from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.evaluation import gate_training as gates
+from vllm_memdec.train.evaluation.explain import explain
+from vllm_memdec.train.evaluation.gate_report import CLASSES, token_class
+from vllm_memdec.train.evaluation.gate_training import (
     KEPT,
     SWITCHES,
     Document,
@@ -29,9 +29,9 @@ from vllm_memdec.train.gate import (
     read_texts,
     weights,
 )
-from vllm_memdec.train.gate_report import CLASSES, token_class
+from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
+from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.text import documents
 
 WIDTH = 24
 PROMPT = "You may reproduce and distribute copies of the Work, bagi duto mela"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
-from vllm_memdec.train.head import ALL, Candidates, head, logits_transform
+from vllm_memdec.train.model.output_head import ALL, Candidates, head, logits_transform
 
 VOCABULARY = 503
 

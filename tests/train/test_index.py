@@ -7,14 +7,17 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from datastores import BUDGET, WIDTH, clustered, store
+from support.datastores import BUDGET, WIDTH, clustered, store
 
-from vllm_memdec.train import faiss_gpu
-from vllm_memdec.train import index as index_stage
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings
-from vllm_memdec.train.datastore import Keys, sample_rows
-from vllm_memdec.train.index import (
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.executor.executor import LocalExecutor
+from vllm_memdec.train.model.hidden_states import Keys
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
+from vllm_memdec.train.stages import faiss_gpu
+from vllm_memdec.train.stages import index as index_stage
+from vllm_memdec.train.stages.datastore import sample_rows
+from vllm_memdec.train.stages.index import (
     PQ_KEYS,
     Filler,
     build_index,
@@ -25,8 +28,7 @@ from vllm_memdec.train.index import (
     train_lists,
     two_level_kmeans,
 )
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
+from vllm_memdec.train.stages.search import Index
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, le
     contents = []
     for name in ("one", "two") if kind == "sq8" else ("one",):
         (tmp_path / name).mkdir()
-        build_index(IndexSettings(kind=kind), source, 1 << 18, tmp_path / name, Progress(), Here())
+        build_index(IndexSettings(kind=kind), source, tmp_path / name, Context(ram_budget=1 << 18))
         contents.append([p.read_bytes() for p in sorted((tmp_path / name).glob("*.faiss"))])
     assert contents[0] == contents[-1] and len(contents[0]) > 2
     index = Index(tmp_path / "one", 32, BUDGET)
@@ -123,7 +125,7 @@ def test_the_budget_shapes_no_index(tmp_path):
     for budget in (BUDGET, 1 << 19):
         folder = tmp_path / str(budget)
         folder.mkdir()
-        build_index(IndexSettings(), source, budget, folder, Progress(), Here())
+        build_index(IndexSettings(), source, folder, Context(ram_budget=budget))
         trained.append((folder / "trained.faiss").read_bytes())
         assert len(list(folder.glob("lists-*"))) == (1 if budget == BUDGET else 3)
     assert trained[0] == trained[1]
@@ -162,7 +164,7 @@ def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
     whole = index_stage.Filler.__call__
     (folder / "lists-00024.faiss").write_bytes(b"the 25th part, by an earlier release")
 
-    class Backwards(Here):
+    class Backwards(LocalExecutor):
         """As workers that end in another order."""
 
         def map(self, worker, items):
@@ -181,11 +183,11 @@ def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
             patch.setattr(index_stage, "train_index", None)  # once is enough
     [filled] = folder.glob("lists-*")
     written = filled.stat().st_mtime_ns
-    build_index(IndexSettings(), source, 1 << 18, folder, Progress(), Here())
+    build_index(IndexSettings(), source, folder, Context(ram_budget=1 << 18))
     # Of thirty shards the last four were filled: of the others each part takes six.
     names = [f"lists-{shard:05d}.faiss" for shard in (0, 6, 12, 18, 24, 26)]
     assert sorted(path.name for path in folder.glob("lists-*")) == names
     assert filled.name == names[-1] and filled.stat().st_mtime_ns == written
-    build_index(IndexSettings(), source, BUDGET, again, Progress(), Here())
+    build_index(IndexSettings(), source, again, Context(ram_budget=BUDGET))
     found, expected = (Index(where, 8, BUDGET).search(keys[:50], 5) for where in (folder, again))
     assert np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0])

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import datastore, export, index, inputs, search, trainer
-from vllm_memdec.train.config import parse_settings
-from vllm_memdec.train.inputs import REMEMBERED, Hashes, model_hash
+from vllm_memdec.train.data import inputs
+from vllm_memdec.train.data.inputs import REMEMBERED, Hashes, model_hash
+from vllm_memdec.train.data.shards import load_shard
+from vllm_memdec.train.model import hidden_states
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.shards import load_shard
-from vllm_memdec.train.verify import FAILED, verify
+from vllm_memdec.train.settings import parse_settings
+from vllm_memdec.train.stages import datastore, export, index, search
+from vllm_memdec.train.stages import training as trainer
+from vllm_memdec.train.verify.report import FAILED, verify
 
 UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
 
@@ -72,7 +75,7 @@ def hashes_of(output, stages):
 
 
 def stopping_at(name):
-    from vllm_memdec.train.shards import save_array
+    from vllm_memdec.train.data.shards import save_array
 
     def save(path, array):
         if name in path.name:
@@ -242,7 +245,7 @@ def refusing_above(monkeypatch, stage):
 
     match stage:
         case "datastore":
-            guarded(datastore, "embed", lambda *given: given[-1] > limit["blocks"])
+            guarded(hidden_states, "embed", lambda *given: given[-1] > limit["blocks"])
         case "index":
             # By 4 GiB a part takes two shards, by 64 MiB one.
             monkeypatch.setattr(index, "PART_SHARE", 2**32 // (2**11 * 40))
@@ -394,7 +397,7 @@ def as_before(copy, build):
                 "bytes": (path.parent / "config.json").stat().st_size,
                 "sha256": inputs.file_sha256(path.parent / "config.json"),
             }
-        from vllm_memdec.train.artifacts import HASHED, json_sha256
+        from vllm_memdec.train.data.artifacts import HASHED, json_sha256
 
         manifest["hash"] = hashes[stage] = json_sha256({key: manifest[key] for key in HASHED})
         path.write_text(json.dumps(manifest))

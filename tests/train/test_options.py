@@ -8,9 +8,9 @@ import pytest
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import pipeline as building
-from vllm_memdec.train.config import MemorySettings, load_settings
-from vllm_memdec.train.decoder import with_defaults
+from vllm_memdec.train.model.decoder import with_defaults
 from vllm_memdec.train.pipeline import STAGES
+from vllm_memdec.train.settings import MemorySettings, load_settings
 
 REBUILT = [f"{s}: building again, its settings or inputs changed" for s in ("memory", "export")]
 

@@ -10,9 +10,9 @@ import shutil
 import pytest
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import ownership
-from vllm_memdec.train.artifacts import build_artifact
-from vllm_memdec.train.ownership import MANIFEST, PLAN, is_ours, retire
+from vllm_memdec.train.data import ownership
+from vllm_memdec.train.data.artifacts import build_artifact
+from vllm_memdec.train.data.ownership import MANIFEST, PLAN, is_ours, retire
 from vllm_memdec.train.pipeline import STAGES
 
 TEXT = "Some words that make a corpus. " * 40
@@ -175,10 +175,10 @@ def test_a_kill_while_the_old_artifact_is_removed(tmp_path, monkeypatch):
         (folder / "a").unlink()
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("vllm_memdec.train.artifacts.retire", killed)
+    monkeypatch.setattr("vllm_memdec.train.data.artifacts.retire", killed)
     with pytest.raises(KeyboardInterrupt):
         build_artifact(path, "memory", {"n": 2}, {}, make_a, lambda line: None)
-    monkeypatch.setattr("vllm_memdec.train.artifacts.retire", retire)
+    monkeypatch.setattr("vllm_memdec.train.data.artifacts.retire", retire)
     build_artifact(path, "memory", {"n": 2}, {}, pytest.fail, lambda line: None)
     assert (path / "a").read_text() == "a"
 
@@ -194,7 +194,7 @@ def test_a_kill_while_unfinished_work_is_removed(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     for settings in ({"n": 1}, {"n": 2}):
-        monkeypatch.setattr("vllm_memdec.train.artifacts.remove", killed)
+        monkeypatch.setattr("vllm_memdec.train.data.artifacts.remove", killed)
         with pytest.raises(KeyboardInterrupt):
             build_artifact(path, "memory", settings, {}, interrupted, lambda line: None)
     assert (work / "a").exists()

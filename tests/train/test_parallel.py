@@ -11,15 +11,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from vllm_memdec.train import trainer
-from vllm_memdec.train.checkpoints import STOP, saved_step
-from vllm_memdec.train.cluster import Here, World
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.datastore import layers_of
-from vllm_memdec.train.metrics import read_metrics
-from vllm_memdec.train.parallel import spread
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.worker import Worker, join, leave
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.executor.ray_executor import World
+from vllm_memdec.train.executor.worker import Worker, join, leave
+from vllm_memdec.train.model.huggingface import layers_of
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages import training as trainer
+from vllm_memdec.train.training.checkpoints import STOP, saved_step
+from vllm_memdec.train.training.metrics import read_metrics
+from vllm_memdec.train.training.parallel import spread
 
 SETTINGS = MemorySettings(
     layers=2, epochs=0.6, batch_blocks=3, micro_batch_blocks=1, dtype="float32", evaluate_steps=5
@@ -92,13 +92,13 @@ def test_what_several_processes_left_is_gone_on_with_by_one(runs, pipeline, tiny
     work, out = runs / "stop", pipeline.output
     assert saved_step(work) == 1 and not (work / "model.safetensors").exists()
     args = SETTINGS, tiny_model("qwen2"), out / "corpus", out / "targets", work
-    trainer.train_memory(*args, Progress(), Here())
+    trainer.train_memory(*args, Context())
     assert losses(work) == pytest.approx(losses(runs / "one"), rel=LOSS)
 
 
 LEAVING = """
 from pathlib import Path
-from vllm_memdec.train.torchrun import Torchrun
+from vllm_memdec.train.executor.torchrun import Torchrun
 
 def loop(world):
     import torch

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import check_gate, read_gate, write_gate
-from vllm_memdec.train.artifacts import locked, open_artifact
-from vllm_memdec.train.inputs import REMEMBERED
+from vllm_memdec.train.data.artifacts import locked, open_artifact
+from vllm_memdec.train.data.inputs import REMEMBERED
+from vllm_memdec.train.model.windows import validation_documents, windows
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.windows import validation_documents, windows
 
 UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
 

@@ -9,14 +9,14 @@ import json
 import numpy as np
 import pytest
 
-from vllm_memdec.train.config import IndexSettings, TargetSettings, parse_settings
-from vllm_memdec.train.costs import OVERHEADS, Job
-from vllm_memdec.train.index import trained_bytes, training_bytes
-from vllm_memdec.train.index_rates import time_search
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.plan import TABLE
-from vllm_memdec.train.rates import GPUS, UTILISATION, Rates, on_gpu
-from vllm_memdec.train.search import table_bytes
+from vllm_memdec.train.plan.costs import OVERHEADS, Job
+from vllm_memdec.train.plan.index_rates import time_search
+from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, on_gpu
+from vllm_memdec.train.plan.report import TABLE
+from vllm_memdec.train.settings import IndexSettings, TargetSettings, parse_settings
+from vllm_memdec.train.stages.index import trained_bytes, training_bytes
+from vllm_memdec.train.stages.search import table_bytes
 
 MB = 2**20
 

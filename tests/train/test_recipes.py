@@ -5,9 +5,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.speed.recipes import CONFIGS, MODELS, RECIPES, comment, cost, parameters
-from vllm_memdec.train.config import PRETRAINED, load_settings
-from vllm_memdec.train.datastore import check_isolation, hidden_keys
-from vllm_memdec.train.head import head
+from vllm_memdec.train.model.hidden_states import check_isolation, hidden_keys
+from vllm_memdec.train.model.output_head import head
+from vllm_memdec.train.settings import PRETRAINED, load_settings
 
 # As the models' publishers count them: the shapes are theirs.
 PUBLISHED = {

@@ -5,25 +5,19 @@ import json
 import faiss
 import numpy as np
 import pytest
-from datastores import BUDGET, WIDTH, clustered, run, store
+from support.datastores import BUDGET, WIDTH, clustered, run, store
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import faiss_gpu
-from vllm_memdec.train import index as index_stage
-from vllm_memdec.train import search as search_module
-from vllm_memdec.train.artifacts import write_json
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import DatastoreSettings, IndexSettings
-from vllm_memdec.train.datastore import Keys
-from vllm_memdec.train.index import (
-    PQ_KEYS,
-    build_index,
-    key_bytes,
-    shape,
-)
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index, by_row
-from vllm_memdec.train.shards import shards
+from vllm_memdec.train.data.artifacts import write_json
+from vllm_memdec.train.data.shards import shards
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.hidden_states import Keys
+from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
+from vllm_memdec.train.stages import faiss_gpu
+from vllm_memdec.train.stages import index as index_stage
+from vllm_memdec.train.stages import search as search_module
+from vllm_memdec.train.stages.index import PQ_KEYS, build_index, key_bytes, shape
+from vllm_memdec.train.stages.search import Index, by_row
 
 
 def test_sq8_recall_on_real_keys(pipeline):
@@ -33,7 +27,7 @@ def test_sq8_recall_on_real_keys(pipeline):
     folder.mkdir()
     out = pipeline.output
     source = Keys(DatastoreSettings(), pipeline.base, out / "corpus", out / "datastore")
-    build_index(IndexSettings(kind="sq8"), source, BUDGET, folder, Progress(), Here())
+    build_index(IndexSettings(kind="sq8"), source, folder, Context(ram_budget=BUDGET))
     index = Index(folder, IndexSettings().probes, BUDGET)
     assert int(index.facts["kind"].split(",")[0].removeprefix("IVF")) > 32
     queries, k = keys[::97], 32
@@ -85,7 +79,7 @@ def test_parts_find_what_faiss_finds_in_the_whole(tmp_path, monkeypatch, kind):
     folder, old = tmp_path / "index", tmp_path / "old"
     folder.mkdir(), old.mkdir()
     source = store(tmp_path, keys, labels)
-    build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
+    build_index(IndexSettings(kind=kind), source, folder, Context(ram_budget=BUDGET))
     index, ivf = whole_index(folder)
     ivf.nprobe = 8
     if kind == "pq":  # tables made in advance, for wider keys only: they round in another way
@@ -132,7 +126,7 @@ def test_equal_keys_are_found_by_row_wherever_they_lie(tmp_path, budget):
     folder = tmp_path / "index"
     folder.mkdir()
     source = store(tmp_path, keys, labels, per_shard=100)
-    build_index(IndexSettings(), source, budget, folder, Progress(), Here())
+    build_index(IndexSettings(), source, folder, Context(ram_budget=budget))
     assert len(list(folder.glob("index-*"))) == (1 if budget == BUDGET else 3)
     ids = Index(folder, 1, budget).search(keys[500:520], 7)[1]
     assert ids.tolist() == [[row % 90 + 90 * n for n in range(7)] for row in range(500, 520)]
@@ -162,7 +156,7 @@ def test_what_is_too_wide_for_a_gpu_is_found(tmp_path, monkeypatch, kind, probes
     keys, labels = clustered(3000)
     source, folder = store(tmp_path, keys, labels), tmp_path / "index"
     folder.mkdir()
-    build_index(IndexSettings(kind=kind), source, BUDGET, folder, Progress(), Here())
+    build_index(IndexSettings(kind=kind), source, folder, Context(ram_budget=BUDGET))
     expected = Index(folder, probes, BUDGET, gpu=False).search(keys[:20], k)
     monkeypatch.setattr(search_module, "no_gpu", lambda: "")
     index = Index(folder, probes, BUDGET)

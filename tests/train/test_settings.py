@@ -6,8 +6,14 @@ from pathlib import Path
 import pytest
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train import config
-from vllm_memdec.train.config import MemorySettings, Settings, limits, load_settings, parse_settings
+from vllm_memdec.train import settings as config
+from vllm_memdec.train.settings import (
+    MemorySettings,
+    Settings,
+    limits,
+    load_settings,
+    parse_settings,
+)
 
 CONFIGS = Path(config.__file__).parent / "configs"
 

@@ -10,8 +10,15 @@ import numpy as np
 import pytest
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.artifacts import build_artifact, file_sha256, write_atomic
-from vllm_memdec.train.shards import Sharded, load_shard, save_array, shard_path, shards, unfinished
+from vllm_memdec.train.data.artifacts import build_artifact, file_sha256, write_atomic
+from vllm_memdec.train.data.shards import (
+    Sharded,
+    load_shard,
+    save_array,
+    shard_path,
+    shards,
+    unfinished,
+)
 
 WHOLE = np.arange(46, dtype=np.int32).reshape(23, 2)
 

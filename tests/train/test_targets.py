@@ -4,15 +4,14 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from datastores import BUDGET, clustered, run, store
+from support.datastores import BUDGET, clustered, run, store
 
-from vllm_memdec.train import targets as targets_stage
-from vllm_memdec.train.cluster import Here
-from vllm_memdec.train.config import IndexSettings, TargetSettings
-from vllm_memdec.train.index import PQ_KEYS, build_index
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.search import Index
-from vllm_memdec.train.targets import (
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.settings import IndexSettings, TargetSettings
+from vllm_memdec.train.stages import targets as targets_stage
+from vllm_memdec.train.stages.index import PQ_KEYS, build_index
+from vllm_memdec.train.stages.search import Index
+from vllm_memdec.train.stages.targets import (
     aggregate,
     build_targets,
     fit_temperature,
@@ -205,20 +204,20 @@ def test_the_index_is_read_once_for_a_group_of_shards(tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
     source = store(tmp_path / "datastore", keys, labels)  # ten shards
     budget = 1 << 18
-    build_index(IndexSettings(), source, budget, tmp_path / "index", Progress(), Here())
+    build_index(IndexSettings(), source, tmp_path / "index", Context(ram_budget=budget))
     index, opened = Index(tmp_path / "index", 1, budget), []
     plain = Index._open
     monkeypatch.setattr(Index, "_open", lambda self, n: opened.append(n) or plain(self, n))
     monkeypatch.setattr(targets_stage, "GROUPS_A_WORKER", 2)
     monkeypatch.setattr(Index, "group_rows", lambda self, k: 2000)
     arguments = (TargetSettings(neighbours=9, temperature=1.0), source, index)
-    build_targets(*arguments, tmp_path / "targets", Progress(), Here())
+    build_targets(*arguments, tmp_path / "targets", Context())
     assert len(index.passes) == 5
     assert opened == [0, 1, 2, 3, 4, 1, 2, 3, 4]  # two groups of five shards; the first part stays
     expected = [p.read_bytes() for p in sorted((tmp_path / "targets").glob("*.npy"))]
     for shard in (1, 4, 9):
         (tmp_path / f"targets/probs-{shard:05d}.npy").unlink()
     opened.clear()
-    build_targets(*arguments, tmp_path / "targets", Progress(), Here())
+    build_targets(*arguments, tmp_path / "targets", Context())
     assert opened == [1, 2, 3, 4] * 3  # three left are too few to share
     assert [p.read_bytes() for p in sorted((tmp_path / "targets").glob("*.npy"))] == expected

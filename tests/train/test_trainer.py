@@ -11,17 +11,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from vllm_memdec.kernels.head_loss import Columns
-from vllm_memdec.train import checkpoints, trainer
-from vllm_memdec.train.artifacts import write_atomic
-from vllm_memdec.train.batches import Batches
-from vllm_memdec.train.cluster import Here, World
-from vllm_memdec.train.config import MemorySettings
-from vllm_memdec.train.corpus import load_blocks, valid_rows
-from vllm_memdec.train.evaluate import label_logprobs
-from vllm_memdec.train.head import ALL, Candidates
-from vllm_memdec.train.metrics import metrics_file, stopped_early
-from vllm_memdec.train.parallel import Spread
+from vllm_memdec.train.data.artifacts import write_atomic
+from vllm_memdec.train.data.blocks import load_blocks, valid_rows
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.executor.executor import LocalExecutor
+from vllm_memdec.train.executor.ray_executor import World
+from vllm_memdec.train.model.output_head import ALL, Candidates
+from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.stages import training as trainer
+from vllm_memdec.train.training import checkpoints
+from vllm_memdec.train.training.batches import Batches
+from vllm_memdec.train.training.metrics import metrics_file, stopped_early
+from vllm_memdec.train.training.parallel import Spread
 
 BETA = 0.3  # not a half: a swap of the two terms would show
 GRADIENT = 1e-5  # float32, parameters and rows of the order of one
@@ -175,7 +178,7 @@ def test_a_batch_grows_with_the_corpus_and_not_with_the_machine():
 
 
 def test_processes_that_get_no_block_are_told_of(pipeline, tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(Here, "workers", lambda self: 9)
+    monkeypatch.setattr(LocalExecutor, "workers", lambda self: 9)
     lines, _ = train(pipeline, tiny_model, tmp_path / "few", batch_blocks=8, epochs=0.2)
     assert any("gives work to 8 of 9 processes: raise memory.batch_blocks" in x for x in lines)
     lines, _ = train(pipeline, tiny_model, tmp_path / "all", batch_blocks=9, epochs=0.2)
@@ -230,7 +233,12 @@ def test_a_resumed_run_equals_an_undisturbed_one(
         monkeypatch.setattr(checkpoints, "write_atomic", save)
         work.mkdir(exist_ok=True)
         trainer.train_memory(
-            settings, tiny_model(kind), out / "corpus", out / "targets", work, Progress(), Here()
+            settings,
+            tiny_model(kind),
+            out / "corpus",
+            out / "targets",
+            work,
+            Context(),
         )
 
     train(tmp_path / "whole")
@@ -268,9 +276,9 @@ def test_finished_work_is_not_done_again(pipeline, tiny_model, tmp_path):
     """Killed after the last file, before the folder has its name: nothing is trained again."""
     out, settings = pipeline.output, MemorySettings(layers=1, epochs=0.1, checkpoint_seconds=0)
     args = (settings, tiny_model("llama"), out / "corpus", out / "targets", tmp_path)
-    trainer.train_memory(*args, Progress(), Here())
+    trainer.train_memory(*args, Context())
     before = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    trainer.train_memory(*args, Progress(), Here())
+    trainer.train_memory(*args, Context())
     assert (tmp_path / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -289,8 +297,8 @@ def train(pipeline, tiny_model, work, **changes):
     work.mkdir(exist_ok=True)
     progress = Progress()
     progress.say = (lines := []).append
-    args = settings, tiny_model("llama"), out / "corpus", out / "targets", work, progress
-    trainer.train_memory(*args, Here())
+    args = settings, tiny_model("llama"), out / "corpus", out / "targets", work, Context(progress)
+    trainer.train_memory(*args)
     return lines, trainer.read_metrics(work / "logs/metrics.jsonl")
 
 

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import ray
 
-from vllm_memdec.train.cluster import QUIET, RayCluster
+from vllm_memdec.train.executor.ray_executor import QUIET, RayExecutor
 from vllm_memdec.train.trust import VARIABLE, allow_code, code_allowed
 
 CODE = """
@@ -105,18 +105,18 @@ def test_it_runs_where_one_says_so(own, pipeline, command, quick):
 
 def test_workers_of_a_cluster_have_the_answer_too(monkeypatch):
     """Those of another machine do not inherit this process's environment."""
-    from ray.cluster_utils import Cluster
+    from ray.cluster_utils import Executor
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(VARIABLE, raising=False)
-    cluster = Cluster(
+    executor = Executor(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
     try:
         allow_code(True)
-        assert RayCluster(cluster.address).call(code_allowed)
+        assert RayExecutor(executor.address).call(code_allowed)
     finally:
         allow_code(False)
         ray.shutdown()
-        cluster.shutdown()
+        executor.shutdown()

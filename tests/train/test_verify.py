@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
 
-from vllm_memdec.train import targets as targets_stage
-from vllm_memdec.train.artifacts import HASHED, data_files, file_sha256, json_sha256
-from vllm_memdec.train.exact import StoredTargets, evenly, nearest, target
-from vllm_memdec.train.index import write_part
+from vllm_memdec.train.data.artifacts import HASHED, data_files, file_sha256, json_sha256
+from vllm_memdec.train.data.shards import save_array, shards
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.shards import save_array, shards
-from vllm_memdec.train.verify import FAILED, MEASURED, NOT_CHECKED, OK, verify
+from vllm_memdec.train.stages import targets as targets_stage
+from vllm_memdec.train.stages.index import write_part
+from vllm_memdec.train.verify.brute_force import StoredTargets, evenly, nearest, target
+from vllm_memdec.train.verify.report import FAILED, MEASURED, NOT_CHECKED, OK, verify
 
 SAMPLE = 192  # rows; what is damaged in a test is among them
 LEARNED = {"memory": {"epochs": 6, "learning_rate": 3e-3}}  # enough to know more than word counts

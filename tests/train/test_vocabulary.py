@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from benchmarks.corpora.download import smollm2
-from vllm_memdec.train.vocabulary import roles, spelling, texts, transfer
+from vllm_memdec.train.model.vocabulary_transfer import roles, spelling, texts, transfer
 
 ROOT = Path(__file__).parents[2]
 # Spaces, digits, accents, characters of two to four bytes, some of them in no vocabulary.

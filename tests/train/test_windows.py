@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vllm_memdec.train import windows as module
-from vllm_memdec.train.corpus import tokenise
-from vllm_memdec.train.datastore import load_model
-from vllm_memdec.train.evaluate import mix, perplexity
-from vllm_memdec.train.text import documents
-from vllm_memdec.train.windows import (
+from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.model import windows as module
+from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.scoring import mix, perplexity
+from vllm_memdec.train.model.windows import (
     EDGES,
     FEWEST_ROWS,
     alone,

@@ -1,0 +1,88 @@
+"""Models, configurations and tokenizers, read from Hugging Face folders."""
+
+from typing import Any
+
+import torch
+
+from vllm_memdec.errors import MemdecError, said_by
+from vllm_memdec.train.faults import reraise
+from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.trust import check_needs_no_code, code_allowed
+
+
+def load_tokenizer(folder: str) -> Any:
+    """Return the tokenizer of a model folder, or raise MemdecError in one sentence."""
+    from transformers import AutoTokenizer
+
+    from vllm_memdec.checkpoint import tokenizer_vocabulary
+
+    unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
+        usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
+        check_needs_no_code(folder, error)
+        raise MemdecError(unreadable) from error
+    if not usable:
+        raise MemdecError(unreadable)
+    return tokenizer
+
+
+def load_config(folder: str) -> Any:
+    """Return the Hugging Face config of a model folder, or raise MemdecError in one sentence."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
+        check_needs_no_code(folder, error)
+        raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
+    if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
+        raise MemdecError(f"{folder} is {config.model_type}, no text decoder: give another model.")
+    return config
+
+
+def check_positions(config: Any, folder: str, block_tokens: int) -> None:
+    """Raise MemdecError unless a model has positions for a block."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < block_tokens:
+        raise MemdecError(
+            f"{folder} has {positions} positions: lower corpus.block_tokens from {block_tokens}."
+        )
+
+
+def load_model(
+    folder: str, dtype: str = "float32", device: torch.device | None = None, config: Any = None
+) -> Any:
+    """Return the causal LM of a folder in eval mode, or raise MemdecError in one sentence.
+
+    config: in place of the folder's own; it may leave out layers, but nothing may be missing.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=getattr(torch, dtype),
+            output_loading_info=True,
+            trust_remote_code=code_allowed(),
+        )
+    except Exception as error:  # of any class: libraries check little
+        reraise(error, folder)
+        check_needs_no_code(folder, error)
+        what = said_by(error)
+        raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from error
+    if report["missing_keys"]:  # transformers would go on with random numbers
+        raise MemdecError(
+            f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
+        )
+    return model.eval().to(device or default_device())
+
+
+def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """Return the transformer blocks."""
+    lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
+    return max(lists, key=len)

@@ -1,0 +1,229 @@
+"""Text as requests read it, and what a memory's weight should be by how much context there is.
+
+A block of the corpus holds documents apart, so its contexts are as short as the documents. A server
+also gets several texts in one prompt: passages, a few examples, turns of a chat. So text is read
+twice here: each document by itself, and documents one after another in windows as long as what is
+served, where a row's context is all that stands before it in the window. A base gains more from a
+long context than a small memory does, so the best weight falls with the context.
+
+Shape suffixes: B windows, T tokens of a window, N scored rows.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_memdec.train.data.blocks import load_blocks, pack, valid_rows
+from vllm_memdec.train.model.scoring import best_alpha, label_logprobs, mix, perplexity
+from vllm_memdec.train.progress import Progress
+
+EDGES = (0, 64, 256, 512, *(2**n for n in range(10, 21)))  # of context, in tokens
+FEWEST_ROWS = 256  # that an alpha is tuned on
+LONGEST = 4096  # tokens of a window by default: longer prompts are rare, and attention is quadratic
+SHORTEST = 512
+FILLED = 4  # windows that the text should fill
+TOKENS_AT_ONCE = 2048  # of a forward pass, or one window
+RUNS = 64  # parts of a long validation text that are read, spread evenly
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Texts as requests: tokens and positions [B, T+1] int32, and which rows [B, T] are scored.
+
+    A position counts the tokens before it in its request. The first token of a document is not
+    scored: nothing before it announces it.
+    """
+
+    tokens: np.ndarray
+    positions: np.ndarray
+    scored: np.ndarray
+
+    @property
+    def position_N(self) -> np.ndarray:
+        """Return the position of the last token that each scored row has read."""
+        return self.positions[:, :-1][self.scored]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, part: Any) -> "Windows":
+        return Windows(self.tokens[part], self.positions[part], self.scored[part])
+
+
+def alone(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
+    """Return documents each by itself, several short ones in a window that do not see each other.
+
+    One that runs across the end of a window starts again at position 0.
+    """
+    tokens, positions = pack(documents, width, filler)
+    return Windows(tokens, positions, valid_rows(positions))
+
+
+def joined(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
+    """Return documents shorter than a window one after another; a window starts with a document.
+
+    The document that does not fit ends its window and starts the next one. A window that holds
+    nothing but one document is left out: that is how alone() reads it.
+    """
+    found: list[list[np.ndarray]] = []
+    window: list[np.ndarray] = []
+    room = width + 1
+    for document in documents:
+        if len(document) >= width:
+            continue
+        if room < len(document):
+            window += [document[:room]] if room else []
+            found.append(window)
+            window, room = [], width + 1
+        window.append(document)
+        room -= len(document)
+    found = [parts for parts in [*found, window] if len(parts) > 1]
+    tokens = np.full((len(found), width + 1), filler, np.int32)
+    positions = np.zeros((len(found), width + 1), np.int32)
+    scored = np.zeros((len(found), width), bool)
+    for n, parts in enumerate(found):
+        stream = np.concatenate(parts)
+        document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+        tokens[n, : len(stream)] = stream
+        positions[n, : len(stream)] = np.arange(len(stream))
+        scored[n, : len(stream) - 1] = document[1:] == document[:-1]
+    return Windows(tokens, positions, scored)
+
+
+def spread(text: Windows, most_tokens: int) -> Windows:
+    """Return windows of no more tokens, spread evenly."""
+    most = max(1, most_tokens // (text.tokens.shape[1] - 1))
+    return text[np.linspace(0, len(text) - 1, min(most, len(text))).astype(int)]
+
+
+def readings(
+    documents: list[np.ndarray], width: int, filler: int, most_tokens: int
+) -> tuple[Windows, Windows]:
+    """Return documents read alone and joined, see above, each of up to so many tokens."""
+    return tuple(spread(read(documents, width, filler), most_tokens) for read in (alone, joined))
+
+
+def windows(documents: list[np.ndarray], width: int, filler: int, most_tokens: int) -> Windows:
+    """Return both readings as one, of up to so many tokens in all."""
+    parts = readings(documents, width, filler, most_tokens // 2)
+    return Windows(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("tokens", "positions", "scored")
+        )
+    )
+
+
+def window_logprobs(
+    model: Any,
+    text: Windows,
+    progress: Progress | None = None,
+    name: str = "",
+    features_NF: torch.Tensor | None = None,
+) -> np.ndarray:
+    """Return log p(next token) [N] float64 of the scored rows; see label_logprobs()."""
+    batch = max(1, TOKENS_AT_ONCE // (text.tokens.shape[1] - 1))
+    rows = text.tokens, text.positions, batch, progress, name, features_NF, text.scored
+    return label_logprobs(model, *rows)
+
+
+def validation_documents(corpus: Path, most_tokens: int) -> list[np.ndarray]:
+    """Return the validation documents of a corpus artifact, parts of it if there are more tokens.
+
+    Blocks share a token with the next one, which stands there at position 0 in any case; as the
+    last of the block before it tells whether a document starts with it.
+    """
+    tokens, positions = load_blocks(corpus, "validation")
+    T = tokens.shape[1] - 1
+    most = max(1, most_tokens // T)
+    if len(tokens) <= most:
+        runs = [(0, len(tokens))]
+    else:
+        length = max(1, most // RUNS)
+        starts = np.linspace(0, len(tokens) - length, max(1, most // length)).astype(int)
+        runs = [(start, start + length) for start in starts.tolist()]
+    found = []
+    for start, stop in runs:
+        part, position = np.asarray(tokens[start:stop]), np.asarray(positions[start:stop])
+        stream = np.r_[part[0, 0], part[:, 1:].ravel()]
+        starts = np.flatnonzero(np.r_[True, position[:, 1:].ravel() == 0])
+        found += [doc for doc in np.split(stream, starts[1:]) if len(doc) > 1]
+    return found
+
+
+def window_tokens(given: int | None, tokens: int, configs: Iterable[Any]) -> int:
+    """Return how many tokens a window has: as given, or the longest that the text can fill.
+
+    The default is a power of two up to LONGEST, and short enough for a text of so many tokens to
+    fill FILLED windows, though no shorter than SHORTEST. Never more than the models have positions.
+    """
+    width = given
+    if width is None:
+        width = SHORTEST
+        while width < LONGEST and FILLED * 2 * width <= tokens:
+            width *= 2
+    for config in configs:
+        width = min(width, getattr(config, "max_position_embeddings", None) or width)
+    return width
+
+
+def bucket_of(position_N: np.ndarray) -> np.ndarray:
+    """Return the bucket [N] of each row: EDGES[bucket] <= position."""
+    return np.searchsorted(EDGES, position_N, side="right") - 1
+
+
+def alphas_by_context(
+    position_N: np.ndarray, base_N: np.ndarray, memory_N: np.ndarray
+) -> list[tuple[int, float]]:
+    """Return (position, alpha) pairs: the best alpha from that position on, up to the next one's.
+
+    A bucket with too few rows is tuned together with the next one; the last keeps the alpha before.
+    """
+    bucket_N, found = bucket_of(position_N), []
+    start, rows = 0, np.zeros(len(position_N), bool)
+    last = int(bucket_N.max())
+    for bucket in range(last + 1):
+        rows = rows | (bucket_N == bucket)
+        if rows.sum() < FEWEST_ROWS and not (bucket == last and not found):
+            continue
+        found.append((start, best_alpha(base_N[rows], memory_N[rows])))
+        start, rows = EDGES[bucket + 1], np.zeros(len(position_N), bool)
+    return found
+
+
+def alpha_at(table: Iterable[tuple[int, float]], position_N: np.ndarray) -> np.ndarray:
+    """Return the alpha [N] of each row by a table of alphas_by_context()."""
+    starts, alphas = (np.array(column) for column in zip(*table, strict=True))
+    return alphas[np.searchsorted(starts, position_N, side="right") - 1].astype(np.float64)
+
+
+def by_context(
+    position_N: np.ndarray,
+    base_N: np.ndarray,
+    memory_N: np.ndarray,
+    mixed: dict[str, np.ndarray],
+) -> list[dict[str, Any]]:
+    """Return a row for each bucket of context: tokens, perplexities, the best alpha and its.
+
+    mixed: log-probabilities [N] of what is compared with base and memory, by name.
+    """
+    bucket_N, rows = bucket_of(position_N), []
+    systems = {"base": base_N, "memory": memory_N, **mixed}
+    for bucket in np.unique(bucket_N).tolist():
+        here = bucket_N == bucket
+        alpha = best_alpha(base_N[here], memory_N[here])
+        rows.append(
+            {
+                "from": EDGES[bucket],
+                "to": EDGES[bucket + 1],
+                "tokens": int(here.sum()),
+                **{name: perplexity(logp_N[here]) for name, logp_N in systems.items()},
+                "best_alpha": alpha,
+                "best": perplexity(mix(base_N[here], memory_N[here], alpha)),
+            }
+        )
+    return rows

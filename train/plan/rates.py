@@ -1,0 +1,120 @@
+"""What a unit of work costs: measured by calibrate.py, or by the figures of a GPU."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from vllm_memdec.train.stages.index import KMEANS_PASSES
+from vllm_memdec.train.trust import code_allowed
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Seconds that one worker needs, and sizes seen on the sample."""
+
+    prepare: float  # the command's own reading of tokenizer and configs
+    start: float  # of the cluster
+    first: float  # of its first process, which imports what stages do
+    map: float  # of the workers of a stage
+    call: float  # of one process
+    train: float  # of the training's processes
+    tokenise: float  # a token
+    load: float  # the base, in a process that has loaded no model
+    reload: float  # the base, in one that has
+    key: float  # a row, the base up to the key
+    train_index: float  # a key of the sample and list, all passes of k-means
+    codes: float  # a key that codes are trained on
+    compare: float  # a key and list
+    encode: float  # a key, beside finding its list
+    scan: float  # a key visited by a query
+    imbalance: float  # keys visited, against lists of equal length
+    merge: float  # a neighbour of a row, of the results of one more part
+    aggregate: float  # a neighbour of a row
+    fit: float  # the temperature
+    build_memory: float
+    step: float  # a row, all of the vocabulary
+    sampled_step: float  # a row, with memory.sampled_negatives
+    launch: float  # a forward and backward pass at least, where a GPU waits for its commands
+    reduce: float  # a byte of the gradients, between workers
+    checkpoint: float
+    hash: float  # a byte
+    write: float  # a byte
+    read: float  # a byte that the system does not hold in memory
+    score_base: float  # a row, with the head
+    score_memory: float
+    tokens_per_byte: float
+    rows_per_token: float
+    entries: float  # tokens of a target
+    width: int
+    vocabulary: int
+    threads: int  # of a worker that has no GPU, or beside it
+    used: int  # tokens of the vocabulary that occur in the sample
+    sample_tokens: int
+    memory_parameters: int
+    process_bytes: int  # peak resident memory of a process that has loaded no model,
+    embed_bytes: int  # of one that embeds,
+    train_bytes: int  # and of one that trains
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Published figures: dense bf16 and float32 FLOP/s, bytes/s of memory and to another GPU."""
+
+    flops: float
+    float32: float
+    bandwidth: float
+    link: float
+    memory: float  # bytes
+
+
+GPUS = {
+    "a100": Gpu(312e12, 19.5e12, 2.04e12, 300e9, 80e9),
+    "a800": Gpu(312e12, 19.5e12, 2.04e12, 200e9, 80e9),
+    "h100": Gpu(989e12, 67e12, 3.35e12, 450e9, 80e9),
+    "h200": Gpu(989e12, 67e12, 4.8e12, 450e9, 141e9),
+    "l4": Gpu(121e12, 30e12, 0.3e12, 32e9, 24e9),
+    "l40s": Gpu(362e12, 91e12, 0.864e12, 32e9, 48e9),
+}
+UTILISATION = 0.35  # of a GPU's figures that is taken to be reached
+MEMORY_LAYERS = 24  # whose launch a step waits for, where settings do not tell: of a 0.5B memory
+LAUNCH = 3 * 0.6e-3  # seconds of a layer's forward and backward pass: see devices.py
+
+
+def on_gpu(
+    rates: Rates, gpu: Gpu, base_parameters: int, key_bytes: int, layers: int = MEMORY_LAYERS
+) -> Rates:
+    """Return rates for a GPU, from its figures; what runs on CPUs keeps those measured.
+
+    key_bytes: of a key in the index, all of which a search reads of each that it visits; layers: of
+    the memory.
+    """
+    flop, byte = 1 / (gpu.flops * UTILISATION), 1 / (gpu.bandwidth * UTILISATION)
+    flop32 = 1 / (gpu.float32 * UTILISATION)  # faiss compares keys with lists in float32
+    memory = rates.memory_parameters
+    return replace(
+        rates,
+        key=2 * base_parameters * flop,
+        score_base=2 * base_parameters * flop,
+        score_memory=2 * memory * flop,
+        step=6 * memory * flop,
+        sampled_step=6 * memory * flop,
+        train_index=KMEANS_PASSES * 2 * rates.width * flop32,
+        compare=2 * rates.width * flop32,
+        encode=2 * rates.width * byte,
+        scan=key_bytes * byte,
+        launch=LAUNCH * layers,
+        reduce=1 / (gpu.link * UTILISATION),
+    )
+
+
+def base_parameters(base: str) -> int:
+    """Return how many weights a model has, from its config alone."""
+    from transformers import AutoModelForCausalLM
+
+    from vllm_memdec.train.model.huggingface import load_config
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            load_config(base), trust_remote_code=code_allowed()
+        )
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,335 @@
+"""Settings of `memdec build`: one frozen model per stage, read from YAML, unknown keys refused.
+
+The defaults suit a small corpus; configs/wikitext103.yaml holds the paper's set-up.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self, TypeVar, get_args
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
+
+from vllm_memdec.errors import MemdecError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+# In place of the defaults, where a memory starts from trained weights (arXiv 2508.09874).
+PRETRAINED: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 15.0}
+
+
+class StageSettings(BaseModel):
+    """The settings of one stage; a subclass names each with its range."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None or not _is_number(cls.model_fields[info.field_name]):
+            return value
+        number = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-3 as text
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
+            raise ValueError("not a number")
+        return number
+
+    def changed(self, **changes: Any) -> Self:
+        """Return a copy with some settings changed; MemdecError if one of them is wrong."""
+        given = {name: getattr(self, name) for name in self.model_fields_set}
+        return _checked(type(self), given | changes)
+
+    def _given(self, name: str) -> bool:
+        """Return whether a setting was set, to something else than nothing."""
+        return name in self.model_fields_set and getattr(self, name) is not None
+
+
+class CorpusSettings(StageSettings):
+    block_tokens: int = Field(512, ge=8, le=1 << 20)  # predicted tokens a block
+    # of the documents, unless a validation text is given
+    validation_fraction: float = Field(0.05, ge=1e-6, le=0.5)
+    group: str | None = None  # a field of the rows: rows of one value are held out together
+    # blocks a file of every stage, and the most that is done twice
+    shard_blocks: int = Field(64, ge=1, le=1 << 24)
+
+
+class DatastoreSettings(StageSettings):
+    key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"  # the paper's
+    layer_fraction: float = Field(0.7, ge=1e-3, le=1)  # of the base's depth, where key is layer
+    keep_keys: StrictBool = True  # on disk, 2 bytes a number; else computed again for the search
+    batch_blocks: int | None = Field(None, ge=1, le=1 << 16)  # a forward pass; None: by the device
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
+
+    @model_validator(mode="after")
+    def _uses_what_it_is_given(self) -> Self:
+        if self._given("layer_fraction") and self.key != "layer":
+            raise ValueError(
+                "datastore.layer_fraction is for datastore.key layer: set that as well, or leave "
+                "it out."
+            )
+        return self
+
+    @property
+    def key_layer(self) -> str | float:
+        """Return the name of the key, or the share of the layers it is the output of."""
+        return self.layer_fraction if self.key == "layer" else self.key
+
+
+class IndexSettings(StageSettings):
+    kind: Literal["auto", "flat", "fp16", "sq8", "pq"] = "auto"  # auto: by the number of keys
+    probes: int = Field(32, ge=1, le=1 << 20)  # inverted lists visited a query
+    seed: int = Field(42, ge=0, le=(1 << 31) - 1)
+
+    @model_validator(mode="after")
+    def _uses_what_it_is_given(self) -> Self:
+        if self._given("probes") and self.kind == "flat":
+            raise ValueError(
+                "index.probes is for inverted lists, which index.kind flat has not: leave it out."
+            )
+        return self
+
+
+class TargetSettings(StageSettings):
+    neighbours: int = Field(256, ge=1, le=1 << 16)  # the paper's: 1024
+    # of exp(-distance / temperature); None: fitted
+    temperature: float | None = Field(None, ge=1e-9, le=1e9)
+    min_probability: float = Field(1e-4, ge=0, le=0.5)  # smaller target probabilities are dropped
+
+
+class MemorySettings(StageSettings):
+    init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
+    adapt_tokenizer: StrictBool = False  # of init, to the base's: see vocabulary.py
+    tokenizer: str | None = None  # the same as it was written before: a folder of the base's
+    # of the epochs, trained where init is adapted
+    transfer_fraction: float = Field(0.1, ge=1e-6, le=1)
+    # kept of the base; None: 4, or all of a base with fewer
+    layers: int | None = Field(None, ge=1, le=1 << 10)
+    beta: float = Field(0.5, ge=0, le=1)  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
+    # of init base, of a folder without weights, or adapted; else see PRETRAINED
+    epochs: float = Field(20.0, ge=1e-6, le=1e6)
+    learning_rate: float = Field(1e-3, ge=1e-9, le=1)  # likewise
+    warmup_fraction: float = Field(0.05, ge=0, le=1)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # to a tenth, to 0, or level
+    # steps between evaluations on validation text; None: none
+    evaluate_steps: int | None = Field(None, ge=1, le=1 << 30)
+    # evaluations without a better one that end the training
+    early_stop: int | None = Field(None, ge=1, le=1 << 20)
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    gradient_clip: float = Field(1.0, ge=1e-9, le=1e9)
+    # blocks an optimiser step, over all GPUs; None: by the corpus, see batch()
+    batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
+    # a forward pass; None: by the device
+    micro_batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
+    # columns beside the corpus's own; None: all, see output_head.py
+    sampled_negatives: int | None = Field(None, ge=1, le=1 << 24)
+    checkpoint_seconds: float = Field(60.0, ge=0, le=1e9)
+    # activations are computed twice and not kept: slower, but a larger memory fits
+    gradient_checkpointing: StrictBool = False
+    compile: StrictBool | None = None  # its layers, by torch.compile; None: where there is a GPU
+    # on several GPUs: the whole memory on each, or a part of each layer, see parallel.py
+    parallel: Literal["replicate", "shard"] = "replicate"
+    seed: int = Field(42, ge=0, le=(1 << 31) - 1)
+
+    @model_validator(mode="after")
+    def _uses_what_it_is_given(self) -> Self:
+        if self.early_stop and not self.evaluate_steps:
+            raise ValueError("memory.early_stop needs memory.evaluate_steps: set that as well.")
+        if self.layers is not None and self.init != "base":
+            raise ValueError(
+                f"memory.layers cuts the base, but memory.init {self.init} keeps all its layers: "
+                "leave memory.layers out, or set it to null."
+            )
+        if self.adapts and self.init == "base":
+            raise ValueError(
+                "memory.adapt_tokenizer is for a memory that was compiled for another tokenizer: "
+                "give that memory with --init, or leave --adapt-tokenizer out."
+            )
+        if self._given("transfer_fraction") and not self.adapts:
+            raise ValueError(
+                "memory.transfer_fraction is for memory.adapt_tokenizer: set that as well, or "
+                "leave it out."
+            )
+        return self
+
+    @property
+    def adapts(self) -> bool:
+        """Return whether init is to be adapted to the base's tokenizer."""
+        return self.adapt_tokenizer or self.tokenizer is not None
+
+    def batch(self, blocks: int) -> int:
+        """Return how many of a corpus's blocks a step takes, unless it has fewer.
+
+        By default 8, and of a larger corpus the most, doubled up to 512, that leave 1,000 steps an
+        epoch: so eight GPUs have work from 64,000 blocks on, and the result does not depend on how
+        many GPUs there are.
+        """
+        if self.batch_blocks is not None:
+            return self.batch_blocks
+        size = 8
+        while size < 512 and blocks >= 2 * size * 1000:
+            size *= 2
+        return size
+
+    def pretrained(self) -> Self:
+        """Return a copy with the defaults for a memory that starts from trained weights."""
+        missing = PRETRAINED.keys() - self.model_fields_set
+        return self.changed(**{name: PRETRAINED[name] for name in missing})
+
+
+class ExportSettings(StageSettings):
+    # None: tuned on the validation text, for each length of context
+    alpha: float | None = Field(None, ge=0, le=1)
+    # of the longest requests that alpha is tuned on; None: as many as the text fills (windows.py)
+    context_tokens: int | None = Field(None, ge=32, le=1 << 20)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Settings(BaseModel):
+    """The settings of all stages."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    corpus: CorpusSettings = CorpusSettings()
+    datastore: DatastoreSettings = DatastoreSettings()
+    index: IndexSettings = IndexSettings()
+    targets: TargetSettings = TargetSettings()
+    memory: MemorySettings = MemorySettings()
+    export: ExportSettings = ExportSettings()
+
+    def changed(self, changes: dict[str, dict[str, Any]]) -> Self:
+        """Return a copy with {stage: {name: value}} changed; MemdecError if one is wrong."""
+        given = self.model_dump(exclude_unset=True)
+        stages = {stage: given.get(stage, {}) | entries for stage, entries in changes.items()}
+        return parse_settings(given | stages)
+
+
+def load_settings(
+    path: Path | None, assignments: Sequence[str] = (), memory: dict[str, Any] | None = None
+) -> Settings:
+    """Return the settings of a YAML file, defaults for what it leaves out; MemdecError if wrong.
+
+    assignments: of --set, such as "memory.epochs=3"; they win over the file, a later one over an
+    earlier one. memory: settings of that stage that have options of their own; they win over all.
+    """
+    changes = _assigned(assignments)
+    if memory:
+        changes["memory"] = changes.get("memory", {}) | memory
+    values = {} if path is None else _read_yaml(path)
+    if isinstance(values, dict) and all(isinstance(entries, dict) for entries in values.values()):
+        # Before any is checked: a setting of the file may need what an option gives.
+        values |= {stage: values.get(stage, {}) | entries for stage, entries in changes.items()}
+    return parse_settings(values)
+
+
+def _read_yaml(path: Path) -> Any:
+    import yaml
+
+    if not path.is_file():
+        raise MemdecError(f"settings file {path} does not exist: check --config.")
+    try:
+        return yaml.safe_load(path.read_text()) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        what = " ".join(str(error).split())
+        raise MemdecError(f"{path} is not valid YAML ({what}): mend it.") from None
+
+
+def _assigned(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Return {stage: {name: value}} of texts STAGE.NAME=VALUE, each value read as YAML."""
+    import yaml
+
+    changes: dict[str, dict[str, Any]] = {}
+    for text in assignments:
+        found = re.fullmatch(r"\s*([^.=]+?)\.([^.=]+?)\s*=(.*)", text, re.DOTALL)
+        if found is None:
+            raise MemdecError(
+                f"--set must be STAGE.NAME=VALUE, such as memory.epochs=3, got {text!r}."
+            )
+        stage, name, value = found.groups()
+        try:
+            changes.setdefault(stage, {})[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise MemdecError(f"--set {text}: the value is no YAML, put it in quotes.") from None
+    return changes
+
+
+def parse_settings(values: dict[str, Any]) -> Settings:
+    """Return Settings of {stage: {name: value}}, every name, type and range checked."""
+    return _checked(Settings, values)
+
+
+def _checked(kind: type[Model], values: Any) -> Model:
+    """Return a model of values; MemdecError, one sentence on the first that is wrong."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+    where = list(first["loc"])
+    if kind is not Settings:
+        where.insert(0, next(n for n, f in Settings.model_fields.items() if f.annotation is kind))
+    raise MemdecError(_sentence(where, first))
+
+
+def _sentence(where: list[Any], error: dict[str, Any]) -> str:
+    """Return what is wrong, and how it is mended; where: [], [stage] or [stage, setting]."""
+    value, kind = error["input"], error["type"]
+    if not where:
+        return "settings must be a mapping of stages, as in configs/tiny.yaml."
+    stage = Settings.model_fields.get(where[0])
+    if stage is None:
+        return _unknown(where[0], Settings, "stage")
+    if len(where) == 1 and kind == "value_error":  # of settings that do not go together
+        return str(error["ctx"]["error"])
+    if len(where) == 1:
+        return f"settings of stage {where[0]} must be a mapping, got {value!r}."
+    field = stage.annotation.model_fields.get(where[1])
+    if field is None:
+        return _unknown(where[1], stage.annotation, f"setting of stage {where[0]}")
+    return f"{where[0]}.{where[1]} must be {_expected(field, value)}, got {value!r}."
+
+
+def _unknown(name: Any, model: type[BaseModel], what: str) -> str:
+    known = list(model.model_fields)
+    close = difflib.get_close_matches(str(name), known, 1)
+    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
+    return f"unknown {what}: {name}; {hint}"
+
+
+def _expected(field: FieldInfo, value: Any) -> str:
+    """Return what a field takes, in words, where it does not take a value."""
+    kinds = get_args(field.annotation)
+    if kinds and all(isinstance(kind, str) for kind in kinds):
+        return f"one of {', '.join(kinds)}"
+    if not _is_number(field):
+        return "text" if str in (field.annotation, *kinds) else "true or false"
+    low, high = limits(field)
+    try:
+        number = None if isinstance(value, bool) else float(value)
+    except OverflowError:  # of an integer: beyond any range
+        number = float("inf")
+    except (ValueError, TypeError):
+        number = None
+    if number is None or number != number or low <= number <= high:
+        return "an integer" if int in (field.annotation, *kinds) else "a number"
+    return f"between {low:g} and {high:g}"
+
+
+def _is_number(field: FieldInfo) -> bool:
+    """Return whether a setting is a number, or may be one."""
+    return bool({int, float} & {field.annotation, *get_args(field.annotation)})
+
+
+def limits(field: FieldInfo) -> tuple[float, float]:
+    """Return the least and the largest value of a number."""
+    least = next(rule.ge for rule in field.metadata if hasattr(rule, "ge"))
+    return least, next(rule.le for rule in field.metadata if hasattr(rule, "le"))

@@ -1,0 +1,281 @@
+"""Corpus stage: documents -> fixed-length token blocks, in shards.
+
+Documents are tokenised, closed with the end-of-text token and packed one after another into
+blocks of T+1 tokens; neighbouring blocks share one token, so that every token but a document's
+first is predicted once. Beside each token stands its position within its document (and block):
+positions restart at 0 where a document starts, which is also what keeps documents from seeing
+each other in training. A pair (token, next token) counts iff the position rises by one; the last
+block is filled with one-token documents, which hold no such pair.
+
+Pieces of the text are tokenised side by side; one pass over the tokens then packs them, so that a
+block's content does not depend on how the text was divided.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data import completeness
+from vllm_memdec.train.data.artifacts import write_json
+from vllm_memdec.train.data.blocks import SPLITS, packed, tokenise, valid_rows
+from vllm_memdec.train.data.completeness import check_there, numbered
+from vllm_memdec.train.data.documents import Piece, canonical, pieces, read_rows
+from vllm_memdec.train.data.shards import load_shard, save_array, shard_path, unfinished
+from vllm_memdec.train.data.splits import digest, split_lengths
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.huggingface import check_positions, load_config, load_tokenizer
+from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import CorpusSettings
+from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
+
+TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
+PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
+
+
+@dataclass
+class Tokeniser:
+    """Writes tokens, and each document's length and digests, of one piece of text."""
+
+    base: str
+    pieces: list[Piece]
+    group: str | None  # field of a row: rows of one value are held out together
+    work: Path
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base)
+
+    def __call__(self, number: int) -> int:
+        digests: list[tuple[int, int]] = []
+
+        def texts() -> Iterator[str]:
+            for text, value in read_rows(self.pieces[number], self.group):
+                own = digest(text)
+                digests.append((own, own if self.group is None else digest(canonical(value))))
+                yield text
+
+        found = list(tokenise(self.tokenizer, texts(), keep_empty=True))
+        kept = [n for n, document in enumerate(found) if len(document)]
+        documents = [found[n] for n in kept]
+        tokens = np.concatenate([np.zeros(0, np.int32), *documents])
+        save_array(shard_path(self.work, "tokens", number), tokens)
+        of_text, of_group = np.array(digests, np.uint64).reshape(-1, 2)[kept].T
+        save_array(shard_path(self.work, "texts", number), of_text)
+        save_array(shard_path(self.work, "groups", number), of_group)
+        lengths = np.array([len(document) for document in documents], dtype=np.int64)
+        save_array(shard_path(self.work, "lengths", number), lengths)
+        return 1
+
+
+def build_corpus(
+    settings: CorpusSettings,
+    base: str,
+    corpus: Path,
+    validation: Path | None,
+    work: Path,
+    context: Context,
+) -> None:
+    """Write tokens-SPLIT and positions-SPLIT in shards of blocks [blocks, T+1] int32.
+
+    Beside them rows-SPLIT.npy, the valid rows of each block, used-SPLIT.npy, the tokens that occur,
+    and corpus.json. Without a validation path documents are held out by a digest of their text, or
+    of the field that settings.group names; a corpus of too few documents gives its last blocks.
+    """
+    from vllm_memdec.checkpoint import tokenizer_fingerprint
+
+    if (work / "corpus.json").exists():  # killed just before the end
+        shutil.rmtree(work / PIECES, ignore_errors=True)
+        return
+    tokenizer = load_tokenizer(base)
+    if tokenizer.eos_token_id is None:
+        raise MemdecError(
+            f"the tokenizer of {base} has no end-of-text token: set eos_token "
+            "in its tokenizer_config.json."
+        )
+    config = load_config(base)
+    check_positions(config, base, settings.block_tokens)
+    texts = [corpus] if validation is None else [corpus, validation]
+    group = settings.group if validation is None else None  # nothing is held out then
+    tokenised = tokenise_pieces(base, texts, group, work / PIECES, context)
+    train, held_out = tokenised[0], tokenised[-1]
+    lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
+    if not len(lengths):
+        raise MemdecError(f"the tokenizer of {base} finds no token in {corpus}: give other text.")
+    highest = max(text.highest() for text in tokenised)
+    if highest >= config.vocab_size:
+        raise MemdecError(
+            f"{base} has {config.vocab_size} vocabulary rows, but its tokenizer gives token "
+            f"{highest}: give a model that belongs to this tokenizer."
+        )
+    if validation is None and lengths.sum() < 2 * (settings.block_tokens + 1):
+        raise MemdecError(
+            f"{corpus} has {lengths.sum()} tokens, less than one block of {settings.block_tokens} "
+            "to train on and one to hold out: give more text or lower corpus.block_tokens."
+        )
+    if validation is None:
+        taken = split_lengths(
+            lengths,
+            train.digests("texts"),
+            train.digests("groups"),
+            settings.validation_fraction,
+            settings.block_tokens,
+        )
+        if settings.group is not None and ((taken > 0) & (taken < lengths)).any():
+            raise MemdecError(
+                f"too few values of corpus.group ({settings.group}) to hold out a block of "
+                f"{settings.block_tokens} tokens by them: give --validation, or leave it out."
+            )
+        documents = {
+            "train": train.parts(taken, first=True),
+            "validation": train.parts(taken, first=False),
+        }
+    else:
+        documents = {"train": train.documents(), "validation": held_out.documents()}
+    counts: dict[str, Any] = {
+        "block_tokens": settings.block_tokens,
+        "shard_blocks": settings.shard_blocks,
+        "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
+    }
+    for name in SPLITS:
+        counts[name] = write_blocks(
+            documents[name], settings, tokenizer.eos_token_id, name, work, context.progress
+        )
+    if validation is not None:
+        equal = np.isin(held_out.digests("texts"), train.digests("texts"))
+        counts["validation"]["equal_documents"] = int(equal.sum())
+        if equal.all():
+            raise MemdecError(
+                f"every document of {validation} is in {corpus}, which the memory learns by heart: "
+                "give --validation text that it does not see, or leave it out."
+            )
+        if equal.any():
+            context.progress.say(
+                f"corpus: {equal.sum():,} of {len(equal):,} validation documents "
+                f"({equal.mean():.0%}) are in the corpus word for word: the memory looks better on "
+                "them than it is"
+            )
+    write_json(work / "corpus.json", counts)
+    shutil.rmtree(work / PIECES)
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """The tokenised pieces of a text, read one after the other."""
+
+    folder: Path
+    numbers: range
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yield the lengths of each piece's documents."""
+        for number in self.numbers:
+            yield load_shard(self.folder, "lengths", number)
+
+    def digests(self, of: str) -> np.ndarray:
+        """Return a digest [documents] uint64 of each document's "texts" or "groups"."""
+        parts = (load_shard(self.folder, of, number) for number in self.numbers)
+        return np.concatenate([part.copy() for part in parts])  # maps would stay open
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Yield every document's tokens."""
+        for number, lengths in zip(self.numbers, self.lengths(), strict=True):
+            tokens = load_shard(self.folder, "tokens", number)
+            ends = np.cumsum(lengths)
+            for end, length in zip(ends, lengths, strict=True):
+                yield tokens[end - length : end]
+
+    def highest(self) -> int:
+        """Return the highest token id."""
+        tokens = (load_shard(self.folder, "tokens", number) for number in self.numbers)
+        return max((int(t.max(initial=0)) for t in tokens), default=0)
+
+    def parts(self, taken: np.ndarray, first: bool) -> Iterator[np.ndarray]:
+        """Yield the first `taken` tokens of each document, or the rest, where there are any."""
+        for document, n in zip(self.documents(), taken, strict=True):
+            part = document[:n] if first else document[n:]
+            if len(part):
+                yield part
+
+
+def tokenise_pieces(
+    base: str,
+    texts: list[Path],
+    group: str | None,
+    folder: Path,
+    context: Context,
+) -> list[Tokenised]:
+    """Tokenise some texts piece by piece into a folder."""
+    folder.mkdir(exist_ok=True)
+    parts, found = [], []
+    for text in texts:
+        first = len(parts)
+        parts += pieces(text)
+        found.append(Tokenised(folder, range(first, len(parts))))
+    todo = unfinished(folder, TOKENISED, len(parts))
+    with context.progress.task("corpus: tokenising", len(parts), "pieces") as advance:
+        advance(len(parts) - len(todo), done_before=True)
+        for done in context.executor.map(Tokeniser(base, parts, group, folder), todo):
+            advance(done)
+    check_there(folder, numbered(TOKENISED, len(parts)), os.listdir(folder))
+    return found
+
+
+def write_blocks(
+    documents: Iterable[np.ndarray],
+    settings: CorpusSettings,
+    filler: int,
+    name: str,
+    work: Path,
+    progress: Progress,
+) -> dict[str, int]:
+    """Pack documents into shards of blocks; return counts for corpus.json."""
+    counts = {"tokens": 0, "documents": 0}
+
+    def counted() -> Iterator[np.ndarray]:
+        for document in documents:
+            counts["tokens"] += len(document)
+            counts["documents"] += 1
+            yield document
+
+    rows, used = [np.zeros(0, np.int32)], np.zeros(0, bool)  # used: does a token occur?
+    per_shard = settings.shard_blocks
+    for shard, (tokens, positions) in enumerate(
+        packed(counted(), settings.block_tokens, filler, per_shard)
+    ):
+        rows.append(valid_rows(positions).sum(axis=1, dtype=np.int32))
+        used = np.pad(used, (0, max(0, int(tokens.max()) + 1 - len(used))))
+        used[tokens] = True
+        for kind, array in (("tokens", tokens), ("positions", positions)):
+            if not (path := shard_path(work, f"{kind}-{name}", shard)).exists():
+                save_array(path, array)
+    if counts["tokens"] < settings.block_tokens + 1:
+        raise MemdecError(
+            f"the {name} text has {counts['tokens']} tokens, less than one block of "
+            f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
+        )
+    row_counts = np.concatenate(rows)
+    save_array(work / f"rows-{name}.npy", row_counts)
+    save_array(work / f"used-{name}.npy", np.flatnonzero(used).astype(np.int32))
+    n_blocks = len(row_counts)
+    progress.say(f"corpus: {counts['tokens']:,} tokens of {name} text in {n_blocks:,} blocks")
+    return counts | {"blocks": n_blocks, "rows": int(row_counts.sum())}
+
+
+def stage(build: Build) -> Stage:
+    """Return how the corpus is made."""
+    settings = build.settings.corpus.model_dump()
+    if build.validation is not None:
+        settings["validation_fraction"] = settings["group"] = None  # nothing is held out
+
+    def make(work: Path) -> None:
+        text = build.corpus, build.validation
+        build_corpus(build.settings.corpus, build.base, *text, work, build.context)
+
+    remedy = f"{OTHERS}, or give --ray-address none, which takes one worker,"
+    return Stage(settings, (), make, completeness.corpus_files, remedy)

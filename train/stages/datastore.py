@@ -1,0 +1,118 @@
+"""Datastore stage: token blocks -> (key, next token) of every valid row, in shards.
+
+A key is a hidden state of the base after a context, a value the token that followed. Rows are
+numbered through all blocks in order, counting valid pairs only; that number is the row's id in
+the index and in the targets.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from vllm_memdec.train.data import completeness
+from vllm_memdec.train.data.blocks import load_blocks, shard_rows, valid_rows
+from vllm_memdec.train.data.shards import save_array, shard_path, unfinished
+from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.hidden_states import Keys, check_isolation
+from vllm_memdec.train.stages.stage import Build, Stage, lowered
+
+SAMPLE_SHARDS = 64  # at least so many, evenly spread, give a sample of keys
+MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
+
+
+def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield (row numbers, keys fp16) of so many rows in all, evenly spread over the shards."""
+    n_shards, n_rows = len(starts) - 1, int(starts[-1])
+    most = MOST_SAMPLE_SHARDS
+    if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
+        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
+    shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
+    ends = np.cumsum(np.diff(starts)[shards])  # of the shards, one after the other
+    wanted = np.linspace(0, int(ends[-1]) - 1, min(rows, int(ends[-1]))).astype(np.int64)
+    for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
+        first = end - (starts[shard + 1] - starts[shard])
+        local = wanted[slice(*np.searchsorted(wanted, (first, end)))] - first
+        if len(local):
+            yield local + starts[shard], keys(shard)[local]
+
+
+def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return (row numbers, keys fp16) of so many rows, or of all, evenly spread over the shards."""
+    numbers, found = zip(*sampled(keys, starts, rows), strict=True)
+    return np.concatenate(numbers), np.concatenate(found)
+
+
+@dataclass
+class Embedder:
+    """Writes the keys and labels of one shard of blocks."""
+
+    gpu: ClassVar[bool] = True
+    keys: Keys
+    work: Path
+
+    @cached_property
+    def checked(self) -> bool:
+        check_isolation(self.keys.model, self.keys.settings.key_layer)
+        return True
+
+    def __call__(self, shard: int) -> int:
+        assert self.checked
+        keys, labels = self.keys.compute(shard)
+        save_array(shard_path(self.work, "keys", shard), keys)
+        save_array(shard_path(self.work, "labels", shard), labels)
+        return len(labels)
+
+
+@dataclass
+class Labeller:
+    """Writes the labels of one shard of blocks, where its keys are not kept."""
+
+    corpus: Path
+    work: Path
+
+    def __call__(self, shard: int) -> int:
+        tokens, positions = (array.shard(shard) for array in load_blocks(self.corpus, "train"))
+        labels = tokens[:, 1:][valid_rows(positions)]
+        save_array(shard_path(self.work, "labels", shard), labels)
+        return len(labels)
+
+
+def build_datastore(keys: Keys, work: Path, context: Context) -> None:
+    """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
+    starts = shard_rows(keys.corpus)
+    n_shards = len(starts) - 1
+    names = ("keys", "labels") if keys.settings.keep_keys else ("labels",)
+    todo = unfinished(work, names, n_shards)
+    worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
+    with context.progress.task("datastore", int(starts[-1]), "rows") as advance:
+        done = sorted(set(range(n_shards)) - set(todo))
+        advance(int(np.diff(starts)[done].sum()), done_before=True)
+        for rows in context.executor.map(worker, todo):
+            advance(rows)
+
+
+def keys_of(build: Build, datastore: Path) -> Keys:
+    """Return the keys of the corpus's rows, of which a datastore may hold some."""
+    return Keys(build.settings.datastore, build.base, build.path("corpus"), datastore)
+
+
+def stage(build: Build) -> Stage:
+    """Return how the datastore is made."""
+    settings = build.settings.datastore.model_dump()
+    batch = settings.pop("batch_blocks")  # bounds memory
+    if build.settings.datastore.key != "layer":
+        settings["layer_fraction"] = None
+
+    def make(work: Path) -> None:
+        build_datastore(keys_of(build, work), work, build.context)
+
+    def files(work: Path) -> Iterable[str]:
+        names = ("keys", "labels") if settings["keep_keys"] else ("labels",)
+        return completeness.numbered(names, completeness.n_shards(build.path("corpus")))
+
+    remedy = lowered("datastore.batch_blocks", batch)
+    return Stage(settings, ("corpus",), make, files, remedy)

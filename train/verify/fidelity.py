@@ -1,0 +1,107 @@
+"""A trained memory against the targets it was taught, and how much of the text it can recite.
+
+Fidelity is measured as in arXiv 2607.27919: top-1 agreement, KL(target || memory), total variation
+and Pearson correlation over the vocabulary, each the mean over rows.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.model.output_head import head
+from vllm_memdec.train.verify.brute_force import StoredTargets, evenly
+
+MEASURES = ("agreement", "kl", "tv", "pearson")
+ROWS_EACH = 16  # rows taken of a block
+CONTEXT = 16  # tokens a recited passage is prompted with
+RECITED = (16, 32)  # tokens that must follow exactly
+BATCH = 16  # passages a forward pass
+
+
+@torch.inference_mode()
+def fidelity(
+    models: dict[str, Any],
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    row_start: np.ndarray,
+    stored: StoredTargets,
+    unigram_V: np.ndarray,
+    most: int,
+) -> dict[str, dict[str, float]]:
+    """Return agreement, kl, tv and pearson of each model on up to `most` rows of blocks [B, T+1].
+
+    row_start [B+1] numbers each block's rows. unigram_V are the corpus's token frequencies, a
+    rival that knows no context: "unigram".
+    """
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in (*models, "unigram")}
+    for block in evenly(len(tokens), -(-most // ROWS_EACH)).tolist():
+        block_T, position_T = (np.asarray(a[block], np.int64) for a in (tokens, positions))
+        mask_T = valid_rows(position_T[None])[0]
+        rows = evenly(row_start[block + 1] - row_start[block], ROWS_EACH)
+        targets = [stored.row(row_start[block] + row) for row in rows.tolist()]
+        p_NV = {"unigram": torch.from_numpy(unigram_V).expand(len(rows), -1)}
+        for name, model in models.items():
+            h_TD = model.base_model(
+                input_ids=torch.from_numpy(block_T[None, :-1]).to(model.device),
+                position_ids=torch.from_numpy(position_T[None, :-1]).to(model.device),
+                use_cache=False,
+            ).last_hidden_state[0][torch.from_numpy(mask_T).to(model.device)]
+            chosen_ND = h_TD[torch.from_numpy(rows).to(model.device)]
+            p_NV[name] = head(model, chosen_ND).double().softmax(-1).cpu()
+        for name, p in p_NV.items():
+            found[name] += [
+                compare(ids, probs, p_V)
+                for (ids, probs), p_V in zip(targets, p.numpy(), strict=True)
+                if len(ids)  # a row may have found no neighbour
+            ]
+    return {
+        name: dict(zip(MEASURES, np.mean(values, axis=0).tolist(), strict=True))
+        | {"rows": len(values)}
+        for name, values in found.items()
+    }
+
+
+def compare(ids: np.ndarray, target: np.ndarray, p_V: np.ndarray) -> tuple[float, ...]:
+    """Return (agreement, KL, total variation, Pearson) of a sparse target and a distribution."""
+    p = p_V[ids]
+    with np.errstate(divide="ignore"):
+        kl = (target * (np.log(target) - np.log(p))).sum()
+    tv = (np.abs(target - p).sum() + 1 - p.sum()) / 2
+    # Both sum to 1 over V tokens, so both have the mean 1 / V.
+    mean = 1 / len(p_V)
+    spread = ((target**2).sum() - mean) * ((p_V**2).sum() - mean)
+    pearson = ((target * p).sum() - mean) / np.sqrt(spread) if spread > 0 else 0.0
+    return float(p_V.argmax() == ids[target.argmax()]), float(kl), float(tv), float(pearson)
+
+
+def passages(tokens: np.ndarray, positions: np.ndarray, length: int, most: int) -> np.ndarray:
+    """Return up to `most` beginnings [N, length] of documents (or of their parts in a block).
+
+    Looks at up to four times as many blocks, so that of a large corpus little is read.
+    """
+    chosen = evenly(len(tokens), 4 * most)
+    tokens, positions = np.asarray(tokens[chosen]), np.asarray(positions[chosen])
+    if length > tokens.shape[1]:
+        return np.empty((0, length), np.int64)
+    last = positions[:, length - 1 :] == length - 1
+    block, start = np.nonzero(last & (positions[:, : last.shape[1]] == 0))
+    kept = evenly(len(block), most) if len(block) else np.empty(0, np.int64)
+    return tokens[block[kept, None], start[kept, None] + np.arange(length)].astype(np.int64)
+
+
+@torch.inference_mode()
+def recited(model: Any, passages_NT: np.ndarray) -> float:
+    """Return the share of passages whose tokens after CONTEXT the model's greedy answer repeats.
+
+    A greedy answer is exact iff each of its tokens is the likeliest after the true ones before
+    it, so one forward pass over the passage tells, without generating.
+    """
+    exact = []
+    for start in range(0, len(passages_NT), BATCH):
+        part_BT = torch.from_numpy(passages_NT[start : start + BATCH]).to(model.device)
+        h_BTD = model.base_model(input_ids=part_BT[:, :-1], use_cache=False).last_hidden_state
+        greedy_BT = head(model, h_BTD[:, CONTEXT - 1 :]).argmax(dim=-1)
+        exact.append((greedy_BT == part_BT[:, CONTEXT:]).all(dim=1).cpu())
+    return float(torch.cat(exact).double().mean())
