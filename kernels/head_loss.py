@@ -115,12 +115,13 @@ def _gradients(
     grad_ND = torch.empty_like(h_ND)
     chosen = [x if columns is None else x[columns.ids] for x in parameters]
     trained = len(chosen[0]) if columns is None else columns.trained
-    whole = [_grad(x) if accumulate else None for x in parameters]
+    whole = [_grad(x) for x in parameters] if accumulate else []
     if accumulate and columns is None:
         sinks = whole
     else:
         sinks = [torch.zeros_like(x[:trained]) for x in chosen]
-    weight_CD, bias_C = (*(x.to(dtype) for x in chosen), None)[:2]
+    weight_CD = chosen[0].to(dtype)
+    bias_C = None if bias_V is None else chosen[1].to(dtype)
     scratch = torch.empty_like(weight_CD[:trained])
     log_weight_C = None if columns is None else columns.log_weight
     # Chunks of equal size: a small last one would cost as much as a whole one.
@@ -144,8 +145,8 @@ def _gradients(
         for sink in sinks[1:]:
             sink.add_(learning_PS.sum(0, dtype=sink.dtype), alpha=scale)
     if columns is not None:
-        for n, (parameter, grad, sink) in enumerate(zip(parameters, whole, sinks, strict=True)):
-            grad = torch.zeros_like(parameter) if grad is None else grad
+        for n, (parameter, sink) in enumerate(zip(parameters, sinks, strict=True)):
+            grad = whole[n] if accumulate else torch.zeros_like(parameter)
             sinks[n] = grad.index_add_(0, columns.ids[:trained], sink)
     return grad_ND, *([None, None] if accumulate else [*sinks, None][:2]), sums
 
@@ -186,7 +187,7 @@ def _gradient(
         scaled_PC = transform(leaf_PC)
     grad_PC = torch.empty_like(leaf_PC)
     losses = sparse_kl(scaled_PC.detach(), *rows, log_weight_V=log_weight_C, out=grad_PC)
-    logits_PC.copy_(*torch.autograd.grad(scaled_PC, leaf_PC, grad_PC))
+    logits_PC.copy_(torch.autograd.grad(scaled_PC, leaf_PC, grad_PC)[0])
     return losses
 
 

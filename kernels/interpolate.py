@@ -124,11 +124,13 @@ def interpolate_triton(
     """Run the kernels, on a GPU or, under TRITON_INTERPRET=1, in the interpreter."""
     N, V = base_NV.shape
     shared = min(V, memory_NW.shape[1])
-    columns = isinstance(weights, RowWeights)
-    weights_NA = weights.columns_NA if columns else weights
+    if isinstance(weights, RowWeights):
+        columns, keep, weights_NA = True, weights.others == "keep", weights.columns_NA
+        number = float(weights.memory)  # a float: one compiled kernel for all
+    else:
+        columns, keep, weights_NA, number = False, False, weights, 0.0
     score_N, certainty_4K = gate or (out_NV, out_NV)  # not looked at without a gate
     K = certainty_4K.shape[1] if gate else 1
-    number = float(weights.memory) if columns else 0.0  # a float: one compiled kernel for all
     if split is None:
         # Even with 1,024 rows on an H100 (benchmarks/results/kernel.csv). A row that is one slice
         # needs no second launch.
@@ -137,7 +139,7 @@ def interpolate_triton(
     S = plan.slices
     flags = plan.flags | {
         "COLUMNS": columns,
-        "KEEP": columns and weights.others == "keep",
+        "KEEP": keep,
         "GATED": gate is not None,
         "AS_LOGITS": as_logits,
         "num_warps": plan.warps,
@@ -200,6 +202,7 @@ def _mixture_rows(
     base_peak, base_logsum, _ = _normaliser_rows(b)
     memory_peak, memory_logsum, moment_N = _normaliser_rows(m, moment=score_N is not None)
     if score_N is not None:
+        assert certainty_4K is not None and moment_N is not None
         top_N = (-memory_logsum[:, 0]).exp()
         entropy_N = memory_logsum[:, 0] - moment_N * top_N
         z_N = gate_scores(score_N, certainty_4K, top_N, entropy_N)
@@ -257,11 +260,13 @@ def interpolate_torch(
 ) -> None:
     """Run the formula in PyTorch: compiled, or a few rows at a time so that they stay in cache."""
     score_N, certainty_4K = gate or (None, None)
-    alpha_N, kept_N = weights, None
+    kept_N = None
     if isinstance(weights, RowWeights):
         alpha_N, mine_N = weights.decode(gated=gate is not None)
         if weights.others == "keep":
             kept_N = ~mine_N
+    else:
+        alpha_N = weights
     mixture, step = _mixture_rows, max(1, GROUP // base_NV.shape[1])
     if compiled:
         mixture, step = _compiled_rows(), len(out_NV)

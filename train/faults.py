@@ -105,7 +105,7 @@ def sentence_of(error: BaseException) -> str | None:
         if isinstance(error, OSError) and error.strerror and error.filename:
             return f"{error.filename}: {error.strerror}: check the path and run again."
         return None
-    place, what = found.filename or "a file", found.strerror or os.strerror(found.errno)
+    place, what = found.filename or "a file", found.strerror or os.strerror(found.errno or 0)
     if found.errno in FULL:
         return f"the disk is full: free some space {AGAIN}"
     if found.errno == errno.EMFILE:

@@ -7,7 +7,7 @@ import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, cast, get_args
 
 from pydantic import (
     BaseModel,
@@ -20,6 +20,7 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from vllm_memdec.errors import MemdecError
 
@@ -37,7 +38,8 @@ class StageSettings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None or not _is_number(cls.model_fields[info.field_name]):
+        name = info.field_name
+        if value is None or name is None or not _is_number(cls.model_fields[name]):
             return value
         number = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-3 as text
         if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
@@ -207,7 +209,7 @@ class Settings(BaseModel):
     memory: MemorySettings = MemorySettings()
     export: ExportSettings = ExportSettings()
 
-    def changed(self, changes: dict[str, dict[str, Any]]) -> Self:
+    def changed(self, changes: dict[str, dict[str, Any]]) -> "Settings":
         """Return a copy with {stage: {name: value}} changed; MemdecError if one is wrong."""
         given = self.model_dump(exclude_unset=True)
         stages = {stage: given.get(stage, {}) | entries for stage, entries in changes.items()}
@@ -280,7 +282,7 @@ def _checked(kind: type[Model], values: Any) -> Model:
     raise MemdecError(_sentence(where, first))
 
 
-def _sentence(where: list[Any], error: dict[str, Any]) -> str:
+def _sentence(where: list[Any], error: ErrorDetails) -> str:
     """Return what is wrong, and how it is mended; where: [], [stage] or [stage, setting]."""
     value, kind = error["input"], error["type"]
     if not where:
@@ -292,9 +294,10 @@ def _sentence(where: list[Any], error: dict[str, Any]) -> str:
         return str(error["ctx"]["error"])
     if len(where) == 1:
         return f"settings of stage {where[0]} must be a mapping, got {value!r}."
-    field = stage.annotation.model_fields.get(where[1])
+    model = cast(type[StageSettings], stage.annotation)
+    field = model.model_fields.get(where[1])
     if field is None:
-        return _unknown(where[1], stage.annotation, f"setting of stage {where[0]}")
+        return _unknown(where[1], model, f"setting of stage {where[0]}")
     return f"{where[0]}.{where[1]} must be {_expected(field, value)}, got {value!r}."
 
 

@@ -187,6 +187,8 @@ def open_artifact(path: Path) -> Artifact | None:
     Whatever else keeps it from being read is raised as the OSError that it is.
     """
     manifest = read_object(path / MANIFEST)
+    if manifest is None:
+        return None
     try:
         whole = manifest["hash"] == json_sha256({key: manifest[key] for key in HASHED}) and all(
             (path / name).stat().st_size == entry["bytes"]

@@ -92,8 +92,8 @@ def pack(
     documents: Iterable[np.ndarray], block_tokens: int, filler: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and positions, both [blocks, T+1] int32, of documents packed in order."""
-    parts = list(packed(documents, block_tokens, filler, PACKED_AT_ONCE))
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    tokens, positions = zip(*packed(documents, block_tokens, filler, PACKED_AT_ONCE), strict=True)
+    return np.concatenate(tokens), np.concatenate(positions)
 
 
 def valid_rows(positions: np.ndarray) -> np.ndarray:

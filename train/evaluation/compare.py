@@ -88,7 +88,7 @@ class Pair:
                         len(part.position_N), self.memory.config.hidden_size + 3
                     )
                 found["memory"].append(window_logprobs(self.memory, part, features_NF=features_NF))
-                if features_NF is not None:
+                if self.gate is not None and features_NF is not None:
                     with torch.inference_mode():
                         weights_N = self.gate(features_NF).double().numpy()
                     found.setdefault("gate", []).append(weights_N)
@@ -156,7 +156,7 @@ def evaluate(
         mixed = {}
         if (weights_N := pair.weights(position_N)) is not None:
             mixed["mixture"] = mix(read["base"], read["memory"], weights_N)
-            if pair.table is not None:  # beside it one weight for all contexts
+            if pair.table is not None and pair.alpha is not None:  # one weight for all contexts
                 mixed["fixed"] = mix(read["base"], read["memory"], float(pair.alpha))
         if "gate" in read:
             mixed["gate"] = mix(read["base"], read["memory"], read["gate"])

@@ -92,7 +92,8 @@ class Pieces:
     """The text of ids, one by one; a character of several tokens stands at its last one."""
 
     def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer, self.pending = tokenizer, []
+        self.tokenizer = tokenizer
+        self.pending: list[int] = []
 
     def __call__(self, token: int) -> str:
         self.pending.append(token)
@@ -147,7 +148,8 @@ def _read(
 ) -> tuple[str, list[Token]]:
     """Return the first token's text, and every other token."""
     base_reads, memory_reads, pieces = Reader(base), Reader(memory), Pieces(tokenizer)
-    known, done, found = len(ids), 0, []
+    known, done = len(ids), 0
+    found: list[Token] = []
     first = pieces(ids[0])
     while True:
         part = ids[done : done + CHUNK]
@@ -177,9 +179,12 @@ def _read(
             p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
             weight = float(alpha_T[row])
             parts = weight * p_memory, (1 - weight) * p_base
-            says = [tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)]
+            base_says, memory_says = (
+                tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)
+            )
             share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
             numbers = float(p_base), float(p_memory), float(p_mixture)
+            says = base_says, memory_says
             found.append(Token(pieces(token), weight, done >= known, *numbers, *says, share))
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.functional import gelu
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, Gate, write_gate
@@ -146,25 +147,25 @@ def divide(
                 break
             kept.add(document.digest)
             left -= len(document.ids)
-    sides = tuple(
+    trained, reported = (
         {
             kind: [d.ids for d in found if (d.digest in kept) == side]
             for kind, found in texts.items()
         }
         for side in (False, True)
     )
-    for kind, ids in sides[0].items():
+    for kind, ids in trained.items():
         if not ids:
             raise MemdecError(
                 f"all of the {kind} text is kept for the report: give more documents."
             )
-    for side in sides:
-        both = in_turn(*(passages(side[kind], *PASSAGE) for kind in ("domain", "general")))
+    for side in (trained, reported):
+        both = in_turn(passages(side["domain"], *PASSAGE), passages(side["general"], *PASSAGE))
         if both:  # less is no reason to refuse what is enough of each
             side["in turn"] = both
-    if "in turn" not in sides[0]:
-        sides[1].pop("in turn", None)
-    return sides
+    if "in turn" not in trained:
+        reported.pop("in turn", None)
+    return trained, reported
 
 
 def score(
@@ -202,14 +203,15 @@ class Net(nn.Module):
         super().__init__()
         self.sees = nn.Linear(width, HIDDEN)
         self.context = nn.Linear(1, HIDDEN, bias=False)
-        self.out = nn.Sequential(nn.GELU(), nn.Dropout(DROPOUT), nn.Linear(HIDDEN, 1))
-        self.sure = nn.Sequential(
-            nn.Linear(2, CERTAINTY), nn.GELU(), nn.Linear(CERTAINTY, 1, bias=False)
-        )
+        self.out = nn.Linear(HIDDEN, 1)
+        self.sure = nn.Linear(2, CERTAINTY)
+        self.sure_out = nn.Linear(CERTAINTY, 1, bias=False)
+        self.dropout = nn.Dropout(DROPOUT)
 
     def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
-        seen_N1 = self.out(self.sees(x_NF[:, :-3]) + self.context(x_NF[:, -1:]))
-        return LARGEST * (seen_N1 + self.sure(x_NF[:, -3:-1]))[:, 0].sigmoid()
+        seen_NH = gelu(self.sees(x_NF[:, :-3]) + self.context(x_NF[:, -1:]))
+        sure_N1 = self.sure_out(gelu(self.sure(x_NF[:, -3:-1])))
+        return LARGEST * (self.out(self.dropout(seen_NH)) + sure_N1)[:, 0].sigmoid()
 
 
 class Rows:
@@ -271,7 +273,14 @@ def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
         decay = DECAY * min(1, D / DECAY_WIDTH)
         parameters = [
             {"params": [*net.sees.parameters(), *net.out.parameters()], "weight_decay": decay},
-            {"params": [*net.sure.parameters(), *net.context.parameters()], "weight_decay": 0.0},
+            {
+                "params": [
+                    *net.sure.parameters(),
+                    *net.sure_out.parameters(),
+                    *net.context.parameters(),
+                ],
+                "weight_decay": 0.0,
+            },
         ]
         optimizer = torch.optim.AdamW(parameters, lr=RATE)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -289,16 +298,16 @@ def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
             rates.step()
     net.requires_grad_(False)
     w1, b1 = without_scale(net.sees, mean_F[:-3], scale_F[:-3])
-    sure, bias_K = without_scale(net.sure[0], mean_F[-3:-1], scale_F[-3:-1])
+    sure, bias_K = without_scale(net.sure, mean_F[-3:-1], scale_F[-3:-1])
     context_H = net.context.weight[:, 0] / scale_F[-1]
     return {
         "w1": w1.numpy(),
         "b1": (b1 - context_H * mean_F[-1]).numpy(),
         "context": context_H.numpy(),
         "longest": np.array(max(int(part.position_N.max()) for part in parts)),
-        "w2": net.out[2].weight[0].numpy(),
-        "b2": net.out[2].bias[0].numpy(),
-        "certainty": torch.stack([*sure.T, bias_K, net.sure[2].weight[0]]).numpy(),
+        "w2": net.out.weight[0].numpy(),
+        "b2": net.out.bias[0].numpy(),
+        "certainty": torch.stack([*sure.T, bias_K, net.sure_out.weight[0]]).numpy(),
     }
 
 

@@ -6,6 +6,7 @@ with `gpu = True` gets a GPU to itself, where there are any. The processes of th
 loop together; when one is lost, all begin again at the last checkpoint, fewer if need be.
 """
 
+import math
 import os
 import socket
 import sys
@@ -125,7 +126,7 @@ class RayExecutor:
 
     def _do(self, worker: Callable[[int], Any], items: Iterable[int], name: str) -> Iterator[Any]:
         """Yield the worker's results, as they come; an item whose process is lost is done again."""
-        todo, losses = deque(items), Counter()
+        todo, losses = deque(items), Counter[int]()
         if not todo:
             return
         self.start()
@@ -186,14 +187,14 @@ class RayExecutor:
 
     def _gathered(self) -> list[Process]:
         """Return the processes of the training: all that are ready, once one has waited enough."""
-        crew, until = self.crew, None
+        crew, until = self.crew, math.inf
         while True:
             places = alike(slots())
             crew.staff(places, len(places))
             crew.answers(LOOK_SECONDS)
             ready = crew.idle()
-            if ready and until is None:
-                until = time.monotonic() + GATHER_SECONDS
+            if ready:  # the first time: later ones are no earlier
+                until = min(until, time.monotonic() + GATHER_SECONDS)
             if ready and (len(ready) == len(crew.processes) or time.monotonic() > until):
                 return ready
 

@@ -94,7 +94,8 @@ class Worker:
     """The actor: one at a time in a process, kept through the stages."""
 
     def __init__(self) -> None:
-        self.key, self.worker = -1, None
+        self.key = -1
+        self.worker: Callable[[Any], Any] | None = None  # the one that came with the key
 
     def prove(self, proof: Proof | None) -> Outcome:
         """Tell that this process lives and sees what is shared; return killed_for_memory()."""
@@ -113,6 +114,7 @@ class Worker:
             if key != self.key:
                 self.let_go()
                 self.key, self.worker = key, pickle.loads(pickled)
+            assert self.worker is not None
             return self.worker(item)
 
         return attempt(done)
@@ -172,7 +174,11 @@ def join(world: World, meeting: tuple[str, int], own: str) -> None:
     import torch.distributed.nn.functional  # see leave()
 
     address, port = meeting
-    environment = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": 0}
+    environment: dict[str, int | str] = {
+        "RANK": world.rank,
+        "WORLD_SIZE": world.size,
+        "LOCAL_RANK": 0,
+    }
     environment |= {"MASTER_ADDR": address, "MASTER_PORT": port}  # each sees one GPU: number 0
     os.environ.update({name: str(value) for name, value in environment.items()})
     if found := interface(own):  # else gloo takes that of the host's name, which may be loopback

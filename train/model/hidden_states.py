@@ -23,7 +23,7 @@ class _KeyReached(Exception):
     """Ends a forward pass at the key layer: what follows it is not needed."""
 
 
-def last_mlp(model: torch.nn.Module) -> torch.nn.Module:
+def last_mlp(model: Any) -> torch.nn.Module:
     """Return the MLP of the last transformer block, whatever the architecture calls it."""
     last = layers_of(model)[-1]
     for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe"):
@@ -35,7 +35,7 @@ def last_mlp(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def hidden_keys(
-    model: torch.nn.Module, key: str | float, tokens: torch.Tensor, positions: torch.Tensor
+    model: Any, key: str | float, tokens: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
     """Return keys [B, T, D] of blocks [B, T], the forward pass stopped where they are known.
 
@@ -58,7 +58,7 @@ def hidden_keys(
         handle = last_mlp(model).register_forward_pre_hook(stop_before, with_kwargs=True)
     else:
         layers = layers_of(model)
-        handle = layers[math.ceil(key * len(layers)) - 1].register_forward_hook(stop_after)
+        handle = layers[math.ceil(float(key) * len(layers)) - 1].register_forward_hook(stop_after)
     try:
         with contextlib.suppress(_KeyReached):
             model.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
@@ -68,7 +68,7 @@ def hidden_keys(
 
 
 @torch.inference_mode()
-def check_isolation(model: torch.nn.Module, key: str | float = "final_hidden") -> None:
+def check_isolation(model: Any, key: str | float = "final_hidden") -> None:
     """Raise MemdecError unless documents packed into a block leave each other alone.
 
     Not every architecture of transformers takes the restart of positions for a boundary.
@@ -87,7 +87,7 @@ def check_isolation(model: torch.nn.Module, key: str | float = "final_hidden") -
 
 @torch.inference_mode()
 def embed(
-    model: torch.nn.Module, key: str | float, tokens: np.ndarray, positions: np.ndarray, batch: int
+    model: Any, key: str | float, tokens: np.ndarray, positions: np.ndarray, batch: int | None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1]."""
     device = model.device

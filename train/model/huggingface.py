@@ -63,7 +63,8 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        # Any, at its source: an argument decides whether a model or a pair is returned.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=getattr(torch, dtype),
@@ -75,6 +76,7 @@ def load_model(
         check_needs_no_code(folder, error)
         what = said_by(error)
         raise MemdecError(f"no causal LM could be loaded from {folder}: {what}.") from error
+    model, report = loaded
     if report["missing_keys"]:  # transformers would go on with random numbers
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
@@ -82,7 +84,7 @@ def load_model(
     return model.eval().to(device or default_device())
 
 
-def layers_of(model: torch.nn.Module) -> torch.nn.ModuleList:
+def layers_of(model: Any) -> torch.nn.ModuleList:
     """Return the transformer blocks."""
     lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
     return max(lists, key=len)

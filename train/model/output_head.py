@@ -48,7 +48,7 @@ class Candidates:
 
     def to(self, device: torch.device) -> "Candidates":
         """Return the same columns on a device."""
-        if self.columns is None:
+        if self.columns is None or self.rank_V is None:
             return self
         ids, log_weight = self.columns.ids.to(device), self.columns.log_weight.to(device)
         return Candidates(Columns(ids, log_weight, self.columns.trained), self.rank_V.to(device))

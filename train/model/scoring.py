@@ -103,4 +103,5 @@ def best_alpha(base_N: np.ndarray, memory_N: np.ndarray) -> float:
 
     The likelihood is concave in alpha, so a grid cannot miss a second optimum.
     """
-    return float(round(min(ALPHAS, key=lambda a: perplexity(mix(base_N, memory_N, a))), 2))
+    best = min(ALPHAS, key=lambda alpha: perplexity(mix(base_N, memory_N, alpha)))
+    return float(round(best, 2))

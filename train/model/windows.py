@@ -9,7 +9,7 @@ long context than a small memory does, so the best weight falls with the context
 Shape suffixes: B windows, T tokens of a window, N scored rows.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,8 @@ def readings(
     documents: list[np.ndarray], width: int, filler: int, most_tokens: int
 ) -> tuple[Windows, Windows]:
     """Return documents read alone and joined, see above, each of up to so many tokens."""
-    return tuple(spread(read(documents, width, filler), most_tokens) for read in (alone, joined))
+    each, together = (read(documents, width, filler) for read in (alone, joined))
+    return spread(each, most_tokens), spread(together, most_tokens)
 
 
 def windows(documents: list[np.ndarray], width: int, filler: int, most_tokens: int) -> Windows:
@@ -183,7 +184,8 @@ def alphas_by_context(
 
     A bucket with too few rows is tuned together with the next one; the last keeps the alpha before.
     """
-    bucket_N, found = bucket_of(position_N), []
+    found: list[tuple[int, float]] = []
+    bucket_N = bucket_of(position_N)
     start, rows = 0, np.zeros(len(position_N), bool)
     last = int(bucket_N.max())
     for bucket in range(last + 1):
@@ -195,7 +197,7 @@ def alphas_by_context(
     return found
 
 
-def alpha_at(table: Iterable[tuple[int, float]], position_N: np.ndarray) -> np.ndarray:
+def alpha_at(table: Iterable[Sequence[float]], position_N: np.ndarray) -> np.ndarray:
     """Return the alpha [N] of each row by a table of alphas_by_context()."""
     starts, alphas = (np.array(column) for column in zip(*table, strict=True))
     return alphas[np.searchsorted(starts, position_N, side="right") - 1].astype(np.float64)

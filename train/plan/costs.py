@@ -253,7 +253,7 @@ class Job:
             fitted = min(FIT_ROWS, self.rows)
             seconds += rates.call + (search + aggregate) * fitted + rates.fit * fitted / FIT_ROWS
         # Parts and what is done with them; the labels are mapped, and count.
-        opened = min(self.rows * self.key_bytes, self.budget // 2)
+        opened: float = min(self.rows * self.key_bytes, self.budget // 2)
         opened += trained_bytes(self.shape, rates.width) + 4 * self.rows
         opened += rates.process_bytes + self.searching_bytes(k)
         disk = self.rows * (12 + 6 * rates.entries)

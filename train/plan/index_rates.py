@@ -9,7 +9,14 @@ import numpy as np
 
 from vllm_memdec.train.settings import Settings
 from vllm_memdec.train.stages.faiss_gpu import GPU_LARGEST_K, to_gpu
-from vllm_memdec.train.stages.index import CODE_SAMPLE, POINTS_PER_LIST, PQ_KEYS, kmeans, shape
+from vllm_memdec.train.stages.index import (
+    CODE_SAMPLE,
+    POINTS_PER_LIST,
+    PQ_KEYS,
+    inverted,
+    kmeans,
+    shape,
+)
 from vllm_memdec.train.stages.targets import fit_temperature, sparse_targets
 
 QUERIES = 2048  # whose search is timed
@@ -87,9 +94,10 @@ def time_search(keys: np.ndarray, own: np.ndarray, kind: str, k: int, probes: in
         lists = max(1, min(int(len(data) ** 0.5), len(data) // 40))
         index = faiss.index_factory(data.shape[1], f"IVF{lists},{code}")
         train, centroids = timed(kmeans, data, lists, 0)
-        index.quantizer.add(centroids)
+        ivf = inverted(index)
+        ivf.quantizer.add(centroids)
         codes, _ = timed(index.train, data[:CODE_SAMPLE])
-        index.nprobe = probes = min(probes, lists)
+        ivf.nprobe = probes = min(probes, lists)
         index = there(index)
         add, _ = timed(index.add, data)
         quantizer = there(faiss.IndexFlatL2(data.shape[1]))

@@ -128,7 +128,8 @@ class StageProbe:
 
     def __call__(self, _: int) -> int:
         began = time.perf_counter()
-        settings, found = self.settings, {"process_bytes": peak_bytes()}
+        settings = self.settings
+        found: dict[str, float] = {"process_bytes": peak_bytes()}
         model = load_model(self.base, settings.datastore.dtype)
         check_isolation(model, settings.datastore.key_layer)
         found["load"] = time.perf_counter() - began
@@ -152,7 +153,8 @@ class StageProbe:
         batch = blocks_at_once(
             self.settings.datastore.batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
         )
-        found, spent = [], []
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        spent: list[float] = []
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             began = time.perf_counter()
@@ -162,7 +164,7 @@ class StageProbe:
             spent.append(time.perf_counter() - began)
             if sum(spent) > EMBED_SECONDS:
                 break
-        warm = slice(len(spent) > 1, None)
+        warm = slice(int(len(spent) > 1), None)
         rows = sum(len(labels) for _, labels in found[warm])
         keys, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
         return keys, labels, min(len(spent) * batch, len(tokens)), sum(spent[warm]) / max(rows, 1)
@@ -292,7 +294,8 @@ def calibrate(
         memory_config(settings.memory, base, settings.corpus.block_tokens)
 
     with progress.task("calibrating", 4, "probes") as advance:
-        found: dict[str, float] = {"prepare": seconds(prepare), "start": seconds(executor.workers)}
+        # Numbers as JSON has them: Rates says which are whole.
+        found: dict[str, Any] = {"prepare": seconds(prepare), "start": seconds(executor.workers)}
         found["first"] = seconds(executor.call, nothing)
         found["call"] = seconds(executor.call, nothing)
         found |= executor.call(measure_storage, work) | {"launch": 0.0, "reduce": 1 / LINK}

@@ -125,12 +125,12 @@ def show(found: Plan, console: Console) -> None:
         disk = {stage.name: human_bytes(stage.disk) for stage in stages_}
         seconds = sum(s.seconds for s in stages_)
         longest = max(stages_, key=lambda stage: stage.seconds)
-        cells = [f"{tokens:.0e}", disk["datastore"], disk["index"], disk["targets"]]
-        cells.append(human_bytes(max(s.memory for s in stages_)))
-        cells += [human_seconds(seconds), f"{longest.name}, {longest.seconds / seconds:.0%}"]
+        line = [f"{tokens:.0e}", disk["datastore"], disk["index"], disk["targets"]]
+        line.append(human_bytes(max(s.memory for s in stages_)))
+        line += [human_seconds(seconds), f"{longest.name}, {longest.seconds / seconds:.0%}"]
         if gpus:
-            cells.append(f"{sum(gpu_hours(s, gpus) for s in stages_):.3g}")
-        sizes.add_row(*cells)
+            line.append(f"{sum(gpu_hours(s, gpus) for s in stages_):.3g}")
+        sizes.add_row(*line)
         spent = [human_seconds(sum(s.of.get(name, 0.0) for s in stages_)) for name in OVERHEADS]
         parts.add_row(f"{tokens:.0e}", *spent)
     console.print(sizes)

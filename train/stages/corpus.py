@@ -212,7 +212,8 @@ def tokenise_pieces(
 ) -> list[Tokenised]:
     """Tokenise some texts piece by piece into a folder."""
     folder.mkdir(exist_ok=True)
-    parts, found = [], []
+    parts: list[Piece] = []
+    found: list[Tokenised] = []
     for text in texts:
         first = len(parts)
         parts += pieces(text)

@@ -237,8 +237,8 @@ def stage(build: Build) -> Stage:
             "artifacts": {name: build.done[name].hash for name in read},
             "settings": made | {"export": settings},
         }
-        paths = [build.path(name) for name in read]
-        context = build.context
-        export_memory(build.settings.export, build.base, *paths, provenance, work, context)
+        corpus, targets, memory = (build.path(name) for name in read)
+        paths = corpus, targets, memory
+        export_memory(build.settings.export, build.base, *paths, provenance, work, build.context)
 
     return Stage(settings, read, make, completeness.model_files, OTHERS)

@@ -58,25 +58,26 @@ def gpu_options(index: Any) -> dict[str, bool]:
     """Return the options with which faiss takes an index to a GPU."""
     options = {"use_cuvs": False}  # which knows no 8-bit scalars
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None and isinstance(ivf := faiss.downcast_index(ivf), faiss.IndexIVFPQ):
+    lists = None if ivf is None else faiss.downcast_index(ivf)
+    if isinstance(lists, faiss.IndexIVFPQ):
         # A query's table of 64-byte codes has 64 x 256 entries: 32 kB in fp16; in float32 it is
         # larger than the 48 kB of shared memory.
         options["useFloat16"] = True
         # Tables made in advance take 32 kB a list, and their fp16 is of larger numbers.
-        options["usePrecomputed"] = ivf.pq.dsub not in GPU_PQ_WIDTHS
+        options["usePrecomputed"] = lists.pq.dsub not in GPU_PQ_WIDTHS
     return options
 
 
 def compare_all_lists(index: Any) -> None:
     """Replace the graph that finds an index's lists by their centroids: GPUs have no graphs."""
     ivf = faiss.try_extract_index_ivf(index)
-    if ivf is None or not isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW):
+    graph = None if ivf is None else faiss.downcast_index(ivf.quantizer)
+    if ivf is None or not isinstance(graph, faiss.IndexHNSW):
         return
-    graph = faiss.downcast_index(ivf.quantizer)
     graph.own_fields = False  # the centroids stay, as the index's own
     ivf.quantizer = graph.storage
     # To own what faiss made (thisown) ends in a crash: SWIG 4.5 counts its references too low.
-    graph.__swig_destroy__(graph)
+    graph.__swig_destroy__(graph)  # type: ignore[attr-defined]  # SWIG's: no stub has it
 
 
 def to_gpu(index: Any, resources: Any = None) -> Any:

@@ -170,11 +170,18 @@ def inverted(index: Any) -> Any:
 
 def transformed(index: Any, keys: np.ndarray) -> np.ndarray:
     """Return keys [rows, D] float32 as the lists of an index hold them."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexPreTransform):
-        for n in range(index.chain.size()):
-            keys = faiss.downcast_VectorTransform(index.chain.at(n)).apply(keys)
+    for transform in transforms(index):
+        keys = transform.apply(keys)
     return keys
+
+
+def transforms(index: Any) -> list[Any]:
+    """Return what an index does to keys before its lists get them, in order."""
+    outer = faiss.downcast_index(index)
+    if not isinstance(outer, faiss.IndexPreTransform):
+        return []
+    chain: Any = outer.chain  # a std::vector, which faiss's stubs call a list
+    return [faiss.downcast_VectorTransform(chain.at(n)) for n in range(chain.size())]
 
 
 def kmeans(points: np.ndarray, lists: int, seed: int) -> np.ndarray:
@@ -190,10 +197,11 @@ def kmeans(points: np.ndarray, lists: int, seed: int) -> np.ndarray:
         gpu=0 if no_gpu() else 1,
     )
     found.train(points)
+    assert found.centroids is not None  # train() has made them
     return found.centroids
 
 
-def two_level_kmeans(sample: np.ndarray, lists: int, seed: int) -> np.ndarray:
+def two_level_kmeans(sample: "np.ndarray | Rotated", lists: int, seed: int) -> np.ndarray:
     """Return centroids [lists, D] float32 of a sample: of clusters, then within each of them.
 
     Of the sample, which may be mapped, only the points of a few clusters are in memory at once;
@@ -251,9 +259,8 @@ def train_lists(index: Any, sample: np.ndarray, found: Shape, seed: int) -> Any:
         return to_cpu(index)
     chosen = np.linspace(0, len(sample) - 1, min(CODE_SAMPLE, len(sample))).astype(np.int64)
     few = np.asarray(sample[chosen], np.float32)
-    outer = faiss.downcast_index(index)
-    if isinstance(outer, faiss.IndexPreTransform):  # what stands before the lists comes first
-        faiss.downcast_VectorTransform(outer.chain.at(0)).train(few)
+    for transform in transforms(index)[:1]:  # what stands before the lists comes first
+        transform.train(few)
     rotated = Rotated(index, sample)
     centroids = two_level_kmeans(rotated, found.lists, seed)
     quantizer = faiss.downcast_index(ivf.quantizer)

@@ -67,8 +67,7 @@ class Block:
     queries: np.ndarray  # [rows, D] float32, as the lists of the index hold keys
     lists: np.ndarray | None  # [rows, probes] that are visited
     list_distances: np.ndarray | None
-    distances: np.ndarray | None = None  # [rows, k], nearest first
-    ids: np.ndarray | None = None
+    nearest: tuple[np.ndarray, np.ndarray] | None = None  # distances and ids [rows, k], in order
 
 
 @dataclass
@@ -245,26 +244,28 @@ class Index:
 
     def _search(self, held: Any, block: Block, k: int, out: dict[str, np.ndarray]) -> None:
         """Put what one part finds into D and I [rows, k]."""
-        if self.trained is None:
+        if block.lists is None:
             held.search(block.queries, k, **out)
             return
         if (ivf := inverted(held)) is not None:  # in host memory
             self._lend(ivf.invlists)
             ivf = inverted(self.trained)
         else:
-            index = faiss.downcast_index(held)
-            ivf = faiss.downcast_index(index.index) if hasattr(index, "chain") else index
+            index: Any = faiss.downcast_index(held)  # on a GPU: a class that the stubs lack
+            if hasattr(index, "chain"):
+                index = faiss.downcast_index(index.index)
+            ivf = index
             ivf.nprobe = block.lists.shape[1]
         ivf.search_preassigned(block.queries, k, block.lists, block.list_distances, **out)
 
-    def _add(self, parts: dict[int, Any], block: Block, k: int) -> None:
-        """Merge what some parts find into what the parts before them found."""
-        before = block.ids is not None
-        shape = (len(parts) + before, len(block.queries), k)
+    def _add(self, parts: dict[int, Any], block: Block, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Merge what some parts find into the nearest of the parts before them; return those."""
+        before = block.nearest
+        shape = (len(parts) + (before is not None), len(block.queries), k)
         distances, ids = np.empty(shape, np.float32), np.empty(shape, np.int64)
-        if before:
-            distances[0], ids[0] = block.distances, block.ids
-        for n, (part, held) in enumerate(parts.items(), before):
+        if before is not None:
+            distances[0], ids[0] = before
+        for n, (part, held) in enumerate(parts.items(), int(before is not None)):
             self._search(held, block, k, {"D": distances[n], "I": ids[n]})
             if self.counted_by_part:
                 ids[n][ids[n] >= 0] += self.facts["first_rows"][part]
@@ -272,9 +273,10 @@ class Index:
         merged = (
             (distances[0], ids[0]) if len(ids) == 1 else faiss.merge_knn_results(distances, ids)
         )
-        block.distances, block.ids = merged
-        block.distances[block.ids < 0] = np.inf
+        merged[0][merged[1] < 0] = np.inf
         by_row(*merged)
+        block.nearest = merged
+        return merged
 
     @cached_property
     def counted_by_part(self) -> bool:
@@ -295,21 +297,20 @@ class Index:
         blocks = map(self._block, batches)
         if not others:
             for block in blocks:
-                self._add(self.opened, block, k)
-                yield block.distances, block.ids
+                yield self._add(self.opened, block, k)
             return
-        held = []
+        held: dict[int, Block] = {}
         for block in blocks:
             if first:
                 self._add(self.opened, block, k)
-            held.append(block)
+            held[len(held)] = block
         for parts in others:
             opened = {part: self._open(part) for part in parts}
-            for n, block in enumerate(held):
-                self._add(opened, block, k)
+            for n in list(held):
+                nearest = self._add(opened, held[n], k)
                 if parts is others[-1]:
-                    held[n] = None
-                    yield block.distances, block.ids
+                    del held[n]
+                    yield nearest
             if not self.on_gpu and self.trained is not None:
                 self._lend(None)
             del opened

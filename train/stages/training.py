@@ -218,8 +218,10 @@ class Training:
                     )
                 if settings.evaluate_steps and step % settings.evaluate_steps == 0:
                     row |= self.evaluate(module, base_N, world)
-                    best = judgement(row) < min(evaluations, default=(math.inf,))
-                    evaluations.append(judgement(row))
+                    judged = judgement(row)
+                    assert judged is not None  # evaluate() has just put it there
+                    best = judged < min(evaluations, default=(math.inf,))
+                    evaluations.append(judged)
                     if best and settings.early_stop:
                         state = state_of(module)
                         if world.rank == 0:

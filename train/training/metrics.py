@@ -84,7 +84,7 @@ class Board:
             for name in sorted(row)
             if name != "step"
         ]
-        self.write(row["step"], summary=Summary(value=values))
+        self.write(int(row["step"]), summary=Summary(value=values))
 
     def close(self) -> None:
         self.events.close()

@@ -78,14 +78,14 @@ def spread(memory: Any, settings: MemorySettings, world: World) -> torch.nn.Modu
     experts = any(name.endswith("experts") for name, _ in memory.named_modules())
     with warnings.catch_warnings():  # torch 2.13 has another name for what 2.11 calls so
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-        module = torch.nn.parallel.DistributedDataParallel(
+        replicated = torch.nn.parallel.DistributedDataParallel(
             module,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # else a second copy of the gradients
             find_unused_parameters=experts,  # to which no token of a process may have gone
         )
-    module.register_comm_hook(None, _summed)
-    return module
+    replicated.register_comm_hook(None, _summed)
+    return replicated
 
 
 def _summed(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -96,7 +96,7 @@ def _summed(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch
 
 def memory_of(module: torch.nn.Module) -> Any:
     """Return the memory inside what spread() returned."""
-    return (module if isinstance(module, Spread) else module.module).memory
+    return getattr(module, "module", module).memory
 
 
 def unreduced(module: torch.nn.Module) -> contextlib.AbstractContextManager:
@@ -186,7 +186,7 @@ def restore(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: di
 
 def _like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """Return a tensor, or this process's part of it where `other` is sharded."""
-    if not hasattr(other, "device_mesh"):
+    if not (hasattr(other, "device_mesh") and hasattr(other, "placements")):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -5,6 +5,7 @@ only measures, or raises NotChecked. None of them trusts the code that made what
 neighbours come from exact.py, labels from the corpus.
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -128,7 +129,8 @@ def check_recall(build: Build) -> Result:
     kind = json.loads((build.folder("index") / "index.json").read_text())["kind"]
     lowest = next(low for name, low in LOWEST_RECALL.items() if name in kind.split(",")[-1])
     (distances, ids), found = build.true, without_own(*build.found, build.rows)[1]
-    queries, figures = take(keys, build.rows), {"queries": len(build.rows)}
+    queries = take(keys, build.rows)
+    figures: dict[str, float] = {"queries": len(build.rows)}
     for k in sorted({min(RECALL_AT, ids.shape[1]), build.neighbours}):
         cut = (a[:, :k] for a in (found, distances, ids))
         figures[f"recall_at_{k}"] = recall(keys, queries, *cut)
@@ -157,12 +159,13 @@ def check_leak(build: Build) -> Result:
     temperature = json.loads((folder / "targets.json").read_text())["temperature"]
     least = build.settings("targets")["min_probability"]
     stored = StoredTargets(folder)
-    found = tuple(a[:, : k + 1] for a in build.found)
-    own = (neighbours_without_self(*found, rows)[1] == rows[:, None]).any(axis=1)
+    distances, ids = (a[:, : k + 1] for a in build.found)
+    true_distances, true_ids = (a[:, :k] for a in build.true)
+    own = (neighbours_without_self(distances, ids, rows)[1] == rows[:, None]).any(axis=1)
     own_labels = take(build.labels, rows)
     neighbours = [
         (distances, ids, take(build.labels, np.maximum(ids, 0).ravel()).reshape(ids.shape))
-        for distances, ids in (without_own(*found, rows), tuple(a[:, :k] for a in build.true))
+        for distances, ids in (without_own(distances, ids, rows), (true_distances, true_ids))
     ]
     leaks, differences = rows[own].tolist(), []
     for i, row in enumerate(rows.tolist()):
@@ -176,7 +179,11 @@ def check_leak(build: Build) -> Result:
             leaks.append(row)
         tokens = set(has) | set(expected)
         differences.append(sum(abs(has.get(t, 0) - expected.get(t, 0)) for t in tokens) / 2)
-    figures = {"rows": len(rows), "own_neighbour": int(own.sum()), "leaks": len(leaks)}
+    figures: dict[str, float] = {
+        "rows": len(rows),
+        "own_neighbour": int(own.sum()),
+        "leaks": len(leaks),
+    }
     figures["tv_from_exact"] = float(np.mean(differences))
     if leaks:
         return False, f"{len(leaks)} of {len(rows)} rows know their label: {min(leaks)}", figures
@@ -198,7 +205,9 @@ def check_fidelity(build: Build) -> Result:
     tokens, positions = load_blocks(build.folder("corpus"), "train")
     models = build.models
     vocabulary = models["memory"].config.vocab_size
-    counts = sum(np.bincount(part, minlength=vocabulary) for part in shards(folder, "labels"))
+    counts = functools.reduce(
+        np.add, (np.bincount(part, minlength=vocabulary) for part in shards(folder, "labels"))
+    )
     per_block = [
         valid_rows(np.asarray(positions[start : start + SLICE])).sum(axis=1)
         for start in range(0, len(tokens), SLICE)
@@ -225,7 +234,8 @@ def check_fidelity(build: Build) -> Result:
 def check_memorisation(build: Build) -> Result:
     """How many passages of the corpus does the memory, given their beginning, recite exactly?"""
     tokens, positions = load_blocks(build.folder("corpus"), "train")
-    models, figures = build.models, {}
+    models = build.models
+    figures: dict[str, float] = {}
     for length in RECITED:
         found = passages(tokens, positions, CONTEXT + length, min(build.sample, PASSAGES))
         if len(found):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.data.shards import Sharded
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.verify.brute_force import StoredTargets, evenly
 
@@ -23,8 +24,8 @@ BATCH = 16  # passages a forward pass
 @torch.inference_mode()
 def fidelity(
     models: dict[str, Any],
-    tokens: np.ndarray,
-    positions: np.ndarray,
+    tokens: np.ndarray | Sharded,
+    positions: np.ndarray | Sharded,
     row_start: np.ndarray,
     stored: StoredTargets,
     unigram_V: np.ndarray,
@@ -76,7 +77,9 @@ def compare(ids: np.ndarray, target: np.ndarray, p_V: np.ndarray) -> tuple[float
     return float(p_V.argmax() == ids[target.argmax()]), float(kl), float(tv), float(pearson)
 
 
-def passages(tokens: np.ndarray, positions: np.ndarray, length: int, most: int) -> np.ndarray:
+def passages(
+    tokens: np.ndarray | Sharded, positions: np.ndarray | Sharded, length: int, most: int
+) -> np.ndarray:
     """Return up to `most` beginnings [N, length] of documents (or of their parts in a block).
 
     Looks at up to four times as many blocks, so that of a large corpus little is read.

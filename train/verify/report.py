@@ -116,6 +116,8 @@ def locate(artifact: Path) -> tuple[Path, list[str]]:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """Return a stage's manifest, or None if it is no manifest."""
     manifest = read_object(folder / MANIFEST)
+    if manifest is None:
+        return None
     try:
         sizes = {str(name): (e["bytes"], e["sha256"]) for name, e in manifest["files"].items()}
         inputs = {str(name): str(digest) for name, digest in manifest["inputs"].items()}
@@ -233,9 +235,9 @@ def run(name: str, function: Callable[[Build], Result], build: Build, fix: str) 
         return Check(name, NOT_CHECKED, str(why))
     except (ValueError, OSError, RuntimeError, LookupError) as error:
         if fault(error) is not None:  # says nothing of the build
-            why = str(sentence_of(error))
+            refused = str(sentence_of(error))
             return Check(
-                name, FAILED, f"could not be run: {why}", f"no file is known damaged: {why}"
+                name, FAILED, f"could not be run: {refused}", f"no file is known damaged: {refused}"
             )
         what = (str(error).splitlines() or [type(error).__name__])[0]
         return Check(name, FAILED, f"cannot be read: {what}", fix)
