@@ -22,7 +22,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import open_artifact
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.shards import load_shard
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.faults import fault, sentence_of
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 from vllm_memdec.train.pipeline import STAGES
@@ -124,13 +124,13 @@ def test_libraries_without_handles(pipeline, tmp_path):
     """Those that open files in C++ or Rust say it in words of their own."""
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["Some text."]}), table)
-    index = Index(pipeline.output / "index", 32, MEMORY_BUDGET)
+    index = Index(pipeline.output / "index", 32, RAM_BUDGET)
     queries = load_shard(pipeline.output / "datastore", "keys", 0)[:2].astype("float32")
     load_model(pipeline.base), list(documents(table)), index.facts  # imports
     for read in (
         lambda: load_model(pipeline.base),
         lambda: list(documents(table)),
-        lambda: Index(index.folder, 32, MEMORY_BUDGET).search(queries, 3),
+        lambda: Index(index.folder, 32, RAM_BUDGET).search(queries, 3),
     ):
         for more in range(4):
             with contextlib.suppress(OSError), handles(more):
@@ -143,7 +143,7 @@ def test_libraries_without_handles(pipeline, tmp_path):
     path = next(damaged.glob("lists*.faiss"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(MemdecError, match="damaged or missing: delete the folder"):
-        Index(damaged, 32, MEMORY_BUDGET).search(queries, 3)
+        Index(damaged, 32, RAM_BUDGET).search(queries, 3)
 
 
 MANY = {"corpus": {"block_tokens": 16, "shard_blocks": 1}, "memory": {"epochs": 0.02},

@@ -107,13 +107,13 @@ def test_memory_is_bounded_by_the_budget():
     # Centroids and labels follow the corpus, not the budget; so does the sample of a training.
     trained = trained_bytes(large.shape, RATES.width)
     training = training_bytes(large.shape, RATES.width)
-    assert large.index().memory < max(64 * MB + trained, training) + MB
+    assert large.index().peak_ram < max(64 * MB + trained, training) + MB
     # What is found for a shard waits for the last part, whatever the budget.
     k, probes = TargetSettings().neighbours, IndexSettings().probes
     shard = 1.01 * large.shard_rows * (4 * RATES.width + 12 * (k + 1 + probes))
     bound = 64 * MB + trained + 4 * large.rows + shard
-    assert bound - 64 * MB < large.targets().memory < bound
-    assert job(10**9).index().memory > large.index().memory
+    assert bound - 64 * MB < large.targets().peak_ram < bound
+    assert job(10**9).index().peak_ram > large.index().peak_ram
 
 
 def test_memory_of_targets_counts_what_a_search_holds_beside_the_parts():
@@ -123,19 +123,17 @@ def test_memory_of_targets_counts_what_a_search_holds_beside_the_parts():
     tables, parts = table_bytes(16384, 64, QWEN.width), trained_bytes(found.shape, QWEN.width)
     assert tables == 1024 * MB
     threads = dataclasses.replace(QWEN, threads=9)
-    sums = job(10**8, rates=threads).targets().memory - found.targets().memory
+    sums = job(10**8, rates=threads).targets().peak_ram - found.targets().peak_ram
     assert sums == pytest.approx(8 * 192 * 4 * found.used) and found.used > 45_000
-    held = found.targets().memory - parts - 4 * found.rows - sums / 8
+    held = found.targets().peak_ram - parts - 4 * found.rows - sums / 8
     assert held > tables + 512 * MB  # half the budget is for parts
-    assert on_h100s(10**8).targets().memory < tables + parts + 4 * found.rows + 4096 * MB
+    assert on_h100s(10**8).targets().peak_ram < tables + parts + 4 * found.rows + 4096 * MB
 
 
 def test_workers_read_one_disk():
     """Parts that do not stay open: four workers do not read faster than one."""
     slow = dataclasses.replace(RATES, read=1e-9)
-    alone, four = (
-        dataclasses.replace(job(10**8, 64 * MB, n, slow), host_memory=1e9) for n in (1, 4)
-    )
+    alone, four = (dataclasses.replace(job(10**8, 64 * MB, n, slow), host_ram=1e9) for n in (1, 4))
     assert alone.parts_read > 10
     assert four.parts_read == pytest.approx(alone.parts_read, rel=0.01)
 
@@ -188,7 +186,7 @@ def on_h100s(tokens, gpus=8, budget=4096 * MB, **changes):
     found = job(tokens, budget, gpus, QWEN, **changes)
     figures = GPUS["h100"]
     rates = on_gpu(QWEN, figures, 1_544_000_000, found.key_bytes, 24)
-    return dataclasses.replace(found, rates=rates, gpu_memory=figures.memory, host_memory=1e12)
+    return dataclasses.replace(found, rates=rates, gpu_memory=figures.memory, host_ram=1e12)
 
 
 def test_targets_of_a_billion_tokens_in_two_hours():

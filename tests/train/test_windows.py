@@ -12,7 +12,7 @@ from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.model.windows import (
     EDGES,
-    FEWEST_ROWS,
+    MIN_ROWS,
     alone,
     alpha_at,
     alphas_by_context,
@@ -119,7 +119,7 @@ def test_weights_by_context():
 
 
 def test_few_rows_share_a_weight():
-    few = FEWEST_ROWS // 4
+    few = MIN_ROWS // 4
     for rows, starts in (
         ([few, few, 3000], [0]),
         ([3000, few, few], [0]),

@@ -20,7 +20,7 @@ from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.executor.worker import leave
 
-PATIENCE = timedelta(days=30)  # the stages before the training may take so long
+PATIENCE = timedelta(days=30)  # how long the stages before the training may take
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 

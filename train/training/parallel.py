@@ -160,8 +160,8 @@ def state_of(
     memory = memory_of(module)
     state = {"model": copied(dict(memory.state_dict()))}
     if optimizer is not None:
-        found = optimizer.state_dict()
-        state["optimizer"] = found | {"state": copied(found["state"])}
+        optimizer_state = optimizer.state_dict()
+        state["optimizer"] = optimizer_state | {"state": copied(optimizer_state["state"])}
     return state
 
 
