@@ -295,7 +295,7 @@ def probe_rates(
         load_tokenizer(base)
         memory_config(settings.memory, base, settings.corpus.block_tokens)
 
-    with progress.task("calibrating", 4, "probes") as advance:
+    with progress.task("probing costs", 4, "probes") as advance:
         # Numbers as JSON has them: Rates says which are whole.
         measured: dict[str, Any] = {"prepare": seconds(prepare), "start": seconds(executor.workers)}
         measured["first"] = seconds(executor.call, nothing)

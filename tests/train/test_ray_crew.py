@@ -196,7 +196,7 @@ def test_an_error_of_any_rank_ends_all(machines, cluster, folder, what, rank):
         cluster.train(loop, folder / "work")
     assert noted(folder) == [f"{rank}/2"]  # not repeated
     shown = "".join(traceback.format_exception(raised.value))
-    assert "in a worker on" in shown and f"{__file__[: -len('test_machines.py')]}jobs.py" in shown
+    assert "in a worker on" in shown and f"{__file__[: -len('test_ray_crew.py')]}jobs.py" in shown
     if what == "full disk":
         assert raised.value.errno == errno.ENOSPC
         assert sentence_of(raised.value).startswith("the disk is full")
