@@ -92,7 +92,7 @@ test-next: setup-next
 	$(NEXT)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
 	  tests/serving tests/kernels
 
-# What the next release changed in the functions that compat.py wraps, calls or derives from.
+# What the next release changed in the functions that compat/ wraps, calls or derives from.
 diff-next: export VLLM_LOGGING_LEVEL := ERROR
 diff-next: setup-next
 	mkdir -p build

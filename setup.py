@@ -56,6 +56,6 @@ setup(
     entry_points={
         "console_scripts": ["memdec = vllm_memdec.train.cli:main"],
         "vllm.general_plugins": ["memdec = vllm_memdec:register"],
-        "vllm.stat_logger_plugins": ["memdec = vllm_memdec.describe:MemoryMetrics"],
+        "vllm.stat_logger_plugins": ["memdec = vllm_memdec.metrics:MemoryMetrics"],
     },
 )

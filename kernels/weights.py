@@ -5,7 +5,7 @@ PARTS numbers of 8 significant bits (bfloat16) hold the 24 bits of a float32,
 
     alpha = c0 + (c1 + c2 / STEP) / STEP    clamped to [-1, 1]
 
-and one more column holds the number of the row's memory. vllm_memdec/state.py writes them. The
+and one more column holds the number of the row's memory. vllm_memdec/batch.py writes them. The
 mixture op decodes them itself, so that no launch and no wait of the host comes before it.
 Shape suffixes: N rows, A columns, K units of a gate.
 """

@@ -9,11 +9,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 
 import pytest
 import torch
+from support.tiny_models import VOCAB, save_tokenizer, tiny_config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when a kernel is defined
-
-from tiny import VOCAB, save_tokenizer, tiny_config  # noqa: E402
 
 
 def pytest_collection_modifyitems(items):

@@ -34,9 +34,10 @@ def test_target(target):
 def test_command(command):
     """Each line to type is a target, above, or runs tests that are there in an environment."""
     if not command.startswith("make "):
-        runner, _, tests = command.rpartition(" ")
+        runner, tests, name = re.fullmatch(r"(.+) (tests/\S+)(?: -k (\w+))?", command).groups()
         assert runner in (".venv/bin/pytest", ".venv-next/bin/python -m pytest"), command
         assert (ROOT / tests).exists(), command
+        assert not name or name in (ROOT / tests).read_text(), command
 
 
 def paths():
@@ -50,11 +51,12 @@ def test_path(path):
 
         assert (Path(vllm.__file__).parents[1] / path).exists()
     else:
-        assert (ROOT / path).exists() or (ROOT / "vllm_memdec" / path).exists()
+        assert any((ROOT / folder / path).exists() for folder in ("", "vllm_memdec", "train"))
 
 
 def test_names_are_still_used():
-    sources = [path.read_text() for path in (ROOT / "vllm_memdec").glob("*.py")]
+    paths = [p for folder in ("vllm_memdec", "train") for p in (ROOT / folder).rglob("*.py")]
+    sources = [path.read_text() for path in paths]
     known = set(re.findall(r"\b[A-Z_]+\b", "".join([MAKEFILE, *sources])))
     named = {name for name in QUOTED if re.fullmatch(r"[A-Z_]+", name)}
     assert {"BELOW", "OLDEST", "NEXT_VLLM", "SIGNATURES", "CHANGED"} <= named <= known

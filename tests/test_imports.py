@@ -170,7 +170,13 @@ def circles(imports: dict[str, set[str]]) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "package"), [("train", "vllm_memdec.train"), ("kernels", "vllm_memdec.kernels")]
+    ("folder", "package"),
+    [
+        ("vllm_memdec", "vllm_memdec"),
+        ("train", "vllm_memdec.train"),
+        ("kernels", "vllm_memdec.kernels"),
+        ("benchmarks", "benchmarks"),
+    ],
 )
 def test_no_module_imports_itself_through_others(folder, package):
     imports = graph(folder, package)
@@ -191,3 +197,16 @@ def test_imports_between_wings_run_one_way():
         mine = WING[module.split(".")[2]]
         wings[module] = {m for m in found if WING[m.split(".")[2]] > mine}
     assert not {module: later for module, later in wings.items() if later}
+
+
+LINES, TEST_LINES = 400, 500
+LONGER: dict[str, str] = {}  # file -> why it is one
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_are_short(path):
+    file, lines = str(path.relative_to(ROOT)), len(path.read_text().splitlines())
+    if lines <= (TEST_LINES if file.startswith("tests/") else LINES):
+        assert file not in LONGER, "it is short now: take it out of LONGER"
+    else:
+        assert file in LONGER, f"{lines} lines: divide it by its jobs"

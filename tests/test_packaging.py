@@ -68,8 +68,9 @@ def test_wheel_holds_only_the_package(wheel):
         assert len(expected) > 3 and expected <= set(names)
     configs = {f"vllm_memdec/train/configs/{p.name}" for p in ROOT.glob("train/configs/*.yaml")}
     assert len(configs) >= 2 and configs <= set(names)
-    ours = {f"vllm_memdec/{p.name}" for p in ROOT.glob("vllm_memdec/*.py")}
-    assert ours <= set(names)
+    for folder in ("vllm_memdec", "vllm_memdec/compat"):
+        ours = {f"{folder}/{p.name}" for p in ROOT.glob(f"{folder}/*.py")}
+        assert ours and ours <= set(names)
 
 
 def test_entry_points_are_registered(installed):

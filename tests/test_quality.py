@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_text
+from support.tiny_models import VOCAB, tiny_text
 from transformers import AutoTokenizer
 
 from benchmarks.corpora import domains
@@ -20,6 +20,7 @@ from benchmarks.quality.domain import QUICK, Domain
 from benchmarks.systems import finetune, knn_lm, memory, rag
 from benchmarks.systems.finetune import Dapt
 from benchmarks.systems.registry import SYSTEMS
+from benchmarks.systems.system import System
 from benchmarks.systems.trained import Trained, budget
 from vllm_memdec.kernels import sparse_kl
 from vllm_memdec.train.data.blocks import pack, tokenise, valid_rows
@@ -169,6 +170,19 @@ def test_cloze_questions():
         assert any(f"{passage} {words[0]}" in text for text in texts)
 
 
+class Uniform(System):
+    """A new baseline: no file but its own knows it, once it is registered."""
+
+    name, title = "uniform", "uniform"
+
+    def logprobs(self, text):
+        rows = valid_rows(self.domain.blocks(text)[1]).sum()
+        return np.full(rows, -np.log(VOCAB))
+
+    def next_token(self, prompt, line):
+        return torch.full((len(line) - len(prompt), VOCAB), 1 / VOCAB)
+
+
 def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
     rows = quality.rows_of(domain)
     assert [row["system"] for row in rows] == [system.title for system in SYSTEMS]
@@ -209,6 +223,13 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
     assert not set(train) & {text for part in scored for text in part}
     asked = measured["cloze, right answers"]
     assert asked["count"] > 10 and all(0 <= asked[name] <= 1 for name in gating.SYSTEMS)
+
+    monkeypatch.setattr(quality, "SYSTEMS", (*SYSTEMS, Uniform))
+    *others, new = quality.rows_of(domain)
+    assert others == rows and (new["system"], new["recall"]) == ("uniform", 0)
+    assert new["perplexity"] == pytest.approx(VOCAB)
+    monkeypatch.setattr(quality, "SYSTEMS", SYSTEMS)
+    assert quality.rows_of(domain) == rows
 
     def again(*args, **kwargs):
         raise AssertionError("what is there is made again")

@@ -1,25 +1,19 @@
-"""What a server is made of, seen from the front end: /v1/models and the metrics endpoint.
+"""What a server is made of, seen from the front end, as /v1/models tells it.
 
 The worker logs the same when it starts (model.py), from the loaded models; here it is read from the
 files and configurations, because the front end has no model.
 """
 
 import math
-from collections import OrderedDict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import Counter
 from vllm.config import VllmConfig
 from vllm.config.model import ModelConfig
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
-from vllm.v1.metrics.loggers import StatLoggerBase
 
-from vllm_memdec import compat
-from vllm_memdec.config import NONE, MemDecConfig, memdec_block, memory_model_config
-
-RECENT = 100_000  # requests whose memory is remembered: by age, because aborted ones do not finish
+from vllm_memdec.config import MemDecConfig
+from vllm_memdec.engine_config import memory_model_config
 
 
 def describe(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -35,13 +29,13 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         copies = ranks if memory.tensor_parallel_size == 1 else 1
         size = kv_bytes_per_token(models[-1], vllm_config, dtype)
         sizes.append(size and size * copies)
+    known = [size for size in sizes if size is not None]
+    shares = [round(size / sum(known), 4) for size in known]
     parts = [
-        {
-            "model": model.model,
-            "parameters": parameters(model),
-            "kv_cache_share": None if None in sizes else round(size / sum(sizes), 4),
-        }
-        for model, size in zip(models, sizes, strict=True)
+        {"model": model.model, "parameters": parameters(model), "kv_cache_share": share}
+        for model, share in zip(
+            models, shares if len(known) == len(sizes) else [None] * len(sizes), strict=True
+        )
     ]
     memories = {
         memory.name: {**part, "alpha": memory.alpha, "gate": memory.gate}
@@ -69,6 +63,8 @@ def parameters(model: ModelConfig) -> int | None:
     total = 0
     try:
         config = cached_file(model.model, "config.json", revision=model.revision)
+        if config is None:
+            return None
         for path in Path(config).parent.glob("*.safetensors"):
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118, not a dict
@@ -76,59 +72,3 @@ def parameters(model: ModelConfig) -> int | None:
     except (OSError, ValueError, SafetensorError):
         return None  # the model is loaded all the same
     return total or None
-
-
-_recent: OrderedDict[str, str] = OrderedDict()
-
-
-def remember(request_id: str, memory: str) -> None:
-    """Keep the memory of a request for the moment it finishes."""
-    _recent[request_id] = memory
-    if len(_recent) > RECENT:
-        _recent.popitem(last=False)
-
-
-@cache
-def counters() -> tuple[Counter, Counter, Counter]:
-    """Return the counters of finished requests, once in a process."""
-    return tuple(
-        Counter(f"memdec:{what}", f"Finished requests: {text}, by memory.", ["memory"])
-        for what, text in (
-            ("requests", "their number"),
-            ("prompt_tokens", "tokens of their prompts"),
-            ("generation_tokens", "tokens of their answers"),
-        )
-    )
-
-
-class MemoryMetrics(StatLoggerBase):
-    """Entry point of the group `vllm.stat_logger_plugins`: counts tokens by memory."""
-
-    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0):
-        self.serving = memdec_block(vllm_config.additional_config) is not None
-        if self.serving:
-            compat.install_server()
-            names = [memory.name for memory in MemDecConfig.from_vllm(vllm_config).memories]
-            for counter in counters():
-                for name in (*names, NONE):
-                    counter.labels(name)  # shown from the start, as 0
-
-    def record(
-        self,
-        scheduler_stats: Any,
-        iteration_stats: Any,
-        mm_cache_stats: Any = None,
-        engine_idx: int = 0,
-    ) -> None:
-        """Count the requests that finished in this iteration."""
-        if not self.serving or iteration_stats is None:
-            return
-        for done in iteration_stats.finished_requests:
-            if (name := _recent.get(done.request_id)) is not None:
-                requests, prompt, generation = (counter.labels(name) for counter in counters())
-                requests.inc()
-                prompt.inc(done.num_prompt_tokens)
-                generation.inc(done.num_generation_tokens)
-
-    def log_engine_initialized(self) -> None:
-        """Say nothing: the worker logs what it loaded."""

@@ -6,7 +6,7 @@ class MemdecError(ValueError):
 
 
 def said_by(error: Exception) -> str:
-    """Return in one line, without a full stop, what an error says."""
+    """Return an error's message in one line, without a full stop."""
     lines = str(error).split("\n") if str(error) else [type(error).__name__]
     # "Validation error for field 'x':", and what is wrong with it below
     more = lines[1] if lines[0].endswith(":") and len(lines) > 1 else ""

@@ -1,14 +1,15 @@
-"""The gate: what weight each token's memory gets, by what it sees, how sure it is, and where.
+"""The gate: the weight of the memory for each token, by its hidden state, confidence and position.
 
     score_t = w2 . gelu(W1 h_t + c log(1 + position_t) + b1) + b2
     alpha_t = LARGEST * sigmoid(score_t + sum_k out_k gelu(t_k top_t + e_k entropy_t + bias_k))
 
-h_t is what the memory's head sees: a memory knows its domain when it reads it. The position tells
-how much context there is, from which a base gains more than a small memory. The top probability
-and the entropy of what the head makes of it tell what it has learnt by heart from what it guesses;
-the kernel that mixes has both (kernels/interpolate.py). Nothing of the base is looked at: a gate
-goes wherever its memory goes. `memdec calibrate` trains it and writes it into the memory's folder
-with a fingerprint of the memory's weights; serving and training share this module.
+h_t is the input of the memory's head: a memory recognises the text of its domain. The position is
+the length of the context, from which a base gains more than a small memory. The top probability and
+the entropy of the head's distribution separate facts that it has learnt from guesses; the kernel
+that mixes has both (kernels/interpolate.py). Nothing of the base enters: a gate is stored with its
+memory and works with every base that the memory serves. `memdec calibrate` trains it and writes it
+into the memory's folder with a fingerprint of the memory's weights; serving and training share this
+module.
 
 Shapes: N rows, D width of the memory, H hidden units, K units for the memory's certainty.
 """
@@ -44,9 +45,9 @@ class Gate:
         )
         self.context = None  # a gate of format 2 goes without
         if CONTEXT[0] in arrays:
-            context, longest = (arrays[name].astype(np.float32) for name in CONTEXT)
+            context, max_position = (arrays[name].astype(np.float32) for name in CONTEXT)
             self.context = torch.from_numpy(context).to(device)
-            self.longest = float(np.log1p(longest))
+            self.max_context = float(np.log1p(max_position))
 
     def score(self, h_ND: Any, context_N: Any) -> Any:
         """Return scores [N] for hidden states [N, D] of any dtype and log(1 + position) [N]."""
@@ -55,7 +56,7 @@ class Gate:
 
         x_NH = F.linear(h_ND.float(), self.w1, self.b1)
         if self.context is not None:
-            x_NH = torch.addr(x_NH, context_N.float().clamp(0, self.longest), self.context)
+            x_NH = torch.addr(x_NH, context_N.float().clamp(0, self.max_context), self.context)
         return F.linear(F.gelu(x_NH), self.w2[None])[:, 0] + self.b2
 
     def __call__(self, features_NF: Any) -> Any:
@@ -67,7 +68,7 @@ class Gate:
 
 
 def features(h_ND: Any, logits_NV: Any, position_N: Any) -> Any:
-    """Return what a gate goes by, [N, D + 3] float32.
+    """Return the inputs of a gate, [N, D + 3] float32.
 
     The memory's hidden states, its top probability, its entropy and log(1 + position).
     """
@@ -102,8 +103,8 @@ def weights_fingerprint(folder: Path) -> str | None:
 def check_gate(path: Path, arrays: dict[str, np.ndarray]) -> str | None:
     """Raise MemdecError if a gate lies beside weights that it was not trained for.
 
-    Returns a sentence of warning if it does not say what it was trained for. Where the weights are
-    not beside it, as before a download, nothing is compared.
+    Returns a sentence of warning if it does not record them. Where the weights are not beside it,
+    as before a download, nothing is compared.
     """
     if MEMORY not in arrays:
         return (
@@ -175,9 +176,11 @@ def write_gate(folder: Path, arrays: dict[str, np.ndarray], name: str = FILE) ->
     path = folder / name
     partial = path.with_suffix(".tmp")
     found = weights_fingerprint(folder)
-    content = arrays if found is None or MEMORY in arrays else arrays | {MEMORY: np.array(found)}
-    version = FORMAT_VERSION if CONTEXT[0] in arrays else 2
+    content: dict[str, Any] = dict(arrays)
+    if found is not None and MEMORY not in arrays:
+        content[MEMORY] = np.array(found)
+    content["format_version"] = np.array(FORMAT_VERSION if CONTEXT[0] in arrays else 2)
     with open(partial, "wb") as file:
-        np.savez(file, **content | {"format_version": np.array(version)})
+        np.savez(file, **content)
     partial.replace(path)
     return path

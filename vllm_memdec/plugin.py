@@ -7,8 +7,7 @@ library, and everything that can fail happens in register().
 
 import re
 
-ARCHITECTURE = "MemDecForCausalLM"
-OLDEST, BELOW = (0, 32), (0, 34)  # the releases whose private symbols compat.py was checked against
+OLDEST, BELOW = (0, 32), (0, 34)  # the releases that compat/ was checked against
 
 
 def check_version(version: str) -> None:
@@ -31,11 +30,12 @@ def register() -> None:
         ) from error
     check_version(vllm.__version__)
     try:
-        from vllm_memdec import compat
+        from vllm_memdec.compat import front_end, scheduler
+        from vllm_memdec.config import ARCHITECTURE
     except ImportError as error:
         raise RuntimeError(
             f"vllm-memdec cannot be imported ({error}): reinstall it, or uninstall it."
         ) from error
     vllm.ModelRegistry.register_model(ARCHITECTURE, f"vllm_memdec.model:{ARCHITECTURE}")
-    compat.install_front_end()
-    compat.install_scheduler()
+    front_end.install()
+    scheduler.install()

@@ -280,7 +280,7 @@ def cost(base: Path, folder: Path) -> list[dict[str, Any]]:
         return mixed[True]
 
     model.interpolate = both
-    clock.time(runner.model.gates[0], "score", "gate")
+    clock.time(runner.model.memories[0].gate, "score", "gate")
     clock.time(runner, "execute_model", "step")
     clock.time(runner, "sample_tokens", "step")
     rows = []

@@ -49,9 +49,14 @@ def recall(
 
     settings: dict[str, Any] = {"facts": len(facts)}
     settings["tuned"] = {name: chosen for name, chosen in tuned.items() if chosen}
-    inputs = {"text": domain.text.hash}
+    inputs, unnamed = {"text": domain.text.hash}, []
     for system in systems:
-        inputs |= system.inputs()
+        of_system = system.inputs()
+        inputs |= of_system
+        if not tuned[system.name] and not of_system:
+            unnamed.append(system.name)  # else what was measured without it would count as whole
+    if unnamed:
+        settings["systems"] = unnamed
     artifact = domain.artifact("recall", settings, inputs, make)
     return json.loads((artifact.path / "recall.json").read_text())
 

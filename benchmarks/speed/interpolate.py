@@ -28,8 +28,8 @@ import json
 import torch
 
 from benchmarks.common import RESULTS, append_csv, interleaved_ms, provenance
+from vllm_memdec.batch import encode
 from vllm_memdec.kernels.interpolate import INTERPRETED, RowWeights, interpolate
-from vllm_memdec.state import encode
 
 ALPHA = 0.4
 FLUSH = 2**28  # bytes, several times the L2 cache of any GPU

@@ -78,7 +78,7 @@ def against_plain(
 
 def profile(base: str, memory: str, sizes: list[int]) -> list[dict[str, float]]:
     """Return rows of batch size and the milliseconds of each part of a decode step."""
-    from vllm_memdec import model, state
+    from vllm_memdec import batch, model
 
     llm = engine(base, memory)
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -91,7 +91,7 @@ def profile(base: str, memory: str, sizes: list[int]) -> list[dict[str, float]]:
     clock.time(model, "interpolate", "mixture")
     clock.time(composite, "forward", "composite forward")
     clock.time(composite, "compute_logits", "composite logits")
-    clock.time(state.Batch, "write", "batch")
+    clock.time(batch.Batch, "write", "batch")
     clock.time(composite.choices, "resolve", "choices")
     clock.time(runner, "execute_model", "execute_model")
     clock.time(runner, "sample_tokens", "sample_tokens")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vllm_memdec.train.plan.costs import CostModel
-from vllm_memdec.train.plan.rates import Rates
-from vllm_memdec.train.plan.report import GPUS, UTILISATION, human_bytes, on_gpu
+from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, on_gpu
+from vllm_memdec.train.plan.report import human_bytes
 from vllm_memdec.train.settings import Settings, load_settings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "train" / "configs"

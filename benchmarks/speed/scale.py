@@ -24,8 +24,8 @@ at a million keys most of it is the training of codes, on as many keys as ever.
 The table that product codes are compared with is made for every query, list and part. Compare one
 kind of code, `--kind pq`, not 8-bit numbers at a million keys with product codes at 30 million.
 RAM follows the budget once the index is larger than half of that, as that of 10 million keys is;
-from there it grows with the centroids and labels alone. Recall needs all keys in memory: beyond 13
-million it is not taken. Appends to results/scale.csv; the last line is JSON.
+from there it grows with the centroids and labels alone. Recall is taken by brute force, and beyond
+13 million keys not at all. Appends to results/scale.csv; the last line is JSON.
 """
 
 import argparse
@@ -48,7 +48,7 @@ from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.factbook import factbook
 from vllm_memdec.train.data.artifacts import build_artifact, write_json
 from vllm_memdec.train.data.blocks import pack, shard_rows, tokenise
-from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
+from vllm_memdec.train.data.shards import save_array, shard_path, shards
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys, embed
 from vllm_memdec.train.progress import Progress
@@ -66,7 +66,7 @@ SHARD = 64 * BLOCK  # rows a file, as by default
 REAL = 400_000  # tokens of text
 NOISE = 0.2
 SAMPLED = 4  # shards that are searched
-RECALL_SHARDS = 400  # at most, which brute force reads
+RECALL_SHARDS = 400  # shards that brute force reads at most
 RECALL_QUERIES = 64
 MAX_VALUE = 20_000  # characters of a fact
 PACKAGES = ("faiss-cpu", "numpy", "torch")
@@ -226,9 +226,7 @@ def do_quality(run: Path, kind: str, budget: int) -> dict[str, Any]:
         sizes += [lists.list_size(n) for n in range(ivf.nlist)]
     own = np.arange(RECALL_QUERIES) * (SHARD // RECALL_QUERIES)
     queries = np.asarray(keys(0))[own]
-    count = len(shard_rows(keys.corpus)) - 1
-    count = count if count <= RECALL_SHARDS else 0
-    shards = [load_shard(keys.datastore, "keys", n) for n in range(count)]
+    stored_keys = shards(keys.datastore, "keys")
     found = {
         "lists": ivf.nlist,
         "parts": len(index.sizes),
@@ -238,11 +236,11 @@ def do_quality(run: Path, kind: str, budget: int) -> dict[str, Any]:
         / index.facts["keys"],
         "recall_at_64": "",
     }
-    if shards:
-        true = nearest(shards, queries, 64, own)
+    if len(stored_keys) <= RECALL_SHARDS:
+        true = nearest(stored_keys, queries, 64, own)
         ids = index.search(queries, 65)[1]
         ids = np.stack([row[row != self][:64] for row, self in zip(ids, own, strict=True)])
-        found["recall_at_64"] = round(recall(shards, queries, ids, *true), 4)
+        found["recall_at_64"] = round(recall(stored_keys, queries, ids, *true), 4)
     return found
 
 

@@ -102,7 +102,7 @@ def rounds(start: Start) -> dict[str, list]:
 def models():
     """Make tiny models in the same folders every time: what was compiled for them is kept."""
     import torch
-    from tiny import save_tokenizer, tiny_config
+    from support.tiny_models import save_tokenizer, tiny_config
     from transformers import AutoModelForCausalLM
 
     folders = {}

@@ -25,7 +25,7 @@ from vllm.compilation.cuda_graph import CUDAGraphWrapper
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import get_forward_context
 
-from vllm_memdec import model
+from vllm_memdec import drafter, model
 
 REPLACE = ("copy_", "zero_", "fill_")  # operators that read nothing of what they write
 SHAPE = ("new_empty", "new_zeros", "empty_like", "zeros_like")  # that read a shape, no elements
@@ -86,14 +86,14 @@ class Watch(TorchDispatchMode):
         def __init__(self, *args, **kwargs):
             made(self, *args, **kwargs)
             watch.see_inner("base", self.base)
-            for number, memory in enumerate(self.memories):
-                watch.see_inner(f"memory{number}", memory)
+            for memory in self.memories:
+                watch.see_inner(memory.name, memory.module)
 
         model.MemDecForCausalLM.__init__ = __init__
         self.see(model.MemDecForCausalLM, "forward", first=True)
         self.see(model.MemDecForCausalLM, "compute_logits")
-        self.see(model.Drafter, "__call__")
-        self.see(model.Drafter, "compute_logits")
+        self.see(drafter.Drafter, "__call__")
+        self.see(drafter.Drafter, "compute_logits")
         CUDAGraphWrapper.__call__ = self.checked(CUDAGraphWrapper.__call__)
         torch.cuda.init()
         torch.cuda.memory._record_memory_history(max_entries=10_000_000, context=None)

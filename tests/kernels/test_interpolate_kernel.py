@@ -17,10 +17,10 @@ import torch
 from test_interpolate import BF16, FP16, FP32, assert_close, bits, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from vllm_memdec.batch import encode
 from vllm_memdec.kernels import interpolate as op
 from vllm_memdec.kernels.interpolate import RowWeights, interpolate
 from vllm_memdec.kernels.reference import interpolate_reference, row_weights_reference
-from vllm_memdec.state import encode
 
 # Rows: of memory 0, 1, none; weights plain and capped, 0, 1, one that needs all three columns.
 NUMBERS = torch.tensor([0, 1, -1, 0, 1, 0, 1, 0])
@@ -263,10 +263,10 @@ COMPILE = """
             ptxas = [get_ptxas(capability).path, "-v", "--regAllocOptLevel=2"]
             command = [*ptxas, f"--gpu-name={arch}", file.name, "-o", "/dev/null"]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-        said = done.stdout + done.stderr
+        printed = done.stdout + done.stderr
         return {
-            "registers": int(re.search(r"Used (\\d+) registers", said)[1]),
-            "spilled": sum(map(int, re.findall(r"(\\d+) bytes spill", said))),
+            "registers": int(re.search(r"Used (\\d+) registers", printed)[1]),
+            "spilled": sum(map(int, re.findall(r"(\\d+) bytes spill", printed))),
             "loads": re.findall(r"ld\\.global[\\w.:]*?((?:v\\d\\.)?b\\d+)", ptx),
             "stores": re.findall(r"st\\.global[\\w.:]*?((?:v\\d\\.)?b\\d+)", ptx),
             "vectors": flags["BLOCK"] * dtype.itemsize // 16 // (32 * warps),

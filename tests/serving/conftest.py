@@ -75,7 +75,7 @@ def engine():
 @pytest.fixture(scope="module")
 def hostile():
     """Let engines overwrite what a model inside the composite returned, as CUDA graphs may."""
-    import emulation
+    from support import emulation
 
     with pytest.MonkeyPatch.context() as patch:
         emulation.watch(patch, emulation.Hostile())
@@ -99,17 +99,19 @@ def subprocess_env():
 @pytest.fixture(scope="session")
 def long_models(tiny_model):
     """Return the folders of the server's models."""
-    import traffic
+    from support import soak_client
 
-    return traffic.long_models(tiny_model)
+    return soak_client.long_models(tiny_model)
 
 
 @pytest.fixture(scope="session")
 def server(long_models, subprocess_env, tmp_path_factory):
     """Yield the server that test_http.py asks and test_soak.py fills, and kills at its end."""
-    import traffic
+    from support import soak_client
 
-    server = traffic.Server(long_models, subprocess_env, tmp_path_factory.mktemp("server") / "log")
+    server = soak_client.Server(
+        long_models, subprocess_env, tmp_path_factory.mktemp("server") / "log"
+    )
     try:
         yield server.wait()
     finally:

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import torch
+from support import oracle
 from transformers import AutoTokenizer
 
 ROOT = Path(__file__).parents[2]

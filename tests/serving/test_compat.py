@@ -1,4 +1,4 @@
-"""What compat.py reads and wraps in vLLM still looks as it did when it was checked.
+"""What the seams of compat/ read and wrap in vLLM still looks as it did when it was checked.
 
 python tests/serving/test_compat.py      # prints the source of it all: see `make diff-next`
 """
@@ -6,11 +6,30 @@ python tests/serving/test_compat.py      # prints the source of it all: see `mak
 import dataclasses
 import importlib
 import inspect
+import pkgutil
 
 import pytest
 from packaging.version import Version
 
 from vllm_memdec import compat, plugin
+from vllm_memdec.compat import attention
+
+SEAMS = {
+    module.name: importlib.import_module(f"{compat.__name__}.{module.name}")
+    for module in pkgutil.iter_modules(compat.__path__)
+    if module.name != "hooks"  # which knows nothing of vLLM
+}
+
+
+def collected(name):
+    """Return the records of all seams in one."""
+    records = [getattr(seam, name, {}) for seam in SEAMS.values()]
+    merged = {key: value for record in records for key, value in record.items()}
+    assert len(merged) == sum(map(len, records)), "a symbol is recorded twice"
+    return merged
+
+
+SIGNATURES, CHANGED, ATTRIBUTES = map(collected, ("SIGNATURES", "CHANGED", "ATTRIBUTES"))
 
 
 def find(path):
@@ -34,22 +53,29 @@ def release():
     return Version(vllm.__version__).release[:2]
 
 
-@pytest.mark.parametrize("path", compat.SIGNATURES)
+@pytest.mark.parametrize("name", SEAMS)
+def test_every_seam_has_its_record(name):
+    """And a docstring that says when it may go and what it relies on."""
+    assert SEAMS[name].SIGNATURES
+    assert "\nMay go " in SEAMS[name].__doc__ and "\nRelies on " in SEAMS[name].__doc__
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
 def test_signature(path, release):
-    recorded = (compat.SIGNATURES | compat.CHANGED.get(release, {}))[path]
+    recorded = (SIGNATURES | CHANGED.get(release, {}))[path]
     assert list(inspect.signature(original(path)).parameters) == recorded.split(), (
-        f"{path} changed in this vLLM: read it, adapt compat.py, then record the new signature"
+        f"{path} changed in this vLLM: read it, adapt its seam, then record the new signature"
     )
 
 
-@pytest.mark.parametrize("later", compat.CHANGED)
+@pytest.mark.parametrize("later", CHANGED)
 def test_only_differences_are_recorded_as_changed(later):
     assert plugin.OLDEST < later < plugin.BELOW
-    for path, signature in compat.CHANGED[later].items():
-        assert signature != compat.SIGNATURES[path], f"{path} did not change in {later}"
+    for path, signature in CHANGED[later].items():
+        assert signature != SIGNATURES[path], f"{path} did not change in {later}"
 
 
-@pytest.mark.parametrize("path", compat.ATTRIBUTES)
+@pytest.mark.parametrize("path", ATTRIBUTES)
 def test_attributes(path):
     """A name that vanishes from a class's source vanished from its instances."""
     owner = find(path)
@@ -58,20 +84,20 @@ def test_attributes(path):
         {f.name for f in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else set()
     )
     known |= {*dir(owner), *getattr(owner, "__struct_fields__", ())}
-    for name in compat.ATTRIBUTES[path].split():
+    for name in ATTRIBUTES[path].split():
         assert name in known or f"self.{name}" in sources, (
-            f"{path} has no {name} in this vLLM: read it and adapt compat.py"
+            f"{path} has no {name} in this vLLM: read it and adapt its seam"
         )
 
 
 def test_every_field_of_the_attention_metadata_is_known():
-    """A field that vLLM adds may be one that a memory's part must narrow."""
+    """A field that vLLM adds may be one that a memory's share must narrow."""
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
-    assert fields == {*compat.NARROWED, *compat.NOT_NARROWED}
+    assert fields == {*attention.NARROWED, *attention.NOT_NARROWED}
 
 
 if __name__ == "__main__":
-    for path in compat.SIGNATURES:
+    for path in SIGNATURES:
         print(f"# {path}\n{inspect.getsource(original(path))}")

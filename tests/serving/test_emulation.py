@@ -5,18 +5,17 @@ test_parity.py and test_memories.py pass with hostile models too, as conftest.py
 
 import random
 
-import emulation
-import oracle
 import pytest
 import test_memories
 import test_parity
 import torch
-from matrix import CHOICES, make_models, memdec_block
+from support import emulation, oracle
+from support.choices import CHOICES, make_models, memdec_block
 from test_memories import base, block, composite, folders, params  # noqa: F401
 from test_speculation import answers
 from vllm.forward_context import get_forward_context
 
-from vllm_memdec.model import Drafter
+from vllm_memdec.drafter import Drafter
 
 
 @pytest.fixture

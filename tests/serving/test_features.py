@@ -4,23 +4,23 @@ Each test is a row of the README's table, see the marker `feature`; some rows ar
 files, those over HTTP of test_http.py. The answer key is matrix.py's.
 """
 
-from collections import Counter
-
-import oracle
 import pytest
 import regex
 import torch
-from matrix import (
+from support import oracle
+from support.choices import (
     CHOICES,
-    EOS,
     PLAIN,
     PROMPT,
     Choice,
     beams,
+    constrained,
     greedy,
+    kept,
     make_models,
     memdec_block,
     mixture,
+    penalised,
 )
 
 feature = pytest.mark.feature
@@ -55,27 +55,6 @@ def llm(request, engine, models):
     """Yield one engine of ENGINES, shared by its tests."""
     with engine(models["base"], memdec_block(models), **ENGINES[request.param]) as running:
         yield running
-
-
-def constrained(models, choice, prompt, pattern, tokenizer):
-    """Return the text of best tokens among those that can still lead to a full match."""
-    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
-    special = set(tokenizer.all_special_ids)
-    done, sampled = "", []
-    while True:
-        allowed = [
-            token
-            for token, text in enumerate(texts)
-            if token not in special and regex.fullmatch(pattern, done + text, partial=True)
-        ]
-        if regex.fullmatch(pattern, done):
-            allowed.append(EOS)
-        row_V = mixture(models, choice, [*prompt, *sampled])[-1]
-        best = max(allowed, key=lambda token: row_V[token])
-        if best == EOS:
-            return done
-        sampled.append(best)
-        done += texts[best]
 
 
 def generate(llm, prompts, choices, **options):
@@ -197,21 +176,6 @@ def test_logprobs(llm, models):
         assert error < oracle.TOLERANCE, choice
 
 
-def penalised(prompt, presence=0.0, frequency=0.0, repetition=1.0):
-    """Return vLLM's penalties as a function for greedy()."""
-
-    def adjust(row_V, sampled):
-        row_V = row_V.clone()
-        for token in {*prompt, *sampled}:
-            x = row_V[token]
-            row_V[token] = x / repetition if x > 0 else x * repetition
-        for token, count in Counter(sampled).items():
-            row_V[token] -= frequency * count + presence
-        return row_V
-
-    return adjust
-
-
 @feature("presence, frequency and repetition penalties")
 @usual
 @pytest.mark.parametrize(
@@ -291,15 +255,6 @@ def test_allowed_token_ids(llm, models):
     for choice in CHOICES:
         found = one(llm, choice, allowed_token_ids=allowed).token_ids
         assert found == greedy(models, choice, PROMPT, 8, adjust)
-
-
-def kept(row_V, min_p=0.0, top_k=0, top_p=1.0):
-    """Return the tokens a sampler may draw from log-probabilities [V]."""
-    p_V, order_V = row_V.exp().sort(descending=True)
-    mask_V = p_V >= min_p * p_V[0]
-    mask_V[top_k or len(row_V) :] = False
-    mask_V &= p_V.cumsum(-1) - p_V < top_p  # the token that passes top_p is the last one kept
-    return set(order_V[mask_V].tolist())
 
 
 @pytest.mark.parametrize(
@@ -515,11 +470,9 @@ def test_priority(llm, models):
 def test_sleep(models):
     from vllm import EngineArgs
 
+    block = {"memdec": memdec_block(models)}
     args = EngineArgs(
-        models["base"],
-        model_impl="memdec",
-        additional_config={"memdec": memdec_block(models)},
-        enable_sleep_mode=True,
+        models["base"], model_impl="memdec", additional_config=block, enable_sleep_mode=True
     )
     with pytest.raises(ValueError, match="Sleep mode is not supported on current platform."):
         args.create_engine_config()

@@ -4,13 +4,13 @@ import json
 import shutil
 
 import numpy as np
-import oracle
 import pytest
-from gates import gate_weights, random_gate
+from support import oracle
+from support.gate_oracle import gate_weights, random_gate
 
 from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
 from vllm_memdec.gate import FILE, write_gate
-from vllm_memdec.state import Choices, check_extra_args
+from vllm_memdec.request import Choices, check_extra_args
 
 BLOCK = 32  # tokens that the prefix cache keeps or not; each prompt has one of them and more
 PROMPTS = oracle.prompts(4, 36, 48, 1000)
@@ -79,11 +79,12 @@ def test_a_reload_keeps_tables_where_graphs_read_them(engine, models):
     with engine(models["base"], block(models)) as llm:
         core = llm.llm_engine.engine_core.engine_core
         model = core.model_executor.driver_worker.worker.model_runner.get_model()
-        [table] = model.tables
+        [memory] = [memory for memory in model.memories if memory.table is not None]
+        table = memory.table
         kept, places = table.parts_KP.clone(), (table.start_K.data_ptr(), table.parts_KP.data_ptr())
         table.parts_KP.zero_()  # as a deep sleep drops it
-        model.load_gates()
-        [table] = model.tables
+        memory.load_gate()
+        table = memory.table
         assert (table.start_K.data_ptr(), table.parts_KP.data_ptr()) == places
         assert kept.equal(table.parts_KP)
 
@@ -102,12 +103,12 @@ def test_gated_mixtures(engine, models):
         assert second.outputs[0].token_ids == first.outputs[0].token_ids
     outputs = [*outputs, *again]
     asked = [*asked, *asked]
-    for (_, _, name, most), output in zip(asked, outputs, strict=True):
+    for (_, _, name, cap), output in zip(asked, outputs, strict=True):
         ids = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-        alpha_T1 = gate_weights(models, name, most, ids)
+        alpha_T1 = gate_weights(models, name, cap, ids)
         error = oracle.gap(output, models["base"], models[name], alpha_T1)
-        assert error < oracle.TOLERANCE, (name, most)
-        if most == 1:
+        assert error < oracle.TOLERANCE, (name, cap)
+        if cap == 1:
             spread += alpha_T1.flatten().tolist()
     assert min(spread) < 0.2 and max(spread) > 0.8  # or the gates would not be seen
 
@@ -254,7 +255,7 @@ def test_the_gate_goes_before_the_calibrated_weight(models, tmp_path):
 def test_a_gate_of_before_is_served_with_a_warning(models, start, tmp_path, monkeypatch):
     """One that does not say which weights it was trained for."""
     told, folder = [], tmp_path / "memory"
-    monkeypatch.setattr("vllm_memdec.config.warn", told.append)
+    monkeypatch.setattr("vllm_memdec.startup.warn", told.append)
     shutil.copytree(models["law"], folder)
     np.savez(folder / FILE, format_version=np.array(2), **random_gate(96, 0, context=False))
     start({"model": str(folder)})

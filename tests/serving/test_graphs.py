@@ -3,12 +3,11 @@
 The oracle's probabilities all the same, and no graph computes what nobody asked for.
 """
 
-import oracle
 import pytest
 import torch
-import v2
-from matrix import Choice, memdec_block
-from recorded_graphs import Graph, capture
+from support import oracle, v2_process
+from support.choices import Choice, memdec_block
+from support.recorded_graphs import Graph, capture
 
 VOCAB = 1000
 NONE, LAW, BIO = Choice("none"), Choice(), Choice("bio")
@@ -74,22 +73,25 @@ def results(pairs, subprocess_env):
             del block["memories"]["bio"]
         if drafts:
             block["speculative_tokens"] = drafts
-        job = v2.job(pairs[pair]["base"], block, requests(batches), graphs, dtype=dtype)
+        job = v2_process.job(pairs[pair]["base"], block, requests(batches), graphs, dtype=dtype)
         if name == "few sizes":
             job["llm"]["compilation_config"]["cudagraph_capture_sizes"] = [1, 2, 4]
         jobs[name] = job
-    return v2.run(jobs, subprocess_env)
+    return v2_process.run(jobs, subprocess_env)
 
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_graphs(name, results, pairs):
     """Answers are the mixture's; each step replays the graph of its requests' memories."""
     pair, batches, drafts, graphs, dtype = ENGINES[name]
-    result, models = v2.answered(results, name), pairs[pair]
+    result, models = v2_process.answered(results, name), pairs[pair]
     choices = [choice.resolved for batch in batches for choice in batch]
     chosen = [(models[memory], alpha) for memory, alpha in choices]
-    v2.check_answers(result, models["base"], chosen, dtype)
-    assert v2.check_steps(result, drafts) == {"FULL", "PIECEWISE" if graphs != "full" else "NONE"}
+    v2_process.check_answers(result, models["base"], chosen, dtype)
+    assert v2_process.check_steps(result, drafts) == {
+        "FULL",
+        "PIECEWISE" if graphs != "full" else "NONE",
+    }
     # Every batch decodes by full graphs, of none, one and all memories; so do the drafts.
     full = {
         (*step["used"],)
@@ -97,9 +99,9 @@ def test_graphs(name, results, pairs):
         if any(how == "FULL" for who, _, _, how in step["ran"] if who == "target")
     }
     assert full >= ({(), (0,), (1,), (0, 1)} if batches is BATCHES else {(), (0,)})
-    drafted = [step for step in result["steps"] if v2.ran(step, "draft")]
+    drafted = [step for step in result["steps"] if v2_process.ran(step, "draft")]
     for step in drafted:
-        assert v2.ran(step, "draft", "FULL") == set(step["used"])
+        assert v2_process.ran(step, "draft", "FULL") == set(step["used"])
     assert result["accepted"] <= result["drafted"] and bool(drafted) == bool(drafts)
 
 

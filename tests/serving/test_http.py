@@ -9,9 +9,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
-import oracle
 import pytest
-from matrix import (
+from support import oracle
+from support.choices import (
     ALPHAS,
     CHOICES,
     PLAIN,
@@ -213,7 +213,7 @@ def test_log_says_that_the_memory_is_live(server, models):
 
 
 def test_bad_start_ends_with_the_sentence(models, subprocess_env):
-    """Other weights are refused alike, see test_config.py."""
+    """Other weights are refused alike, see test_startup.py."""
     settings = f'{{"memdec": {{"model": "{models["law"]}", "alpha": NaN}}}}'
     command = ["vllm", "serve", models["base"], "--model-impl", "memdec"]
     run = subprocess.run(

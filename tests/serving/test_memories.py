@@ -5,9 +5,9 @@ import math
 import random
 from pathlib import Path
 
-import oracle
 import pytest
 import torch
+from support import oracle
 from vllm.forward_context import set_forward_context
 
 pytestmark = pytest.mark.usefixtures("hostile")
@@ -100,7 +100,7 @@ def test_what_nobody_chose_does_not_run(base, folders, engine, monkeypatch):
         return counted
 
     with engine(base, block(folders), enable_prefix_caching=False) as llm:
-        for number, memory in enumerate(composite(llm).memories):
+        for number, memory in enumerate(m.module for m in composite(llm).memories):
             for what in ("forward", "compute_logits"):
                 monkeypatch.setattr(memory, what, count(number, what, getattr(memory, what)))
 
@@ -130,7 +130,7 @@ def test_logits_are_mixed_in_slices(base, folders, engine, monkeypatch):
     monkeypatch.setattr(model, "SLICE_BYTES", 5 * 4 * (1000 + 1024))
     rng = random.Random(3)
     with engine(base, block(folders), enable_prefix_caching=False) as llm:
-        composite(llm).selects_rows = False
+        composite(llm).memories.selects_rows = False
         chosen = [random_choice(rng) for _ in range(12)]
         ids = oracle.prompts(12, 1, 60, VOCAB, seed=3)
         outputs = llm.generate(
@@ -154,7 +154,7 @@ def test_memory_profile_counts_drafts(base, folders, engine, monkeypatch):
     memories = {name: folders[name] for name in ("law", "bio", "tax")}  # V1 drafts without windows
     with engine(base, block(memories) | {"speculative_tokens": 3}) as llm:
         mine = composite(llm)
-        mine.selects_rows = False
+        mine.memories.selects_rows = False
         mine.batch.reset()
         monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
         width = mine.split[1] + mine.batch.columns_TA.shape[1]
@@ -163,16 +163,16 @@ def test_memory_profile_counts_drafts(base, folders, engine, monkeypatch):
     assert logits.shape == (7, VOCAB) and ((7 * 4, VOCAB), torch.float32) in made
 
 
-def test_many_groups_are_said(tiny_model, engine, monkeypatch):
+def test_many_groups_are_logged(tiny_model, engine, monkeypatch):
     """A base and a memory with windows have two groups of KV cache."""
     from vllm_memdec import model
 
-    said = []
-    monkeypatch.setattr(model, "MANY_GROUPS", 1)
-    monkeypatch.setattr(model.logger, "warning", lambda *args: said.append(args))
+    logged = []
+    monkeypatch.setattr(model, "MAX_GROUPS", 1)
+    monkeypatch.setattr(model.logger, "warning", lambda *args: logged.append(args))
     with engine(tiny_model("mistral"), tiny_model("llama", seed=1), block_size=32):
         pass
-    assert any("groups" in text and number == 2 for text, number in said), said
+    assert any("groups" in text and number == 2 for text, number in logged), logged
 
 
 def test_default_none(base, folders, engine):

@@ -1,7 +1,7 @@
 """Cases whose right answer is the plain engine's own output: weight 0, and memory = base."""
 
-import oracle
 import pytest
+from support import oracle
 
 ALPHAS = (0.0, 0.37, 1.0)
 

@@ -2,8 +2,8 @@
 
 import random
 
-import oracle
 import pytest
+from support import oracle
 
 pytestmark = pytest.mark.usefixtures("hostile")
 ALPHAS = (0.0, 0.3, 0.6, 1.0)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vllm_memdec import compat, plugin
+from vllm_memdec import plugin
+from vllm_memdec.compat.hooks import unwrap, wrap
 
 PACKAGE = Path(plugin.__file__).parent
 START = """
@@ -50,10 +51,10 @@ def test_wrap_can_be_undone():
 
     original = Owner.method
     for _ in range(2):
-        compat.wrap(Owner, "method", lambda inner: lambda self: inner(self) + 1)
+        wrap(Owner, "method", lambda inner: lambda self: inner(self) + 1)
     assert Owner().method() == 2
     for _ in range(2):
-        compat.unwrap(Owner, "method")
+        unwrap(Owner, "method")
     assert Owner.method is original
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT, run
 
 import httpx
-import oracle
 import psutil
 import pytest
 import vllm.envs
-from matrix import memdec_block
-from traffic import (
+from support import oracle
+from support.choices import memdec_block
+from support.soak_client import (
     BIO,
     BLOCK,
     LAW,

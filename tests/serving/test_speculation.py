@@ -5,16 +5,16 @@ import itertools
 import math
 from dataclasses import dataclass
 
-import oracle
 import pytest
 import torch
-from matrix import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
+from support import oracle
+from support.choices import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 
-from vllm_memdec import state
-from vllm_memdec.drafting import WARM_UP
+from vllm_memdec.batch import Batch
+from vllm_memdec.draft_length import WARM_UP
 
 LENGTH = 12
 
@@ -41,7 +41,7 @@ def requests():
     return prompts, [CHOICES[n % len(CHOICES)] for n in range(len(prompts))]
 
 
-NOBODY = Choice("none"), Choice("bio", 0.0)
+WITHOUT = Choice("none"), Choice("bio", 0.0)
 
 
 @dataclass
@@ -66,8 +66,8 @@ def plain(engine, models, requests):
         return Plain(
             answers(llm, *requests),
             answers(llm, requests[0], [PLAIN] * 200),
-            answers(llm, [PROMPT, PROMPT[:2]], NOBODY, max_tokens=41),
-            answers(llm, requests[0][:2], NOBODY),
+            answers(llm, [PROMPT, PROMPT[:2]], WITHOUT, max_tokens=41),
+            answers(llm, requests[0][:2], WITHOUT),
             runner(llm).kv_cache_config.num_blocks,
         )
 
@@ -91,29 +91,29 @@ def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
             assert found["vllm:num_preemptions"].value > 0
 
 
-def test_what_a_draft_said_is_not_computed_again(engine, models, requests, plain, monkeypatch):
+def test_draft_results_are_reused(engine, models, requests, plain, monkeypatch):
     """Where one memory has the batch it runs on the last of a request's tokens only."""
     counts = {"tokens": 0, "run": 0, "heads": 0}
 
     def counted(self, *args, **kwargs):
         original(self, *args, **kwargs)
-        if args[3:] and self.said is not None:
-            [part] = self.parts.values()
+        if args[3:] and self.reused is not None:
+            [share] = self.shares.values()
             counts["tokens"] += int(args[2].sum())
-            counts["run"] += len(part.tokens)
-            assert len(self.said[0]) + len(part.tokens) == args[2].sum()
+            counts["run"] += len(share.tokens)
+            assert len(self.reused[0]) + len(share.tokens) == args[2].sum()
 
-    original = state.Batch.write
-    monkeypatch.setattr(state.Batch, "write", counted)
+    original = Batch.write
+    monkeypatch.setattr(Batch, "write", counted)
     block = memdec_block(models) | {"speculative_tokens": 3}
     with engine(models["base"], block, **TIGHT, disable_log_stats=False) as llm:
-        head = runner(llm).model.memories[0].compute_logits
+        head = runner(llm).model.memories[0].module.compute_logits
 
         def counted_head(rows):
             counts["heads"] += len(rows)
             return head(rows)
 
-        monkeypatch.setattr(runner(llm).model.memories[0], "compute_logits", counted_head)
+        monkeypatch.setattr(runner(llm).model.memories[0].module, "compute_logits", counted_head)
         assert answers(llm, requests[0], [PLAIN] * 200) == plain.alike
         found = {metric.name: metric for metric in llm.get_metrics()}
         assert found["vllm:num_preemptions"].value > 0
@@ -156,7 +156,7 @@ def test_weights_and_cache_exist_once(engine, models, requests, plain):
         assert mine.kv_cache_config.num_blocks == plain.blocks
         layers = {n for g in mine.kv_cache_config.kv_cache_groups for n in g.layer_names}
         assert len(layers) == 7  # of base and memories: 2 + 3 + 2
-        assert mine.drafter.model.composite is mine.model
+        assert mine.drafter.model.memories is mine.model.memories
         assert set(mine.drafter._draft_attn_layer_names) < layers
         assert not [v for v in vars(mine.drafter).values() if isinstance(v, torch.nn.Module)]
 
@@ -164,11 +164,11 @@ def test_weights_and_cache_exist_once(engine, models, requests, plain):
             found = {metric.name: metric for metric in llm.get_metrics()}
             return found["vllm:spec_decode_num_draft_tokens"].value
 
-        assert answers(llm, prompts[:2], NOBODY) == plain.nobody and drafted() == 0
+        assert answers(llm, prompts[:2], WITHOUT) == plain.nobody and drafted() == 0
         [alone] = answers(llm, prompts[2:3], [PLAIN])
         before = drafted()
         assert before > 0
-        choices = [NOBODY[0], PLAIN, NOBODY[1]]
+        choices = [WITHOUT[0], PLAIN, WITHOUT[1]]
         [_, beside, _] = answers(llm, [prompts[0], prompts[2], prompts[1]], choices)
         assert beside == alone and drafted() == 2 * before
 
@@ -278,27 +278,27 @@ def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
 
 def test_drafts_are_drawn_from_the_distributions_given():
     """One random number a row: frequencies, nothing of probability 0, the likeliest at 0."""
-    from vllm_memdec import compat
+    from vllm_memdec.compat.v1_drafting import sample_rows
 
     torch.manual_seed(0)
     logits_V = torch.tensor([-torch.inf, 1.0, 0.0, -torch.inf, 2.0, -torch.inf])
     rows, temperatures = 30_000, (0.5, 1.0)
     for temperature in temperatures:
-        tokens, p = compat.sample_rows(logits_V.expand(rows, -1), torch.full((rows,), temperature))
+        tokens, p = sample_rows(logits_V.expand(rows, -1), torch.full((rows,), temperature))
         wanted = (logits_V.double() / temperature).softmax(-1)
         assert torch.allclose(p[0].double(), wanted, atol=1e-6)
         found = tokens.bincount(minlength=6) / rows
         assert (found - wanted).abs().max() < 4 * 0.5 / rows**0.5
         assert not found[[0, 3, 5]].any()
-    tokens, p = compat.sample_rows(logits_V.expand(3, -1), torch.tensor([0.0, 1.0, 0.0]))
+    tokens, p = sample_rows(logits_V.expand(3, -1), torch.tensor([0.0, 1.0, 0.0]))
     assert tokens[0] == tokens[2] == 4 and torch.allclose(p[0], p[1])
 
 
 def test_a_temperature_reaches_every_draft():
     """What vLLM 0.32 leaves to chance on a CPU."""
-    from vllm_memdec import compat
+    from vllm_memdec.compat.cpu_speculation import expand_batch_to_tokens
 
-    expanded = compat._expanded(None)(
+    expanded = expand_batch_to_tokens(
         torch.tensor([0.7, 0.0, 2.0]), torch.tensor([2, 3, 6]), 6, replace_from=0, replace_to=1
     )
     assert expanded.tolist() == torch.tensor([0.7, 0.7, 1, 2, 2, 2]).tolist()
@@ -334,12 +334,12 @@ def test_what_drafting_does_not_go_with_is_refused(models, options, sentence):
 
 def test_auto_is_for_the_v1_runner(models, monkeypatch):
     """Refused before an engine starts, by vLLM's own choice of the runner."""
-    from vllm_memdec import config
+    from vllm_memdec import startup
 
     block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": "auto"}
     args = EngineArgs(models["base"], model_impl="memdec", additional_config={"memdec": block})
-    checked, check = [], config.check_engine
-    monkeypatch.setattr(config, "check_engine", checked.append)
+    checked, check = [], startup.check_engine
+    monkeypatch.setattr(startup, "check_engine", checked.append)
     made = args.create_engine_config()
     assert checked == [made]
     check(made)

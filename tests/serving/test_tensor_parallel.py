@@ -5,8 +5,8 @@ import os
 import subprocess
 import sys
 
-import oracle
 import pytest
+from support import oracle
 
 GENERATE = """
 import json, sys
@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
-    llm = LLM(**job["llm"], worker_extension_cls="ranks.Rank")
+    llm = LLM(**job["llm"], worker_extension_cls="support.ranks.Rank")
     llm.collective_rpc("disturb")
     params = [
         SamplingParams(**job["sampling"], extra_args=extra) for _, extra in job["requests"]

@@ -5,11 +5,10 @@ With rows as on CUDA: each head runs on all of them, and nothing waits for the d
 
 import shutil
 
-import oracle
 import pytest
-import v2
-from gates import gate_weights, random_gate
-from matrix import CHOICES, Choice, greedy, make_models, memdec_block
+from support import oracle, v2_process
+from support.choices import CHOICES, Choice, greedy, make_models, memdec_block
+from support.gate_oracle import gate_weights, random_gate
 
 from vllm_memdec.gate import write_gate
 
@@ -98,47 +97,49 @@ def results(tiny_model, subprocess_env, mixed, drafters):
         for row, (ids, (extra, _)) in enumerate(zip(prompts, CHOSEN, strict=True))
     ]
     block = {"memories": memories, "default": "law"}
-    jobs = {"mixture": v2.job(base, block, [requests], max_num_batched_tokens=16)}
+    jobs = {"mixture": v2_process.job(base, block, [requests], max_num_batched_tokens=16)}
 
     models = make_models(tiny_model)
     block = memdec_block(models) | {"speculative_tokens": 2}
     block["memories"]["same"] = {"model": models["base"], "alpha": 0.5}
-    jobs["drafting"] = v2.job(models["base"], block, [asking(SAME)])
+    jobs["drafting"] = v2_process.job(models["base"], block, [asking(SAME)])
     for dtype, models in drafters.items():
         block = memdec_block(models) | {"speculative_tokens": 2}
         batches = [asking(choices, seed=1, logprobs=5) for choices in (NONE, [Choice()] * 3, MIXED)]
-        jobs[dtype] = v2.job(models["base"], block, batches, dtype=dtype)
+        jobs[dtype] = v2_process.job(models["base"], block, batches, dtype=dtype)
     models = drafters["bfloat16"]
     for drafts in (0, 2):
         block = memdec_block(models) | {"speculative_tokens": drafts}
         del block["memories"]["bio"]
         block["memories"]["steps"] = {"model": models["bio"], "alpha_by_context": STEPS}
         batches = [stepped(batch, 10 * n) for n, batch in enumerate(STEPPED)]
-        jobs[f"steps, {drafts}"] = v2.job(models["base"], block, batches, "full", dtype="bfloat16")
-    return v2.run(jobs, subprocess_env)
+        jobs[f"steps, {drafts}"] = v2_process.job(
+            models["base"], block, batches, "full", dtype="bfloat16"
+        )
+    return v2_process.run(jobs, subprocess_env)
 
 
 @pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
 def test_mixture(results, mixed):
     """One batch of three memories and none, prefilled in chunks; one has a gate."""
     base, folders = mixed
-    result = v2.answered(results, "mixture")
+    result = v2_process.answered(results, "mixture")
     for (prompt, sampled, *rows), (extra, (name, alpha)) in zip(
         result["requests"], CHOSEN, strict=True
     ):
         if name == "gated":
-            most = 1.0 if alpha == "auto" else 0.4
+            cap = 1.0 if alpha == "auto" else 0.4
             models = folders | {"base": base}
-            alpha = gate_weights(models, name, most, [*prompt, *sampled])
+            alpha = gate_weights(models, name, cap, [*prompt, *sampled])
         error = oracle.worst_error(prompt, sampled, *rows, base, folders[name], alpha)
         assert error < oracle.TOLERANCE, extra
-    assert v2.check_steps(result) == {"NONE"}
+    assert v2_process.check_steps(result) == {"NONE"}
 
 
 @pytest.mark.feature("speculation by the memory itself")
 def test_drafting(results, tiny_model):
     """Greedy answers are the mixture's, prompts in chunks; what agrees is accepted."""
-    result = v2.answered(results, "drafting")
+    result = v2_process.answered(results, "drafting")
     models = make_models(tiny_model)
     folders = models | {"same": models["base"]}
     for (prompt, sampled, *_), choice in zip(result["requests"], SAME, strict=True):
@@ -149,24 +150,24 @@ def test_drafting(results, tiny_model):
         assert sampled == key, choice
     # The two whose memory is the base have two rounds of two accepted drafts each.
     assert 8 <= result["accepted"] < result["drafted"]
-    v2.check_steps(result, drafts=2)
+    v2_process.check_steps(result, drafts=2)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_drafting_in_16_bits(dtype, results, drafters):
     """With none, one and two memories in a batch, and vocabularies of unequal width."""
-    result, models = v2.answered(results, dtype), drafters[dtype]
+    result, models = v2_process.answered(results, dtype), drafters[dtype]
     choices = [choice.resolved for choice in (*NONE, *[Choice()] * 3, *MIXED)]
     chosen = [(models[name], alpha) for name, alpha in choices]
-    v2.check_answers(result, models["base"], chosen, dtype)
+    v2_process.check_answers(result, models["base"], chosen, dtype)
     assert 0 < result["accepted"] < result["drafted"]
-    v2.check_steps(result, drafts=2)
+    v2_process.check_steps(result, drafts=2)
 
 
 @pytest.mark.parametrize("drafts", [0, 2])
 def test_weights_by_context(drafts, results, drafters):
     """Full graphs, columns of 16 bits, chunks and drafts: each row has its position's weight."""
-    result, models = v2.answered(results, f"steps, {drafts}"), drafters["bfloat16"]
+    result, models = v2_process.answered(results, f"steps, {drafts}"), drafters["bfloat16"]
     chosen, late = [], []
     asked = [choice for batch in STEPPED for _, choice in batch]
     for (prompt, sampled, *_), choice in zip(result["requests"], asked, strict=True):
@@ -178,7 +179,7 @@ def test_weights_by_context(drafts, results, drafters):
             name, alpha = ("bio", 1.0) if choice.memory == "steps" else choice.resolved
             chosen.append((models[name], alpha))
             late.append(chosen[-1])
-    v2.check_answers(result, models["base"], chosen, "bfloat16")
-    assert v2.worst_error(result, models["base"], late) > 1, "no step would be seen"
-    assert v2.check_steps(result, drafts) == {"FULL", "NONE"}
+    v2_process.check_answers(result, models["base"], chosen, "bfloat16")
+    assert v2_process.worst_error(result, models["base"], late) > 1, "no step would be seen"
+    assert v2_process.check_steps(result, drafts) == {"FULL", "NONE"}
     assert bool(result["accepted"]) == bool(drafts)  # at alpha 1 greedy drafts are all accepted

@@ -16,7 +16,7 @@ import faiss
 import pytest
 import torch
 import yaml
-from forked import Forked
+from support.forked_cli import Forked
 from typer.testing import CliRunner
 
 from vllm_memdec.kernels import sparse_kl

@@ -195,9 +195,9 @@ WRITERS = """
 import io, pathlib, sys
 import faiss, numpy, torch
 from safetensors.torch import save_file
-from vllm_memdec.train.artifacts import write_atomic, write_json
+from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.cli import sentence_of
-from vllm_memdec.train.shards import save_array
+from vllm_memdec.train.data.shards import save_array
 
 folder = pathlib.Path(sys.argv[1])
 big = numpy.zeros(300_000, numpy.float32)

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny import tiny_text
+from support.tiny_models import tiny_text
 from transformers import AutoTokenizer
 
 from vllm_memdec.checkpoint import read_block, write_block

@@ -5,7 +5,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from datastores import BUDGET, clustered, store
+from support.datastores import BUDGET, clustered, store
 
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import LocalExecutor

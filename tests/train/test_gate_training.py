@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tiny import tiny_text
+from support.tiny_models import tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.gate import FILE, Gate, features, gate_path, read_gate

@@ -7,7 +7,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 import pytest
-from datastores import BUDGET, WIDTH, clustered, store
+from support.datastores import BUDGET, WIDTH, clustered, store
 
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import LocalExecutor

@@ -98,7 +98,7 @@ def test_what_several_processes_left_is_gone_on_with_by_one(runs, pipeline, tiny
 
 LEAVING = """
 from pathlib import Path
-from vllm_memdec.train.torchrun import Torchrun
+from vllm_memdec.train.executor.torchrun import Torchrun
 
 def loop(world):
     import torch

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
+from support.ray_jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.cli import sentence_of
@@ -146,7 +146,7 @@ def machines(tmp_path_factory):
         for name, value in (QUIET | health | idle).items():
             patch.setenv(name, value)
         patch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
-        patch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
         found = Machines(tmp_path_factory.mktemp("machines"))
         try:
             for _ in range(2):

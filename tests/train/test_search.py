@@ -5,7 +5,7 @@ import json
 import faiss
 import numpy as np
 import pytest
-from datastores import BUDGET, WIDTH, clustered, run, store
+from support.datastores import BUDGET, WIDTH, clustered, run, store
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import write_json

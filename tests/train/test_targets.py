@@ -4,7 +4,7 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
-from datastores import BUDGET, clustered, run, store
+from support.datastores import BUDGET, clustered, run, store
 
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.settings import IndexSettings, TargetSettings

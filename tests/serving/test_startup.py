@@ -244,7 +244,7 @@ def test_a_base_with_hooks_of_its_own(hook, sentence, start, pair, monkeypatch):
 
 def test_a_memory_has_a_configuration_of_its_own(start, pair):
     """The base's is not written into, and no two memories share a key of compiled code."""
-    from vllm_memdec.model import memory_vllm_config
+    from vllm_memdec.engine_config import memory_vllm_config
 
     config = start(pair[0], {"model": pair[1], "alpha": 0.5})
     config.parallel_config.is_moe_model = True  # as for a mixture of experts

@@ -3,8 +3,8 @@
 import math
 
 import numpy as np
-import oracle
 import torch
+from support import oracle
 
 from vllm_memdec.gate import gate_path, read_gate
 
@@ -24,14 +24,14 @@ def random_gate(width, seed, hidden=8, context=True):
 
 
 @torch.no_grad()
-def gate_weights(models, name, most, ids):
+def gate_weights(models, name, cap, ids):
     """Return the weight [T, 1] of every position, in float64 and by the formula.
 
-    most: the most that the gate may give; or, without a gate, a number or (position, alpha) pairs.
+    cap: the maximum of the gate; or, without a gate, a number or (position, alpha) pairs.
     """
-    if not isinstance(most, float):
+    if not isinstance(cap, float):
         return torch.tensor(
-            [[[a for start, a in most if start <= n][-1]] for n in range(len(ids))]
+            [[[a for start, a in cap if start <= n][-1]] for n in range(len(ids))]
         ).double()
     model = oracle.load(models[name])
     h_TD = model.base_model(torch.tensor([ids])).last_hidden_state[0]
@@ -49,7 +49,7 @@ def gate_weights(models, name, most, ids):
     top_K, entropy_K, bias_K, out_K = gate["certainty"]
     x_TK = gelu(top_T[:, None] * top_K + entropy_T[:, None] * entropy_K + bias_K)
     alpha_T = 0.999 * (x_TH @ gate["w2"] + gate["b2"] + x_TK @ out_K).sigmoid()
-    return alpha_T.clamp(max=most)[:, None]
+    return alpha_T.clamp(max=cap)[:, None]
 
 
 def gelu(x):

@@ -10,19 +10,18 @@ class Rank:
         """Let hidden states of the memory "whole" differ on all ranks but the first."""
         composite = self.model_runner.get_model()
         number = composite.choices.names.index("whole")
-        memory, head = composite.memories[number], composite.head
-        forward, self.rows_seen = memory.forward, []
+        memory = composite.memories[number]
+        forward, logits, self.rows_seen = memory.module.forward, memory.logits, []
 
         def disturbed(*args, **kwargs):
             rows = forward(*args, **kwargs)
             return rows if self.rank == 0 else rows * 1.01
 
-        def recorded(memory, mine_ND):
-            if memory == number:
-                self.rows_seen.append(mine_ND.double().sum().item())
-            return head(memory, mine_ND)
+        def recorded(mine_ND):
+            self.rows_seen.append(mine_ND.double().sum().item())
+            return logits(mine_ND)
 
-        memory.forward, composite.head = disturbed, recorded
+        memory.module.forward, memory.logits = disturbed, recorded
         assert torch.distributed.get_world_size() == 2
 
     def seen(self):

@@ -1,13 +1,14 @@
-"""Engines on the V2 runner for tests: jobs for run_v2.py, and what their results must show."""
+"""Engines on the V2 runner for tests: jobs for v2_script.py, and what their results must show."""
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
-import oracle
 import torch
+from support import oracle
 from transformers import AutoModelForCausalLM
 
 SIZES = [1, 2, 4, 8, 16, 32]  # tokens of a captured graph
@@ -39,10 +40,11 @@ def job(base, block, requests, graphs=None, **options):
 
 def run(jobs, env):
     """Return the results of jobs by their names, all from one process."""
-    script = str(Path(__file__).with_name("run_v2.py"))
+    tests = str(Path(__file__).parents[1])
+    path = os.pathsep.join(filter(None, [tests, env.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, script, json.dumps([*jobs.values()])],
-        env=env,
+        [sys.executable, "-m", "support.v2_script", json.dumps([*jobs.values()])],
+        env=env | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
     )

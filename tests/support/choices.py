@@ -3,10 +3,12 @@
 The key is computed without vLLM: float64 mixtures of plain Hugging Face models.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
-import oracle
+import regex
 import torch
+from support import oracle
 
 ALPHAS = {"law": 0.6, "bio": 0.4}
 DEFAULT = "law"
@@ -89,3 +91,48 @@ def beams(models, choice, prompt, width, steps):
             longer += [(total + p, [*ids, token]) for token, p in enumerate(row_V.tolist())]
         found = sorted(longer, reverse=True)[:width]
     return found
+
+
+def constrained(models, choice, prompt, pattern, tokenizer):
+    """Return the text of best tokens among those that can still lead to a full match."""
+    texts = [tokenizer.decode([token]) for token in range(len(tokenizer))]
+    special = set(tokenizer.all_special_ids)
+    done, sampled = "", []
+    while True:
+        allowed = [
+            token
+            for token, text in enumerate(texts)
+            if token not in special and regex.fullmatch(pattern, done + text, partial=True)
+        ]
+        if regex.fullmatch(pattern, done):
+            allowed.append(EOS)
+        row_V = mixture(models, choice, [*prompt, *sampled])[-1]
+        best = max(allowed, key=lambda token: row_V[token])
+        if best == EOS:
+            return done
+        sampled.append(best)
+        done += texts[best]
+
+
+def penalised(prompt, presence=0.0, frequency=0.0, repetition=1.0):
+    """Return vLLM's penalties as a function for greedy()."""
+
+    def adjust(row_V, sampled):
+        row_V = row_V.clone()
+        for token in {*prompt, *sampled}:
+            x = row_V[token]
+            row_V[token] = x / repetition if x > 0 else x * repetition
+        for token, count in Counter(sampled).items():
+            row_V[token] -= frequency * count + presence
+        return row_V
+
+    return adjust
+
+
+def kept(row_V, min_p=0.0, top_k=0, top_p=1.0):
+    """Return the tokens a sampler may draw from log-probabilities [V]."""
+    p_V, order_V = row_V.exp().sort(descending=True)
+    mask_V = p_V >= min_p * p_V[0]
+    mask_V[top_k or len(row_V) :] = False
+    mask_V &= p_V.cumsum(-1) - p_V < top_p  # the token that passes top_p is the last one kept
+    return set(order_V[mask_V].tolist())

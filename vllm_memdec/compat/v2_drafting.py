@@ -1,11 +1,13 @@
 """Drafting by the memories on the V2 runner.
 
-What: DraftModelSpeculator.load_model is wrapped; the speculator of a composite becomes a subclass
-whose model is the composite's own memories, and which records all passes of a step as one CUDA
-graph, or one pass, where the attention backend cannot refresh its metadata within a graph.
-Why: vLLM runs a draft model of its own weights, reads every token again, and launches each kernel
-from the host, which beside a base of 7B takes longer than the base's step.
+DraftModelSpeculator.load_model is wrapped; the speculator of a composite becomes a subclass whose
+model is the composite's own memories, and which records all passes of a step as one CUDA graph, or
+one pass, where the attention backend cannot refresh its metadata within a graph. vLLM runs a draft
+model of its own weights, reads every token again, and launches each kernel from the host, which
+beside a base of 7B takes longer than the base's step.
+
 May go when vLLM captures standalone draft models and lets one share the target's weights.
+Relies on the speculator's buffers and on its private methods that make the inputs of a pass.
 """
 
 from collections.abc import Callable
@@ -21,8 +23,54 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
     SpeculatorCudaGraphManager,
 )
 
-from vllm_memdec.compat import wrap
-from vllm_memdec.graphs import MemoryGraphs
+from vllm_memdec.compat.hooks import wrap
+from vllm_memdec.compat.v2_graphs import MemoryGraphs
+from vllm_memdec.drafter import Drafter
+
+DRAFTER = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
+SIGNATURES = {
+    "vllm.v1.worker.gpu.spec_decode.speculator:DraftModelSpeculator.load_model": (
+        "self target_model"
+    ),
+    f"{DRAFTER}.propose": (
+        "self input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states "
+        "num_sampled num_rejected last_sampled next_prefill_tokens temperature seeds "
+        "dp_sync_state dummy_run skip_attn_for_dummy_run mm_inputs is_profile "
+        "num_speculative_tokens"
+    ),
+    f"{DRAFTER}._accepted_last_indices": "self input_batch num_rejected num_reqs",
+    f"{DRAFTER}._copy_request_inputs": "self num_reqs idx_mapping temperature seeds dummy_run",
+    f"{DRAFTER}._update_draft_decode_metadata": "self attn_metadata num_reqs",
+    f"{DRAFTER}._build_uniform_attn_metadata": (
+        "self batch_desc num_reqs num_query_per_req seq_lens_cpu_upper_bound step causal "
+        "dcp_local_seq_lens"
+    ),
+    f"{DRAFTER}.sample_draft": (
+        "self hidden_states sample_src_positions idx_mapping temperature seeds draft_step "
+        "draft_logits spec_step_idx"
+    ),
+    "vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils:"
+    "SpeculatorCudaGraphManager.capture": (
+        "self forward_fn model_state input_buffers block_tables attn_groups kv_cache_config "
+        "progress_bar_desc specialize_spec_tokens"
+    ),
+    "vllm.v1.worker.gpu.block_table:BlockTables.compute_slot_mappings": (
+        "self idx_mapping query_start_loc positions num_tokens_padded out"
+    ),
+    "vllm.v1.worker.gpu.attn_utils:build_slot_mappings_by_layer": "slot_mappings kv_cache_config",
+    "vllm.v1.worker.utils:AttentionGroup.map_to_kernel_block_table": "self block_table ubatch_idx",
+}
+CHANGED = {
+    (0, 33): {f"{DRAFTER}.sample_draft": SIGNATURES[f"{DRAFTER}.sample_draft"] + " num_steps"},
+}
+ATTRIBUTES = {
+    DRAFTER: (
+        "arange_gpu attn_groups block_tables current_draft_step draft_attn_layer_names "
+        "draft_logits draft_tokens idx_mapping input_buffers kv_cache_config max_model_len "
+        "model_state num_speculative_steps seeds supports_decode_metadata_update temperature"
+    ),
+    "vllm.v1.worker.gpu.block_table:BlockTables": "input_block_tables",
+}
 
 
 class DraftGraphs(SpeculatorCudaGraphManager, MemoryGraphs):
@@ -32,18 +80,19 @@ class DraftGraphs(SpeculatorCudaGraphManager, MemoryGraphs):
 class MemorySpeculator(StandaloneARSpeculator):
     """vLLM's speculator, with the composite's memories for a model."""
 
-    graphs: DraftGraphs | None = None
+    memory_model: Drafter  # the model, by its own type
+    graphs: DraftGraphs  # from init_cudagraph_manager() on
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         """Plan a graph for each number of requests, where the target decodes by full graphs."""
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         mode = CUDAGraphMode.FULL_DECODE_ONLY if full else CUDAGraphMode.NONE
         self.graphs = DraftGraphs(self.vllm_config, self.device, mode, decode_query_len=1)
-        batch = self.model.composite.batch
+        batch = self.memory_model.batch
         self.graphs.adopt(batch, [memories for memories in batch.sets if memories])
 
     def capture(self) -> None:
-        """Record all passes as one graph; one pass, where attention cannot be told of the next."""
+        """Record all passes as one graph; one pass, where attention cannot refresh its metadata."""
         self.idx_mapping.zero_()  # what an earlier run left may be out of bounds
         self.graphs.capture(
             self._all_passes if self.supports_decode_metadata_update else self._captured_pass,
@@ -77,7 +126,7 @@ class MemorySpeculator(StandaloneARSpeculator):
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
         """Return drafts [B, K], arbitrary ones for a request without a memory."""
-        B, batch = input_batch.num_reqs, self.model.composite.batch
+        B, batch = input_batch.num_reqs, self.memory_model.batch
         drafts_BK = self.draft_tokens[:B]
         if dummy_run:
             if skip_attn_for_dummy_run:  # vLLM's memory profile
@@ -118,16 +167,16 @@ class MemorySpeculator(StandaloneARSpeculator):
     ) -> None:
         """Put the newest token of each request into the buffers that all passes read.
 
-        All before it the memories have read already, as a part of the target.
+        The memories have already read all tokens before it, as a part of the target.
         """
-        B, buffers, longest = input_batch.num_reqs, self.input_buffers, self.max_model_len
+        B, buffers, max_length = input_batch.num_reqs, self.input_buffers, self.max_model_len
         index_B = self._accepted_last_indices(input_batch, num_rejected, B)
         positions_B, lengths_B = buffers.positions[:B], buffers.seq_lens[:B]
         torch.add(input_batch.positions[index_B], 1, out=positions_B)
-        positions_B.clamp_(max=longest - 1)
+        positions_B.clamp_(max=max_length - 1)
         buffers.input_ids[:B].copy_(last_sampled.view(-1)[input_batch.idx_mapping])
         lengths_B.copy_(input_batch.seq_lens[:B] - num_rejected[:B] + 1)
-        lengths_B.clamp_(max=longest)
+        lengths_B.clamp_(max=max_length)
         # A graph runs on more rows than there are requests: those have no tokens.
         buffers.seq_lens[B:].zero_()
         torch.clamp(self.arange_gpu, max=B, out=buffers.query_start_loc)
@@ -187,7 +236,7 @@ class MemorySpeculator(StandaloneARSpeculator):
         # A memory's own configuration: ranks with experts in common would wait for one another.
         with set_forward_context(
             attn_metadata,
-            self.model.composite.memory_configs[0],
+            self.memory_model.memories[0].config,
             num_tokens=num_tokens,
             slot_mapping=slot_mappings,
         ):
@@ -220,7 +269,7 @@ def _loaded(original: Callable) -> Callable:
             # Another engine of this process, with a draft model of its own.
             return original(self, target_model)
         self.__class__ = MemorySpeculator
-        self.model = target_model.drafter
-        self.draft_attn_layer_names = {n for names in target_model.layers for n in names}
+        self.model = self.memory_model = target_model.drafter
+        self.draft_attn_layer_names = set(target_model.memories.layer_names)
 
     return load_model

@@ -7,19 +7,20 @@ import torch
 
 from benchmarks.speed import speculation
 from benchmarks.speed.speculation import PLAIN, Measurement, Question, drafting
-from vllm_memdec.drafting import EXPLORED, WARM_UP, Draft, DraftLength
+from vllm_memdec.batch import Draft
+from vllm_memdec.draft_length import EXPLORED, WARM_UP, DraftLength
 
 BASE, TOKEN, PASS = 30e-3, 2e-3, 8e-3  # seconds of a step, of each token in it, of a draft pass
 
 
-def best(beta, requests, most):
+def best(beta, requests, max_drafts):
     """Return the length of most tokens a second, by the geometric series of limits."""
 
     def speed(k):
         tokens = sum(beta**j for j in range(k + 1))
         return requests * tokens / (BASE + TOKEN * requests * (k + 1) + k * PASS)
 
-    return max(range(most + 1), key=speed), speed
+    return max(range(max_drafts + 1), key=speed), speed
 
 
 def run(length, beta, names, steps, rng):
@@ -121,16 +122,18 @@ def test_the_benchmark_predicts_by_the_formulas(monkeypatch):
     assert Question("general", 0.0, 8) in speculation.questions()
 
 
-def test_a_draft_knows_what_it_spoke_of():
+def test_a_draft_knows_which_tokens_it_read():
     """All tokens but the last, if they are those that it read, at their place."""
     rows = torch.zeros(6, 1)
     draft = Draft({"a": 0, "b": 1}, [7, 30], [[5, 6, 7, 8], [9, 6, 7, 8]], rows, rows)
-    assert draft.said("a", 7, [5, 6, 7, 8]) == range(3) and draft.said("b", 30, [9, 6]) == range(
-        3, 4
+    assert draft.reusable_rows("a", 7, [5, 6, 7, 8]) == range(3) and draft.reusable_rows(
+        "b", 30, [9, 6]
+    ) == range(3, 4)
+    assert not draft.reusable_rows("a", 7, [5])  # the last runs in any case
+    assert not draft.reusable_rows("a", 8, [6, 7]) and not draft.reusable_rows("c", 7, [5, 6])
+    assert not draft.reusable_rows("a", 7, [5, 6, 8]) and not draft.reusable_rows(
+        "a", 7, [5, 6, 7, 8, 9]
     )
-    assert not draft.said("a", 7, [5])  # the last runs in any case
-    assert not draft.said("a", 8, [6, 7]) and not draft.said("c", 7, [5, 6])
-    assert not draft.said("a", 7, [5, 6, 8]) and not draft.said("a", 7, [5, 6, 7, 8, 9])
 
 
 def test_nothing_known_yet_is_no_reason_to_stop():

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from recorded_graphs import Graph, check_no_wait
+from support.recorded_graphs import Graph, check_no_wait
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, get_forward_context
@@ -39,13 +39,15 @@ class Rule:
 
 def watch(patch: Any, *rules: Rule) -> None:
     """Apply rules to every composite that is made while `patch` lasts."""
-    from vllm_memdec.model import Drafter, MemDecForCausalLM
+    from vllm_memdec.drafter import Drafter
+    from vllm_memdec.model import MemDecForCausalLM
 
     def follow_all(composite: Any) -> None:
         for rule in rules:
             rule.made()
-        for number, model in enumerate((composite.base, *composite.memories)):
-            follow(f"memory{number - 1}" if number else "base", model, rules)
+        follow("base", composite.base, rules)
+        for memory in composite.memories:
+            follow(memory.name, memory.module, rules)
 
     once_made(patch, follow_all)
     for owner in (MemDecForCausalLM, Drafter):
@@ -167,7 +169,7 @@ def piecewise_v1(patch: Any) -> None:
         lambda self: self.vllm_config.scheduler_config.max_num_batched_tokens,
         raising=False,
     )
-    once_made(patch, lambda composite: setattr(composite, "selects_rows", False))
+    once_made(patch, lambda composite: setattr(composite.memories, "selects_rows", False))
 
 
 class Log(Rule):
@@ -257,7 +259,7 @@ def no_wait(model: Any, speculator: Any = None) -> Iterator[None]:
     """
     from vllm.v1.worker.gpu.spec_decode.speculator import DraftModelSpeculator
 
-    from vllm_memdec.state import Batch
+    from vllm_memdec.batch import Batch
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("cpu", "tolist", "item", "numpy"):
@@ -274,7 +276,7 @@ def no_wait(model: Any, speculator: Any = None) -> Iterator[None]:
             patch.setattr(Batch, name, within(False, getattr(Batch, name)))
         for owner, name in ((DraftModelSpeculator, "_build_uniform_attn_metadata"),):
             patch.setattr(owner, name, within(False, getattr(owner, name)))
-        for inner in (model.base, *model.memories):
+        for inner in (model.base, *(memory.module for memory in model.memories)):
             for name in ("forward", "compute_logits"):
                 patch.setattr(inner, name, within(False, getattr(inner, name)))
         for name in ("forward", "compute_logits"):

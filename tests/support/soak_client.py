@@ -9,11 +9,11 @@ import socket
 import time
 
 import httpx
-import oracle
 import psutil
 import pytest
 import torch
-from matrix import ALPHAS, memdec_block
+from support import oracle
+from support.choices import ALPHAS, memdec_block
 
 LAW, BIO = "law", "bio"
 BLOCK = 32  # tokens of a KV block, the fewest that the CPU attention takes
@@ -109,12 +109,12 @@ def soak_requests(count, seeded):
     dies ("CPU Generator does not use offset") when it cuts the prompt of a seeded request in two.
     """
     rng = random.Random(int(seeded))
-    longest = CHUNK // 32 if seeded else 700
+    max_length = CHUNK // 32 if seeded else 700
     pool = oracle.prompts(60, 700, 700, VOCAB)  # their prefixes, so that the cache has hits
     bodies = []
     for _ in range(count):
         # Many short ones: a KV cache that is full to the last block makes vLLM preempt.
-        length = rng.randint(1, rng.choice([longest, longest, longest // 7]))
+        length = rng.randint(1, rng.choice([max_length, max_length, max_length // 7]))
         body = {"prompt": rng.choice(pool)[:length], "max_tokens": rng.randint(1, 24)}
         xargs = {}
         if rng.random() < 0.8:
@@ -213,13 +213,15 @@ def key_rows(models, name, alpha, prompt, sampled):
 
     What oracle.mixture() computes, for several continuations of a prompt and their rows only.
     """
-    longest = max(map(len, sampled))
+    max_length = max(map(len, sampled))
     # Padded on the right, where no causal model looks.
-    ids = torch.tensor([[*prompt, *tokens, *[0] * (longest - len(tokens))] for tokens in sampled])
+    ids = torch.tensor(
+        [[*prompt, *tokens, *[0] * (max_length - len(tokens))] for tokens in sampled]
+    )
     p_nTV = 0
     for folder, weight in ((models["base"], 1 - alpha), (models[name], alpha)):
         if weight:
-            logits = oracle.load(folder)(ids, logits_to_keep=longest + 1).logits[:, :-1]
+            logits = oracle.load(folder)(ids, logits_to_keep=max_length + 1).logits[:, :-1]
             p_nTV = p_nTV + weight * logits.softmax(-1)
     return p_nTV.log()
 

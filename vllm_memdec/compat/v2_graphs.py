@@ -1,10 +1,12 @@
 """Full CUDA graphs of the V2 runner: each captured for several sets of memories, replayed by batch.
 
-What: ModelCudaGraphManager.capture is wrapped; the manager of a composite becomes a subclass that
-captures every full graph once for each set of `Batch.sets` and replays the one of the batch.
-Why: a graph replays all that ran at its capture, so with one set every memory would run on every
-row of every step, also in a server full of requests without a memory.
+ModelCudaGraphManager.capture is wrapped; the manager of a composite becomes a subclass that
+captures every full graph once for each set of `Batch.sets` and replays the one of the batch. A
+graph replays all that ran at its capture, so with one set every memory would run on every row of
+every step, also in a server full of requests without a memory.
+
 May go when vLLM lets a model name an axis of its graphs, as it does for the number of LoRAs.
+Relies on the manager's lists of what is to be captured and of what fits a batch.
 """
 
 from collections.abc import Callable
@@ -18,8 +20,32 @@ from vllm.v1.worker.gpu.cudagraph_utils import (
     ModelCudaGraphManager,
 )
 
-from vllm_memdec.compat import wrap
-from vllm_memdec.state import Batch
+from vllm_memdec.batch import Batch
+from vllm_memdec.compat.hooks import wrap
+
+GRAPHS = "vllm.v1.worker.gpu.cudagraph_utils"
+SIGNATURES = {
+    f"{GRAPHS}:CudaGraphManager.capture": "self create_forward_fn progress_bar_desc",
+    f"{GRAPHS}:CudaGraphManager.run_fullgraph": "self desc",
+    f"{GRAPHS}:CudaGraphManager.dispatch": (
+        "self num_reqs num_tokens uniform_token_count num_active_loras max_query_len num_ubatches"
+    ),
+    f"{GRAPHS}:ModelCudaGraphManager.capture": (
+        "self model model_state input_buffers intermediate_tensors block_tables attn_groups "
+        "kv_cache_config pcp_manager has_lora use_aux_hidden_state_outputs lora_capture_hook "
+        "progress_bar_desc"
+    ),
+}
+ATTRIBUTES = {
+    f"{GRAPHS}:CudaGraphManager": (
+        "_candidates _capture_descs compilation_config cudagraph_mode decode_query_len graphs "
+        "lora_capture_cases max_num_reqs"
+    ),
+    f"{GRAPHS}:BatchExecutionDescriptor": (
+        "cg_mode num_active_loras num_reqs num_tokens num_ubatches uniform_token_count "
+        "max_query_len"
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,22 +78,22 @@ class MemoryGraphs(CudaGraphManager):
             return super().capture(create_forward_fn, *args, **kwargs)
 
         def create(desc: BatchExecutionDescriptor, warmup: bool) -> Callable:
-            batch.dummy_set = getattr(desc, "memories", batch.sets[0])
+            batch.run_dummies_with(getattr(desc, "memories", batch.sets[0]))
             return create_forward_fn(desc, warmup)
 
         try:
             super().capture(create, *args, **kwargs)
         finally:
-            batch.dummy_set = batch.sets[0]
+            batch.run_dummies_with(batch.sets[0])
 
     def run_fullgraph(self, desc: BatchExecutionDescriptor) -> Any:
         """Replay the graph of the memories that the batch runs."""
         if self.memdec_batch is not None:
-            desc = MemoryDescriptor(**vars(desc), memories=tuple(self.memdec_batch.parts))
+            desc = MemoryDescriptor(**vars(desc), memories=tuple(self.memdec_batch.shares))
         return super().run_fullgraph(desc)
 
 
-class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):
+class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):  # type: ignore[misc]
     """The manager of a composite's graphs."""
 
     def add_single_tokens(self) -> None:

@@ -1,0 +1,173 @@
+"""Memory and weight on their way into rows of bfloat16 and back, no engine."""
+
+import pytest
+import torch
+
+from vllm_memdec.batch import (
+    Batch,
+    ContextTable,
+    decode,
+    decode_memory,
+    decode_reused,
+    encode,
+    graph_sets,
+)
+from vllm_memdec.request import NO_MEMORY
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_float32_weight_survives(dtype):
+    alpha_B = torch.cat(
+        [torch.tensor([0.0, 1.0, 0.3, 0.6, 0.37, 1e-3, 1 - 2**-24]), torch.rand(10000)]
+    )
+    alpha_B = torch.cat([alpha_B, -alpha_B])  # the caps of gates
+    assert torch.equal(decode(encode(alpha_B, dtype)), alpha_B)
+
+
+def write(batch, *rows):
+    """Write a batch of requests, each (memory, weight, tokens)."""
+    memory_B, alpha_B, lengths_B = (torch.tensor(x) for x in zip(*rows, strict=True))
+    batch.write(memory_B, alpha_B, lengths_B)
+
+
+@pytest.mark.parametrize("hidden", [64, 160, 100, 7])
+def test_rows(hidden):
+    """Each request's tokens get its choice, and rows stay a multiple of 8 elements long."""
+    batch = Batch(2, hidden, max_tokens=16, dtype=torch.bfloat16, device="cpu")
+    assert (hidden + batch.columns_TA.shape[1]) % 8 == 0
+    buffer = batch.columns_TA.data_ptr()
+    write(batch, (1, 0.3, 2), (0, 1.0, 1), (NO_MEMORY, 0.0, 3))
+    expected = torch.tensor([0.3, 0.3, 1, 0, 0, 0] + 10 * [0.0])
+    assert torch.equal(decode(batch.columns_TA), expected)
+    assert decode_memory(batch.columns_TA)[:6].tolist() == [1, 1, 0, -1, -1, -1]
+    write(batch, (1, 0.6, 1))
+    assert decode(batch.columns_TA)[:2].tolist() == torch.tensor([0.6, 0.3]).tolist()
+    assert batch.columns_TA.data_ptr() == buffer, "a captured graph would read the old one"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_by_context(dtype):
+    """A table's weight is put into rows that ask for it, by their positions, and into no others."""
+    batch = Batch(2, 64, max_tokens=8, dtype=dtype, device="cpu")
+    write(batch, (1, -1.0, 5), (1, 0.4, 1), (0, -1.0, 1), (NO_MEMORY, 0.0, 1))
+    for table, expected in (
+        ([[0, 0.37], [8, 0.0], [131071, 0.1]], [0.37, 0.37, 0.0, 0.0, 0.1, 0.4, -1.0, 0.0]),
+        ([[0, 0.37]], [0.37] * 5 + [0.4, -1.0, 0.0]),
+    ):
+        rows = batch.columns_TA.clone()
+        position_N = torch.tensor([0, 7, 8, 131070, 131071, 9, 9, 9])
+        ContextTable(table, 1, dtype, "cpu").write(rows, position_N)
+        assert torch.equal(decode(rows), torch.tensor(expected))
+        assert torch.equal(rows[:, 3:], batch.columns_TA[:, 3:])
+
+
+def test_shares():
+    """A memory runs on the tokens of those who chose it, and a memory nobody chose does not."""
+    batch = Batch(3, 64, max_tokens=16, dtype=torch.float32, device="cpu")
+    assert batch.used == [0, 1, 2] and all(s.tokens is None for s in batch.shares.values())
+    write(batch, (2, 0.3, 2), (0, 0.4, 1), (NO_MEMORY, 0.0, 3), (2, 0.5, 1))
+    assert batch.used == [0, 2] and not batch.shared and sorted(batch.shares) == [0, 2]
+    share = batch.shares[2]
+    assert share.requests.tolist() == [0, 3] and share.lengths.tolist() == [2, 1]
+    assert share.tokens.tolist() == [0, 1, 6] and batch.shares[0].tokens.tolist() == [2]
+    write(batch, (1, 0.3, 2), (1, 0.4, 1))
+    assert batch.used == [1] and batch.shared and batch.shares[1].tokens is None
+    write(batch, (NO_MEMORY, 0.0, 2))
+    assert batch.used == [] and batch.shares == {}
+    batch.reset()
+    assert batch.used == [0, 1, 2] and batch.shared and sorted(batch.shares) == [0, 1, 2]
+
+
+def test_the_same_batch_is_written_once():
+    """A batch that asks for the same is not written again; one that differs in anything is."""
+    same = ((1, 0.3, 1), (0, 0.4, 2))
+    others = (
+        ((0, 0.3, 1), (1, 0.4, 2)),
+        ((1, 0.5, 1), (0, 0.4, 2)),
+        ((1, 0.3, 2), (0, 0.4, 1)),
+        ((1, 0.3, 1), (0, 0.4, 2), (0, 0.4, 1)),
+        ((1, 0.3, 1),),
+    )
+    expected = torch.tensor([0.3, 0.4, 0.4])
+    batch = Batch(2, 64, max_tokens=16, dtype=torch.bfloat16, device="cpu")
+    for other in others:
+        write(batch, *same)
+        shares = batch.shares
+        write(batch, *same)
+        assert batch.shares is shares, "written again"
+        write(batch, *other)
+        assert batch.shares is not shares
+        write(batch, *same)
+        assert torch.equal(decode(batch.columns_TA[:3]), expected)
+        assert decode_memory(batch.columns_TA[:3]).tolist() == [1, 0, 0]
+        assert batch.shares[1].tokens.tolist() == [0] and batch.shares[0].tokens.tolist() == [1, 2]
+    batch.reset()
+    write(batch, *same)
+    assert sorted(batch.shares) == [0, 1] and batch.shares[1].tokens.tolist() == [0]
+    # The rows of a draft are of one step alone.
+    memory_B, alpha_B, lengths_B = (
+        torch.tensor(x) for x in zip((1, 0.3, 2), (1, 0.4, 1), strict=True)
+    )
+    for reusable in ([range(4, 5), range(0)], [range(7, 8), range(0)]):
+        batch.write(memory_B, alpha_B, lengths_B, reusable)
+        assert decode_reused(batch.columns_TA)[:3].tolist() == [reusable[0].start, -1, -1]
+    batch.write(memory_B, alpha_B, lengths_B)
+    assert batch.reused is None and (decode_reused(batch.columns_TA)[:3] == -1).all()
+
+
+def test_reused_tokens_are_left_out():
+    """A request's first tokens may be rows of a draft; the memory runs on the others."""
+    batch = Batch(2, 64, max_tokens=16, dtype=torch.bfloat16, device="cpu")
+    rows = ((1, 0.3, 3), (1, 0.4, 2), (1, 0.4, 4))
+    memory_B, alpha_B, lengths_B = (torch.tensor(x) for x in zip(*rows, strict=True))
+    batch.write(memory_B, alpha_B, lengths_B, [range(253, 255), range(0), range(3, 4)])
+    assert decode_reused(batch.columns_TA)[:9].tolist() == [253, 254, -1, -1, -1, 3, -1, -1, -1]
+    assert [x.tolist() for x in batch.reused] == [[0, 1, 5], [253, 254, 3]]
+    share = batch.shares[1]
+    assert share.tokens.tolist() == [2, 3, 4, 6, 7, 8] and share.lengths.tolist() == [1, 2, 3]
+    # Not with other requests beside it, nor of what comes next.
+    other_B = torch.tensor([1, NO_MEMORY, 1])
+    batch.write(other_B, alpha_B, lengths_B, [range(2), range(0), range(0)])
+    assert batch.reused is None and batch.shares[1].tokens.tolist() == [0, 1, 2, 5, 6, 7, 8]
+    batch.write_drafting()
+    assert batch.reused is None and (decode_reused(batch.columns_TA)[:3] == -1).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "chosen", "expected"),
+    [
+        ("PIECEWISE", (1, NO_MEMORY), [1]),
+        ("PIECEWISE", (0, 2), [0, 2]),
+        ("PIECEWISE", (NO_MEMORY, NO_MEMORY), []),
+        ("FULL", (1, NO_MEMORY), [1]),
+        ("FULL", (0, 2), [0, 1, 2]),
+        ("FULL", (NO_MEMORY, NO_MEMORY), []),
+    ],
+)
+def test_graphs_run_whole_batches(mode, chosen, expected):
+    """Pieces of each memory in use, or the captured set that serves the batch; nothing for none."""
+    batch = Batch(3, 64, max_tokens=16, dtype=torch.float32, device="cpu")
+    memory_B, lengths_B = torch.tensor(chosen), torch.tensor([2, 1])
+    alpha_B = (memory_B != NO_MEMORY) * 0.3
+    batch.write(memory_B, alpha_B, lengths_B, mode=mode)
+    assert sorted(batch.shares) == expected
+    assert all(share.tokens is None for share in batch.shares.values())
+    assert batch.used == sorted({m for m in chosen if m != NO_MEMORY}) and not batch.is_dummy
+    # The same requests, executed otherwise.
+    batch.write(memory_B, alpha_B, lengths_B, mode="NONE")
+    assert sorted(batch.shares) == batch.used
+    if mode == "FULL" and NO_MEMORY in chosen and batch.used:
+        assert batch.shares[1].tokens.tolist() == [0, 1]
+    batch.plan(mode)
+    assert sorted(batch.shares) == expected
+
+
+def test_sets_of_graphs():
+    assert graph_sets(1) == [(0,), ()]
+    assert graph_sets(3) == [(0, 1, 2), (0,), (1,), (2,), ()]
+    assert graph_sets(9) == [tuple(range(9)), ()], "so many would take minutes to capture"
+    batch = Batch(9, 64, max_tokens=16, dtype=torch.float32, device="cpu")
+    assert batch.set_of([4]) == tuple(range(9)) and batch.set_of([]) == ()
+    batch.run_dummies_with(())
+    batch.reset()
+    assert batch.shares == {} and batch.used == [] and batch.is_dummy

@@ -1,0 +1,81 @@
+"""What requests may ask for, and what it resolves to."""
+
+import pytest
+
+from vllm_memdec.request import NO_MEMORY, Choices, check_extra_args
+
+CHOICES = Choices({"law": 0.6, "bio": 0.4}, "law")
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, float("nan"), float("inf"), "0.3", True, None, [0.3]])
+def test_bad_weights_are_refused(value):
+    with pytest.raises(ValueError, match="memdec_alpha must be a number between 0 and 1"):
+        check_extra_args({"memdec_alpha": value}, CHOICES)
+
+
+@pytest.mark.parametrize("value", ["tax", "", "LAW", 0, None, ["law"], {"law": 1}])
+def test_bad_memories_are_refused(value):
+    sentence = r"memdec_memory must be one of \['law', 'bio', 'none'\]"
+    with pytest.raises(ValueError, match=sentence):
+        check_extra_args({"memdec_memory": value}, CHOICES)
+
+
+def test_other_arguments():
+    check_extra_args(None, CHOICES)
+    check_extra_args({"other": "x", "memdec_alpha": 1, "memdec_memory": "none"}, CHOICES)
+    check_extra_args({"other": "x"}, None)
+    with pytest.raises(ValueError, match="Unknown extra argument 'memdec_apha'"):
+        check_extra_args({"memdec_apha": 0.3}, CHOICES)
+    for key, value in (("memdec_alpha", 0.3), ("memdec_memory", "none")):
+        with pytest.raises(ValueError, match="runs without a memory"):
+            check_extra_args({key: value}, None)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "name", "choice"),
+    [
+        (None, "law", (0, 0.6)),
+        ({"other": 1}, "law", (0, 0.6)),
+        ({"memdec_alpha": 0.2}, "law", (0, 0.2)),
+        ({"memdec_memory": "bio"}, "bio", (1, 0.4)),
+        ({"memdec_memory": "bio", "memdec_alpha": 1}, "bio", (1, 1.0)),
+        ({"memdec_memory": "none"}, "none", (NO_MEMORY, 0.0)),
+        ({"memdec_memory": "none", "memdec_alpha": 0.5}, "none", (NO_MEMORY, 0.0)),
+        ({"memdec_memory": "bio", "memdec_alpha": 0}, "none", (NO_MEMORY, 0.0)),
+        ({"memdec_memory": "off"}, "none", (NO_MEMORY, 0.0)),
+        ({"memdec_memory": "off", "memdec_alpha": 0.1}, "off", (2, 0.1)),
+    ],
+)
+def test_choice(extra_args, name, choice):
+    """What the front end calls it for the cache and what the worker runs agree."""
+    choices = Choices({"law": 0.6, "bio": 0.4, "off": 0.0}, "law")
+    assert choices.name(extra_args) == name
+    assert choices.resolve(extra_args) == choice
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "choice"),
+    [
+        (None, (0, -1.0)),
+        ({"memdec_alpha": "auto"}, (0, -1.0)),
+        ({"memdec_alpha": 0.3}, (0, -0.3)),
+        ({"memdec_alpha": 0}, (NO_MEMORY, 0.0)),
+        ({"memdec_memory": "capped"}, (1, -0.5)),
+        ({"memdec_memory": "capped", "memdec_alpha": "auto"}, (1, -1.0)),
+        ({"memdec_memory": "fixed"}, (2, 0.4)),
+        ({"memdec_memory": "none", "memdec_alpha": "auto"}, (NO_MEMORY, 0.0)),
+    ],
+)
+def test_choice_with_gates(extra_args, choice):
+    """What a memory with a gate is asked for is the most that the gate may give."""
+    choices = Choices({"law": "auto", "capped": 0.5, "fixed": 0.4}, "law", {"law", "capped"})
+    check_extra_args(extra_args, choices)
+    assert choices.resolve(extra_args) == choice
+    with pytest.raises(ValueError, match="or alpha_by_context, which the memory 'fixed' has not"):
+        check_extra_args({"memdec_memory": "fixed", "memdec_alpha": "auto"}, choices)
+    with pytest.raises(ValueError, match="memdec_alpha must be"):
+        check_extra_args({"memdec_alpha": "Auto"}, choices)
+
+
+def test_default_none():
+    assert Choices({"law": 0.6}, "none").resolve(None) == (NO_MEMORY, 0.0)

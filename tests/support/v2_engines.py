@@ -1,0 +1,75 @@
+"""Engines on the V2 runner, one after the other, in the process that v2_script.py made ready."""
+
+import gc
+import json
+import traceback
+from contextlib import nullcontext
+
+import pytest
+from support import recorded_graphs
+from support.emulation import Captured, Hostile, Log, no_wait, watch
+from vllm import LLM, SamplingParams
+
+
+def rows(found):
+    return [{t: e.logprob for t, e in row.items()} if row else None for row in found or []]
+
+
+def run(job, log):
+    """Return what a job asks for, or the error that ended its engine."""
+    recorded_graphs.begin(job["graphs"])
+    log.steps = []
+    llm = None
+    try:
+        llm = LLM(**job["llm"])
+        return generate(llm, job, log)
+    except Exception:
+        return {"error": traceback.format_exc()}
+    finally:
+        if llm is not None:
+            llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def generate(llm, job, log):
+    """Return the answers of a job and what was drafted, accepted and run for them."""
+    assert llm.llm_engine.vllm_config.use_v2_model_runner
+    core = llm.llm_engine.engine_core.engine_core
+    runner = core.model_executor.driver_worker.worker.model_runner
+    log.begin(runner)
+    guard = no_wait(runner.model, runner.speculator) if job["no_wait"] else nullcontext()
+    found = []
+    with guard:
+        for batch in job["batches"]:
+            outputs = llm.generate(
+                [{"prompt_token_ids": ids} for ids, _ in batch],
+                [SamplingParams(**params) for _, params in batch],
+                use_tqdm=False,
+            )
+            found += [
+                [o.prompt_token_ids, list(s.token_ids), rows(o.prompt_logprobs), rows(s.logprobs)]
+                for o in outputs
+                for s in o.outputs
+            ]
+    counts = {metric.name: metric for metric in llm.get_metrics()}
+    drafted, accepted = (
+        counts[name].value if name in counts else 0
+        for name in (f"vllm:spec_decode_num_{kind}_tokens" for kind in ("draft", "accepted"))
+    )
+    return {
+        "requests": found,
+        "drafted": drafted,
+        "accepted": accepted,
+        "steps": log.steps,
+        "kept": len(runner.speculator.model.draft_logits) if runner.speculator else 0,
+    }
+
+
+def main(jobs):
+    """Do the jobs of a JSON list, and print what v2_script.py promises."""
+    recorded_graphs.install()
+    log = Log()
+    with pytest.MonkeyPatch.context() as patch:
+        watch(patch, Hostile(), Captured(), log)
+        print(json.dumps([run(job, log) for job in json.loads(jobs)]))

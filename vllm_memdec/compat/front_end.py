@@ -1,0 +1,97 @@
+"""The front end: every start and every request pass through these four methods.
+
+EngineArgs.create_model_config  The checks run before workers start, and where the settings
+    model_impl and additional_config meet. It also swaps in the class to load.
+EngineArgs.create_engine_config  Refuses what depends on the runner that vLLM has chosen.
+InputProcessor._validate_params  Refuses a bad weight before the engine sees it. A logits processor
+    could do the same, but vLLM refuses those beside a draft model.
+InputProcessor.process_inputs  The memory becomes part of the request's cache salt. Blocks of the KV
+    cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
+    those of requests with the same memory.
+
+May go when vLLM has hooks for a plugin's own model_impl, request arguments and cache salt.
+Relies on the attributes of EngineArgs that startup.py checks, and on a request's cache_salt.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_memdec import metrics, startup
+from vllm_memdec.compat.hooks import wrap
+from vllm_memdec.request import check_extra_args, choices_of
+
+SIGNATURES = {
+    "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
+    "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self usage_context headless",
+    "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
+    "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
+        "self request_id prompt params supported_tasks arrival_time lora_request "
+        "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id "
+        "kv_hints"
+    ),
+}
+ATTRIBUTES = {
+    "vllm.engine.arg_utils:EngineArgs": (
+        "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
+        "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
+        "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
+        "kv_sharing_fast_prefill tensor_parallel_size spec_model"
+    ),
+    "vllm.v1.engine:EngineCoreRequest": "cache_salt",
+}
+
+
+class RequestError(VLLMValidationError, ValueError):
+    """HTTP 400 to a client; the ValueError it is to a caller of LLM."""
+
+
+def install() -> None:
+    """Hook the places that every start and every request pass through."""
+    wrap(EngineArgs, "create_model_config", _checked_model_config)
+    wrap(EngineArgs, "create_engine_config", _checked_engine_config)
+    wrap(InputProcessor, "_validate_params", _checked_params)
+    wrap(InputProcessor, "process_inputs", _salted_inputs)
+
+
+def _checked_model_config(original: Callable) -> Callable:
+    def create_model_config(self: Any) -> Any:
+        return startup.create_model_config(self, original)
+
+    return create_model_config
+
+
+def _checked_engine_config(original: Callable) -> Callable:
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        vllm_config = original(self, *args, **kwargs)
+        startup.check_engine(vllm_config)
+        return vllm_config
+
+    return create_engine_config
+
+
+def _checked_params(original: Callable) -> Callable:
+    def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+        try:
+            check_extra_args(getattr(params, "extra_args", None), choices_of(self))
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+        return original(self, params, supported_tasks)
+
+    return _validate_params
+
+
+def _salted_inputs(original: Callable) -> Callable:
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        if (choices := choices_of(self)) and request.sampling_params is not None:
+            name = choices.name(request.sampling_params.extra_args)
+            # A name holds no NUL, so two pairs of name and salt never give the same text.
+            request.cache_salt = f"{name}\0{request.cache_salt or ''}"
+            metrics.note_memory(request.request_id, name)
+        return request
+
+    return process_inputs

@@ -1,0 +1,267 @@
+"""Drafting by the memories on the V1 runner.
+
+DraftModelProposer.load_model is wrapped; the drafter of a composite becomes a subclass whose model
+is the composite's own memories. vLLM runs a draft model of its own weights and reads every token
+again.
+
+May go with the V1 runner, or when vLLM lets a draft model share the target's weights.
+Relies on the proposer's buffers and on its private methods that make positions, attention metadata
+and slots of a pass.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from vllm.config import CUDAGraphMode
+from vllm.forward_context import set_forward_context
+from vllm.v1.spec_decode.draft_model import DraftModelProposer
+
+from vllm_memdec.batch import MAX_REUSED, Draft
+from vllm_memdec.compat.hooks import wrap
+from vllm_memdec.draft_length import DraftLength
+from vllm_memdec.drafter import Drafter
+from vllm_memdec.request import NO_MEMORY
+
+PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
+SIGNATURES = {
+    f"{PROPOSER}.load_model": "self target_model",
+    f"{PROPOSER}.propose": (
+        "self num_speculative_tokens target_token_ids target_positions target_hidden_states "
+        "next_token_ids token_indices_to_sample common_attn_metadata sampling_metadata "
+        "mm_embed_inputs num_rejected_tokens_gpu slot_mappings"
+    ),
+    f"{PROPOSER}._update_positions_dependent_metadata": (
+        "self positions common_attn_metadata batch_size input_batch_size block_size"
+    ),
+    f"{PROPOSER}.build_per_group_and_layer_attn_metadata": (
+        "self common_attn_metadata draft_index"
+    ),
+    f"{PROPOSER}._sample_draft_tokens": "self hidden_states sampling_metadata",
+    f"{PROPOSER}._get_slot_mapping": "self num_tokens slot_mapping",
+}
+ATTRIBUTES = {
+    PROPOSER: (
+        "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
+        "token_arange_np"
+    ),
+}
+
+
+def install() -> None:
+    """Let the runner's drafter become ours; called by the composite, before drafters load."""
+    wrap(DraftModelProposer, "load_model", _loaded)
+
+
+def _loaded(original: Callable) -> Callable:
+    def load_model(self: Any, target_model: Any) -> None:
+        if getattr(target_model, "drafter", None) is None:
+            # Another engine of this process, with a draft model of its own.
+            return original(self, target_model)
+        MemoryProposer.adopt(self, target_model)
+
+    return load_model
+
+
+class MemoryProposer(DraftModelProposer):
+    """vLLM's drafter, with the composite's memories for a model."""
+
+    memory_model: Drafter  # the model, by its own type
+
+    def adopt(self, target_model: Any) -> None:
+        """Become this drafter: the runner makes its own before there is a model to ask."""
+        self.__class__ = MemoryProposer
+        self.model = self.memory_model = target_model.drafter
+        self._draft_attn_layer_names = set(target_model.memories.layer_names)
+        # With asynchronous scheduling vLLM has planned the drafts before they are made.
+        self.ragged = not self.vllm_config.scheduler_config.async_scheduling
+        self.length: DraftLength | None = None
+        if target_model.settings.adapts:
+            self.length = DraftLength(self.num_speculative_tokens)
+        self.drafted: dict[str, int] = {}  # by request, in the last step
+        self.ended = 0.0  # when that step's drafts were done, by time.perf_counter()
+
+    def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Run nothing: memories have run with the target already, and drafts use no graphs."""
+
+    def propose(  # type: ignore[override]
+        self,
+        num_speculative_tokens: int,
+        target_token_ids: torch.Tensor,
+        target_positions: torch.Tensor,
+        target_hidden_states: torch.Tensor,
+        next_token_ids: torch.Tensor,
+        token_indices_to_sample: torch.Tensor | None,
+        common_attn_metadata: Any,
+        sampling_metadata: Any,
+        mm_embed_inputs: None = None,
+        num_rejected_tokens_gpu: torch.Tensor | None = None,
+        slot_mappings: Any = None,
+    ) -> torch.Tensor | list[list[int]]:
+        """Return drafts [B, K], or a list for each request, empty where it has no memory."""
+        began = time.perf_counter()
+        self._last_draft_probs = None
+        last_B = token_indices_to_sample
+        if last_B is None:
+            last_B = common_attn_metadata.query_start_loc[1:] - 1
+        newest = (next_token_ids, target_positions[last_B.long()])
+        if not self.ragged:
+            if not self.memory_model.batch.used:  # no request is drafted for
+                return next_token_ids.new_zeros(len(next_token_ids), num_speculative_tokens)
+            return self.draft(
+                num_speculative_tokens, *newest, common_attn_metadata, sampling_metadata
+            )
+        batch = self.memory_model.batch
+        names, has_memory = batch.requests, (batch.memory_B != NO_MEMORY).tolist()
+        accepted = self.accepted(names, common_attn_metadata, num_rejected_tokens_gpu)
+        # This step gave one token more than it accepted, the next will do so too.
+        max_lengths = [
+            max(0, left - accepted - 2) if has else 0
+            for left, accepted, has in zip(batch.remaining, accepted, has_memory, strict=True)
+        ]
+        wanting = [name for name, limit in zip(names, max_lengths, strict=True) if limit]
+        K = min(num_speculative_tokens, max(max_lengths, default=0))
+        if self.length is not None:
+            self.learn(self.length, names, common_attn_metadata, accepted, began)
+            K = min(K, self.length.choose(wanting, len(names) - len(wanting))) if K else 0
+        lists: list[list[int]] = [[] for _ in names]
+        batch.keep_draft(None)
+        if K:
+            began = time.perf_counter()
+            drafts_BK = self.draft(K, *newest, common_attn_metadata, sampling_metadata)
+            lists = [row[:n] for row, n in zip(drafts_BK.tolist(), max_lengths, strict=True)]
+            if self.length is not None:
+                self.length.passes.add(len(wanting), (time.perf_counter() - began) / K)
+        self.drafted = {name: len(row) for name, row in zip(names, lists, strict=True)}
+        self.ended = time.perf_counter()
+        return lists
+
+    def accepted(self, names: list[str], common: Any, rejected_B: torch.Tensor | None) -> list[int]:
+        """Return how many of its last drafts the step that has just ended kept for each."""
+        lengths = common.query_start_loc_cpu.diff().tolist()
+        rejected = [0] * len(names) if rejected_B is None else rejected_B.tolist()
+        return [
+            length - 1 - refused if self.drafted.get(name) == length - 1 else 0
+            for name, length, refused in zip(names, lengths, rejected, strict=True)
+        ]
+
+    def learn(
+        self,
+        draft_length: DraftLength,
+        names: list[str],
+        common: Any,
+        accepted: list[int],
+        now: float,
+    ) -> None:
+        """Measure the step that has just verified the last drafts."""
+        lengths = common.query_start_loc_cpu.diff().tolist()
+        draft_length.keep(names)
+        for name, length, kept in zip(names, lengths, accepted, strict=True):
+            if self.drafted.get(name) == length - 1 > 0:
+                draft_length.observe(name, length - 1, kept)
+        # The time since then is this step's if there was no pause before it. A step that mostly
+        # reads prompts teaches nothing.
+        went_on = any(name in self.drafted for name in names)
+        if went_on and sum(lengths) <= len(names) * (draft_length.max_drafts + 1):
+            draft_length.step.add(sum(lengths), now - self.ended)
+
+    def draft(
+        self,
+        K: int,
+        newest_B: torch.Tensor,
+        positions_B: torch.Tensor,
+        common: Any,
+        sampling_metadata: Any,
+    ) -> torch.Tensor:
+        """Return drafts [B, K] that follow the newest tokens.
+
+        The memories have already read all tokens before these, up to the given positions.
+        """
+        B = len(newest_B)
+        common = common.replace(
+            query_start_loc=self.arange[: B + 1],
+            query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: B + 1]).clone(),
+            seq_lens=(positions_B + 1).to(common.seq_lens.dtype),
+            num_actual_tokens=B,
+            max_query_len=1,
+            positions=None,
+            is_prefilling=None,
+            _num_computed_tokens_cache=None,
+            _token_to_req_indices_cache=None,
+        )
+        batch = self.memory_model.batch
+        batch.write_drafting()
+        kept_logits = self.memory_model.draft_logits
+        kept_logits.clear()
+        drafts, hidden = [newest_B], []
+        probabilities: list[torch.Tensor] = []
+        first: list[int] = []
+        for number in range(K):
+            positions_B = self._update_positions_dependent_metadata(
+                positions_B, common, B, B, self.block_size
+            )
+            _, attention = self.build_per_group_and_layer_attn_metadata(common, draft_index=number)
+            first = first or positions_B.tolist()  # a list: vLLM writes into the tensor
+            self.input_ids[:B] = drafts[-1].int()
+            # Without graphs: the memory's own were captured on the runner's buffers, not on these.
+            # With a memory's configuration: ranks that share experts would wait for one another.
+            with set_forward_context(
+                attention,
+                self.memory_model.memories[0].config,
+                num_tokens=B,
+                cudagraph_runtime_mode=CUDAGraphMode.NONE,
+                slot_mapping=self._get_slot_mapping(B),
+            ):
+                h_BD = self.model(self.input_ids[:B], self._get_positions(B))
+            tokens_B, p_BV = self._sample_draft_tokens(h_BD[:B], sampling_metadata)
+            drafts.append(tokens_B)
+            if p_BV is not None:
+                probabilities.append(p_BV)
+            hidden.append(h_BD[:B])
+        if probabilities:
+            self._last_draft_probs = torch.stack(probabilities, dim=1).contiguous()
+        drafts_BK = torch.stack(drafts, dim=1)
+        # Elsewhere the next step is planned before it is known what it will verify.
+        if self.ragged and drafts_BK.is_cpu and len(kept_logits) == K <= MAX_REUSED // B:
+            hidden_RD = torch.stack(hidden, dim=1).flatten(0, 1)
+            draft = Draft(
+                {name: number for number, name in enumerate(batch.requests)},
+                first,
+                drafts_BK.tolist(),
+                hidden_RD[:, : -batch.columns_TA.shape[1]],
+                torch.stack(kept_logits, dim=1).flatten(0, 1),
+            )
+            batch.keep_draft(draft)
+        return drafts_BK[:, 1:]
+
+    def _sample_from_logits(
+        self, logits_BV: torch.Tensor, sampling_metadata: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return drafts [B] and their distributions [B, V], as vLLM does.
+
+        On a CPU from one random number a row: noise for each token of the vocabulary, as vLLM
+        makes it, is a fair part of a small memory's pass.
+        """
+        if sampling_metadata.all_greedy or not logits_BV.is_cpu:
+            return super()._sample_from_logits(logits_BV, sampling_metadata)
+        return sample_rows(logits_BV, sampling_metadata.temperature)
+
+
+def sample_rows(
+    logits_BV: torch.Tensor, temperature_B: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a token [B] drawn from each row at its temperature, and the distributions [B, V].
+
+    Where the temperature is 0 it is the likeliest token, and the distribution that of 1.
+    """
+    greedy_B = temperature_B < 1e-5  # as vLLM's sampler tells them
+    p_BV = (logits_BV / temperature_B.masked_fill(greedy_B, 1)[:, None]).softmax(
+        -1, dtype=torch.float32
+    )
+    cumulative_BV = p_BV.cumsum(-1, dtype=torch.float64)
+    chosen_B1 = torch.rand(len(p_BV), 1, dtype=torch.float64) * cumulative_BV[:, -1:]
+    # The first token past it: never one of probability 0.
+    tokens_B = torch.searchsorted(cumulative_BV, chosen_B1, right=True)[:, 0]
+    tokens_B = tokens_B.clamp(max=p_BV.shape[1] - 1)
+    return torch.where(greedy_B, p_BV.argmax(-1), tokens_B), p_BV

@@ -1,0 +1,73 @@
+"""vLLM's own configurations of a memory, made from those of the base that it serves beside."""
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+from vllm_memdec.config import MemoryConfig
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+
+def memory_model_config(
+    memory: MemoryConfig, base: "ModelConfig", max_model_len: int | None = None
+) -> "ModelConfig":
+    """Return vLLM's own ModelConfig of a memory, in the base's dtype unless it has its own."""
+    from vllm.config import ModelConfig
+
+    dtype: Any = memory.dtype or base.dtype
+    limit: Any = max_model_len  # None: the memory's own
+    return ModelConfig(
+        model=memory.model,
+        revision=memory.revision,
+        tokenizer=base.tokenizer,
+        tokenizer_revision=base.tokenizer_revision,
+        trust_remote_code=base.trust_remote_code,
+        dtype=dtype,
+        quantization=memory.quantization,
+        seed=base.seed,
+        max_model_len=limit,
+        enforce_eager=base.enforce_eager,
+        runner="generate",
+        model_impl="vllm",
+    )
+
+
+def memory_vllm_config(
+    vllm_config: "VllmConfig", memory: MemoryConfig, number: int
+) -> "VllmConfig":
+    """Return the configuration under which vLLM builds a memory beside the base."""
+    from vllm.config import replace
+
+    base = vllm_config.model_config
+    model_config = memory_model_config(memory, base, base.max_model_len)
+    # One window for all layers travels in the cache config; the memory must not get the base's.
+    cache_config = copy.copy(vllm_config.cache_config)
+    cache_config.sliding_window = uniform_sliding_window(model_config)
+    if memory.kv_cache_dtype is not None:
+        kv_cache_dtype: Any = memory.kv_cache_dtype  # one of vLLM's, see startup.py
+        cache_config.cache_dtype = kv_cache_dtype
+    # Its own: vLLM writes into it whether the model is a mixture of experts.
+    parallel_config = copy.copy(vllm_config.parallel_config)
+    if memory.tensor_parallel_size == 1:
+        parallel_config.tensor_parallel_size = 1  # whose heads vLLM counts by it
+    assert isinstance(vllm_config.additional_config, dict)
+    # quant_config None: vLLM derives the memory's own, if its config.json names one.
+    return replace(
+        vllm_config,
+        model_config=model_config,
+        cache_config=cache_config,
+        parallel_config=parallel_config,
+        # Part of vLLM's key of compiled code: no memory is to load what was compiled for another.
+        additional_config=vllm_config.additional_config | {"memdec_memory": number},
+        quant_config=None,
+        lora_config=None,
+    )
+
+
+def uniform_sliding_window(model_config: "ModelConfig") -> int | None:
+    """Return the window of a model whose layers all have it, as vLLM decides for the base."""
+    layer_types = getattr(model_config.hf_text_config, "layer_types", None)
+    if layer_types is not None and any(kind != "sliding_attention" for kind in layer_types):
+        return None
+    return model_config.get_sliding_window()

@@ -1,0 +1,147 @@
+"""One memory of the composite: its module, its shapes, its gate, and how ranks share it.
+
+Shapes: T tokens, N rows, D width of the memory, W its vocabulary, A columns.
+"""
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.model_executor.model_loader import DefaultModelLoader
+
+from vllm_memdec.batch import CONTEXT, Batch, ContextTable, MemoryShare
+from vllm_memdec.compat.attention import narrow_attention, narrow_slots
+from vllm_memdec.compat.inner_models import build_memory, dtype_of
+from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
+from vllm_memdec.config import MemoryConfig
+from vllm_memdec.gate import Gate, read_gate
+
+SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
+
+
+class Memory:
+    """A model that vLLM built beside the base, and what it needs to run on a share of a batch."""
+
+    def __init__(
+        self,
+        number: int,
+        settings: MemoryConfig,
+        config: VllmConfig,
+        vllm_config: VllmConfig,
+        batch: Batch,
+        prefix: str,
+    ):
+        """Build the memory; config is its own, see memory_vllm_config(), vllm_config the base's."""
+        self.number, self.settings, self.config, self.batch = number, settings, config, batch
+        self.name = f"memory{number}"
+        model = config.model_config
+        self.width, self.vocabulary = model.get_hidden_size(), model.get_vocab_size()
+        self.dtype = dtype_of(model)
+        self.is_whole = settings.tensor_parallel_size == 1  # on each tensor-parallel rank
+        self.clamped_T: torch.Tensor | None = None  # token ids, where some would be unknown to it
+        if self.vocabulary < vllm_config.model_config.get_vocab_size():
+            columns_TA = batch.columns_TA
+            self.clamped_T = torch.zeros(
+                len(columns_TA), dtype=torch.int32, device=columns_TA.device
+            )
+        self.gate: Gate | None = None
+        self.table: ContextTable | None = None
+        self.load_gate()
+        layers = vllm_config.compilation_config.static_forward_context
+        before = set(layers)
+        with self.ranks():
+            self.module = build_memory(config, self.name, prefix)
+        self.layers = [name for name in layers if name not in before]  # of its attention
+        narrow_attention([layers[name] for name in self.layers], number, batch, config)
+
+    def ranks(self) -> AbstractContextManager[None]:
+        """Return the context in which the memory is built, loaded and run."""
+        return whole_on_each_rank() if self.is_whole else nullcontext()
+
+    @property
+    def source(self) -> DefaultModelLoader.Source:
+        """Where vLLM's loader finds the memory's tensors, and what it puts before their names."""
+        return DefaultModelLoader.Source(
+            self.settings.model,
+            revision=self.settings.revision,
+            prefix=f"{SOURCE}{self.number}.",
+        )
+
+    @property
+    def reads_context(self) -> bool:
+        """Whether its gate depends on a token's position."""
+        return self.gate is not None and self.gate.context is not None
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load tensors and return their names."""
+        with self.ranks():
+            return self.module.load_weights(weights)
+
+    def load_gate(self) -> None:
+        """Read the gate if it has one, or its weights by context."""
+        columns_TA = self.batch.columns_TA
+        if self.settings.gate_file is not None:
+            self.gate = Gate(read_gate(self.settings.gate_file), columns_TA.device)
+        if not self.settings.alpha_by_context:
+            return
+        table = ContextTable(
+            self.settings.alpha_by_context, self.number, columns_TA.dtype, columns_TA.device
+        )
+        if self.table is None:
+            self.table = table
+        else:
+            self.table.copy_(table)  # a captured graph reads a table where it lies
+
+    def run(
+        self, share: MemoryShare, input_ids: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Return hidden states [tokens of the share, D]."""
+        # A base with more rows than the memory may send it an id that it has no embedding for.
+        if self.clamped_T is not None:
+            # Into the same tensor every time: a captured graph reads it there.
+            ids_T = self.clamped_T[: len(input_ids)]
+            input_ids = ids_T.copy_(input_ids.clamp(max=self.vocabulary - 1))
+        if share.tokens is None:
+            return self.module(input_ids, positions)
+        with narrow_slots(self.layers, share.tokens):
+            return self.module(input_ids[share.tokens], positions[share.tokens])
+
+    def own_rows(self, memory_ND: torch.Tensor) -> torch.Tensor:
+        """Return its part of rows as wide as the widest memory [N, D], in its dtype, contiguous."""
+        mine_ND = memory_ND[:, : self.width].to(self.dtype)
+        return same_on_all_ranks(mine_ND) if self.is_whole else mine_ND.contiguous()
+
+    def logits(self, mine_ND: torch.Tensor) -> torch.Tensor | None:
+        """Return logits [N, W]; None on a tensor-parallel rank that does not gather."""
+        with self.ranks():
+            return self.module.compute_logits(mine_ND)
+
+    def score(
+        self, mine_ND: torch.Tensor, columns_NA: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the gate's scores [N] of rows, the same on all ranks, and its units for certainty.
+
+        None without a gate: as interpolate() takes it.
+        """
+        if self.gate is None:
+            return None
+        score_N = self.gate.score(mine_ND, columns_NA[:, CONTEXT])
+        return same_on_all_ranks(score_N), self.gate.certainty
+
+
+def same_on_all_ranks(rows: torch.Tensor) -> torch.Tensor:
+    """Return the first rank's rows, contiguous: ranks sample each for itself, from one result.
+
+    A bit of difference near a tie would let them go on with different tokens.
+    """
+    rows = rows.contiguous()
+    if get_tensor_model_parallel_world_size() > 1:
+        rows = get_tp_group().broadcast(rows, src=0)
+    return rows
+
+
+def source_of(name: str) -> int | None:
+    """Return the number of the memory that a checkpoint tensor belongs to; None for the base."""
+    return int(name.removeprefix(SOURCE).split(".")[0]) if name.startswith(SOURCE) else None

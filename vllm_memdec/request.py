@@ -1,0 +1,104 @@
+"""What requests may ask for: memory and weight, in their extra_args.
+
+A request with weight 0 or the memory "none" has no memory: nothing of it is computed.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from vllm_memdec.checkpoint import brief, check_alpha
+from vllm_memdec.config import AUTO, NONE, MemDecConfig, memdec_block
+
+ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
+PREFIX = "memdec_"
+NO_MEMORY = -1  # in place of a memory's number
+
+
+def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None") -> None:
+    """Raise ValueError for a wrong memdec argument of a request; every other key is let through.
+
+    choices: None on a server that runs without a memory.
+    """
+    names = choices.names if choices else ()
+    extra_args = extra_args or {}
+    for key, value in extra_args.items():
+        if not str(key).startswith(PREFIX):
+            continue
+        if key not in (ALPHA, MEMORY):
+            raise ValueError(
+                f"Unknown extra argument {brief(key)}: the arguments are {ALPHA!r} and {MEMORY!r}."
+            )
+        if not names:
+            raise ValueError(f"{key} was given, but this server runs without a memory.")
+        if key == ALPHA:
+            if value != AUTO:
+                check_alpha(value, ALPHA)
+        elif not isinstance(value, str) or value not in (*names, NONE):
+            raise ValueError(
+                f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
+                f"got {brief(value)}."
+            )
+    if choices and extra_args.get(ALPHA) == AUTO:
+        name = extra_args.get(MEMORY, choices.default)
+        if name != NONE and name not in choices.gated and name not in choices.by_context:
+            raise ValueError(
+                f"{ALPHA} {AUTO!r} needs a gate or alpha_by_context, which the memory {name!r} has "
+                "not: give a number between 0 and 1, or run memdec calibrate."
+            )
+
+
+class Choices:
+    """What requests may choose from; resolves their arguments, once checked."""
+
+    def __init__(
+        self,
+        alphas: dict[str, float | str],
+        default: str,
+        gated: Collection[str] = (),
+        drafts: bool = False,
+        by_context: Collection[str] = (),
+    ):
+        self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
+        self.by_context = by_context  # memories with an alpha for each length of context
+        self.drafts = drafts  # whether the memories draft
+
+    @classmethod
+    def of(cls, config: MemDecConfig) -> "Choices":
+        """Return what a server with this configuration offers."""
+        alphas = {memory.name: memory.alpha for memory in config.memories}
+        gated = {memory.name for memory in config.memories if memory.gate}
+        by_context = {memory.name for memory in config.memories if memory.alpha_by_context}
+        return cls(alphas, config.default, gated, config.speculative_tokens > 0, by_context)
+
+    def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
+        """Return the memory's number and the weight; negative: a gate's cap, or one by context.
+
+        Either both mean "no memory" or neither does.
+        """
+        extra_args = extra_args or {}
+        name = extra_args.get(MEMORY, self.default)
+        if name == NONE:
+            return NO_MEMORY, 0.0
+        asked = extra_args.get(ALPHA, self.alphas[name])
+        alpha = 1.0 if asked == AUTO else float(asked)
+        if not alpha:
+            return NO_MEMORY, 0.0
+        capped = name in self.gated or asked == AUTO  # by context a number is the weight itself
+        return self.names.index(name), -alpha if capped else alpha
+
+    def name(self, extra_args: dict[str, Any] | None) -> str:
+        """Return the name of the memory that runs for a request, or "none"."""
+        number, _ = self.resolve(extra_args)
+        return NONE if number == NO_MEMORY else self.names[number]
+
+
+def choices_of(holder: Any) -> Choices | None:
+    """Return what the server of an object with a vllm_config offers; None without a memory.
+
+    It is kept on the object.
+    """
+    if not hasattr(holder, "memdec_choices"):
+        settings = memdec_block(holder.vllm_config.additional_config)
+        found = None if settings is None else Choices.of(MemDecConfig.parse(settings))
+        holder.memdec_choices = found
+    return holder.memdec_choices
