@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.plan.costs import OVERHEADS, Job
+from vllm_memdec.train.plan.costs import OVERHEADS, CostModel
 from vllm_memdec.train.plan.index_rates import time_search
 from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, on_gpu
 from vllm_memdec.train.plan.report import TABLE
@@ -98,7 +98,7 @@ RATES = Rates(
 
 
 def job(tokens, budget=1024 * MB, workers=1, rates=RATES, **changes):
-    return Job(rates, parse_settings(changes), tokens, None, budget, workers)
+    return CostModel(rates, parse_settings(changes), tokens, None, budget, workers)
 
 
 def test_memory_is_bounded_by_the_budget():
