@@ -12,7 +12,6 @@ from support.datastores import BUDGET, WIDTH, clustered, store
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.model.hidden_states import Keys
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
 from vllm_memdec.train.stages import faiss_gpu
 from vllm_memdec.train.stages import index as index_stage
@@ -179,7 +178,12 @@ def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
         patch.setattr(index_stage.Filler, "__call__", fails)
         for budget in (BUDGET, 1 << 19):  # one part, then three
             with pytest.raises(RuntimeError, match="no memory"):
-                build_index(IndexSettings(), source, budget, folder, Progress(), Backwards())
+                build_index(
+                    IndexSettings(),
+                    source,
+                    folder,
+                    Context(executor=Backwards(), ram_budget=budget),
+                )
             patch.setattr(index_stage, "train_index", None)  # once is enough
     [filled] = folder.glob("lists-*")
     written = filled.stat().st_mtime_ns
