@@ -65,12 +65,12 @@ def test_what_was_scored_is_not_scored_again(tiny_model, tmp_path, monkeypatch):
     text, folder = alone(ids, 32, 1), tiny_model("llama")
     run = {"base": folder}, "float32", text, tmp_path
     first, second = Counting(), Counting()
-    found = score(*run, Context(Listening(), first))
+    scores = score(*run, Context(Listening(), first))
     assert len(first.items) == -(-len(text) // 2) > 2
     shard_path(tmp_path, "base", 1).unlink()
     again = score(*run, Context(Listening(), second))
     assert second.items == [1]
     from vllm_memdec.train.model.huggingface import load_model
 
-    assert np.array_equal(found["base"], again["base"])
-    assert np.abs(found["base"] - window_logprobs(load_model(folder), text)).max() < 1e-5
+    assert np.array_equal(scores["base"], again["base"])
+    assert np.abs(scores["base"] - window_logprobs(load_model(folder), text)).max() < 1e-5

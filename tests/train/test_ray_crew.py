@@ -147,21 +147,21 @@ def machines(tmp_path_factory):
             patch.setenv(name, value)
         patch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
-        found = Machines(tmp_path_factory.mktemp("machines"))
+        started = Machines(tmp_path_factory.mktemp("machines"))
         try:
             for _ in range(2):
-                found.add()
+                started.add()
             ray.init(
-                address=found.address,
-                _node_ip_address=f"{found.network}.1",
+                address=started.address,
+                _node_ip_address=f"{started.network}.1",
                 logging_level="ERROR",
                 log_to_driver=False,
             )
-            found.wait_for(2)
-            yield found
+            started.wait_for(2)
+            yield started
         finally:
             ray.shutdown()
-            found.close()
+            started.close()
 
 
 @pytest.fixture(scope="module")
