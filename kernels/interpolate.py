@@ -103,7 +103,7 @@ class Plan:
         """
         block, warps = (SLICE, SLICE_WARPS) if sliced else (WHOLE, WHOLE_WARPS)
         if torch.float32 in dtypes:
-            block //= 2  # as many bytes; registers would spill
+            block //= 2  # keeps the bytes: registers would spill
         blocks = -(-V // block)
         slices, edges = blocks if sliced else 1, V % 8 != 0 or shared % 8 != 0
         flags = {"BLOCK": block, "EDGES": edges}

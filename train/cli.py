@@ -50,7 +50,7 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run the Python code that a model's folder brings with it.",
-        callback=allow_code,  # for all that the command loads: it is never asked for on the way
+        callback=allow_code,  # holds for all that the command loads
     ),
 ]
 Assignments = Annotated[
@@ -107,7 +107,9 @@ def build(
     adapt_tokenizer: Annotated[
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
+    tokenizer: Annotated[
+        str | None, typer.Option(hidden=True)
+    ] = None,  # the spelling before --adapt-tokenizer
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
     trust_remote_code: Trust = False,

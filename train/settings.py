@@ -295,7 +295,7 @@ def _sentence(where: list[Any], error: ErrorDetails) -> str:
     stage = Settings.model_fields.get(where[0])
     if stage is None:
         return _unknown(where[0], Settings, "stage")
-    if len(where) == 1 and kind == "value_error":  # of settings that do not go together
+    if len(where) == 1 and kind == "value_error":  # settings that do not go together
         return str(error["ctx"]["error"])
     if len(where) == 1:
         return f"settings of stage {where[0]} must be a mapping, got {value!r}."
@@ -323,7 +323,7 @@ def _expected(field: FieldInfo, value: Any) -> str:
     low, high = limits(field)
     try:
         number = None if isinstance(value, bool) else float(value)
-    except OverflowError:  # of an integer: beyond any range
+    except OverflowError:  # an integer beyond any range
         number = float("inf")
     except (ValueError, TypeError):
         number = None

@@ -155,7 +155,7 @@ def test_nobody_holds_tables_that_only_a_search_needs(tmp_path, monkeypatch):
 
 
 def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
-    """A budget lowered because a part took too much memory keeps the parts that it did not fail."""
+    """A budget lowered because a part took too much RAM keeps the parts that it did not fail."""
     keys, labels = clustered(12_000)
     source = store(tmp_path, keys, labels)
     folder, again = tmp_path / "index", tmp_path / "again"

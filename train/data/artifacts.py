@@ -233,7 +233,7 @@ def build_artifact(
     killed run of the same plan is handed to make() again, which keeps the files already whole.
     """
     plan = {"schema": SCHEMA, "stage": stage, "settings": settings, "inputs": inputs}
-    plan = json.loads(json.dumps(plan))  # as a manifest gives it back: a tuple is a list there
+    plan = json.loads(json.dumps(plan))  # a manifest has lists for tuples
     check_ours(path, stage)
     artifact = open_artifact(path)
     if artifact is not None and all(artifact.manifest[key] == plan[key] for key in plan):
@@ -286,7 +286,7 @@ def _why_again(artifact: Artifact | None, plan: dict[str, Any]) -> str:
     made = artifact.manifest
     same_release = made["schema"] == plan["schema"]
     same_release &= made["settings"].keys() == plan["settings"].keys()
-    if plan["stage"] == "corpus" and "base" in made["inputs"]:  # at first, not its tokenizer alone
+    if plan["stage"] == "corpus" and "base" in made["inputs"]:  # early releases hashed all of it
         same_release = False
     return "its settings or inputs changed" if same_release else "another release made it"
 

@@ -31,7 +31,9 @@ def split_lengths(
     ids, group = np.unique(groups, return_inverse=True)  # ascending digests
     sizes = np.bincount(group, lengths, minlength=len(ids))
     candidates = np.flatnonzero(sizes <= max_tokens / 2)  # a long one must not take the corpus away
-    first = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))  # with which it is enough
+    first = int(
+        np.searchsorted(np.cumsum(sizes[candidates]), enough)
+    )  # the document that makes it enough
     held_out = np.isin(group, candidates[: first + 1])
     held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
     if first < len(candidates) and lengths[held_out].sum() <= max_tokens:

@@ -92,14 +92,14 @@ class Crew:
         self.killed: dict[str, int] = {}  # processes the kernel ended for lack of RAM, by node
         self.out_of_memory: set[str] = set()  # nodes on which that happened while we ran
         self.proof: Proof | None = None
-        self.seen = time.monotonic()  # when there was a machine last,
-        self.worked = self.seen  # and a process that had started
+        self.seen = time.monotonic()  # when there was a machine last
+        self.worked = self.seen  # when there was a process last that had started
 
     @contextmanager
     def working(self, shared: Path | None, option: str) -> Iterator[None]:
         """Have every process prove that it lives and sees the shared folder; release all after."""
         if shared is not None:
-            for old in shared.glob(".memdec-proof-*"):  # of a run that was killed
+            for old in shared.glob(".memdec-proof-*"):  # a killed run left it
                 old.unlink(missing_ok=True)
             content = uuid.uuid4().hex
             self.proof = Proof(shared / f".memdec-proof-{content[:8]}", content, option)
@@ -178,7 +178,7 @@ class Crew:
                 outcome = ray.get(task)
                 process.task = process.item = None
             except ray.exceptions.RayTaskError:
-                raise  # of Ray's call itself, not of a worker
+                raise  # Ray's own call failed, no worker's
             except ray.exceptions.RayError as error:
                 lost = reason(error)
                 self._lost(process, lost, error)

@@ -219,7 +219,7 @@ class RayExecutor:
                         return Lost(answer.process, answer.lost)
                     try:
                         answer.outcome.open()
-                    except Parted as error:  # of the process that ended, Ray tells more
+                    except Parted as error:  # Ray tells more of the process that ended
                         parted = parted or Lost(answer.process, str(error).strip().split("\n")[0])
                         until = min(until, time.monotonic() + BLAME_SECONDS)
                 if parted and (not left or time.monotonic() > until):

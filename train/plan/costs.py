@@ -297,7 +297,7 @@ class CostModel:
 
     def export(self) -> Stage:
         rates = self.rates
-        scored = 2 * min(self.held_out, TUNING_TOKENS)  # in short and in long contexts
+        scored = 2 * min(self.held_out, TUNING_TOKENS)  # two readings: short and long contexts
         # Beside the base only weights of the memory are read and written.
         seconds = rates.reload + rates.checkpoint / 2
         seconds += scored * (rates.score_base + rates.score_memory)

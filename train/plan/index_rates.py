@@ -34,7 +34,7 @@ def measure_index(
 ) -> dict[str, float]:
     """Return the rates of training, filling and searching an index such as n_keys would get."""
     kind = shape(settings.index, n_keys, keys.shape[1]).kind
-    if "PQ" in kind:  # which needs as many to train on
+    if "PQ" in kind:  # product codes need PQ_KEYS to train on
         keys, labels = (np.resize(a, (max(len(a), PQ_KEYS), *a.shape[1:])) for a in (keys, labels))
     own = np.arange(0, len(keys), -(-len(keys) // QUERIES))
     k = min(settings.targets.neighbours + 1, len(keys))

@@ -252,7 +252,9 @@ class TrainingProbe:
         measured["checkpoint"] = seconds(torch.save, state, self.work / "checkpoint.pt")
         (self.work / "checkpoint.pt").unlink()
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(corpus, "train"))
-        model = model.eval().to(getattr(torch, self.settings.export.dtype))  # as it is exported
+        model = model.eval().to(
+            getattr(torch, self.settings.export.dtype)
+        )  # the dtype of the export
         label_logprobs(model, tokens[:1], positions[:1], 1)  # warms up
         scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
         measured["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)
@@ -315,7 +317,7 @@ def probe_rates(
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
             build_corpus(settings.corpus, base, sample, None, blocks, Context(quiet, executor))
-        except MemdecError as error:  # of the text, which is the user's, not the sample's
+        except MemdecError as error:  # the user knows the text, not the sample
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))

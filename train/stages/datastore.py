@@ -21,7 +21,7 @@ from vllm_memdec.train.model.hidden_states import Keys, check_isolation
 from vllm_memdec.train.stages.stage import Build, Stage, lowered
 
 SAMPLE_SHARDS = 64  # shards, evenly spread, from which a sample of keys is taken, at least
-MAX_SAMPLE_SHARDS = 2048  # and at most: each is a file to open
+MAX_SAMPLE_SHARDS = 2048  # the same at most: each is a file to open
 
 
 def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -31,7 +31,7 @@ def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndar
     if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
         max_shards = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
     shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, max_shards)).astype(int))
-    ends = np.cumsum(np.diff(starts)[shards])  # of the shards, one after the other
+    ends = np.cumsum(np.diff(starts)[shards])  # where each shard ends, one after the other
     wanted = np.linspace(0, int(ends[-1]) - 1, min(rows, int(ends[-1]))).astype(np.int64)
     for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
         first = end - (starts[shard + 1] - starts[shard])

@@ -56,7 +56,7 @@ def check_width(neighbours: int, nprobe: int, executor: Executor) -> None:
 
 def gpu_options(index: Any) -> dict[str, bool]:
     """Return the options with which faiss takes an index to a GPU."""
-    options = {"use_cuvs": False}  # which knows no 8-bit scalars
+    options = {"use_cuvs": False}  # cuVS knows no 8-bit scalars
     ivf = faiss.try_extract_index_ivf(index)
     lists = None if ivf is None else faiss.downcast_index(ivf)
     if isinstance(lists, faiss.IndexIVFPQ):

@@ -139,7 +139,7 @@ def training_bytes(shape: Shape, width: int) -> int:
     if shape.levels == 2:
         at_once = max(POINTS_PER_LIST * math.isqrt(shape.lists), CODE_SAMPLE)
         return trained_bytes(shape, width) + 8 * width * min(at_once, shape.sample)
-    return 6 * width * shape.sample  # in fp16 and float32
+    return 6 * width * shape.sample  # the sample, in fp16 and in float32
 
 
 def index_parts(
@@ -252,7 +252,7 @@ def train_lists(index: Any, sample: np.ndarray, plan: Shape, seed: int) -> Any:
     ivf = inverted(index)
     ivf.cp.seed = seed
     if isinstance(ivf, faiss.IndexIVFPQ):
-        ivf.use_precomputed_table = -1  # by default training makes what a search may need
+        ivf.use_precomputed_table = -1  # else training makes the tables that a search may need
     if plan.levels == 1:
         index = to_gpu(index)
         index.train(np.asarray(sample, np.float32))
@@ -362,7 +362,7 @@ def build_index(
             advance(1)
     facts = read_facts(work / "training.json")
     if "parts" not in facts:
-        for path in work.glob("*-*.faiss"):  # of an earlier release, which counted parts
+        for path in work.glob("*-*.faiss"):  # an earlier release counted parts
             path.unlink()
     # What is not filled is divided anew for another budget: a part too large may be what failed.
     bounds = pairwise([*facts.get("parts", []), len(starts) - 1])

@@ -86,7 +86,7 @@ class Index:
     def __post_init__(self) -> None:
         self.opened: dict[int, Any] = {}  # parts that stay
 
-    def __reduce__(self) -> Any:  # to another process: what is open stays here
+    def __reduce__(self) -> Any:  # another process opens its own parts
         return Index, (self.folder, self.nprobe, self.budget, self.gpu)
 
     @cached_property
@@ -131,7 +131,7 @@ class Index:
         path = self.folder / TRAINED
         if "IVF" not in self.facts["kind"]:
             return None
-        old = self.folder / "index-00000.faiss"  # of a release that wrote it into every part
+        old = self.folder / "index-00000.faiss"  # an earlier release wrote it into every part
         if not path.exists() and old.exists():
             path = old
         index = self._read(path, lambda p: faiss.read_index(p, SKIP_TABLES))
@@ -190,7 +190,7 @@ class Index:
 
     def rows_at_once(self, k: int) -> int:
         """Return how many queries the budget allows to search at once."""
-        results = max(map(len, self.passes)) + 2  # of each part, of the parts before, and merged
+        results = max(map(len, self.passes)) + 2  # each part's, those before, and the merged
         return max(1, self.budget // BLOCK_SHARE // (12 * k * results))
 
     def _read(self, path: Path, read: Any) -> Any:
@@ -216,7 +216,7 @@ class Index:
             held = self._read(path, lambda p: faiss.read_index(p, flags | SKIP_TABLES))
         lists = inverted(held).invlists
         taken = lists.compute_ntotal() * (lists.code_size + 8)
-        if path.stat().st_size < taken:  # which a mapped file does not tell
+        if path.stat().st_size < taken:  # a mapped file does not tell
             raise self.damaged(path)
         if not self.on_gpu:
             return held
@@ -248,11 +248,11 @@ class Index:
         if block.lists is None:
             held.search(block.queries, k, **out)
             return
-        if (ivf := inverted(held)) is not None:  # in host memory
+        if (ivf := inverted(held)) is not None:  # the part is in RAM
             self._lend(ivf.invlists)
             ivf = inverted(self.trained)
         else:
-            index: Any = faiss.downcast_index(held)  # on a GPU: a class that the stubs lack
+            index: Any = faiss.downcast_index(held)  # a GPU's class, which the stubs lack
             if hasattr(index, "chain"):
                 index = faiss.downcast_index(index.index)
             ivf = index

@@ -93,7 +93,7 @@ def aggregate(
     tokens_NK = torch.from_numpy(tokens.astype(np.int32, copy=False))
     table_NS = table[: rows * span].view(rows, span)
     places_NK = torch.arange(k, dtype=torch.int32).expand(rows, k)
-    table_NS.scatter_(1, tokens_NK, places_NK)  # of equal tokens any wins
+    table_NS.scatter_(1, tokens_NK, places_NK)  # any of equal tokens wins
     sums_NK = torch.zeros(rows, k).scatter_add_(1, table_NS.gather(1, tokens_NK), weights_NK)
     sums = sums_NK.numpy().ravel()
     place = np.flatnonzero(sums >= max(min_probability, SMALLEST))  # 0 where no token is summed

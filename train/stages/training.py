@@ -78,14 +78,8 @@ EVALUATION_TOKENS = 2**15
 UNRECORDED = ("adapt_tokenizer", "checkpoint_seconds", "compile", "gradient_checkpointing",
               "micro_batch_blocks", "parallel", "tokenizer")  # fmt: skip
 BASE = "base.pt"  # the base's log-probabilities of the validation text, computed once
-SCRATCH = (
-    CHECKPOINT,
-    PREVIOUS,
-    NEXT,
-    BEST,
-    BASE,
-    STOP,
-)  # in the working folder while training goes on
+# Files of the working folder while training goes on.
+SCRATCH = (CHECKPOINT, PREVIOUS, NEXT, BEST, BASE, STOP)
 
 
 def warmup_steps(steps: int, fraction: float) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 from vllm_memdec.train.data.artifacts import write_atomic
 from vllm_memdec.train.executor.ray_executor import World
 
-METRICS, CURVE = "metrics.jsonl", "loss.png"  # in logs/; the curve is drawn last
+METRICS, CURVE = "metrics.jsonl", "loss.png"  # files in logs/; the curve is drawn last
 # An evaluation is judged by the perplexity of the mixture, which is what is served. While the best
 # weight of a young memory is 0 the mixture stands still, so the memory's own decides ties.
 JUDGED = ("validation_mixture", "validation_memory")

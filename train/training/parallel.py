@@ -82,7 +82,7 @@ def spread(memory: Any, settings: MemorySettings, world: World) -> torch.nn.Modu
             module,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # else a second copy of the gradients
-            find_unused_parameters=experts,  # to which no token of a process may have gone
+            find_unused_parameters=experts,  # an expert may have got no token here
         )
     replicated.register_comm_hook(None, _summed)
     return replicated

@@ -96,7 +96,7 @@ def verify(
     return results + [
         run(name, function, build, fix)
         for name, (function, parts, fix) in CONTENT.items()
-        if root == artifact or set(parts) & set(stages)  # of a whole build, say what is not there
+        if root == artifact or set(parts) & set(stages)  # a whole build is told what it lacks
     ]
 
 
