@@ -38,7 +38,6 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
-
 DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend show a traceback
 DEFECT = (
     "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
@@ -99,7 +98,7 @@ def build(
         typer.Option(help="Ray cluster: HOST:PORT or auto; local: this machine; none: no Ray."),
     ] = "local",
     memory_budget: Annotated[
-        str, typer.Option(help="Memory a process may take for what grows with the corpus.")
+        str, typer.Option(help="RAM a process may take for what grows with the corpus.")
     ] = "4GiB",
     init: Annotated[
         str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
@@ -107,9 +106,7 @@ def build(
     adapt_tokenizer: Annotated[
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(hidden=True)
-    ] = None,  # the spelling before --adapt-tokenizer
+    tokenizer: Annotated[str | None, typer.Option(hidden=True, help="Old spelling.")] = None,
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
     trust_remote_code: Trust = False,
@@ -208,7 +205,7 @@ def plan(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
+    """Tell what a build will cost: measure a minute or two, then count time, disk and RAM."""
     progress = Progress()
     with explained(progress), contextlib.ExitStack() as stack:
         from vllm_memdec.train.data.artifacts import write_report
@@ -277,8 +274,8 @@ def calibrate(
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text that it has learnt, or facts that it knows by heart would be doubted. May "
-            "be given several times."
+            help="Text that it has learnt: without it, memorised facts would be doubted. May be "
+            "given several times."
         ),
     ] = None,
     trust_remote_code: Trust = False,

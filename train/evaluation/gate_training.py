@@ -3,12 +3,12 @@
 The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p_memory + (1 -
 alpha_t) p_base), on several kinds of text. Text of the domain that the memory has not learnt says
 what it may be trusted with; of what it has learnt it is surer, and right, so the corpus itself
-comes in with a smaller weight, or facts that it knows by heart would be doubted. General text
-weighs the most: there the base is to be left alone. And passages of the domain and of general text
-in turn teach it to tell them apart within one context. All of it is read in short and in long
-contexts (windows.py), each kind in the same lengths, or length itself would tell the kinds apart.
-Models read the text once; the training takes seconds. A fifth of the documents is kept for the
-report, by a digest of their text, before anything else is made of them.
+comes in with a smaller weight, or memorised facts would be doubted. General text weighs the most:
+there the base is to be left alone. And documents that mix passages of the domain and of general
+text teach it to tell them apart within one context. All of it is read in short and in long contexts
+(windows.py), each kind in the same lengths, or length itself would tell the kinds apart. Models
+read the text once; the training takes seconds. A fifth of the documents is kept for the report, by
+a digest of their text, before anything else is made of them.
 """
 
 import itertools

@@ -187,15 +187,9 @@ def transforms(index: Any) -> list[Any]:
 def kmeans(points: np.ndarray, lists: int, seed: int) -> np.ndarray:
     """Return the centroids [lists, D] float32 of points [rows, D]."""
     points = np.ascontiguousarray(points, np.float32)
-    clustering = faiss.Kmeans(
-        points.shape[1],
-        lists,
-        niter=KMEANS_PASSES,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=POINTS_PER_LIST,
-        gpu=0 if no_gpu() else 1,
-    )
+    options = {"min_points_per_centroid": 1, "max_points_per_centroid": POINTS_PER_LIST}
+    options["gpu"] = 0 if no_gpu() else 1
+    clustering = faiss.Kmeans(points.shape[1], lists, niter=KMEANS_PASSES, seed=seed, **options)
     clustering.train(points)
     assert clustering.centroids is not None  # train() has made them
     return clustering.centroids
@@ -340,12 +334,7 @@ class Filler:
         return faiss.read_index(str(trained), SKIP_TABLES)
 
 
-def build_index(
-    settings: IndexSettings,
-    keys: Keys,
-    work: Path,
-    context: Context,
-) -> None:
+def build_index(settings: IndexSettings, keys: Keys, work: Path, context: Context) -> None:
     """Write trained.faiss, lists-N.faiss (of a flat index: index-N.faiss), labels.i32, index.json.
 
     Each part is over a run of rows; labels are [rows] int32. A part takes a fourth of the
