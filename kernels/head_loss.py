@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vllm_memdec.kernels.sparse_kl import SparseRows, sparse_kl
 
-LOGITS = 1 << 25  # that exist at once on a CPU: 512 rows of a 64k vocabulary
-# On CUDA. By an H100's published 3.35 TB/s and 989 TFLOP/s, V = 151,936, D = 2,048, bf16 products
-# and a float32 gradient (not measured):
+LOGITS = 1 << 25  # logits that exist at once on a CPU: 512 rows of a 64k vocabulary
+# The same on CUDA. By an H100's published 3.35 TB/s and 989 TFLOP/s, V = 151,936, D = 2,048, bf16
+# products and a float32 gradient (not measured):
 #   a chunk, whatever its rows: two products read the head, 1.24 GB; scratch is written and read,
 #       1.24 GB; the sink is read and written, 2.49 GB: 5.0 GB, 1.5 ms
 #   a row: three products, 6 V D = 1.87 GFLOP, 2.5 us at 75 % of the FLOP/s
@@ -167,18 +167,18 @@ def _gradient(
     """Write the gradient with respect to h W^T + bias over it; return KL and CE [P]."""
     if transform is None:
         return sparse_kl(logits_PC, *rows, log_weight_V=log_weight_C, out=logits_PC)
-    # Autograd keeps some eight float32 copies: of as many logits as a CPU's chunk has, not of all.
-    P, most = len(logits_PC), -(-LOGITS // logits_PC.shape[1])
-    if most < P:
+    # Autograd keeps some eight float32 copies of its logits, so it gets a CPU's chunk at a time.
+    P, max_rows = len(logits_PC), -(-LOGITS // logits_PC.shape[1])
+    if max_rows < P:
         labels_P, targets, beta = rows
         parts = [
             _gradient(
-                logits_PC[n : n + most],
+                logits_PC[n : n + max_rows],
                 transform,
-                (labels_P[n : n + most], targets.slice(n, min(n + most, P)), beta),
+                (labels_P[n : n + max_rows], targets.slice(n, min(n + max_rows, P)), beta),
                 log_weight_C,
             )
-            for n in range(0, P, most)
+            for n in range(0, P, max_rows)
         ]
         kl_P, ce_P = (torch.cat(x) for x in zip(*parts, strict=True))
         return kl_P, ce_P

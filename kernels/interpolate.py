@@ -40,12 +40,12 @@ from vllm_memdec.kernels.interpolate_kernel import combine_kernel, partial_kerne
 from vllm_memdec.kernels.rows import INTERPRETED, LOGIT_DTYPES, triton
 from vllm_memdec.kernels.weights import LARGEST, RowWeights, gate_scores
 
-# Columns of one iteration and warps: 2 vectors of each model a thread.
+# Columns of one iteration, and warps: a thread reads 2 vectors of each model.
 SLICE, SLICE_WARPS = 4096, 8
 WHOLE, WHOLE_WARPS = 16384, 32  # fills a multiprocessor: fewer rows compete for the L2 cache
 
 # Elements of one group of rows on the CPU. Smaller groups stay in a smaller cache, larger ones meet
-# fewer thread barriers, which are what hurts when other processes want the cores.
+# fewer thread barriers, which cost time when other processes want the cores.
 GROUP = 2**17
 
 
@@ -91,8 +91,8 @@ class Plan:
     """How a kernel cuts the columns of a row."""
 
     slices: int
-    blocks: int  # of a slice
-    flags: dict[str, int]  # constants of the kernel
+    blocks: int  # iterations of a slice
+    flags: dict[str, int]  # the kernel's compile-time constants
     warps: int
 
     @classmethod
@@ -103,7 +103,7 @@ class Plan:
         """
         block, warps = (SLICE, SLICE_WARPS) if sliced else (WHOLE, WHOLE_WARPS)
         if torch.float32 in dtypes:
-            block //= 2  # as many bytes; registers would spill
+            block //= 2  # keeps the bytes: registers would spill
         blocks = -(-V // block)
         slices, edges = blocks if sliced else 1, V % 8 != 0 or shared % 8 != 0
         flags = {"BLOCK": block, "EDGES": edges}
@@ -143,7 +143,7 @@ def interpolate_triton(
         "GATED": gate is not None,
         "AS_LOGITS": as_logits,
         "num_warps": plan.warps,
-        # What the compiler fuses may differ between kernels.
+        # The compiler may fuse other operations in one kernel than in another.
         "enable_fp_fusion": not invariant,
     }
     units = {"UNITS": triton.next_power_of_2(K)}

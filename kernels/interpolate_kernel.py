@@ -237,7 +237,7 @@ def _write(
     """Write the mixture of columns start..end, the last ones first, and with them the edges."""
     reach = shared
     if AS_LOGITS:
-        reach = tl.where(terms[0] == 0, 0, shared)  # of weight 0: the memory is not read
+        reach = tl.where(terms[0] == 0, 0, shared)  # weight 0: the memory is not read
     blocks = tl.cdiv(end - start, BLOCK)
     for i in range(0, blocks):
         columns = _columns(start + (blocks - 1 - i) * BLOCK, BLOCK)
@@ -275,12 +275,12 @@ def whole_kernel(
     memory_stride,
     weights_stride,
     out_stride,
-    number,  # of the memory; float32, because the columns are floats
+    number,  # the memory's number; float32, because the columns are floats
     V,
     shared,  # min(V, W): columns both models have
     K,
     S,  # slices
-    blocks,  # of a slice
+    blocks,  # iterations of a slice
     PARTIALS: tl.constexpr,  # slices and edges, or the next power of 2
     UNITS: tl.constexpr,  # K, or the next power of 2
     COLUMNS: tl.constexpr,

@@ -22,7 +22,7 @@ from vllm_memdec.kernels.rows import LOGIT_DTYPES
 
 PARTS = 3  # columns of the weight; the memory's number is in the next one
 STEP = 256.0  # between parts: a power of two, so exact, and float16 does not underflow
-LARGEST = 0.999  # of a gate: a sure memory that is wrong costs at most ln(1000) nats more
+LARGEST = 0.999  # a gate's largest weight: a sure memory that errs costs ln(1000) nats at most
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RowWeights:
     """
 
     columns_NA: Tensor
-    memory: int  # its number
+    memory: int  # the number of the memory
     others: Literal["base", "keep"] = "base"
 
     def check(self, N: int) -> None:

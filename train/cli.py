@@ -38,7 +38,6 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
 }
 
-
 DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend show a traceback
 DEFECT = (
     "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
@@ -50,7 +49,7 @@ Trust = Annotated[
     typer.Option(
         "--trust-remote-code",
         help="Run the Python code that a model's folder brings with it.",
-        callback=allow_code,  # for all that the command loads: it is never asked for on the way
+        callback=allow_code,  # holds for all that the command loads
     ),
 ]
 Assignments = Annotated[
@@ -92,14 +91,14 @@ def build(
     output: Annotated[Path, typer.Option(help="Folder for the artifacts; the memory is export/.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Text alpha is calibrated on; default: held-out documents.")
+        Path | None, typer.Option(help="Text on which alpha is tuned; default: held-out documents.")
     ] = None,
     ray_address: Annotated[
         str,
         typer.Option(help="Ray cluster: HOST:PORT or auto; local: this machine; none: no Ray."),
     ] = "local",
     memory_budget: Annotated[
-        str, typer.Option(help="Memory a process may take for what grows with the corpus.")
+        str, typer.Option(help="RAM a process may take for what grows with the corpus.")
     ] = "4GiB",
     init: Annotated[
         str | None, typer.Option(help="Folder of a memory or model to start from: memory.init.")
@@ -107,7 +106,7 @@ def build(
     adapt_tokenizer: Annotated[
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
-    tokenizer: Annotated[str | None, typer.Option(hidden=True)] = None,  # as it was before
+    tokenizer: Annotated[str | None, typer.Option(hidden=True, help="Old spelling.")] = None,
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
     trust_remote_code: Trust = False,
@@ -137,16 +136,16 @@ def build(
 
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-LEAST_BUDGET = 64 * 2**20
+MIN_BUDGET = 64 * 2**20
 
 
 def parse_bytes(text: str, option: str) -> int:
     """Return the number of bytes that a text such as 4GiB, 500MB or 1000000 stands for."""
-    found = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?", text.strip().lower())
-    if not found or found[2] not in UNITS:
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?", text.strip().lower())
+    if not match or match[2] not in UNITS:
         raise MemdecError(f"{option} must be a size such as 4GiB or 500MB, got {text!r}.")
-    size = int(float(found[1]) * UNITS[found[2]])
-    if size < LEAST_BUDGET:
+    size = int(float(match[1]) * UNITS[match[2]])
+    if size < MIN_BUDGET:
         raise MemdecError(f"{option} must be at least 64MiB, got {text!r}.")
     return size
 
@@ -187,7 +186,7 @@ def plan(
         int | None, typer.Option(min=1000, help="Size of the corpus; default: that of --corpus.")
     ] = None,
     validation: Annotated[
-        Path | None, typer.Option(help="Text alpha is calibrated on, as for build.")
+        Path | None, typer.Option(help="Text on which alpha is tuned, as for build.")
     ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     ray_address: Annotated[str, typer.Option(help="As for build.")] = "local",
@@ -206,7 +205,7 @@ def plan(
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Tell what a build will cost: measure a minute or two, then count time, disk and memory."""
+    """Tell what a build will cost: measure a minute or two, then count time, disk and RAM."""
     progress = Progress()
     with explained(progress), contextlib.ExitStack() as stack:
         from vllm_memdec.train.data.artifacts import write_report
@@ -217,7 +216,7 @@ def plan(
             raise MemdecError(f"{work} is no folder: create it, or check --work.")
         sample = tempfile.TemporaryDirectory(prefix="memdec-plan-", dir=work and work.resolve())
         folder = Path(stack.enter_context(sample))
-        found = planning.plan(
+        costs = planning.plan(
             base,
             corpus,
             validation,
@@ -230,8 +229,8 @@ def plan(
             gpu,
             gpus,
         )
-        planning.show(found, Console())
-        write_report(json_file, planning.report(found))
+        planning.show(costs, Console())
+        write_report(json_file, planning.report(costs))
 
 
 @app.command()
@@ -251,10 +250,10 @@ def verify(
         from vllm_memdec.train.verify import report as checking
 
         check_report(json_file)
-        found = checking.verify(artifact, sample, base, progress)
-        checking.show(found, Console())
-        write_report(json_file, checking.report(artifact, found))
-        if failed := [check for check in found if check.status == checking.FAILED]:
+        checks = checking.verify(artifact, sample, base, progress)
+        checking.show(checks, Console())
+        write_report(json_file, checking.report(artifact, checks))
+        if failed := [check for check in checks if check.status == checking.FAILED]:
             raise MemdecError(f"{failed[0].name} failed: {failed[0].fix}")
 
 
@@ -275,8 +274,8 @@ def calibrate(
     corpus: Annotated[
         list[Path] | None,
         typer.Option(
-            help="Text that it has learnt, or facts that it knows by heart would be doubted. May "
-            "be given several times."
+            help="Text that it has learnt: without it, memorised facts would be doubted. May be "
+            "given several times."
         ),
     ] = None,
     trust_remote_code: Trust = False,
@@ -292,9 +291,9 @@ def calibrate(
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
-        found = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
-        gate_report.show(found, Console())
-        write_report(json_file, found)
+        report = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
+        gate_report.show(report, Console())
+        write_report(json_file, report)
 
 
 @app.command()
@@ -314,9 +313,9 @@ def evaluate(
         from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
-        found = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
-        compare.show(found, Console())
-        write_report(json_file, found)
+        scores = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
+        compare.show(scores, Console())
+        write_report(json_file, scores)
 
 
 @app.command()
@@ -335,9 +334,9 @@ def alpha(
         from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
-        found = compare.best_weights(str(memory), str(base), text, progress, context)
-        compare.show_weights(found, Console())
-        write_report(json_file, found)
+        weights = compare.best_weights(str(memory), str(base), text, progress, context)
+        compare.show_weights(weights, Console())
+        write_report(json_file, weights)
 
 
 @app.command()
@@ -360,11 +359,11 @@ def explain(
 
         check_report(html_file, "--html")
         check_report(json_file)
-        found = explaining.explain(str(base), str(memory), prompt, alpha, tokens)
-        explaining.show(found, Console())
+        explanation = explaining.explain(str(base), str(memory), prompt, alpha, tokens)
+        explaining.show(explanation, Console())
         if html_file is not None:
-            html_file.write_text(explaining.page(found), encoding="utf-8")
-        write_report(json_file, explaining.report(found))
+            html_file.write_text(explaining.page(explanation), encoding="utf-8")
+        write_report(json_file, explaining.report(explanation))
 
 
 @contextlib.contextmanager

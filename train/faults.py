@@ -36,18 +36,18 @@ FULL_WORDS = (
     "PytorchStreamWriter failed",
     "inline_container.cc",
 )
-# How they say that memory is: CUDA, PyTorch and numpy, C++.
-MEMORY_WORDS = ("out of memory", "t allocate", "std::bad_alloc", "Unable to allocate")
+# How CUDA, PyTorch, numpy and C++ say that there is too little RAM or GPU memory.
+OOM_WORDS = ("out of memory", "t allocate", "std::bad_alloc", "Unable to allocate")
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
     """Yield an error and those that it was raised from or while handling, outermost first."""
     seen: set[int] = set()
-    found: BaseException | None = error
-    while found is not None and id(found) not in seen:
-        seen.add(id(found))
-        yield found
-        found = found.__cause__ or found.__context__
+    current: BaseException | None = error
+    while current is not None and id(current) not in seen:
+        seen.add(id(current))
+        yield current
+        current = current.__cause__ or current.__context__
 
 
 def fault(error: BaseException) -> OSError | None:
@@ -69,7 +69,7 @@ def fault(error: BaseException) -> OSError | None:
         for number in IN_TEXT:
             if os.strerror(number) in text:
                 return OSError(number, os.strerror(number), getattr(each, "filename", None))
-        if any(words in text for words in MEMORY_WORDS):
+        if any(words in text for words in OOM_WORDS):
             return OSError(errno.ENOMEM, text.splitlines()[0])
         if any(words in text for words in FULL_WORDS):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -81,17 +81,18 @@ def reraise(error: BaseException, path: object = None) -> None:
 
     For the handlers that would call a file damaged; path: the file that was read.
     """
-    found = fault(error)
-    if found is error:
+    refused = fault(error)
+    if refused is error:
         raise error
-    if found is not None:
-        raise OSError(found.errno, found.strerror, str(path or found.filename or "")) from error
+    if refused is not None:
+        place = str(path or refused.filename or "")
+        raise OSError(refused.errno, refused.strerror, place) from error
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Tell whether there was too little memory, of the machine or of a GPU."""
-    found = fault(error)
-    return found is not None and found.errno == errno.ENOMEM
+    """Tell whether the machine's RAM, or a GPU's memory, was too small."""
+    refused = fault(error)
+    return refused is not None and refused.errno == errno.ENOMEM
 
 
 def sentence_of(error: BaseException) -> str | None:
@@ -100,20 +101,20 @@ def sentence_of(error: BaseException) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError):
         return f"{error.name} {INSTALL}"
-    found = fault(error)
-    if found is None:
+    refused = fault(error)
+    if refused is None:
         if isinstance(error, OSError) and error.strerror and error.filename:
             return f"{error.filename}: {error.strerror}: check the path and run again."
         return None
-    place, what = found.filename or "a file", found.strerror or os.strerror(found.errno or 0)
-    if found.errno in FULL:
+    place, what = refused.filename or "a file", refused.strerror or os.strerror(refused.errno or 0)
+    if refused.errno in FULL:
         return f"the disk is full: free some space {AGAIN}"
-    if found.errno == errno.EMFILE:
+    if refused.errno == errno.EMFILE:
         return f"too many open files (at {place}): raise the limit with `ulimit -n 4096` {AGAIN}"
-    if found.errno == errno.ENFILE:
+    if refused.errno == errno.ENFILE:
         return f"the machine has too many open files: close other programs {AGAIN}"
-    if found.errno == errno.ENOMEM:
+    if refused.errno == errno.ENOMEM:
         return f"out of memory: close other programs or take a larger machine {AGAIN}"
-    if found.errno in NOT_ALLOWED:
+    if refused.errno in NOT_ALLOWED:
         return f"no permission for {place}: choose a place you may read or write."
     return f"{place} cannot be read or written now ({what}): check the storage {AGAIN}"

@@ -16,8 +16,8 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 ESTIMATE_SHARE, ESTIMATE_SECONDS = 0.05, 30.0  # work an estimate is based on: what comes first
-LONG = 20.0  # seconds; shorter tasks need no estimate
-PLAIN_SECONDS = 30.0  # between lines where no bar can be drawn
+LONG = 20.0  # seconds of a task from which it needs an estimate
+PLAIN_SECONDS = 30.0  # seconds between lines where no bar can be drawn
 
 
 def human_seconds(seconds: float) -> str:

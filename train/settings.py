@@ -26,7 +26,7 @@ from vllm_memdec.errors import MemdecError
 
 Model = TypeVar("Model", bound=BaseModel)
 
-# In place of the defaults, where a memory starts from trained weights (arXiv 2508.09874).
+# The defaults where a memory starts from trained weights (arXiv 2508.09874).
 PRETRAINED: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 15.0}
 
 
@@ -57,20 +57,23 @@ class StageSettings(BaseModel):
 
 
 class CorpusSettings(StageSettings):
-    block_tokens: int = Field(512, ge=8, le=1 << 20)  # predicted tokens a block
-    # of the documents, unless a validation text is given
+    block_tokens: int = Field(512, ge=8, le=1 << 20)  # predicted tokens of a token block
+    # The share of the documents that is held out, unless a validation text is given.
     validation_fraction: float = Field(0.05, ge=1e-6, le=0.5)
     group: str | None = None  # a field of the rows: rows of one value are held out together
-    # blocks a file of every stage, and the most that is done twice
+    # Token blocks of a file, in every stage: what a killed worker does again, at most.
     shard_blocks: int = Field(64, ge=1, le=1 << 24)
 
 
 class DatastoreSettings(StageSettings):
     key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"  # the paper's
-    layer_fraction: float = Field(0.7, ge=1e-3, le=1)  # of the base's depth, where key is layer
-    keep_keys: StrictBool = True  # on disk, 2 bytes a number; else computed again for the search
-    batch_blocks: int | None = Field(None, ge=1, le=1 << 16)  # a forward pass; None: by the device
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of the base's forward pass
+    # The layer whose output is the key, as a share of the base's depth, where key is layer.
+    layer_fraction: float = Field(0.7, ge=1e-3, le=1)
+    # Whether keys stay on disk, 2 bytes a number, or are computed again for the search.
+    keep_keys: StrictBool = True
+    # Token blocks of a forward pass; None: by the device.
+    batch_blocks: int | None = Field(None, ge=1, le=1 << 16)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # the base's, in its forward pass
 
     @model_validator(mode="after")
     def _uses_what_it_is_given(self) -> Self:
@@ -89,7 +92,7 @@ class DatastoreSettings(StageSettings):
 
 class IndexSettings(StageSettings):
     kind: Literal["auto", "flat", "fp16", "sq8", "pq"] = "auto"  # auto: by the number of keys
-    probes: int = Field(32, ge=1, le=1 << 20)  # inverted lists visited a query
+    probes: int = Field(32, ge=1, le=1 << 20)  # nprobe: inverted lists that a query visits
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)
 
     @model_validator(mode="after")
@@ -103,43 +106,44 @@ class IndexSettings(StageSettings):
 
 class TargetSettings(StageSettings):
     neighbours: int = Field(256, ge=1, le=1 << 16)  # the paper's: 1024
-    # of exp(-distance / temperature); None: fitted
+    # A neighbour weighs exp(-distance / temperature); None: fitted.
     temperature: float | None = Field(None, ge=1e-9, le=1e9)
     min_probability: float = Field(1e-4, ge=0, le=0.5)  # smaller target probabilities are dropped
 
 
 class MemorySettings(StageSettings):
     init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
-    adapt_tokenizer: StrictBool = False  # of init, to the base's: see vocabulary.py
-    tokenizer: str | None = None  # the same as it was written before: a folder of the base's
-    # of the epochs, trained where init is adapted
+    # Whether init gets the base's tokenizer: see vocabulary_transfer.py.
+    adapt_tokenizer: StrictBool = False
+    tokenizer: str | None = None  # adapt_tokenizer as it was written before: the base's folder
+    # The share of the epochs that is trained where init is adapted.
     transfer_fraction: float = Field(0.1, ge=1e-6, le=1)
-    # kept of the base; None: 4, or all of a base with fewer
+    # Layers kept of the base; None: 4, or all of a base with fewer.
     layers: int | None = Field(None, ge=1, le=1 << 10)
     beta: float = Field(0.5, ge=0, le=1)  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
-    # of init base, of a folder without weights, or adapted; else see PRETRAINED
+    # Two defaults for init base, a folder without weights, or an adapted one; else see PRETRAINED.
     epochs: float = Field(20.0, ge=1e-6, le=1e6)
-    learning_rate: float = Field(1e-3, ge=1e-9, le=1)  # likewise
+    learning_rate: float = Field(1e-3, ge=1e-9, le=1)
     warmup_fraction: float = Field(0.05, ge=0, le=1)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # to a tenth, to 0, or level
-    # steps between evaluations on validation text; None: none
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # down to a tenth, to 0, or level
+    # Steps between evaluations on validation text; None: no evaluations.
     evaluate_steps: int | None = Field(None, ge=1, le=1 << 30)
-    # evaluations without a better one that end the training
+    # Evaluations in a row without a better one, after which the training ends.
     early_stop: int | None = Field(None, ge=1, le=1 << 20)
     weight_decay: float = Field(0.0, ge=0, le=1)
     gradient_clip: float = Field(1.0, ge=1e-9, le=1e9)
-    # blocks an optimiser step, over all GPUs; None: by the corpus, see batch()
+    # Token blocks of an optimiser step, over all GPUs; None: by the corpus, see batch().
     batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
-    # a forward pass; None: by the device
+    # Token blocks of a forward pass; None: by the device.
     micro_batch_blocks: int | None = Field(None, ge=1, le=1 << 20)
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # of matrix products; weights stay float32
-    # columns beside the corpus's own; None: all, see output_head.py
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"  # matrix products; weights stay float32
+    # Columns of the output head beside the corpus's own; None: all, see output_head.py.
     sampled_negatives: int | None = Field(None, ge=1, le=1 << 24)
     checkpoint_seconds: float = Field(60.0, ge=0, le=1e9)
-    # activations are computed twice and not kept: slower, but a larger memory fits
+    # Whether activations are computed twice instead of kept: slower, but a larger memory fits.
     gradient_checkpointing: StrictBool = False
-    compile: StrictBool | None = None  # its layers, by torch.compile; None: where there is a GPU
-    # on several GPUs: the whole memory on each, or a part of each layer, see parallel.py
+    compile: StrictBool | None = None  # whether torch.compile gets the layers; None: on a GPU
+    # What each of several GPUs holds: the whole memory, or a part of each layer (parallel.py).
     parallel: Literal["replicate", "shard"] = "replicate"
     seed: int = Field(42, ge=0, le=(1 << 31) - 1)
 
@@ -172,8 +176,8 @@ class MemorySettings(StageSettings):
     def batch(self, blocks: int) -> int:
         """Return how many of a corpus's blocks a step takes, unless it has fewer.
 
-        By default 8, and of a larger corpus the most, doubled up to 512, that leave 1,000 steps an
-        epoch: so eight GPUs have work from 64,000 blocks on, and the result does not depend on how
+        By default 8, doubled for a larger corpus, up to 512, as long as 1,000 steps an epoch are
+        left. So eight GPUs have work from 64,000 blocks on, and the result does not depend on how
         many GPUs there are.
         """
         if self.batch_blocks is not None:
@@ -190,9 +194,9 @@ class MemorySettings(StageSettings):
 
 
 class ExportSettings(StageSettings):
-    # None: tuned on the validation text, for each length of context
+    # The memory's weight; None: tuned on the validation text, for each length of context.
     alpha: float | None = Field(None, ge=0, le=1)
-    # of the longest requests that alpha is tuned on; None: as many as the text fills (windows.py)
+    # Tokens of the longest requests on which alpha is tuned; None: as many as the text fills.
     context_tokens: int | None = Field(None, ge=32, le=1 << 20)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
@@ -221,8 +225,9 @@ def load_settings(
 ) -> Settings:
     """Return the settings of a YAML file, defaults for what it leaves out; MemdecError if wrong.
 
-    assignments: of --set, such as "memory.epochs=3"; they win over the file, a later one over an
-    earlier one. memory: settings of that stage that have options of their own; they win over all.
+    assignments: values of --set, such as "memory.epochs=3", which win over the file, a later one
+    over an earlier one. memory: settings of that stage that have options of their own, which win
+    over all.
     """
     changes = _assigned(assignments)
     if memory:
@@ -252,12 +257,12 @@ def _assigned(assignments: Sequence[str]) -> dict[str, dict[str, Any]]:
 
     changes: dict[str, dict[str, Any]] = {}
     for text in assignments:
-        found = re.fullmatch(r"\s*([^.=]+?)\.([^.=]+?)\s*=(.*)", text, re.DOTALL)
-        if found is None:
+        match = re.fullmatch(r"\s*([^.=]+?)\.([^.=]+?)\s*=(.*)", text, re.DOTALL)
+        if match is None:
             raise MemdecError(
                 f"--set must be STAGE.NAME=VALUE, such as memory.epochs=3, got {text!r}."
             )
-        stage, name, value = found.groups()
+        stage, name, value = match.groups()
         try:
             changes.setdefault(stage, {})[name] = yaml.safe_load(value)
         except yaml.YAMLError:
@@ -290,7 +295,7 @@ def _sentence(where: list[Any], error: ErrorDetails) -> str:
     stage = Settings.model_fields.get(where[0])
     if stage is None:
         return _unknown(where[0], Settings, "stage")
-    if len(where) == 1 and kind == "value_error":  # of settings that do not go together
+    if len(where) == 1 and kind == "value_error":  # settings that do not go together
         return str(error["ctx"]["error"])
     if len(where) == 1:
         return f"settings of stage {where[0]} must be a mapping, got {value!r}."
@@ -318,7 +323,7 @@ def _expected(field: FieldInfo, value: Any) -> str:
     low, high = limits(field)
     try:
         number = None if isinstance(value, bool) else float(value)
-    except OverflowError:  # of an integer: beyond any range
+    except OverflowError:  # an integer beyond any range
         number = float("inf")
     except (ValueError, TypeError):
         number = None
@@ -333,6 +338,6 @@ def _is_number(field: FieldInfo) -> bool:
 
 
 def limits(field: FieldInfo) -> tuple[float, float]:
-    """Return the least and the largest value of a number."""
-    least = next(rule.ge for rule in field.metadata if hasattr(rule, "ge"))
-    return least, next(rule.le for rule in field.metadata if hasattr(rule, "le"))
+    """Return the smallest and the largest value of a number."""
+    low = next(rule.ge for rule in field.metadata if hasattr(rule, "ge"))
+    return low, next(rule.le for rule in field.metadata if hasattr(rule, "le"))

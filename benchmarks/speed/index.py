@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenanc
 from benchmarks.speed.keys import KINDS, SEARCH_ROWS, cached_index, cached_keys
 from benchmarks.systems.knn_lm import Neighbours, tune
 from vllm_memdec.train.data.shards import shards
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import IndexSettings, TargetSettings
@@ -72,9 +72,7 @@ def main() -> None:
     variants = {(name, default.probes): folders[name] for name in ("default", "flat", "fp16")}
     for name in ("sq8", "pq64"):
         variants |= {(name, probes): folders[name] for probes in arguments.probes}
-    indexes = {
-        variant: Index(path, variant[1], MEMORY_BUDGET) for variant, path in variants.items()
-    }
+    indexes = {variant: Index(path, variant[1], RAM_BUDGET) for variant, path in variants.items()}
 
     keys = shards(datastore, "keys")
     stored = np.concatenate(shards(datastore, "labels"))

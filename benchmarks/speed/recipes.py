@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_memdec.train.plan.costs import Job
+from vllm_memdec.train.plan.costs import CostModel
 from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, on_gpu
 from vllm_memdec.train.plan.report import human_bytes
 from vllm_memdec.train.settings import Settings, load_settings
@@ -82,7 +82,7 @@ def cost(name: str, settings: Settings) -> list[str]:
     known["sample_tokens"] = 1  # of which no word is known
     rates = Rates(**nothing | known | {"memory_parameters": of_memory})
     rates = on_gpu(rates, GPUS[GPU], of_base, key_bytes=0)
-    job = Job(rates, settings, TOKENS, None, budget=4 * 2**30, workers=COUNT)
+    job = CostModel(rates, settings, TOKENS, None, budget=4 * 2**30, workers=COUNT)
     rows, epochs = job.rows, settings.memory.epochs
     embed, train = (n * rows / COUNT / 3600 for n in (rates.key, rates.step * epochs))
     return [

@@ -31,7 +31,7 @@ import torch
 from benchmarks.common import RESULTS, append_csv, interleaved_rounds, provenance, spread
 from benchmarks.speed.keys import SEARCH_ROWS, cached_index, cached_keys
 from vllm_memdec.train.data.shards import save_array, shards
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import IndexSettings
 from vllm_memdec.train.stages.search import Index
@@ -131,7 +131,7 @@ def find(rows: int, k: int, keys: int, progress: Progress) -> RowNeighbours:
     """Search the default index over real keys for k + 1 neighbours of some of them."""
     datastore = cached_keys(keys, progress) / "datastore"
     parts, labels = shards(datastore, "keys"), np.concatenate(shards(datastore, "labels"))
-    index = Index(cached_index("default", keys, progress), IndexSettings().probes, MEMORY_BUDGET)
+    index = Index(cached_index("default", keys, progress), IndexSettings().probes, RAM_BUDGET)
     own = evenly(len(labels), rows)
     with progress.task("searching", len(own), "rows") as advance:
         batches = []

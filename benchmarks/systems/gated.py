@@ -48,7 +48,7 @@ def gate_ids(domain: Domain, kind: str) -> list[Any]:
 
 def gate_windows(domain: Domain, ids: Iterable[Any]) -> Windows:
     """Return a text of gates in short and in long contexts."""
-    return windows(ids, WINDOW, domain.tokenizer.eos_token_id, gates.MOST_TOKENS)
+    return windows(ids, WINDOW, domain.tokenizer.eos_token_id, gates.MAX_TOKENS)
 
 
 def general(domain: Domain, name: str, folder: str) -> Artifact:

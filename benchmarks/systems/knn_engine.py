@@ -22,7 +22,7 @@ from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.model_executor.model_loader.utils import initialize_model
 
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.model.hidden_states import last_mlp
 from vllm_memdec.train.model.huggingface import layers_of
 from vllm_memdec.train.stages.search import Index
@@ -63,7 +63,7 @@ class KNNForCausalLM(nn.Module):
             vllm_config.with_hf_config(hf_config, architectures), prefix=prefix
         )
         build = Path(self.settings.build)
-        self.index = Index(build / "index", self.settings.probes, MEMORY_BUDGET)
+        self.index = Index(build / "index", self.settings.probes, RAM_BUDGET)
         self.take_keys(json.loads((build / "datastore/manifest.json").read_text())["settings"])
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
 

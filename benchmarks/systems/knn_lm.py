@@ -19,7 +19,7 @@ from benchmarks.quality.domain import TEXTS
 from benchmarks.systems.base import Base
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact, write_json
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.model.hidden_states import embed
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
@@ -49,7 +49,7 @@ def find_neighbours(
     build: Path, base: Any, settings: Settings, tokens: np.ndarray, positions: np.ndarray
 ) -> Neighbours:
     """Search the build's datastore for every valid row of blocks [B, T+1]."""
-    index = Index(build / "index", settings.index.probes, MEMORY_BUDGET)
+    index = Index(build / "index", settings.index.probes, RAM_BUDGET)
     k = min(settings.targets.neighbours, len(index.labels))
     batches = []
     for keys, labels in embed(
@@ -117,7 +117,7 @@ class KnnLm(System):
     @cached_property
     def index(self) -> Index:
         build = self.domain.targets.path.parent
-        return Index(build / "index", self.domain.settings.index.probes, MEMORY_BUDGET)
+        return Index(build / "index", self.domain.settings.index.probes, RAM_BUDGET)
 
     def next_token(self, prompt: list[int], line: list[int]) -> torch.Tensor:
         base, settings = self.domain.system(Base), self.domain.settings

@@ -287,7 +287,7 @@ def run_compiler(code, tmp_path):
 
 def test_vocabularies_are_loaded_16_bytes_at_a_time(tmp_path):
     """By sm_90, from rows as vLLM's heads give them; the base's and the memory's columns alike."""
-    found = run_compiler(
+    loads = run_compiler(
         """
         print(json.dumps([
             (name, V, build(name, 90, V, torch.bfloat16, False, True))
@@ -296,8 +296,8 @@ def test_vocabularies_are_loaded_16_bytes_at_a_time(tmp_path):
         """,
         tmp_path,
     )
-    assert len(found) == 9
-    for name, V, got in found:
+    assert len(loads) == 9
+    for name, V, got in loads:
         sweeps = 2 if name == "whole" else 1
         assert got["loads"].count("v4.b32") == 2 * sweeps * got["vectors"], (name, V)
         # Of 50,257 columns the last one, of base and memory: columns of weights are float32 here.
@@ -311,7 +311,7 @@ def test_vocabularies_are_loaded_16_bytes_at_a_time(tmp_path):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_no_register_is_spilled(tmp_path, capability):
     """With all features on, for the two sizes of number."""
-    found = run_compiler(
+    spills = run_compiler(
         f"""
         print(json.dumps([
             (name, str(dtype), build(name, {capability}, 50257, dtype, True, True))
@@ -321,5 +321,5 @@ def test_no_register_is_spilled(tmp_path, capability):
         """,
         tmp_path,
     )
-    for name, dtype, got in found:
+    for name, dtype, got in spills:
         assert got["spilled"] == 0 and got["registers"] <= REGISTERS[name], (name, dtype, got)

@@ -59,11 +59,11 @@ def readings(pipeline, memory, path, width):
     tokenizer = AutoTokenizer.from_pretrained(pipeline.base)
     ids = list(tokenise(tokenizer, documents(path)))
     models = [load_model(str(folder)) for folder in (pipeline.base, memory)]
-    found = []
+    rows = []
     for read in (alone, joined):
         text = read(ids, width, tokenizer.eos_token_id)
-        found.append((text.position_N, *(window_logprobs(model, text) for model in models)))
-    return found
+        rows.append((text.position_N, *(window_logprobs(model, text) for model in models)))
+    return rows
 
 
 def test_evaluate(pipeline, memory, texts, tmp_path, memdec_here):
@@ -71,10 +71,10 @@ def test_evaluate(pipeline, memory, texts, tmp_path, memdec_here):
     words = ("evaluate", memory, "--base", pipeline.base, "--context", 128, "--json", report)
     code, out, err = memdec_here(*words, "--text", texts[0], "--text", texts[1])
     assert code == 0, out + err
-    found = json.loads(report.read_text())
-    assert [*found["texts"]] == [str(path) for path in texts]
+    scores = json.loads(report.read_text())
+    assert [*scores["texts"]] == [str(path) for path in texts]
     for path in texts:
-        told = found["texts"][str(path)]
+        told = scores["texts"][str(path)]
         alone, joined = readings(pipeline, memory, path, 128)
         assert told["context_tokens"] == 128 and told["tokens"] == len(alone[0])
         weights = np.where(alone[0] < 64, 0.6, 0.2)
@@ -103,15 +103,15 @@ def test_alpha_for_another_base(pipeline, memory, texts, tmp_path, memdec_here, 
     words = ("alpha", memory, "--base", other, "--context", 128, "--json", report)
     code, out, err = memdec_here(*words, "--text", texts[0])
     assert code == 0, out + err
-    found = json.loads(report.read_text())
+    weights = json.loads(report.read_text())
     both = [np.concatenate(p) for p in zip(*readings_of(other, memory, texts[0]), strict=True)]
     grid = np.linspace(0, 1, 101)
     best = min(grid, key=lambda a: perplexity(mix(both[1], both[2], a)))
-    assert found["alpha"] == pytest.approx(best, abs=0.011)
-    assert found["serve"] in out + err and other in found["serve"]
-    settings = json.loads(found["serve"].split("'")[1])["memdec"]
+    assert weights["alpha"] == pytest.approx(best, abs=0.011)
+    assert weights["serve"] in out + err and other in weights["serve"]
+    settings = json.loads(weights["serve"].split("'")[1])["memdec"]
     served = MemoryConfig.parse("memory", settings)
-    assert served.alpha == "auto" and served.alpha_by_context == found["alpha_by_context"]
+    assert served.alpha == "auto" and served.alpha_by_context == weights["alpha_by_context"]
     assert not served.gate  # which was trained beside another base
 
 

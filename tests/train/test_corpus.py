@@ -174,7 +174,7 @@ def test_rows_of_one_group_are_held_out_together(tiny_model, tmp_path, jsonl, en
     rows = [{"text": t, "book": {"n": n // 6}, "shelf": 1} for n, t in enumerate(texts)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "chunks.parquet")
-    base, found = tiny_model("llama"), []
+    base, held_out = tiny_model("llama"), []
     tokenizer = AutoTokenizer.from_pretrained(base)
     for file in (path, tmp_path / "chunks.parquet"):
         work = tmp_path / file.suffix
@@ -183,10 +183,10 @@ def test_rows_of_one_group_are_held_out_together(tiny_model, tmp_path, jsonl, en
         build_corpus(settings, base, file, None, work, Context())
         tokens, positions = (a[:] for a in load_blocks(work, "validation"))
         stream = tokenizer.decode(tokens[:, 1:].ravel())
-        found.append([n for n, text in enumerate(texts) if text[-60:] in stream])
-    assert found[0] == found[1] and found[0]
-    books = sorted({n // 6 for n in found[0]})
-    assert found[0] == [n for book in books for n in range(6 * book, 6 * book + 6)]
+        held_out.append([n for n, text in enumerate(texts) if text[-60:] in stream])
+    assert held_out[0] == held_out[1] and held_out[0]
+    books = sorted({n // 6 for n in held_out[0]})
+    assert held_out[0] == [n for book in books for n in range(6 * book, 6 * book + 6)]
     for group, match in (("author", "line 1 has no field `author`"), ("shelf", "too few values")):
         settings = CorpusSettings(block_tokens=32, group=group)
         (tmp_path / group).mkdir()
@@ -277,9 +277,9 @@ def test_pieces_hold_every_line_once(tmp_path, jsonl, english, monkeypatch, size
     """However a file is divided, a line is in the piece it starts in."""
     monkeypatch.setattr(text, "PIECE_BYTES", size)
     texts = [*english(20), "é" * 300, "x"]
-    found = [list(read_documents(p)) for p in pieces(jsonl(tmp_path / "a.jsonl", texts))]
-    assert len(found) > 3 or size == 1000
-    assert [t for piece in found for t in piece] == texts
+    read = [list(read_documents(p)) for p in pieces(jsonl(tmp_path / "a.jsonl", texts))]
+    assert len(read) > 3 or size == 1000
+    assert [t for piece in read for t in piece] == texts
     lines = "\n".join(texts) + "\n\nthe end"
     (tmp_path / "a.txt").write_text(lines)
     assert "".join(t for p in pieces(tmp_path / "a.txt") for t in read_documents(p)) == "".join(

@@ -51,12 +51,12 @@ def keys_one_document_at_a_time(folder, key, tokens, positions):
         for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
             run = torch.from_numpy(row[start:stop].astype(np.int64))
             out = model(run[None], output_hidden_states=True)
-            found = {
+            states = {
                 "last_mlp_input": seen[-1],
                 "final_hidden": out.hidden_states[-1][0],
                 "layer": out.hidden_states[1][0],  # hidden_states[0] is the embedding
             }[key]
-            keys.append(found[:-1])
+            keys.append(states[:-1])
             labels.append(run[1:])
     return torch.cat(keys).numpy(), torch.cat(labels).numpy()
 
@@ -70,9 +70,9 @@ def test_keys_are_those_of_each_document_alone(tiny_model, corpus, tmp_path, kin
     embed_all(settings, base, corpus, tmp_path)
     tokens, positions = (array[:] for array in load_blocks(corpus, "train"))
     expected, labels = keys_one_document_at_a_time(base, key, tokens, positions)
-    found = shards(tmp_path, "keys")
-    assert len(found) == -(-len(tokens) // SHARD_BLOCKS) > 1
-    stored = np.concatenate(found)
+    parts = shards(tmp_path, "keys")
+    assert len(parts) == -(-len(tokens) // SHARD_BLOCKS) > 1
+    stored = np.concatenate(parts)
     assert stored.dtype == np.float16
     assert np.array_equal(np.concatenate(shards(tmp_path, "labels")), labels)
     difference = np.abs(stored.astype(np.float32) - expected).max()

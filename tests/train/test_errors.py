@@ -26,8 +26,8 @@ from vllm_memdec.train.model.huggingface import load_config, load_model, load_to
     ],
 )
 def test_whose_mistake_it_is(error, sentence):
-    found = sentence_of(error)
-    assert found == sentence or sentence and found and sentence in found
+    said = sentence_of(error)
+    assert said == sentence or sentence and said and sentence in said
 
 
 WORDS = ("build", "--base", "x", "--corpus", "y", "--output", "z", "--ray-address", "none")

@@ -35,12 +35,12 @@ def test_equals_both_models_in_float64(tiny_model, vocab, monkeypatch):
     monkeypatch.setattr(explaining, "CHUNK", 7)
     base = tiny_model("llama", spread=0.15)
     memory = tiny_model("gpt2", vocab=vocab, spread=0.15)
-    found = explain(base, memory, PROMPT, 0.3, write=9)
+    explanation = explain(base, memory, PROMPT, 0.3, write=9)
     tokenizer = AutoTokenizer.from_pretrained(base)
     ids = tokenizer(PROMPT)["input_ids"]
     known = len(ids)
-    assert [token.written for token in found.tokens] == [False] * (known - 1) + [True] * 9
-    for step, token in enumerate(found.tokens):
+    assert [token.written for token in explanation.tokens] == [False] * (known - 1) + [True] * 9
+    for step, token in enumerate(explanation.tokens):
         if step + 1 == len(ids):  # what the mixture writes is its likeliest token
             p_V = (
                 0.7 * probabilities(base, ids, 1000)[-1]
@@ -49,7 +49,7 @@ def test_equals_both_models_in_float64(tiny_model, vocab, monkeypatch):
             ids.append(int(p_V.argmax()))
             assert token.written
     base_TV, memory_TV = (probabilities(folder, ids, 1000) for folder in (base, memory))
-    for row, token in enumerate(found.tokens):
+    for row, token in enumerate(explanation.tokens):
         p_base, p_memory = (float(p[row, ids[row + 1]]) for p in (base_TV, memory_TV))
         mixture = 0.7 * p_base + 0.3 * p_memory
         assert (token.base, token.memory) == pytest.approx((p_base, p_memory), rel=1e-3, abs=1e-9)
@@ -57,7 +57,7 @@ def test_equals_both_models_in_float64(tiny_model, vocab, monkeypatch):
         assert token.share == pytest.approx(0.3 * p_memory / mixture, rel=1e-3)
         assert token.decided == ("memory" if 0.3 * p_memory > 0.7 * p_base else "base")
         assert token.base_says == tokenizer.decode([int(base_TV[row].argmax())])
-    text = found.first + "".join(token.text for token in found.tokens)
+    text = explanation.first + "".join(token.text for token in explanation.tokens)
     assert text.replace("…", "").startswith(PROMPT)
 
 
@@ -69,7 +69,7 @@ def test_alpha_is_the_memorys_own_and_its_extremes_are_one_model(pipeline):
         assert {token.decided for token in tokens} == {decided}
         assert all(t.mixture == pytest.approx(getattr(t, decided), rel=1e-5) for t in tokens)
     same = [explain(base, base, "under the License", a, write=8) for a in (0, 0.4, 1)]
-    assert len({tuple(token.text for token in found.tokens) for found in same}) == 1
+    assert len({tuple(token.text for token in explanation.tokens) for explanation in same}) == 1
 
 
 class Reading(HTMLParser):
@@ -101,19 +101,19 @@ def test_page_holds_the_text_and_nothing_to_fetch(pipeline, tmp_path, memdec_her
         "--html", page, "--json", figures,
     )  # fmt: skip
     assert code == 0, err
-    found = json.loads(figures.read_text())
+    report = json.loads(figures.read_text())
     reading = Reading()
     reading.feed(page.read_text(encoding="utf-8"))
-    assert reading.text == found["first"] + "".join(token["text"] for token in found["tokens"])
+    assert reading.text == report["first"] + "".join(token["text"] for token in report["tokens"])
     assert not reading.fetched and not reading.inside
-    assert len(reading.cells) >= 6 * len(found["tokens"])
-    assert out.count("memory") + out.count("base") > len(found["tokens"])
+    assert len(reading.cells) >= 6 * len(report["tokens"])
+    assert out.count("memory") + out.count("base") > len(report["tokens"])
 
 
 def test_square_brackets_are_no_markup(pipeline):
     console = Console(record=True, width=200)
-    found = explain(pipeline.base, str(pipeline.output / "export"), "[bold] [/] x", write=0)
-    explaining.show(found, console)
+    explanation = explain(pipeline.base, str(pipeline.output / "export"), "[bold] [/] x", write=0)
+    explaining.show(explanation, console)
     printed = console.export_text()
     assert sum(printed.count(sign) for sign in "[]") >= 4
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from vllm_memdec.train.data.shards import shard_path
+from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.model.windows import alone, window_logprobs
 from vllm_memdec.train.progress import Progress
@@ -62,14 +63,14 @@ def test_what_was_scored_is_not_scored_again(tiny_model, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     ids = [rng.integers(2, 1000, n).astype(np.int32) for n in (30, 50, 7, 90, 20)]
     text, folder = alone(ids, 32, 1), tiny_model("llama")
-    run = {"base": folder}, "float32", text, tmp_path, Listening()
+    run = {"base": folder}, "float32", text, tmp_path
     first, second = Counting(), Counting()
-    found = score(*run, first)
+    scores = score(*run, Context(Listening(), first))
     assert len(first.items) == -(-len(text) // 2) > 2
     shard_path(tmp_path, "base", 1).unlink()
-    again = score(*run, second)
+    again = score(*run, Context(Listening(), second))
     assert second.items == [1]
     from vllm_memdec.train.model.huggingface import load_model
 
-    assert np.array_equal(found["base"], again["base"])
-    assert np.abs(found["base"] - window_logprobs(load_model(folder), text)).max() < 1e-5
+    assert np.array_equal(scores["base"], again["base"])
+    assert np.abs(scores["base"] - window_logprobs(load_model(folder), text)).max() < 1e-5

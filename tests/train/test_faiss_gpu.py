@@ -27,8 +27,8 @@ from vllm_memdec.train.stages.search import Index
     ],
 )
 def test_options_of_a_gpu_suit_the_index(width, kind, options):
-    found = faiss_gpu.gpu_options(faiss.index_factory(width, kind))
-    assert found == {"use_cuvs": False} | options
+    chosen = faiss_gpu.gpu_options(faiss.index_factory(width, kind))
+    assert chosen == {"use_cuvs": False} | options
 
 
 def test_a_faiss_without_kernels_for_the_gpu_is_not_used():

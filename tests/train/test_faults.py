@@ -22,7 +22,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import open_artifact
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.shards import load_shard
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.faults import fault, sentence_of
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 from vllm_memdec.train.pipeline import STAGES
@@ -124,13 +124,13 @@ def test_libraries_without_handles(pipeline, tmp_path):
     """Those that open files in C++ or Rust say it in words of their own."""
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["Some text."]}), table)
-    index = Index(pipeline.output / "index", 32, MEMORY_BUDGET)
+    index = Index(pipeline.output / "index", 32, RAM_BUDGET)
     queries = load_shard(pipeline.output / "datastore", "keys", 0)[:2].astype("float32")
     load_model(pipeline.base), list(documents(table)), index.facts  # imports
     for read in (
         lambda: load_model(pipeline.base),
         lambda: list(documents(table)),
-        lambda: Index(index.folder, 32, MEMORY_BUDGET).search(queries, 3),
+        lambda: Index(index.folder, 32, RAM_BUDGET).search(queries, 3),
     ):
         for more in range(4):
             with contextlib.suppress(OSError), handles(more):
@@ -143,7 +143,7 @@ def test_libraries_without_handles(pipeline, tmp_path):
     path = next(damaged.glob("lists*.faiss"))
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(MemdecError, match="damaged or missing: delete the folder"):
-        Index(damaged, 32, MEMORY_BUDGET).search(queries, 3)
+        Index(damaged, 32, RAM_BUDGET).search(queries, 3)
 
 
 MANY = {"corpus": {"block_tokens": 16, "shard_blocks": 1}, "memory": {"epochs": 0.02},
@@ -165,26 +165,26 @@ def many(pipeline, tmp_path_factory, english, build, quick):
 def test_400_shards_with_256_handles(many, pipeline):
     assert len(list((many / "targets").glob("probs-*.npy"))) >= 400
     with handles(limit=256):
-        found = verify(many, sample=64, base=Path(pipeline.base))
-    wrong = {check.name: check.detail for check in found if check.status == FAILED}
+        results = verify(many, sample=64, base=Path(pipeline.base))
+    wrong = {check.name: check.detail for check in results if check.status == FAILED}
     assert wrong.keys() <= {"fidelity"}, wrong  # which has learned nothing
-    assert all("open files" not in check.detail for check in found)
+    assert all("open files" not in check.detail for check in results)
 
 
 def test_no_reader_holds_more_than_it_reads(many, monkeypatch):
     """Files that are mapped stay open: counted at every one that is opened."""
     from vllm_memdec.train.data import shards
 
-    most, load = [0], shards.load_array
+    peak, load = [0], shards.load_array
 
     def counted(path):
-        most[0] = max(most[0], len(os.listdir("/proc/self/fd")))
+        peak[0] = max(peak[0], len(os.listdir("/proc/self/fd")))
         return load(path)
 
     monkeypatch.setattr(shards, "load_array", counted)
     before = len(os.listdir("/proc/self/fd"))
     verify(many, sample=16)
-    assert most[0] - before <= 16
+    assert peak[0] - before <= 16
 
 
 @pytest.mark.parametrize("number", AWAY, ids=names(AWAY))
@@ -201,10 +201,10 @@ def test_verify_does_not_call_it_damage(pipeline, memdec_here, number, tmp_path)
             patch.setattr(checking, "file_sha256", lambda path: digest(path))
             code, out, err = memdec_here("verify", pipeline.output, "--sample", 8, "--json", report)
     assert code == 1 and "delete" not in err, err
-    found = {check["name"]: check for check in json.loads(report.read_text())["checks"]}
-    assert found["files"]["status"] == "ok"
-    assert found["probabilities"]["status"] == FAILED
-    assert "no file is known damaged" in found["probabilities"]["fix"]
+    results = {check["name"]: check for check in json.loads(report.read_text())["checks"]}
+    assert results["files"]["status"] == "ok"
+    assert results["probabilities"]["status"] == FAILED
+    assert "no file is known damaged" in results["probabilities"]["fix"]
 
 
 def digest(path):

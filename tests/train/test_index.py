@@ -12,7 +12,6 @@ from support.datastores import BUDGET, WIDTH, clustered, store
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.model.hidden_states import Keys
-from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import DatastoreSettings, IndexSettings
 from vllm_memdec.train.stages import faiss_gpu
 from vllm_memdec.train.stages import index as index_stage
@@ -49,11 +48,11 @@ from vllm_memdec.train.stages.search import Index
 )
 def test_kinds_of_index(kind, n_keys, expected):
     """Lists follow the corpus: 40 keys each at least, from a million on about n^0.6 of them."""
-    found = shape(IndexSettings(kind=kind), n_keys, 768)
-    assert found.kind == expected
-    assert found.sample <= n_keys and found.sample >= min(40 * found.lists, n_keys)
+    planned = shape(IndexSettings(kind=kind), n_keys, 768)
+    assert planned.kind == expected
+    assert planned.sample <= n_keys and planned.sample >= min(40 * planned.lists, n_keys)
     assert shaping(IndexSettings(kind=kind), n_keys, 768)["kind"] == expected
-    faiss.index_factory(768, found.kind)
+    faiss.index_factory(768, planned.kind)
 
 
 def test_too_few_keys_for_codes():
@@ -75,8 +74,8 @@ def test_two_level_lists_are_as_good_as_one_level(tmp_path):
     assert distances.mean() < 1.1 * faiss.knn(points, plain.centroids, 1)[0].mean()
 
 
-@pytest.mark.parametrize(("kind", "least"), [("sq8", 0.95), ("pq", 0.5)])
-def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, least):
+@pytest.mark.parametrize(("kind", "min_recall"), [("sq8", 0.95), ("pq", 0.5)])
+def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, min_recall):
     """What 1 M and 270 M keys get, made of few: recall, and the same every time."""
     monkeypatch.setattr(index_stage, "TWO_LEVELS_FROM", 5000)
     monkeypatch.setattr(index_stage, "GRAPH_FROM", 128)
@@ -93,27 +92,27 @@ def test_a_large_index_with_a_graph_of_centroids(tmp_path, monkeypatch, kind, le
     index = Index(tmp_path / "one", 32, BUDGET)
     assert "IVF128_HNSW32," in index.facts["kind"]
     queries = keys[::50].astype(np.float32)
-    found = index.search(queries, 10)[1]
+    ids = index.search(queries, 10)[1]
     true = faiss.knn(queries, keys.astype(np.float32), 10)[1]
 
     def shared(a, b):
         return np.mean([len(set(x) & set(y)) / 10 for x, y in zip(a, b, strict=True)])
 
-    assert shared(found, true) > least
+    assert shared(ids, true) > min_recall
     # A GPU, which has no such graph, compares with all centroids: nearly the same lists.
     other = Index(tmp_path / "one", 32, BUDGET)
     faiss_gpu.compare_all_lists(other.trained)
     assert isinstance(faiss.downcast_index(other.coarse), faiss.IndexFlat)
-    assert shared(found, other.search(queries, 10)[1]) > 0.99
+    assert shared(ids, other.search(queries, 10)[1]) > 0.99
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000, 2048, 2999, 3000, 4000])
 def test_a_sample_has_as_many_rows_as_asked_for(tmp_path, rows):
     keys, labels = clustered(3000)
     source = store(tmp_path, keys, labels)
-    numbers, found = sample_rows(source, np.r_[np.arange(0, 3000, 400), 3000], rows)
-    assert len(numbers) == len(found) == min(rows, 3000) == len(np.unique(numbers))
-    assert np.array_equal(found, keys[numbers])
+    numbers, sample = sample_rows(source, np.r_[np.arange(0, 3000, 400), 3000], rows)
+    assert len(numbers) == len(sample) == min(rows, 3000) == len(np.unique(numbers))
+    assert np.array_equal(sample, keys[numbers])
     assert rows == 1 or (numbers[0] == 0 and numbers[-1] == 2999)
 
 
@@ -156,7 +155,7 @@ def test_nobody_holds_tables_that_only_a_search_needs(tmp_path, monkeypatch):
 
 
 def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
-    """A budget lowered because a part took too much memory keeps the parts that it did not fail."""
+    """A budget lowered because a part took too much RAM keeps the parts that it did not fail."""
     keys, labels = clustered(12_000)
     source = store(tmp_path, keys, labels)
     folder, again = tmp_path / "index", tmp_path / "again"
@@ -179,7 +178,12 @@ def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
         patch.setattr(index_stage.Filler, "__call__", fails)
         for budget in (BUDGET, 1 << 19):  # one part, then three
             with pytest.raises(RuntimeError, match="no memory"):
-                build_index(IndexSettings(), source, budget, folder, Progress(), Backwards())
+                build_index(
+                    IndexSettings(),
+                    source,
+                    folder,
+                    Context(executor=Backwards(), ram_budget=budget),
+                )
             patch.setattr(index_stage, "train_index", None)  # once is enough
     [filled] = folder.glob("lists-*")
     written = filled.stat().st_mtime_ns
@@ -189,5 +193,5 @@ def test_what_is_not_filled_is_divided_anew(tmp_path, monkeypatch):
     assert sorted(path.name for path in folder.glob("lists-*")) == names
     assert filled.name == names[-1] and filled.stat().st_mtime_ns == written
     build_index(IndexSettings(), source, again, Context(ram_budget=BUDGET))
-    found, expected = (Index(where, 8, BUDGET).search(keys[:50], 5) for where in (folder, again))
-    assert np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0])
+    searched, expected = (Index(where, 8, BUDGET).search(keys[:50], 5) for where in (folder, again))
+    assert np.array_equal(searched[1], expected[1]) and np.array_equal(searched[0], expected[0])

@@ -216,11 +216,11 @@ def test_hashes_are_remembered_beside_the_output(copy, build, monkeypatch):
 def test_a_file_that_was_written_just_now_is_not_remembered(copy):
     """It may change once more within the clock's tick."""
     (copy / "a.txt").write_text("Some text.")
-    found = Hashes(copy)
-    found.file(copy / "a.txt"), found.save()
+    hashes_ = Hashes(copy)
+    hashes_.file(copy / "a.txt"), hashes_.save()
     assert not (copy / REMEMBERED).exists()
     (copy / REMEMBERED).write_text("{broken")
-    assert Hashes(copy).file(copy / "a.txt") == found.file(copy / "a.txt")
+    assert Hashes(copy).file(copy / "a.txt") == hashes_.file(copy / "a.txt")
 
 
 # -- Memory that runs out ------------------------------------------------------------------------
@@ -288,10 +288,10 @@ def test_what_to_do_if_memory_runs_out(stage, pipeline, command, quick, monkeypa
         assert followed < 9, said
         if "--memory-budget" in said:
             options["memory-budget"] = "64MiB"
-        if found := re.search(r"lower (\w+)\.(\w+) \(it is (\d+)\)", said):
-            settings[found[1]][found[2]] = int(found[3]) // 2
-        if found := re.search(r"set (\w+)\.(\w+) to (\w+)", said):
-            settings[found[1]][found[2]] = json.loads(found[3])
+        if remedy := re.search(r"lower (\w+)\.(\w+) \(it is (\d+)\)", said):
+            settings[remedy[1]][remedy[2]] = int(remedy[3]) // 2
+        if remedy := re.search(r"set (\w+)\.(\w+) to (\w+)", said):
+            settings[remedy[1]][remedy[2]] = json.loads(remedy[3])
         path = memdec.output.parent / "settings.yaml"
         path.write_text(json.dumps(settings))  # JSON is YAML
         code, err = memdec.here(until=stage, **options)
@@ -310,10 +310,10 @@ def test_what_to_do_if_memory_runs_out(stage, pipeline, command, quick, monkeypa
     partly = ("datastore", "index", "targets")
     assert any(".partial" in str(p) for p in done) == (stage in partly)
     if stage == "index":  # in other parts
-        found = [search.Index(o / "index", 8, 2**30) for o in (memdec.output, pipeline.output)]
+        remedy = [search.Index(o / "index", 8, 2**30) for o in (memdec.output, pipeline.output)]
         queries = load_shard(pipeline.output / "datastore", "keys", 1)
-        (a, near_a), (b, near_b) = (each.search(queries, 9) for each in found)
-        assert len(found[0].sizes) > len(found[1].sizes) == 1
+        (a, near_a), (b, near_b) = (each.search(queries, 9) for each in remedy)
+        assert len(remedy[0].sizes) > len(remedy[1].sizes) == 1
         assert np.array_equal(near_a, near_b) and np.array_equal(a, b)
     elif stage != "memory":  # another size of batches adds in another order: last bits may differ
         assert hashes_of(memdec.output, [stage]) == hashes_of(pipeline.output, [stage])
@@ -405,8 +405,8 @@ def as_before(copy, build):
 
 def test_a_build_of_before(copy, build):
     as_before(copy, build)
-    found = verify(copy / "out", sample=16, base=copy / "base")
-    assert [c.name for c in found if c.status == FAILED] in ([], ["fidelity"])
+    results = verify(copy / "out", sample=16, base=copy / "base")
+    assert [c.name for c in results if c.status == FAILED] in ([], ["fidelity"])
     lines = again(copy, build, until="datastore")
     said = [line for line in lines if "again" in line]
     of_another = "building again, another release made it"

@@ -107,8 +107,8 @@ def test_other_memories_keep_the_defaults(pipeline, tiny_model, tmp_path):
     assert with_defaults(adapted, pipeline.base, said.append) == adapted
     assert said == []
     same = MemorySettings(init=pipeline.base, adapt_tokenizer=True)
-    found = with_defaults(same, pipeline.base, said.append)
-    assert (found.learning_rate, found.epochs) == (1e-4, 15)
+    changed = with_defaults(same, pipeline.base, said.append)
+    assert (changed.learning_rate, changed.epochs) == (1e-4, 15)
     usual = "is trained already, so memory.learning_rate 0.0001 and memory.epochs 15"
     assert said == [f"memory: {pipeline.base} {usual}"]
 

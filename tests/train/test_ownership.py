@@ -212,8 +212,8 @@ def test_a_kill_before_the_plan_is_written(tmp_path):
     work = tmp_path / "memory.partial"
     work.mkdir()
     (work / "plan.json.01234567.tmp").write_text("{")
-    found = build_artifact(tmp_path / "memory", "memory", {}, {}, make_a, lambda line: None)
-    assert list(found.manifest["files"]) == ["a"]
+    artifact = build_artifact(tmp_path / "memory", "memory", {}, {}, make_a, lambda line: None)
+    assert list(artifact.manifest["files"]) == ["a"]
 
 
 @pytest.mark.parametrize("name", ["export/config.json", "corpus/new.json", "notes.json"])

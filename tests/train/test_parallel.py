@@ -155,8 +155,8 @@ def test_layers_are_compiled_where_asked(tiny_model):
     for settings, compiled in ((SETTINGS, False), (SETTINGS.changed(compile=True), True)):
         memory = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
         spread(memory, settings, World())
-        found = [layer._compiled_call_impl is not None for layer in layers_of(memory)]
-        assert found == [compiled or torch.cuda.is_available()] * len(found)
+        layers = [layer._compiled_call_impl is not None for layer in layers_of(memory)]
+        assert layers == [compiled or torch.cuda.is_available()] * len(layers)
 
 
 def test_torchrun_wants_no_ray(pipeline, tmp_path, memdec_here, monkeypatch):

@@ -20,8 +20,8 @@ UP_TO_DATE = [f"{stage}: up to date" for stage in STAGES]
 
 
 def times(folder):
-    found = sorted(p for p in folder.rglob("*") if p.name not in (".lock", REMEMBERED))
-    return {p: p.stat().st_mtime_ns for p in found}
+    files = sorted(p for p in folder.rglob("*") if p.name not in (".lock", REMEMBERED))
+    return {p: p.stat().st_mtime_ns for p in files}
 
 
 @pytest.fixture
@@ -165,15 +165,15 @@ def test_training_lowers_the_loss_and_draws_it(pipeline):
 @torch.inference_mode()
 def label_logprobs(folder, text):
     """Return log p of each scored token by plain forward passes, one context at a time."""
-    model, found = AutoModelForCausalLM.from_pretrained(folder), []
+    model, logprobs = AutoModelForCausalLM.from_pretrained(folder), []
     for row, position, scored in zip(text.tokens, text.positions, text.scored, strict=True):
         starts = np.flatnonzero(position == 0)
         for start, stop in zip(starts, [*starts[1:], len(row)], strict=True):
             run = torch.from_numpy(row[start:stop].astype(np.int64))
             log_p = model(run[None]).logits[0].double().log_softmax(-1)
             rows = torch.from_numpy(np.flatnonzero(scored[start : stop - 1]))
-            found.append(log_p[rows, run[rows + 1]])
-    return torch.cat(found).numpy()
+            logprobs.append(log_p[rows, run[rows + 1]])
+    return torch.cat(logprobs).numpy()
 
 
 @pytest.fixture(scope="module")

@@ -31,10 +31,10 @@ def test_sq8_recall_on_real_keys(pipeline):
     index = Index(folder, IndexSettings().probes, BUDGET)
     assert int(index.facts["kind"].split(",")[0].removeprefix("IVF")) > 32
     queries, k = keys[::97], 32
-    found = index.search(queries, k)[1]
+    ids = index.search(queries, k)[1]
     distances = ((queries[:, None] - keys[None]) ** 2).sum(-1)
     true = np.argsort(distances, axis=1)[:, :k]
-    recall = np.mean([len(set(a) & set(b)) / k for a, b in zip(found, true, strict=True)])
+    recall = np.mean([len(set(a) & set(b)) / k for a, b in zip(ids, true, strict=True)])
     assert recall > 0.9
 
 
@@ -44,16 +44,16 @@ def test_parts_of_an_index_merge_to_the_whole(tmp_path, kind):
     keys, labels = clustered(3000)
     size = key_bytes(shape(IndexSettings(kind=kind), len(keys), WIDTH).kind, WIDTH)
     settings = {"neighbours": 20, "temperature": 2.0, "min_probability": 0.0}
-    found = {}
+    results = {}
     for name, budget in (("whole", BUDGET), ("parts", 4 * 900 * size)):
         (tmp_path / name).mkdir()
-        found[name], _ = run(
+        results[name], _ = run(
             tmp_path / name, keys, labels, IndexSettings(kind=kind), 8, budget, **settings
         )
     pattern = "index-*" if kind == "flat" else "lists-*"
     assert len(list((tmp_path / "whole/index").glob(pattern))) == 1
     assert len(list((tmp_path / "parts/index").glob(pattern))) == 4
-    assert found["whole"] == found["parts"]
+    assert results["whole"] == results["parts"]
 
 
 def whole_index(folder):
@@ -100,13 +100,13 @@ def test_parts_find_what_faiss_finds_in_the_whole(tmp_path, monkeypatch, kind):
         searched = Index(where, 8, budget)
         assert len(searched.passes) == passes
         for _ in range(2):
-            found = searched.search(keys[:200], 5)
-            assert np.array_equal(found[0], distances) and np.array_equal(found[1], ids)
+            nearest = searched.search(keys[:200], 5)
+            assert np.array_equal(nearest[0], distances) and np.array_equal(nearest[1], ids)
         # Queries by themselves are rotated by another routine, which rounds in another way.
-        found = list(searched.search_all([keys[:70], keys[70:71], keys[71:200]], 5))
-        assert [len(d) for d, _ in found] == [70, 1, 129]
-        assert np.array_equal(np.concatenate([i for _, i in found]), ids)
-        assert np.allclose(np.concatenate([d for d, _ in found]), distances, rtol=1e-4, atol=1e-6)
+        nearest = list(searched.search_all([keys[:70], keys[70:71], keys[71:200]], 5))
+        assert [len(d) for d, _ in nearest] == [70, 1, 129]
+        assert np.array_equal(np.concatenate([i for _, i in nearest]), ids)
+        assert np.allclose(np.concatenate([d for d, _ in nearest]), distances, rtol=1e-4, atol=1e-6)
 
 
 def test_equally_near_neighbours_come_by_row():
@@ -161,8 +161,8 @@ def test_what_is_too_wide_for_a_gpu_is_found(tmp_path, monkeypatch, kind, probes
     monkeypatch.setattr(search_module, "no_gpu", lambda: "")
     index = Index(folder, probes, BUDGET)
     assert index.on_gpu
-    found = index.search(keys[:20], k)
-    assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
+    nearest = index.search(keys[:20], k)
+    assert np.array_equal(nearest[0], expected[0]) and np.array_equal(nearest[1], expected[1])
 
 
 @pytest.mark.parametrize(

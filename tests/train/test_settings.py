@@ -154,8 +154,8 @@ def test_what_is_set_to_nothing_is_not_in_the_way():
 
 
 def test_defaults_of_a_trained_memory_give_way_to_what_is_set():
-    found = MemorySettings(init="folder").pretrained()
-    assert (found.learning_rate, found.epochs) == (1e-4, 15)
-    found = MemorySettings(init="folder", epochs=20).pretrained()
-    assert (found.learning_rate, found.epochs) == (1e-4, 20)
-    assert found == MemorySettings(init="folder", epochs=20, learning_rate=1e-4)
+    settings = MemorySettings(init="folder").pretrained()
+    assert (settings.learning_rate, settings.epochs) == (1e-4, 15)
+    settings = MemorySettings(init="folder", epochs=20).pretrained()
+    assert (settings.learning_rate, settings.epochs) == (1e-4, 20)
+    assert settings == MemorySettings(init="folder", epochs=20, learning_rate=1e-4)

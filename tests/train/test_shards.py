@@ -66,9 +66,9 @@ def test_what_a_lost_process_left_half_written_is_no_part_of_an_artifact(tmp_pat
         (work / "deeper").mkdir()
         (work / "deeper/checkpoint.pt.01234567.tmp").write_text("ha")
 
-    found = build_artifact(tmp_path / "memory", "memory", {}, {}, make, lambda line: None)
-    assert list(found.manifest["files"]) == ["whole"]
-    assert not list(found.path.rglob("*.tmp"))
+    artifact = build_artifact(tmp_path / "memory", "memory", {}, {}, make, lambda line: None)
+    assert list(artifact.manifest["files"]) == ["whole"]
+    assert not list(artifact.path.rglob("*.tmp"))
 
 
 def test_the_same_settings_are_up_to_date(tmp_path):
@@ -107,15 +107,15 @@ def test_sealing_reads_no_shard_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         build_artifact(tmp_path / "x", "x", {}, {}, killed, lambda line: None)
     READ.clear()
-    found = build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
+    artifact = build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
     read = set(READ)
     assert "without" in read and not {name for name in read if name.endswith((".npy", "library"))}
     names = [f"a-0000{n}.npy" for n in range(4)]
-    assert list(found.manifest["files"]) == [*names, "of_a_library", "without"]
-    for name, entry in found.manifest["files"].items():
-        content = (found.path / name).read_bytes()
+    assert list(artifact.manifest["files"]) == [*names, "of_a_library", "without"]
+    for name, entry in artifact.manifest["files"].items():
+        content = (artifact.path / name).read_bytes()
         assert entry == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    assert sorted(p.name for p in found.path.iterdir() if p.is_dir()) == []
+    assert sorted(p.name for p in artifact.path.iterdir() if p.is_dir()) == []
 
 
 def test_two_writers_of_one_shard(tmp_path):
@@ -126,9 +126,9 @@ def test_two_writers_of_one_shard(tmp_path):
         save_array(path, WHOLE)
         save_array(path, WHOLE + 1)
 
-    found = build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
-    assert found.manifest["files"]["a-00000.npy"]["sha256"] == file_sha256(
-        found.path / "a-00000.npy"
+    artifact = build_artifact(tmp_path / "x", "x", {}, {}, make, lambda line: None)
+    assert artifact.manifest["files"]["a-00000.npy"]["sha256"] == file_sha256(
+        artifact.path / "a-00000.npy"
     )
 
 

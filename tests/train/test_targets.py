@@ -40,8 +40,8 @@ def oracle(keys, labels, k, temperature, min_probability=0.0):
     return rows
 
 
-def assert_same(found, expected):
-    for row, (a, b) in enumerate(zip(found, expected, strict=True)):
+def assert_same(made, expected):
+    for row, (a, b) in enumerate(zip(made, expected, strict=True)):
         big = {t for t, p in b.items() if p > 1e-6}  # below, fp16 has few digits
         assert big <= set(a) and all(abs(a[t] - b.get(t, 0)) < FP16 for t in a), row
         assert not b or abs(sum(a.values()) - 1) < 2 * FP16, row
@@ -49,29 +49,29 @@ def assert_same(found, expected):
 
 def test_exact_search_equals_brute_force(tmp_path):
     keys, labels = clustered(900)
-    found, temperature = run(
+    made, temperature = run(
         tmp_path, keys, labels, neighbours=20, temperature=2.0, min_probability=0
     )
     assert temperature == 2.0
-    assert_same(found, oracle(keys, labels, 20, 2.0))
+    assert_same(made, oracle(keys, labels, 20, 2.0))
 
 
 def test_threshold_drops_the_small_and_renormalises(tmp_path):
     keys, labels = clustered(500)
-    found, _ = run(tmp_path, keys, labels, neighbours=30, temperature=1.0, min_probability=0.05)
+    made, _ = run(tmp_path, keys, labels, neighbours=30, temperature=1.0, min_probability=0.05)
     # A probability on the threshold may fall on either side: compare rows that have none.
     without = oracle(keys, labels, 30, 1.0)
     clear = [i for i, row in enumerate(without) if all(abs(p - 0.05) > 1e-4 for p in row.values())]
     expected = oracle(keys, labels, 30, 1.0, 0.05)
     assert len(clear) > 400
-    assert_same([found[i] for i in clear], [expected[i] for i in clear])
-    assert all(set(found[i]) == set(expected[i]) for i in clear)
+    assert_same([made[i] for i in clear], [expected[i] for i in clear])
+    assert all(set(made[i]) == set(expected[i]) for i in clear)
 
 
 def test_more_neighbours_than_keys(tmp_path):
     keys, labels = clustered(30)
-    found, _ = run(tmp_path, keys, labels, neighbours=1000, temperature=3.0, min_probability=0)
-    assert_same(found, oracle(keys, labels, 29, 3.0))
+    made, _ = run(tmp_path, keys, labels, neighbours=1000, temperature=3.0, min_probability=0)
+    assert_same(made, oracle(keys, labels, 29, 3.0))
 
 
 @pytest.mark.parametrize("kind", ["flat", "sq8"])
@@ -79,11 +79,11 @@ def test_own_label_never_leaks_through_duplicate_keys(tmp_path, kind):
     """Each key exists four times; only a row's own entry has its label, so it may not be there."""
     keys = np.repeat(clustered(100)[0], 4, axis=0)
     labels = np.arange(len(keys), dtype=np.int32)
-    found, _ = run(tmp_path, keys, labels, IndexSettings(kind=kind), neighbours=3, temperature=1.0)
-    for row, target in enumerate(found):
+    made, _ = run(tmp_path, keys, labels, IndexSettings(kind=kind), neighbours=3, temperature=1.0)
+    for row, target in enumerate(made):
         assert row not in target
     if kind == "flat":  # the three others at distance 0 share the mass
-        for row, target in enumerate(found):
+        for row, target in enumerate(made):
             twins = set(range(row - row % 4, row - row % 4 + 4)) - {row}
             assert set(target) == twins
             assert np.allclose(list(target.values()), 1 / 3, atol=FP16)
@@ -93,8 +93,8 @@ def test_own_label_never_leaks_where_codes_are_coarse(tmp_path):
     """Product codes put other rows nearer than the query itself: its rank says nothing."""
     keys = np.random.default_rng(0).normal(size=(PQ_KEYS, 67)).astype(np.float16)  # one byte a key
     labels = np.arange(len(keys), dtype=np.int32)
-    found, _ = run(tmp_path, keys, labels, IndexSettings(kind="pq"), neighbours=8, temperature=9.0)
-    assert not any(row in target for row, target in enumerate(found))
+    made, _ = run(tmp_path, keys, labels, IndexSettings(kind="pq"), neighbours=8, temperature=9.0)
+    assert not any(row in target for row, target in enumerate(made))
     ids = Index(tmp_path / "index", 10_000, BUDGET).search(keys[:500], 9)[1]
     assert ((ids[:, 0] != np.arange(500)) & (ids == np.arange(500)[:, None]).any(1)).mean() > 0.02
 
@@ -116,10 +116,10 @@ def test_missing_neighbours_have_no_mass(tmp_path):
     # One list visited of many returns fewer neighbours than asked for.
     keys, labels = clustered(400)
     sq8 = IndexSettings(kind="sq8")
-    found, _ = run(tmp_path, keys, labels, sq8, probes=1, neighbours=300, temperature=1.0)
+    made, _ = run(tmp_path, keys, labels, sq8, probes=1, neighbours=300, temperature=1.0)
     ids = Index(tmp_path / "index", 1, BUDGET).search(keys, 301)[1]
     assert (ids == -1).any()
-    for row, target in enumerate(found):
+    for row, target in enumerate(made):
         others = set(labels[[i for i in ids[row] if i not in (-1, row)]].tolist())
         assert set(target) <= others
         assert not others or abs(sum(target.values()) - 1) < 2 * FP16
@@ -128,8 +128,8 @@ def test_missing_neighbours_have_no_mass(tmp_path):
 def test_no_stored_probability_is_zero(tmp_path):
     """fp16 has no 1e-9: its log would make the loss infinite times zero."""
     keys, labels = clustered(300, spread=1.0)
-    found, _ = run(tmp_path, keys, labels, neighbours=50, temperature=0.05, min_probability=0)
-    assert min(p for row in found for p in row.values()) > 0
+    made, _ = run(tmp_path, keys, labels, neighbours=50, temperature=0.05, min_probability=0)
+    assert min(p for row in made for p in row.values()) > 0
     assert min(min(row.values()) for row in oracle(keys, labels, 50, 0.05)) < 1e-9
 
 
@@ -189,12 +189,12 @@ def test_what_is_made_ahead_is_the_same(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         list(targets_stage.ahead(broken))
     keys, labels = clustered(1000)
-    found = []
+    yielded = []
     for name in ("plain", "ahead"):
         (tmp_path / name).mkdir()
-        found.append(run(tmp_path / name, keys, labels, neighbours=9, temperature=1.0)[0])
+        yielded.append(run(tmp_path / name, keys, labels, neighbours=9, temperature=1.0)[0])
         monkeypatch.setattr(Index, "on_cpu", lambda self, k: "")
-    assert found[0] == found[1]
+    assert yielded[0] == yielded[1]
 
 
 def test_the_index_is_read_once_for_a_group_of_shards(tmp_path, monkeypatch):

@@ -105,18 +105,18 @@ def test_it_runs_where_one_says_so(own, pipeline, command, quick):
 
 def test_workers_of_a_cluster_have_the_answer_too(monkeypatch):
     """Those of another machine do not inherit this process's environment."""
-    from ray.cluster_utils import Executor
+    from ray.cluster_utils import Cluster
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv(VARIABLE, raising=False)
-    executor = Executor(
+    cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False}
     )
     try:
         allow_code(True)
-        assert RayExecutor(executor.address).call(code_allowed)
+        assert RayExecutor(cluster.address).call(code_allowed)
     finally:
         allow_code(False)
         ray.shutdown()
-        executor.shutdown()
+        cluster.shutdown()

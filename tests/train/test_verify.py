@@ -78,8 +78,8 @@ def checked(artifact, **options):
     return {check.name: check for check in verify(artifact, sample=SAMPLE, **options)}
 
 
-def failed(found):
-    return [name for name, check in found.items() if check.status == FAILED]
+def failed(results):
+    return [name for name, check in results.items() if check.status == FAILED]
 
 
 def change_shard(folder, name, change):
@@ -89,13 +89,15 @@ def change_shard(folder, name, change):
 
 
 def test_a_sound_build_passes(whole, pipeline):
-    found = checked(whole, base=Path(pipeline.base))
-    assert list(found) == NAMES
-    statuses = [check.status for check in found.values()]
+    results = checked(whole, base=Path(pipeline.base))
+    assert list(results) == NAMES
+    statuses = [check.status for check in results.values()]
     assert statuses == [OK] * (len(NAMES) - 1) + [MEASURED]
-    assert found["recall"].figures["recall_at_64"] > 0.95 < found["recall"].figures["recall_at_16"]
+    assert (
+        results["recall"].figures["recall_at_64"] > 0.95 < results["recall"].figures["recall_at_16"]
+    )
     rows = json.loads((whole / "corpus/corpus.json").read_text())["train"]["rows"]
-    assert {found[n].figures["rows"] for n in ("alignment", "probabilities")} == {rows}
+    assert {results[n].figures["rows"] for n in ("alignment", "probabilities")} == {rows}
     tops = [
         probs[start:stop].max()
         for offsets, probs in zip(
@@ -107,15 +109,15 @@ def test_a_sound_build_passes(whole, pipeline):
         )
         for start, stop in zip(offsets, offsets[1:], strict=False)
     ]
-    top = found["probabilities"].figures["mean_top_probability"]
+    top = results["probabilities"].figures["mean_top_probability"]
     assert top == pytest.approx(np.mean(tops, dtype=np.float64), rel=1e-4)
     # The corpus repeats sentences, though hardly ever at a document's beginning.
-    assert 0 < found["recall"].figures["copies"] < 0.2
-    assert found["label leak"].figures["rows"] == SAMPLE
-    assert found["label leak"].figures["tv_from_exact"] < 0.02
-    fidelity = found["fidelity"].figures
+    assert 0 < results["recall"].figures["copies"] < 0.2
+    assert results["label leak"].figures["rows"] == SAMPLE
+    assert results["label leak"].figures["tv_from_exact"] < 0.02
+    fidelity = results["fidelity"].figures
     assert fidelity["memory"]["kl"] < fidelity["unigram"]["kl"] < fidelity["base"]["kl"]
-    assert found["memorisation"].figures["passages_16"] > 20
+    assert results["memorisation"].figures["passages_16"] > 20
 
 
 def truncated(path):
@@ -133,20 +135,22 @@ def flipped(path):
 def test_a_damaged_file_is_named(copy, stage, damage):
     path = max(data_files(copy / stage), key=lambda p: p.stat().st_size)
     damage(path)
-    found = checked(copy)
-    assert failed(found) == ["files"]
-    assert f"{stage}/{path.name}" in found["files"].detail
-    assert found["files"].fix.startswith(f"delete the {stage} folder ")
+    results = checked(copy)
+    assert failed(results) == ["files"]
+    assert f"{stage}/{path.name}" in results["files"].detail
+    assert results["files"].fix.startswith(f"delete the {stage} folder ")
     # Of memory and export either will do to measure fidelity.
-    assert stage == "memory" or any(f"{stage} is damaged" in c.detail for c in found.values())
+    assert stage == "memory" or any(f"{stage} is damaged" in c.detail for c in results.values())
     assert failed(checked(copy / stage)) == ["files"]
 
 
 def test_a_stray_shard_is_seen(copy):
     """Shards are found by their names: one too many would be read."""
     shutil.copy(copy / "datastore/keys-00000.npy", copy / "datastore/keys-00099.npy")
-    found = checked(copy)
-    assert failed(found) == ["files"] and "datastore/keys-00099.npy is no" in found["files"].detail
+    results = checked(copy)
+    assert (
+        failed(results) == ["files"] and "datastore/keys-00099.npy is no" in results["files"].detail
+    )
 
 
 def test_a_file_of_the_user_s_is_not_to_be_deleted(copy):
@@ -170,23 +174,23 @@ def test_manifests_of_others(copy):
     other = whole | {"schema": 2}
     other["hash"] = json_sha256({key: other[key] for key in HASHED})
     path.write_text(json.dumps(other))
-    found = checked(copy)
-    assert failed(found) == ["schema", "chain"]  # memory and export were made from version 1
-    assert "targets has 2" in found["schema"].detail
+    results = checked(copy)
+    assert failed(results) == ["schema", "chain"]  # memory and export were made from version 1
+    assert "targets has 2" in results["schema"].detail
     path.write_text("{}")
-    found = checked(copy)
-    assert failed(found) == ["files", "manifests"]
-    assert "targets/manifest.json" in found["files"].detail
-    assert found["probabilities"].detail == "targets is damaged"
+    results = checked(copy)
+    assert failed(results) == ["files", "manifests"]
+    assert "targets/manifest.json" in results["files"].detail
+    assert results["probabilities"].detail == "targets is damaged"
 
 
 def test_targets_of_another_tokenizer(copy, foreign):
     shutil.rmtree(copy / "targets")
     shutil.copytree(foreign / "targets", copy / "targets")
-    found = checked(copy)
-    assert {"chain", "alignment"} <= set(failed(found))
-    assert "targets was made from another datastore" in found["chain"].detail
-    assert "memory was made from another targets" in found["chain"].detail
+    results = checked(copy)
+    assert {"chain", "alignment"} <= set(failed(results))
+    assert "targets was made from another datastore" in results["chain"].detail
+    assert "memory was made from another targets" in results["chain"].detail
     seal(copy)
     assert "alignment" in failed(checked(copy)) and "chain" not in failed(checked(copy))
 
@@ -196,8 +200,8 @@ def test_an_export_of_another_tokenizer(copy, foreign):
         shutil.copy(copy / "export" / name, copy / name)
         shutil.copy(foreign / "export" / name, copy / "export" / name)
         seal(copy)
-        found = checked(copy)
-        assert failed(found) == ["tokenizer"]
+        results = checked(copy)
+        assert failed(results) == ["tokenizer"]
         shutil.copy(copy / name, copy / "export" / name)
 
 
@@ -223,10 +227,10 @@ def test_an_export_of_another_build(copy, foreign):
 def test_labels_that_are_not_the_corpus_s(copy, stage, change):
     change_shard(copy / stage, "labels", lambda labels: change(labels).astype(labels.dtype))
     seal(copy)
-    found = checked(copy)
-    assert "alignment" in failed(found) and stage in found["alignment"].detail
+    results = checked(copy)
+    assert "alignment" in failed(results) and stage in results["alignment"].detail
     # The labels of the datastore are those of all neighbours, those of targets nobody else's.
-    assert stage == "datastore" or failed(found) == ["alignment"]
+    assert stage == "datastore" or failed(results) == ["alignment"]
 
 
 def put_row(folder, row, content):
@@ -260,9 +264,9 @@ def test_one_row_that_is_its_own_neighbour(copy):
     put_row(folder, row, target(distances[0], labels[ids[0]], facts["temperature"], 0))
     assert labels[row] in StoredTargets(folder).row(row)[0]
     seal(copy)
-    found = checked(copy)
-    assert failed(found) == ["label leak"] and found["label leak"].figures["leaks"] == 1
-    assert str(row) in found["label leak"].detail
+    results = checked(copy)
+    assert failed(results) == ["label leak"] and results["label leak"].figures["leaks"] == 1
+    assert str(row) in results["label leak"].detail
 
 
 def test_a_build_that_keeps_rows_as_their_neighbours(pipeline, build, copy, monkeypatch):
@@ -271,9 +275,9 @@ def test_a_build_that_keeps_rows_as_their_neighbours(pipeline, build, copy, monk
     monkeypatch.setattr(targets_stage, "neighbours_without_self", keep)
     shutil.rmtree(copy / "targets")
     build(pipeline.base, pipeline.corpus, copy, {"memory": {"epochs": 0.1}})
-    found = checked(copy / "targets")
-    assert failed(found) == ["label leak"]
-    figures = found["label leak"].figures
+    results = checked(copy / "targets")
+    assert failed(results) == ["label leak"]
+    figures = results["label leak"].figures
     assert figures["own_neighbour"] > 0.9 * figures["rows"] and figures["tv_from_exact"] > 0.04
 
 
@@ -291,9 +295,9 @@ def test_a_build_that_keeps_rows_as_their_neighbours(pipeline, build, copy, monk
 def test_probabilities_that_are_none(copy, name, change, says):
     change_shard(copy / "targets", name, lambda values: change(values).astype(values.dtype))
     seal(copy)
-    found = checked(copy)
-    assert "probabilities" in failed(found)
-    assert re.search(says, found["probabilities"].detail)
+    results = checked(copy)
+    assert "probabilities" in failed(results)
+    assert re.search(says, results["probabilities"].detail)
 
 
 def test_an_index_of_other_keys(copy):
@@ -303,10 +307,10 @@ def test_an_index_of_other_keys(copy):
     wrong.add(np.roll(keys, 1, axis=0))
     write_part(wrong, path)
     seal(copy)
-    found = checked(copy)
-    assert "recall" in failed(found) and found["recall"].figures["recall_at_64"] < 0.5
+    results = checked(copy)
+    assert "recall" in failed(results) and results["recall"].figures["recall_at_64"] < 0.5
     # Rows are allowed what the index gives them: one that is wrong may allow less than they have.
-    assert set(failed(found)) <= {"recall", "label leak"}
+    assert set(failed(results)) <= {"recall", "label leak"}
 
 
 def test_a_memory_that_learned_nothing(copy, pipeline):
@@ -315,32 +319,32 @@ def test_a_memory_that_learned_nothing(copy, pipeline):
     config = AutoModelForCausalLM.from_pretrained(copy / "memory").config
     AutoModelForCausalLM.from_config(config).save_pretrained(copy / "memory")
     seal(copy)
-    found = checked(copy)
-    assert failed(found) == ["fidelity"] and "memory.epochs" in found["fidelity"].fix
+    results = checked(copy)
+    assert failed(results) == ["fidelity"] and "memory.epochs" in results["fidelity"].fix
 
 
 def test_what_is_not_there_is_not_checked(copy):
     for path in (copy / "datastore").glob("keys-*"):
         path.unlink()
     seal(copy)
-    found = checked(copy)
-    assert failed(found) == []
+    results = checked(copy)
+    assert failed(results) == []
     for name in ("recall", "label leak"):
-        assert found[name].status == NOT_CHECKED and "keys were not kept" in found[name].detail
+        assert results[name].status == NOT_CHECKED and "keys were not kept" in results[name].detail
     for stage in ("memory", "export"):
         shutil.rmtree(copy / stage)
-    found = checked(copy)
-    assert failed(found) == []
+    results = checked(copy)
+    assert failed(results) == []
     for name in ("fidelity", "memorisation"):
-        assert found[name].status == NOT_CHECKED
-        assert found[name].detail == "memory or export is not there"
-    assert found["tokenizer"].detail == "export is not there"
+        assert results[name].status == NOT_CHECKED
+        assert results[name].detail == "memory or export is not there"
+    assert results["tokenizer"].detail == "export is not there"
 
 
 def test_one_stage_by_itself(whole):
-    found = checked(whole / "index")
-    assert list(found) == ["files", "manifests", "schema", "chain", "recall"]
-    assert {check.status for check in found.values()} == {OK}
+    results = checked(whole / "index")
+    assert list(results) == ["files", "manifests", "schema", "chain", "recall"]
+    assert {check.status for check in results.values()} == {OK}
 
 
 def test_the_command(copy, tmp_path, foreign, tiny_model, memdec_here):

@@ -12,7 +12,7 @@ from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.model.windows import (
     EDGES,
-    FEWEST_ROWS,
+    MIN_ROWS,
     alone,
     alpha_at,
     alphas_by_context,
@@ -35,9 +35,11 @@ def numbered(lengths):
 def test_joined_windows_hold_documents_one_after_another():
     lengths = [5, 4, 9, 1, 3, 30, 2, 8, 8]
     whole = numbered(lengths)
-    found = joined(whole, 12, FILLER)
+    windows_ = joined(whole, 12, FILLER)
     seen = []
-    for tokens, positions, scored in zip(found.tokens, found.positions, found.scored, strict=True):
+    for tokens, positions, scored in zip(
+        windows_.tokens, windows_.positions, windows_.scored, strict=True
+    ):
         filled = tokens != FILLER
         assert filled.tolist() == sorted(filled.tolist(), reverse=True)
         assert positions[filled].tolist() == list(range(filled.sum()))
@@ -79,13 +81,13 @@ def test_validation_documents_are_put_together_again(pipeline, monkeypatch):
     corpus = pipeline.output / "corpus"
     tokenizer = AutoTokenizer.from_pretrained(pipeline.base)
     whole = {tuple(ids.tolist()) for ids in tokenise(tokenizer, documents(pipeline.corpus))}
-    found = validation_documents(corpus, 10**6)
-    assert found and {tuple(ids.tolist()) for ids in found} <= whole
-    assert max(map(len, found)) > 64  # blocks have 32 tokens
+    together = validation_documents(corpus, 10**6)
+    assert together and {tuple(ids.tolist()) for ids in together} <= whole
+    assert max(map(len, together)) > 64  # blocks have 32 tokens
     monkeypatch.setattr(module, "RUNS", 2)
     some = validation_documents(corpus, 128)
     assert 64 <= sum(map(len, some)) <= 140
-    last = np.concatenate(found)[-1]
+    last = np.concatenate(together)[-1]
     assert np.concatenate(some)[-1] == last or len(some) > 1
 
 
@@ -119,7 +121,7 @@ def test_weights_by_context():
 
 
 def test_few_rows_share_a_weight():
-    few = FEWEST_ROWS // 4
+    few = MIN_ROWS // 4
     for rows, starts in (
         ([few, few, 3000], [0]),
         ([3000, few, few], [0]),

@@ -41,7 +41,7 @@ from vllm_memdec.train.heap import trim_heap
 
 SCHEMA = 1
 NOT_KEPT = (".pt",)  # checkpoints: gone before a stage is sealed
-HASHED = ("schema", "stage", "settings", "inputs", "files")  # of a manifest
+HASHED = ("schema", "stage", "settings", "inputs", "files")  # a manifest's entries in its hash
 PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy")
 
 
@@ -152,13 +152,13 @@ def _writer(process: int) -> str:
 
 def _read_digests(work: Path) -> dict[str, set[tuple[int, str]]]:
     """Return what writers left in a working folder: name -> sizes and hashes, one if all agree."""
-    found: dict[str, set[tuple[int, str]]] = {}
+    digests: dict[str, set[tuple[int, str]]] = {}
     for path in (work / DIGESTS).glob("*.jsonl"):
         for line in path.read_text().splitlines():
             with contextlib.suppress(ValueError):  # a line that a kill cut off
                 name, size, digest = json.loads(line)
-                found.setdefault(name, set()).add((size, digest))
-    return found
+                digests.setdefault(name, set()).add((size, digest))
+    return digests
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -174,11 +174,11 @@ def write_report(path: Path | None, report: dict[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the installed versions of the packages that shape an artifact."""
-    found = {}
+    installed = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+            installed[name] = importlib.metadata.version(name)
+    return installed
 
 
 def open_artifact(path: Path) -> Artifact | None:
@@ -233,14 +233,14 @@ def build_artifact(
     killed run of the same plan is handed to make() again, which keeps the files already whole.
     """
     plan = {"schema": SCHEMA, "stage": stage, "settings": settings, "inputs": inputs}
-    plan = json.loads(json.dumps(plan))  # as a manifest gives it back: a tuple is a list there
+    plan = json.loads(json.dumps(plan))  # a manifest has lists for tuples
     check_ours(path, stage)
-    found = open_artifact(path)
-    if found is not None and all(found.manifest[key] == plan[key] for key in plan):
+    artifact = open_artifact(path)
+    if artifact is not None and all(artifact.manifest[key] == plan[key] for key in plan):
         say(f"{stage}: up to date")
-        return found
+        return artifact
     if path.exists():
-        say(f"{stage}: building again, {_why_again(found, plan)}")
+        say(f"{stage}: building again, {_why_again(artifact, plan)}")
     work = path.with_name(path.name + PARTIAL)
     if read_object(work / PLAN) == plan:
         say(f"{stage}: resuming")
@@ -279,14 +279,14 @@ def build_artifact(
     return Artifact(path, json.loads((path / MANIFEST).read_text()))
 
 
-def _why_again(found: Artifact | None, plan: dict[str, Any]) -> str:
+def _why_again(artifact: Artifact | None, plan: dict[str, Any]) -> str:
     """Return why an artifact that is there is made again."""
-    if found is None:
+    if artifact is None:
         return "it is damaged"
-    made = found.manifest
+    made = artifact.manifest
     same_release = made["schema"] == plan["schema"]
     same_release &= made["settings"].keys() == plan["settings"].keys()
-    if plan["stage"] == "corpus" and "base" in made["inputs"]:  # at first, not its tokenizer alone
+    if plan["stage"] == "corpus" and "base" in made["inputs"]:  # early releases hashed all of it
         same_release = False
     return "its settings or inputs changed" if same_release else "another release made it"
 

@@ -14,9 +14,9 @@ import numpy as np
 from vllm_memdec.train.data.shards import Sharded, load_array
 
 SPLITS = ("train", "validation")
-TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once,
-TOKENIZER_CHARACTERS = 2**22  # or fewer, if they are long
-PACKED_AT_ONCE = 1024  # blocks
+TOKENIZER_BATCH = 256  # documents handed to the tokenizer at once
+TOKENIZER_CHARACTERS = 2**22  # characters from which fewer documents are handed to it
+PACKED_AT_ONCE = 1024  # token blocks made at once
 
 
 def tokenise(
@@ -78,8 +78,8 @@ def packed(
         while held > size:
             begun = True
             yield blocks(at_once)
-    least = 1 if held and not begun else 0  # a text of one token fills a block, too
-    n_blocks = -(-max(held - 1, least) // block_tokens)
+    min_rows = 1 if held and not begun else 0  # a text of one token fills a block, too
+    n_blocks = -(-max(held - 1, min_rows) // block_tokens)
     if n_blocks:
         padding = n_blocks * block_tokens + 1 - held
         tokens.append(np.full(padding, filler, dtype=np.int32))

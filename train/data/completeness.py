@@ -43,8 +43,8 @@ def model_files(work: Path) -> Iterator[str]:
 
 def check_there(folder: Path, names: Iterable[str], there: Iterable[str]) -> None:
     """Raise MemdecError if files that were written are not there."""
-    found = set(there)
-    missing = [name for name in names if name not in found]
+    present = set(there)
+    missing = [name for name in names if name not in present]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MemdecError(

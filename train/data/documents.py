@@ -16,7 +16,7 @@ from vllm_memdec.train.faults import reraise
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 256  # rows read at once; one may be a book
-PIECE_BYTES = 8 * 2**20  # of a file, read and tokenised as one
+PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
 
 
 def corpus_files(path: Path) -> tuple[list[Path], int]:
@@ -36,20 +36,20 @@ class Piece:
 
     path: Path
     start: int = 0
-    stop: int | None = None  # None: to the end
+    stop: int | None = None  # None: the end of the file
 
 
 def pieces(path: Path) -> list[Piece]:
     """Return a corpus in pieces, in order: each is read by itself and holds whole documents."""
-    found = []
+    parts = []
     for file in corpus_files(path)[0]:
         if file.suffix.lower() == ".parquet":
             with _parquet(file) as table:
-                found += [Piece(file, n, n + 1) for n in range(table.num_row_groups)]
+                parts += [Piece(file, n, n + 1) for n in range(table.num_row_groups)]
         else:
             starts = range(0, max(file.stat().st_size, 1), PIECE_BYTES)
-            found += [Piece(file, start, start + PIECE_BYTES) for start in starts]
-    return found
+            parts += [Piece(file, start, start + PIECE_BYTES) for start in starts]
+    return parts
 
 
 def read_documents(piece: Piece) -> Iterator[str]:
@@ -96,9 +96,9 @@ def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_txt(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
-    found = list(_lines(piece))
-    if found:
-        text = _decode(b"".join(line for _, line in found), str(piece.path), found[0][0])
+    lines = list(_lines(piece))
+    if lines:
+        text = _decode(b"".join(line for _, line in lines), str(piece.path), lines[0][0])
         # A memory of Windows line ends would never see them in a prompt.
         yield str(piece.path), text.replace("\r\n", "\n"), None
 

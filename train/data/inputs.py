@@ -42,8 +42,8 @@ NO_MATTER = (
     "transformers_version",
 )
 MODEL_FILES = ("*.json", "*.safetensors", "*.bin", "*.model", "*.txt", "*.jinja")
-REMEMBERED = ".memdec-hashes.json"  # in an output folder
-SETTLED = 2_000_000_000  # ns: a file younger than this may change without another time
+REMEMBERED = ".memdec-hashes.json"  # the file of known hashes in an output folder
+SETTLED = 2_000_000_000  # age in ns below which a file may change without a new time
 
 
 class Hashes:
@@ -75,23 +75,23 @@ class Hashes:
         known = self.known.get(name)
         if isinstance(known, list) and known[:1] == [states]:
             return str(known[1])
-        found = find()
+        digest = find()
         newest = max(max(state[2:4]) for state in states)
         if time.time_ns() - newest > SETTLED:
-            self.known[name] = [states, found]
+            self.known[name] = [states, digest]
             self.changed = True
-        return found
+        return digest
 
     def save(self) -> None:
-        """Write what was found to the output folder, which is this process's to write to."""
+        """Write the known hashes to the output folder, which is this process's to write to."""
         if self.place and self.changed:
             write_json(self.place, self.known)
 
 
 def file_state(path: Path) -> list[Any]:
     """Return what changes with a file's content: [path, bytes, two times in ns, inode]."""
-    found = path.stat()
-    return [str(path), found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+    status = path.stat()
+    return [str(path), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def check_model(folder: str, option: str) -> Path:
@@ -138,12 +138,12 @@ def code(folder: Path) -> tuple[str, ...]:
 def contents(folder: Path, patterns: Iterable[str], hashes: Hashes) -> list[list[Any]]:
     """Return [name, hash or relevant content] of the files that match."""
     files = sorted({p for pattern in patterns for p in folder.glob(pattern) if p.is_file()})
-    found = []
+    states = []
     for path in files:
         small = read_object(path) if path.name.endswith("_config.json") else None
         relevant = hashes.file(path) if small is None else without_what_does_not_matter(small)
-        found.append([path.name, relevant])
-    return found
+        states.append([path.name, relevant])
+    return states
 
 
 def without_what_does_not_matter(entries: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def same_base(base: Path, manifests: list[dict[str, Any]]) -> bool:
     """Tell whether the manifests of some stages name this base; also those of older releases."""
     hashes, option = Hashes(), "--base"
     of_corpus = [m["inputs"] for m in manifests if m["stage"] == "corpus"]
-    tokenizers = {found["tokenizer"] for found in of_corpus if "tokenizer" in found}
+    tokenizers = {inputs["tokenizer"] for inputs in of_corpus if "tokenizer" in inputs}
     weights = {m["inputs"]["base"] for m in manifests if "base" in m["inputs"]}
     if not tokenizers | weights:
         return False

@@ -9,30 +9,30 @@ from typing import Any
 from vllm_memdec.errors import MemdecError
 
 MANIFEST = "manifest.json"
-PLAN = "plan.json"  # of a working folder: what it is to become
+PLAN = "plan.json"  # in a working folder: stage, settings and inputs of what it is to become
 LOGS = "logs"
-DIGESTS = "digests"  # of a working folder: the hashes of files, left by those who wrote them
+DIGESTS = "digests"  # in a working folder: hashes of its files, left by their writers
 PLANNED = ("schema", "stage", "settings", "inputs")
 PARTIAL, KEPT = ".partial", ".kept"
-WRITTEN_BY = "written_by"  # of a report: says that it is one
-PAGE = b'<meta name="generator" content="memdec">'  # at the head of one that is a page
+WRITTEN_BY = "written_by"  # the entry by which a JSON report is known as memdec's
+PAGE = b'<meta name="generator" content="memdec">'  # the same in the head of an HTML page
 OF_LOGS = ("metrics.jsonl", "loss.png", "tensorboard")  # all that memdec writes in logs/
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None if the file is absent or holds something else."""
     try:
-        found = json.loads(path.read_bytes())
+        value = json.loads(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
 def is_ours(folder: Path, stage: str) -> bool:
     """Tell whether a stage wrote this folder: its manifest or plan parses and names the stage."""
     for name in (MANIFEST, PLAN):
-        found = read_object(folder / name)
-        if found and found.get("stage") == stage and all(key in found for key in PLANNED):
+        record = read_object(folder / name)
+        if record and record.get("stage") == stage and all(key in record for key in PLANNED):
             return True
     # A kill before the plan was written leaves nothing else.
     return folder.is_dir() and all(p.match(f"{PLAN}.*.tmp") for p in folder.iterdir())
@@ -133,11 +133,11 @@ def remove(folder: Path, last: str) -> None:
 
 def unused(path: Path) -> Path:
     """Return the path, or the first of path-2, path-3, ... at which nothing lies."""
-    number, found = 1, path
-    while found.exists() or found.is_symlink():
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
         number += 1
-        found = path.with_name(f"{path.name}-{number}")
-    return found
+        free = path.with_name(f"{path.name}-{number}")
+    return free
 
 
 def is_report(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Arrays in numbered files: NAME-00000.npy, NAME-00001.npy, ..., each whole or absent.
 
-A shard is the unit of work: what a worker writes at once, and the most that is done twice after a
-worker or the whole run was killed. All reading is by memory map.
+A shard is the unit of work: what a worker writes at once, and all that has to be done again
+after a worker or the whole run was killed. All reading is by memory map.
 """
 
 from collections.abc import Iterator, Sequence
@@ -61,8 +61,8 @@ class Shards(Sequence[np.ndarray]):
 
     def __init__(self, folder: Path, name: str) -> None:
         # By number, not by name: beyond 99,999 shards the two differ.
-        found = folder.glob(f"{name}-*.npy")
-        self.paths = sorted(found, key=lambda path: int(path.stem.split("-")[-1]))
+        unsorted = folder.glob(f"{name}-*.npy")
+        self.paths = sorted(unsorted, key=lambda path: int(path.stem.split("-")[-1]))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -102,7 +102,7 @@ def shards(folder: Path, name: str) -> Shards:
 class Sharded:
     """One array in shards of `per_shard` rows, the last one perhaps shorter.
 
-    A shard is mapped for the time of a read: what stays mapped counts as the process's memory.
+    A shard is mapped for the time of a read: what stays mapped counts as the process's RAM.
     """
 
     def __init__(self, folder: Path, name: str, length: int, per_shard: int) -> None:
@@ -138,9 +138,9 @@ class Sharded:
         if rows.ndim == 0:
             return self.shard(int(rows) // self.per_shard)[int(rows) % self.per_shard]
         like = self.shard(0)
-        found = np.empty((len(rows), *like.shape[1:]), dtype=like.dtype)
+        copied = np.empty((len(rows), *like.shape[1:]), dtype=like.dtype)
         number = rows // self.per_shard
         for shard in np.unique(number):
             here = number == shard
-            found[here] = self.shard(int(shard))[rows[here] % self.per_shard]
-        return found
+            copied[here] = self.shard(int(shard))[rows[here] % self.per_shard]
+        return copied

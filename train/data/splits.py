@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-LARGEST_SHARE = 3  # of the fraction to hold out, that one long document may take it to
+LARGEST_SHARE = 3  # times the fraction to hold out that one long document may make of it
 
 
 def digest(text: str) -> int:
@@ -27,14 +27,16 @@ def split_lengths(
     """
     total = int(lengths.sum())
     enough = max(block_tokens + 1, fraction * total)
-    most = min(LARGEST_SHARE * fraction, 0.6) * total
+    max_tokens = min(LARGEST_SHARE * fraction, 0.6) * total
     ids, group = np.unique(groups, return_inverse=True)  # ascending digests
     sizes = np.bincount(group, lengths, minlength=len(ids))
-    candidates = np.flatnonzero(sizes <= most / 2)  # a long one must not take the corpus away
-    first = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))  # with which it is enough
+    candidates = np.flatnonzero(sizes <= max_tokens / 2)  # a long one must not take the corpus away
+    first = int(
+        np.searchsorted(np.cumsum(sizes[candidates]), enough)
+    )  # the document that makes it enough
     held_out = np.isin(group, candidates[: first + 1])
     held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
-    if first < len(candidates) and lengths[held_out].sum() <= most:
+    if first < len(candidates) and lengths[held_out].sum() <= max_tokens:
         return np.where(held_out, 0, lengths)
     cut = total - max(block_tokens + 1, int(total * fraction))
     starts = np.cumsum(lengths) - lengths

@@ -35,9 +35,9 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.stages.export import number, tune
 from vllm_memdec.train.trust import code_allowed
 
-READ_TOKENS = 2**22  # of each text; the rest would not be looked at
-MOST_TOKENS = 2**17  # scored of each text in either reading, spread evenly
-CHUNK_TOKENS = 2**14  # scored at once: features of a gate are kept for so many
+READ_TOKENS = 2**22  # tokens read of each text: the rest is never scored
+MAX_TOKENS = 2**17  # tokens scored of each text in either reading, spread evenly
+CHUNK_TOKENS = 2**14  # tokens scored at once: the features of a gate are kept for so many
 
 
 class Pair:
@@ -52,11 +52,11 @@ class Pair:
         gated: bool = True,
     ):
         """alpha: in place of the memory's own; gated: whether its gate is read."""
-        self.tokenizer, block = matching_tokenizer(base, memory), read_block(memory)
+        self.tokenizer, section = matching_tokenizer(base, memory), read_block(memory)
         if alpha is not None:
             check_alpha(alpha, "--alpha")
-        self.alpha = alpha if alpha is not None or block is None else block.alpha
-        self.table = None if alpha is not None or block is None else block.alpha_by_context
+        self.alpha = alpha if alpha is not None or section is None else section.alpha
+        self.table = None if alpha is not None or section is None else section.alpha_by_context
         self.base, self.memory = open_model(base), open_model(memory)
         self.gate, path = None, gate_path(memory) if gated else None
         if path is not None:
@@ -77,29 +77,33 @@ class Pair:
 
     def read(self, text: Windows, name: str, progress: Progress) -> dict[str, np.ndarray]:
         """Return log-probabilities [N] of "base" and "memory", and weights [N] of the "gate"."""
-        found: dict[str, list[np.ndarray]] = {"base": [], "memory": []}
+        outputs: dict[str, list[np.ndarray]] = {"base": [], "memory": []}
         each = max(1, CHUNK_TOKENS // (text.tokens.shape[1] - 1))
         with progress.task(f"scoring {name}", len(text), "windows") as advance:
             for start in range(0, len(text), each):
                 part, features_NF = text[start : start + each], None
-                found["base"].append(window_logprobs(self.base, part))
+                outputs["base"].append(window_logprobs(self.base, part))
                 if self.gate is not None:
                     features_NF = torch.empty(
                         len(part.position_N), self.memory.config.hidden_size + 3
                     )
-                found["memory"].append(window_logprobs(self.memory, part, features_NF=features_NF))
+                memory_N = window_logprobs(self.memory, part, features_NF=features_NF)
+                outputs["memory"].append(memory_N)
                 if self.gate is not None and features_NF is not None:
                     with torch.inference_mode():
                         weights_N = self.gate(features_NF).double().numpy()
-                    found.setdefault("gate", []).append(weights_N)
+                    outputs.setdefault("gate", []).append(weights_N)
                 advance(len(part))
-        return {name: np.concatenate(parts) for name, parts in found.items()}
+        return {name: np.concatenate(parts) for name, parts in outputs.items()}
 
 
 def matching_tokenizer(base: str, memory: str) -> Any:
     """Return the tokenizer of a base, or raise MemdecError if the memory has another one."""
-    tokenizer, block = load_tokenizer(base), read_block(memory)
-    theirs = block.tokenizer_fingerprint if block else tokenizer_fingerprint(load_tokenizer(memory))
+    tokenizer, section = load_tokenizer(base), read_block(memory)
+    if section is not None:
+        theirs = section.tokenizer_fingerprint
+    else:
+        theirs = tokenizer_fingerprint(load_tokenizer(memory))
     if theirs != tokenizer_fingerprint(tokenizer):
         raise MemdecError(
             f"the memory {memory} has another tokenizer than the base {base}: give a base that "
@@ -114,13 +118,13 @@ def open_model(folder: str) -> Any:
     return load_model(folder, str(dtype).removeprefix("torch."))
 
 
-def read_ids(tokenizer: Any, path: Path, most_tokens: int = READ_TOKENS) -> Iterator[np.ndarray]:
+def read_ids(tokenizer: Any, path: Path, max_tokens: int = READ_TOKENS) -> Iterator[np.ndarray]:
     """Yield the documents of a text, tokenised, until there are so many tokens."""
     count = 0
     for ids in tokenise(tokenizer, documents(path)):
         yield ids
         count += len(ids)
-        if count >= most_tokens:
+        if count >= max_tokens:
             return
 
 
@@ -130,7 +134,7 @@ def read_readings(pair: Pair, path: Path, context: int | None) -> tuple[Windows,
     if sum(map(len, ids)) < 2:
         raise MemdecError(f"{path} has no text that could be predicted: give a longer one.")
     width = window_tokens(context, sum(map(len, ids)), pair.configs)
-    return *readings(ids, width, pair.tokenizer.eos_token_id, MOST_TOKENS), width
+    return *readings(ids, width, pair.tokenizer.eos_token_id, MAX_TOKENS), width
 
 
 def evaluate(
@@ -146,7 +150,7 @@ def evaluate(
     alpha: a weight in place of the memory's own; context: tokens of the longest contexts.
     """
     pair = Pair(base, memory, progress, alpha)
-    found: dict[str, Any] = {"alpha": pair.alpha, "alpha_by_context": pair.table, "texts": {}}
+    scores: dict[str, Any] = {"alpha": pair.alpha, "alpha_by_context": pair.table, "texts": {}}
     for path in texts:
         alone, joined, width = read_readings(pair, path, context)
         parts = [pair.read(t, f"{path.name}, {how}", progress) for t, how in
@@ -163,7 +167,7 @@ def evaluate(
         rows = len(alone.position_N)
         systems = {"base": read["base"], "memory": read["memory"], **mixed}
         whole = {name: number(perplexity(logp_N[:rows])) for name, logp_N in systems.items()}
-        found["texts"][str(path)] = {
+        scores["texts"][str(path)] = {
             "tokens": rows,
             "context_tokens": width,
             **whole,
@@ -172,7 +176,7 @@ def evaluate(
                 for row in by_context(position_N, read["base"], read["memory"], mixed)
             ],
         }
-    return found
+    return scores
 
 
 def best_weights(
@@ -180,17 +184,17 @@ def best_weights(
 ) -> dict[str, Any]:
     """Return the best weights of a memory beside a base, over all texts, and how to serve them."""
     pair = Pair(base, memory, progress, gated=False)
-    found: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
+    scored: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for path in texts:
         alone, joined, _ = read_readings(pair, path, context)
-        found += [
+        scored += [
             (text.position_N, pair.read(text, f"{path.name}, {how}", progress))
             for text, how in ((alone, "documents"), (joined, "long contexts"))
             if len(text)
         ]
-    position_N = np.concatenate([position for position, _ in found])
+    position_N = np.concatenate([position for position, _ in scored])
     base_N, memory_N = (
-        np.concatenate([read[name] for _, read in found]) for name in ("base", "memory")
+        np.concatenate([read[name] for _, read in scored]) for name in ("base", "memory")
     )
     tuned = tune(position_N, base_N, memory_N, None)
     settings = {"model": str(memory), "alpha_by_context": tuned["alpha_by_context"]}
@@ -207,9 +211,9 @@ def serve_command(base: str, settings: dict[str, Any]) -> str:
     return shlex.join([*words, "--additional-config", json.dumps({"memdec": settings})])
 
 
-def show(found: dict[str, Any], console: Console) -> None:
-    """Print what evaluate() found."""
-    for path, text in found["texts"].items():
+def show(scores: dict[str, Any], console: Console) -> None:
+    """Print the report of evaluate()."""
+    for path, text in scores["texts"].items():
         rows = [("documents by themselves", text), *text_rows(text["by_context"])]
         print_rows(path, rows, console)
 
@@ -235,9 +239,10 @@ def print_rows(title: str, rows: list[tuple[str, dict[str, Any]]], console: Cons
     console.print(table)
 
 
-def show_weights(found: dict[str, Any], console: Console) -> None:
-    """Print what best_weights() found."""
-    print_rows("all texts", text_rows(found["by_context"]), console)
-    console.print(f"alpha {found['alpha']:g} is the best for all contexts together (column fixed)")
+def show_weights(weights: dict[str, Any], console: Console) -> None:
+    """Print the report of best_weights()."""
+    print_rows("all texts", text_rows(weights["by_context"]), console)
+    best = f"alpha {weights['alpha']:g}"
+    console.print(f"{best} is the best for all contexts together (column fixed)")
     console.print("serve with a weight for each length of context:")
-    console.print(found["serve"], soft_wrap=True, markup=False, highlight=False)
+    console.print(weights["serve"], soft_wrap=True, markup=False, highlight=False)

@@ -28,7 +28,7 @@ from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.model.windows import alpha_at
 
 SAYS = ("base says", "memory says")
-CHUNK = 128  # tokens read at once: logits of a long text would not fit in memory
+CHUNK = 128  # tokens read at once: the logits of a long text would not fit in RAM
 BASE_RGB, MEMORY_RGB = (66, 133, 244), (255, 145, 0)
 
 
@@ -38,13 +38,13 @@ class Token:
 
     text: str
     alpha: float  # the memory's weight here
-    written: bool  # by the mixture, not part of the prompt
-    base: float  # probabilities of this very token
+    written: bool  # whether the mixture wrote it, or the prompt has it
+    base: float  # probabilities that the three give to this token
     memory: float
     mixture: float
     base_says: str  # the likeliest token of each model
     memory_says: str
-    share: float  # of the mixture's probability that came from the memory
+    share: float  # share of the mixture's probability that came from the memory
 
     @property
     def decided(self) -> str:
@@ -57,7 +57,7 @@ class Explanation:
 
     base: str
     memory: str
-    alpha: float  # the memory's weight; where its gate chooses, the most that it may
+    alpha: float  # the memory's weight; where its gate chooses, the largest it may
     gated: bool
     first: str
     tokens: list[Token]
@@ -84,11 +84,11 @@ class Reader:
     @cached_property
     def stops(self) -> set[int]:
         """Ids that end a text."""
-        found = self.model.generation_config.eos_token_id
-        return {found} if isinstance(found, int) else set(found or ())
+        ids = self.model.generation_config.eos_token_id
+        return {ids} if isinstance(ids, int) else set(ids or ())
 
 
-class Pieces:
+class TokenText:
     """The text of ids, one by one; a character of several tokens stands at its last one."""
 
     def __init__(self, tokenizer: Any) -> None:
@@ -108,7 +108,7 @@ def explain(
     base: str, memory: str, prompt: str, alpha: float | None = None, write: int = 16
 ) -> Explanation:
     """Return what both models thought of a prompt, and of `write` tokens after it."""
-    block, path = read_block(memory), gate_path(memory)
+    section, path = read_block(memory), gate_path(memory)
     gate, table = None, None
     if path:
         arrays = read_gate(path, load_config(memory).hidden_size)
@@ -117,20 +117,20 @@ def explain(
     if alpha is None and gate is not None:
         alpha = 1.0
     elif alpha is None:
-        if block is None:
+        if section is None:
             raise MemdecError(f"{memory} has no memdec block, so no default weight: give --alpha.")
-        alpha, table = block.alpha, block.alpha_by_context
+        alpha, table = section.alpha, section.alpha_by_context
     alpha = check_alpha(alpha, "--alpha")
     tokenizer = matching_tokenizer(base, memory)
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise MemdecError("the text is empty: give a few words to explain.")
     for folder in (base, memory):
-        longest = getattr(load_config(folder), "max_position_embeddings", None)
-        if longest is not None and len(ids) + write > longest:
+        positions = getattr(load_config(folder), "max_position_embeddings", None)
+        if positions is not None and len(ids) + write > positions:
             raise MemdecError(
                 f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
-                f"{longest} positions: give less text, or a smaller --tokens."
+                f"{positions} positions: give less text, or a smaller --tokens."
             )
     read = _read(tokenizer, base, memory, ids, alpha, gate, table, write)
     return Explanation(base, memory, alpha, gate is not None, *read, table)
@@ -147,10 +147,10 @@ def _read(
     write: int,
 ) -> tuple[str, list[Token]]:
     """Return the first token's text, and every other token."""
-    base_reads, memory_reads, pieces = Reader(base), Reader(memory), Pieces(tokenizer)
+    base_reads, memory_reads, text_of = Reader(base), Reader(memory), TokenText(tokenizer)
     known, done = len(ids), 0
-    found: list[Token] = []
-    first = pieces(ids[0])
+    tokens: list[Token] = []
+    first = text_of(ids[0])
     while True:
         part = ids[done : done + CHUNK]
         _, base_TV = base_reads(part)
@@ -171,7 +171,7 @@ def _read(
             if done == len(ids):  # here the text ends, and the mixture goes on
                 token = int(mixed_TV[row].argmax())
                 if len(ids) == known + write or token in base_reads.stops:
-                    return first, found
+                    return first, tokens
                 ids.append(token)
             token = ids[done]
             has_row = token < memory_TW.shape[1]
@@ -185,23 +185,23 @@ def _read(
             share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
             numbers = float(p_base), float(p_memory), float(p_mixture)
             says = base_says, memory_says
-            found.append(Token(pieces(token), weight, done >= known, *numbers, *says, share))
+            tokens.append(Token(text_of(token), weight, done >= known, *numbers, *says, share))
 
 
-def report(found: Explanation) -> dict[str, Any]:
+def report(explanation: Explanation) -> dict[str, Any]:
     """Return everything as JSON has it."""
-    return asdict(found) | {
-        "tokens": [asdict(token) | {"decided": token.decided} for token in found.tokens]
+    return asdict(explanation) | {
+        "tokens": [asdict(token) | {"decided": token.decided} for token in explanation.tokens]
     }
 
 
-def weight_of(found: Explanation) -> str:
+def weight_of(explanation: Explanation) -> str:
     """Return in words where the weights come from."""
-    if found.alpha_by_context is not None:
+    if explanation.alpha_by_context is not None:
         return "by context"
-    if not found.gated:
-        return f"{found.alpha:g}"
-    return "by the gate" + (f", at most {found.alpha:g}" if found.alpha < 1 else "")
+    if not explanation.gated:
+        return f"{explanation.alpha:g}"
+    return "by the gate" + (f", at most {explanation.alpha:g}" if explanation.alpha < 1 else "")
 
 
 def visible(text: str) -> str:
@@ -209,16 +209,16 @@ def visible(text: str) -> str:
     return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
 
 
-def show(found: Explanation, console: Console) -> None:
+def show(explanation: Explanation, console: Console) -> None:
     """Print a table, a token a line."""
-    models = f"base {found.base}, memory {found.memory}"
-    console.print(f"alpha {weight_of(found)}, {models}", markup=False)
+    models = f"base {explanation.base}, memory {explanation.memory}"
+    console.print(f"alpha {weight_of(explanation)}, {models}", markup=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("token", "alpha", "P(base)", "P(memory)", "P(mixture)", "decided", *SAYS):
         is_text = name in ("token", *SAYS)
         table.add_column(name, no_wrap=not is_text, overflow="ellipsis" if is_text else "fold")
-    table.add_row(escape(visible(found.first)))
-    for token in found.tokens:
+    table.add_row(escape(visible(explanation.first)))
+    for token in explanation.tokens:
         colour = "orange1" if token.decided == "memory" else "dodger_blue1"
         name = escape(visible(token.text))
         says = (escape(visible(text)) for text in (token.base_says, token.memory_says))
@@ -230,7 +230,7 @@ def show(found: Explanation, console: Console) -> None:
             *says,
         )
     console.print(table)
-    if any(token.written for token in found.tokens):
+    if any(token.written for token in explanation.tokens):
         console.print("Tokens in bold were written by the mixture.")
 
 
@@ -263,10 +263,10 @@ Underlined tokens were written by the mixture. Point at a token for its numbers.
 """
 
 
-def page(found: Explanation) -> str:
+def page(explanation: Explanation) -> str:
     """Return one self-contained HTML page: the text as a heat map, and the table."""
-    spans, rows = [html.escape(found.first)], []
-    for token in found.tokens:
+    spans, rows = [html.escape(explanation.first)], []
+    for token in explanation.tokens:
         percents = [f"{p:.1%}" for p in (token.base, token.memory, token.mixture)]
         mixed = zip(BASE_RGB, MEMORY_RGB, strict=True)
         rgb = ", ".join(f"{a + (b - a) * token.share:.0f}" for a, b in mixed)
@@ -280,12 +280,12 @@ def page(found: Explanation) -> str:
         cells += [visible(token.base_says), visible(token.memory_says)]
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
     return PAGE.format(
-        base=html.escape(Path(found.base).name),
-        memory=html.escape(found.memory),
-        alpha=weight_of(found),
+        base=html.escape(Path(explanation.base).name),
+        memory=html.escape(explanation.memory),
+        alpha=weight_of(explanation),
         text="".join(spans),
         rows="\n".join(rows),
-        figures=json_text(report(found)).replace("<", "\\u003c"),
+        figures=json_text(report(explanation)).replace("<", "\\u003c"),
         base_rgb=BASE_RGB,
         memory_rgb=MEMORY_RGB,
     )

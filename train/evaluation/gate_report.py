@@ -31,7 +31,7 @@ def report(weighed: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Any]:
     """
     domain = weighed["domain"][0]
     fixed = best_alpha(domain.base_N, domain.memory_N)
-    found: dict[str, Any] = {"fixed_alpha": fixed, "texts": {}}
+    figures: dict[str, Any] = {"fixed_alpha": fixed, "texts": {}}
     for kind, (part, alpha_N) in weighed.items():
         mixed = {
             "fixed": mix(part.base_N, part.memory_N, fixed),
@@ -43,7 +43,7 @@ def report(weighed: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Any]:
             for n, name in enumerate(CLASSES)
             if (part.classes_N == n).any()
         }
-        found["texts"][kind] = {
+        figures["texts"][kind] = {
             "tokens": len(alpha_N),
             "base": curve[0],
             **{name: perplexity(logp_N) for name, logp_N in mixed.items()},
@@ -52,21 +52,21 @@ def report(weighed: dict[str, tuple[Any, np.ndarray]]) -> dict[str, Any]:
             "curve": curve,
             "by_context": by_context(part.position_N, part.base_N, part.memory_N, mixed),
         }
-    return found
+    return figures
 
 
-def show(found: dict[str, Any], console: Console) -> None:
+def show(figures: dict[str, Any], console: Console) -> None:
     """Print the report."""
-    fixed = found["fixed_alpha"]
+    fixed = figures["fixed_alpha"]
     table = Table("text", "tokens", "base", f"alpha {fixed:g}", "gate", "mean alpha")
-    for kind, row in found["texts"].items():
+    for kind, row in figures["texts"].items():
         cells = [f"{row['tokens']:,}", f"{row['base']:.2f}"]
         cells += [f"{row[n]:.2f} ({row[n] / row['base'] - 1:+.1%})" for n in ("fixed", "gate")]
         table.add_row(kind, *cells, f"{row['mean_alpha']:.2f}")
     console.print(table)
     console.print("Perplexity on documents of which the gate has seen nothing in training.")
     table = Table("text", "context", "tokens", "base", f"alpha {fixed:g}", "gate")
-    for kind, row in found["texts"].items():
+    for kind, row in figures["texts"].items():
         for part in row["by_context"]:
             cells = [f"{part['from']}-{part['to']}", f"{part['tokens']:,}", f"{part['base']:.2f}"]
             cells += [
@@ -76,7 +76,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(figures: dict[str, Any], path: Path) -> None:
     """Draw perplexity over fixed weights beside the gate's, and the gate's weights by class."""
     import matplotlib
 
@@ -84,9 +84,9 @@ def draw(found: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    kinds = len(found["texts"])
+    kinds = len(figures["texts"])
     width = 0.8 / kinds
-    for n, (kind, row) in enumerate(found["texts"].items()):
+    for n, (kind, row) in enumerate(figures["texts"].items()):
         colour = f"C{n}"
         left.plot(
             ALPHAS[:-1],

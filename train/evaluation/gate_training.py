@@ -3,12 +3,12 @@
 The gate (vllm_memdec/gate.py) maximises the mixture's likelihood, log(alpha_t p_memory + (1 -
 alpha_t) p_base), on several kinds of text. Text of the domain that the memory has not learnt says
 what it may be trusted with; of what it has learnt it is surer, and right, so the corpus itself
-comes in with a smaller weight, or facts that it knows by heart would be doubted. General text
-weighs the most: there the base is to be left alone. And passages of the domain and of general text
-in turn teach it to tell them apart within one context. All of it is read in short and in long
-contexts (windows.py), each kind in the same lengths, or length itself would tell the kinds apart.
-Models read the text once; the training takes seconds. A fifth of the documents is kept for the
-report, by a digest of their text, before anything else is made of them.
+comes in with a smaller weight, or memorised facts would be doubted. General text weighs the most:
+there the base is to be left alone. And documents that mix passages of the domain and of general
+text teach it to tell them apart within one context. All of it is read in short and in long contexts
+(windows.py), each kind in the same lengths, or length itself would tell the kinds apart. Models
+read the text once; the training takes seconds. A fifth of the documents is kept for the report, by
+a digest of their text, before anything else is made of them.
 """
 
 import itertools
@@ -33,7 +33,7 @@ from vllm_memdec.train.data.splits import digest
 from vllm_memdec.train.evaluation.compare import matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
 from vllm_memdec.train.model.windows import (
-    FEWEST_ROWS,
+    MIN_ROWS,
     Windows,
     bucket_of,
     window_logprobs,
@@ -42,27 +42,29 @@ from vllm_memdec.train.model.windows import (
 )
 from vllm_memdec.train.progress import Progress
 
-READ_TOKENS = 2**22  # of each file; the rest would not be looked at
-MOST_TOKENS = 2**18  # scored of each kind of text,
-FEATURE_BYTES = 2**31  # or as many as have features of so many bytes in all
-HIDDEN, CERTAINTY = 256, 16  # units for the hidden state, and for how sure the memory is
+READ_TOKENS = 2**22  # tokens read of each file: the rest is never scored
+MAX_TOKENS = 2**18  # tokens scored of each kind of text, fewer where FEATURE_BYTES says so
+FEATURE_BYTES = 2**31  # bytes of the features of all kinds together, at most
+HIDDEN, CERTAINTY = 256, 16  # units for the hidden state, and for the memory's confidence
+# Steps, rows of a step, learning rate, share of units that dropout leaves out.
 STEPS, BATCH, RATE, DROPOUT = 600, 2048, 3e-3, 0.8
 # Unlearnt text is scarce and a wide memory overfits to it; a narrow one would never be trusted.
-# What sees the two numbers of certainty, or the position, is not decayed.
-DECAY, DECAY_WIDTH = 3.0, 576  # from that width on; of a narrower memory in proportion
-KEPT = 5  # one document in so many is not trained on
-SHORTEST_PIECE = 32  # tokens: texts of few documents are divided in pieces
-FEWEST = KEPT * (SHORTEST_PIECE + 1)  # tokens of a text
-# Of each kind of text, all its tokens; see even() for how they share it.
+# Weights of the two numbers of certainty, and of the position, are not decayed.
+DECAY, DECAY_WIDTH = 3.0, 576  # weight decay from that width on, in proportion below
+KEPT = 5  # one document in so many is kept for the report
+MIN_PIECE = 32  # tokens of a piece into which a text of few documents is divided, at least
+MIN_TOKENS = KEPT * (MIN_PIECE + 1)  # tokens of a text, at least
+# The weight of each kind of text in the loss; even() divides it among its tokens.
 WEIGHTS = {"domain": 1.0, "corpus": 0.75, "general": 6.0, "in turn": 2.0}
-# All that a gate depends on beside the texts: what its cached copies are known by.
+# All that a gate depends on beside the texts: cached copies are named by a hash of it.
 SETTINGS = {
     "units": (HIDDEN, CERTAINTY),
     "training": (STEPS, BATCH, RATE, DROPOUT, DECAY, DECAY_WIDTH),
     "weights": WEIGHTS,
     "context": "even",
 }
-PASSAGE, SWITCHES = (16, 128), 4  # tokens of a passage; passages of a document that has both
+# Documents that mix both kinds: tokens of a passage, from and to, and passages of a document.
+PASSAGE, SWITCHES = (16, 128), 4
 
 
 @dataclass(frozen=True)
@@ -71,22 +73,22 @@ class Scored:
 
     base_N: np.ndarray  # log-probabilities
     memory_N: np.ndarray
-    features_NF: torch.Tensor  # of the memory, before each token
+    features_NF: torch.Tensor  # the gate's inputs, from the memory before each token
     classes_N: np.ndarray  # each token's place in CLASSES
-    position_N: np.ndarray  # of the last token read, in its request
+    position_N: np.ndarray  # positions in the request of the last token read
 
 
-def passages(texts: list[Any], fewest: int, most: int, seed: int = 0) -> list[Any]:
-    """Return texts cut into passages of a random number of tokens."""
+def passages(texts: list[Any], min_length: int, max_length: int, seed: int = 0) -> list[Any]:
+    """Return texts cut into passages of min_length to max_length tokens, drawn at random."""
     rng = random.Random(seed)
-    found = []
+    cut = []
     for ids in texts:
         start = 0
-        while len(ids) - start >= fewest:
-            length = rng.randint(fewest, most)
-            found.append(ids[start : start + length])
+        while len(ids) - start >= min_length:
+            length = rng.randint(min_length, max_length)
+            cut.append(ids[start : start + length])
             start += length
-    return found
+    return cut
 
 
 def in_turn(first: list[Any], second: list[Any], seed: int = 0) -> list[np.ndarray]:
@@ -108,7 +110,7 @@ class Document:
 
 def read_texts(tokenizer: Any, path: Path) -> list[Document]:
     """Return the texts of a file tokenised; in pieces, where they are too few to be divided."""
-    found, digests, count = [], [], 0
+    read, digests, count = [], [], 0
 
     def noted() -> Iterator[str]:
         for text in documents(path):
@@ -117,16 +119,16 @@ def read_texts(tokenizer: Any, path: Path) -> list[Document]:
 
     for n, ids in enumerate(tokenise(tokenizer, noted(), keep_empty=True)):
         if len(ids):
-            found.append(Document(digests[n], ids))
+            read.append(Document(digests[n], ids))
             count += len(ids)
             if count > READ_TOKENS:
                 break
-    if len(found) >= 4 * KEPT:
-        return found
-    length = max(SHORTEST_PIECE, sum(len(d.ids) for d in found) // (8 * KEPT))
+    if len(read) >= 4 * KEPT:
+        return read
+    length = max(MIN_PIECE, sum(len(d.ids) for d in read) // (8 * KEPT))
     return [
         Document(digest(part.tobytes().hex()), part)
-        for document in found
+        for document in read
         for part in np.split(document.ids, range(length, len(document.ids), length))
     ]
 
@@ -140,17 +142,17 @@ def divide(
     kind keeps no other kind trains on. Kinds in turn are made of the parts, each of its own side.
     """
     kept: set[int] = set()
-    for found in texts.values():
-        left = sum(len(d.ids) for d in found) / KEPT
-        for document in sorted(found, key=lambda d: d.digest):
+    for of_kind in texts.values():
+        left = sum(len(d.ids) for d in of_kind) / KEPT
+        for document in sorted(of_kind, key=lambda d: d.digest):
             if left <= 0 and document.digest not in kept:
                 break
             kept.add(document.digest)
             left -= len(document.ids)
     trained, reported = (
         {
-            kind: [d.ids for d in found if (d.digest in kept) == side]
-            for kind, found in texts.items()
+            kind: [d.ids for d in of_kind if (d.digest in kept) == side]
+            for kind, of_kind in texts.items()
         }
         for side in (False, True)
     )
@@ -173,12 +175,12 @@ def score(
     tokenizer: Any,
     width: int,
     documents: list[np.ndarray],
-    most_rows: int,
+    max_rows: int,
     kind: str,
     progress: Progress,
 ) -> Scored:
     """Read documents with base and memory, in windows of so many tokens, spread if too many."""
-    text = windows(documents, width, tokenizer.eos_token_id, most_rows)
+    text = windows(documents, width, tokenizer.eos_token_id, max_rows)
     base, memory = models
     base_N = window_logprobs(base, text, progress, f"the base, {kind}")
     return read_windows(base_N, memory, tokenizer, text, kind, progress)
@@ -227,11 +229,11 @@ class Rows:
     def __getitem__(self, rows: torch.Tensor) -> torch.Tensor:
         """Return the rows of some numbers."""
         part_n = torch.bucketize(rows, self.ends, right=True)
-        found = self.parts[0].new_empty(len(rows), self.parts[0].shape[1])
+        rows_F = self.parts[0].new_empty(len(rows), self.parts[0].shape[1])
         for n, part in enumerate(self.parts):
             here = part_n == n
-            found[here] = part[rows[here] - (self.ends[n] - len(part))]
-        return found
+            rows_F[here] = part[rows[here] - (self.ends[n] - len(part))]
+        return rows_F
 
     def normal(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return mean and standard deviation of each column."""
@@ -251,7 +253,7 @@ def even(position_N: np.ndarray) -> torch.Tensor:
     """
     bucket_N = bucket_of(position_N)
     rows = np.bincount(bucket_N)
-    share = np.minimum(rows, FEWEST_ROWS) / np.maximum(rows, 1)
+    share = np.minimum(rows, MIN_ROWS) / np.maximum(rows, 1)
     weight_N = share[bucket_N]
     return torch.from_numpy(weight_N / weight_N.sum()).float()
 
@@ -344,27 +346,27 @@ def calibrate_gate(
         pass
     tokenizer = matching_tokenizer(base, memory)
     models = tuple(open_model(name) for name in (base, memory))
-    found = {
+    read = {
         kind: list(itertools.chain.from_iterable(read_texts(tokenizer, path) for path in paths))
         for kind, paths in texts.items()
         if paths
     }
-    counts = {kind: sum(len(d.ids) for d in texts) for kind, texts in found.items()}
+    counts = {kind: sum(len(d.ids) for d in texts) for kind, texts in read.items()}
     for kind, count in counts.items():
-        if count < FEWEST:
+        if count < MIN_TOKENS:
             raise MemdecError(
                 f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
             )
     # One length for all: a gate must not tell general text by its longer contexts.
     width = window_tokens(context, min(counts.values()), [model.config for model in models])
-    trained, kept = divide(found)
+    trained, kept = divide(read)
     row_bytes = 4 * (models[1].config.hidden_size + 3)
-    most = min(MOST_TOKENS, FEATURE_BYTES // (len(trained) + 1) // row_bytes)
+    max_rows = min(MAX_TOKENS, FEATURE_BYTES // (len(trained) + 1) // row_bytes)
     rest = models, tokenizer, width
-    scored = {k: score(*rest, ids, most, k, progress) for k, ids in trained.items()}
+    scored = {k: score(*rest, ids, max_rows, k, progress) for k, ids in trained.items()}
     arrays = fit_gate(scored)
     del scored
-    scored = {k: score(*rest, ids, most // KEPT, k, progress) for k, ids in kept.items() if ids}
+    scored = {k: score(*rest, ids, max_rows // KEPT, k, progress) for k, ids in kept.items() if ids}
     weighed = {kind: (part, weights(arrays, part)) for kind, part in scored.items()}
     told = report(weighed) | {"window": width}
     write_gate(folder, arrays)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from vllm_memdec.train.executor.executor import Executor, LocalExecutor
 from vllm_memdec.train.progress import Progress
 
-MEMORY_BUDGET = 4 * 2**30
+RAM_BUDGET = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -14,4 +14,4 @@ class Context:
 
     progress: Progress = field(default_factory=Progress)
     executor: Executor = field(default_factory=LocalExecutor)
-    ram_budget: int = MEMORY_BUDGET  # bytes a process may take for what grows with the corpus
+    ram_budget: int = RAM_BUDGET  # bytes a process may take for what grows with the corpus

@@ -19,10 +19,10 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.executor.worker import Outcome, Proof, Worker
 
 LARGEST_WORKER = 8  # CPUs: a worker scales no further
-TRIES = 3  # of an item whose process is lost, of a node where no process starts
-WAITING_SECONDS = 60.0  # for a first process, until we say so
-NOBODY_SECONDS = 600.0  # without any machine, until we give up
-PROVING = object()  # what a process does before its first item
+TRIES = 3  # attempts at an item whose process is lost, and at a node where no process starts
+WAITING_SECONDS = 60.0  # seconds without a first process until a line says so
+NOBODY_SECONDS = 600.0  # seconds without any machine until the build ends with an error
+PROVING = object()  # stands for the item of a process that proves that it can work
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Process:
 
     slot: Slot
     actor: Any
-    task: Any = None  # whose answer is awaited
+    task: Any = None  # the call whose answer is awaited
     item: Any = None
 
 
@@ -64,18 +64,18 @@ def slots(use_gpus: bool = True) -> list[Slot]:
     """
     import ray
 
-    found: dict[bool, list[Slot]] = {True: [], False: []}
+    by_gpu: dict[bool, list[Slot]] = {True: [], False: []}
     for node in ray.nodes():
         cpus, gpus = (int(node["Resources"].get(kind, 0)) for kind in ("CPU", "GPU"))
         if not node["Alive"]:
             continue
         place = node["NodeID"], node["NodeManagerAddress"]
         if gpus:
-            found[True] += [Slot(*place, min(cpus // gpus, LARGEST_WORKER), 1)] * gpus
+            by_gpu[True] += [Slot(*place, min(cpus // gpus, LARGEST_WORKER), 1)] * gpus
         if cpus:
             each = min(cpus, LARGEST_WORKER)
-            found[False] += [Slot(*place, each, 0)] * (cpus // each)
-    return sorted(found[use_gpus] or found[False], key=lambda slot: -slot.cpus)
+            by_gpu[False] += [Slot(*place, each, 0)] * (cpus // each)
+    return sorted(by_gpu[use_gpus] or by_gpu[False], key=lambda slot: -slot.cpus)
 
 
 def alike(places: list[Slot]) -> list[Slot]:
@@ -88,18 +88,18 @@ class Crew:
 
     def __init__(self) -> None:
         self.processes: list[Process] = []
-        self.failed_starts: Counter[str] = Counter()  # of a node, one after the other
-        self.killed: dict[str, int] = {}  # by the kernel on a node, for lack of memory, since boot
+        self.failed_starts: Counter[str] = Counter()  # failures in a row, by node
+        self.killed: dict[str, int] = {}  # processes the kernel ended for lack of RAM, by node
         self.out_of_memory: set[str] = set()  # nodes on which that happened while we ran
         self.proof: Proof | None = None
-        self.seen = time.monotonic()  # when there was a machine last,
-        self.worked = self.seen  # and a process that had started
+        self.seen = time.monotonic()  # when there was a machine last
+        self.worked = self.seen  # when there was a process last that had started
 
     @contextmanager
     def working(self, shared: Path | None, option: str) -> Iterator[None]:
         """Have every process prove that it lives and sees the shared folder; release all after."""
         if shared is not None:
-            for old in shared.glob(".memdec-proof-*"):  # of a run that was killed
+            for old in shared.glob(".memdec-proof-*"):  # a killed run left it
                 old.unlink(missing_ok=True)
             content = uuid.uuid4().hex
             self.proof = Proof(shared / f".memdec-proof-{content[:8]}", content, option)
@@ -119,8 +119,8 @@ class Crew:
                 self.proof.path.unlink(missing_ok=True)
                 self.proof = None
 
-    def staff(self, places: list[Slot], most: int) -> None:
-        """End idle processes of other places; start those that are missing, `most` in all."""
+    def staff(self, places: list[Slot], max_processes: int) -> None:
+        """End idle processes of other places; start missing ones, `max_processes` in all."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -138,7 +138,7 @@ class Crew:
             elif process.item in (None, PROVING):
                 self.end(process)
         for slot in missing.elements():
-            if len(self.processes) >= most:
+            if len(self.processes) >= max_processes:
                 return
             if self.failed_starts[slot.node] < TRIES:
                 actor = ray.remote(Worker).options(
@@ -152,8 +152,8 @@ class Crew:
 
     def idle(self) -> list[Process]:
         """Return the processes that wait for work, the largest first."""
-        found = [process for process in self.processes if process.task is None]
-        return sorted(found, key=lambda process: -process.slot.cpus)
+        waiting = [process for process in self.processes if process.task is None]
+        return sorted(waiting, key=lambda process: -process.slot.cpus)
 
     def give(self, process: Process, item: Any, task: Any = None) -> None:
         """Note that a process has got a task, by default that of proving that it can work."""
@@ -171,25 +171,25 @@ class Crew:
         asked = {process.task: process for process in self.processes if process.task is not None}
         if not asked:
             time.sleep(min(seconds, 1.0))
-        found = []
+        received = []
         for task in ray.wait(list(asked), num_returns=1, timeout=seconds)[0] if asked else []:
             process, item, outcome, lost = asked[task], asked[task].item, None, ""
             try:
                 outcome = ray.get(task)
                 process.task = process.item = None
             except ray.exceptions.RayTaskError:
-                raise  # of Ray's call itself, not of a worker
+                raise  # Ray's own call failed, no worker's
             except ray.exceptions.RayError as error:
                 lost = reason(error)
                 self._lost(process, lost, error)
             if item is not PROVING:
-                found.append(Answer(process, item, outcome, lost))
+                received.append(Answer(process, item, outcome, lost))
             elif outcome is not None:
                 node, killed = process.slot.node, outcome.open()
                 self.failed_starts[node] = 0
                 if killed > self.killed.setdefault(node, killed):
                     self.out_of_memory.add(node)
-        return found
+        return received
 
     def _say_if_waiting(self) -> None:
         """Say once that there is no room, which other jobs of the cluster may have taken."""

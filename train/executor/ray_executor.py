@@ -24,12 +24,12 @@ from vllm_memdec.train.executor.ray_crew import TRIES, Crew, Process, alike, rea
 from vllm_memdec.train.executor.worker import Parted, World
 from vllm_memdec.train.trust import VARIABLE, code_allowed
 
-CONNECT_SECONDS = 10.0
-OBJECT_STORE_BYTES = 128 * 2**20  # data goes through files, results are numbers
-LOOK_SECONDS = 5.0  # between looks for machines that came or went
-GATHER_SECONDS = 60.0  # that processes of the training wait for one which starts late
-GROWN = "there are more machines"
-BLAME_SECONDS = 10.0  # that one which lost contact waits for the news of whom it lost
+CONNECT_SECONDS = 10.0  # seconds until a cluster has to answer
+OBJECT_STORE_BYTES = 128 * 2**20  # small: data goes through files, results are numbers
+LOOK_SECONDS = 5.0  # seconds between looks for machines that came or went
+GATHER_SECONDS = 60.0  # seconds that the training waits for a process which starts late
+GROWN = "there are more machines"  # why a training begins again, though no process is lost
+BLAME_SECONDS = 10.0  # seconds until a process that lost contact is blamed for the loss itself
 
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no call leaves the machine
@@ -219,7 +219,7 @@ class RayExecutor:
                         return Lost(answer.process, answer.lost)
                     try:
                         answer.outcome.open()
-                    except Parted as error:  # of the process that ended, Ray tells more
+                    except Parted as error:  # Ray tells more of the process that ended
                         parted = parted or Lost(answer.process, str(error).strip().split("\n")[0])
                         until = min(until, time.monotonic() + BLAME_SECONDS)
                 if parted and (not left or time.monotonic() > until):
@@ -243,12 +243,12 @@ class RayExecutor:
 
 def checkpoints_of(work: Path) -> dict[str, int]:
     """Return when each checkpoint of a working folder was written: another one is progress."""
-    found = {}
+    written = {}
     for path in work.glob("checkpoint*"):
         with suppress(FileNotFoundError):
             if path.suffix != ".tmp":
-                found[path.name] = path.stat().st_mtime_ns
-    return found
+                written[path.name] = path.stat().st_mtime_ns
+    return written
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from vllm_memdec.train.executor.executor import LocalExecutor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.executor.worker import leave
 
-PATIENCE = timedelta(days=30)  # the stages before the training may take so long
+PATIENCE = timedelta(days=30)  # how long the stages before the training may take
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -60,7 +60,7 @@ class Torchrun(LocalExecutor):
             self._together(loop)
 
     def _together(self, loop: Callable[[World], None]) -> None:
-        self.together = True  # and after an error: the launcher ends the others
+        self.together = True  # stays True after an error: the launcher ends the others
         loop(self.world)
         self.together = False
 
@@ -68,7 +68,7 @@ class Torchrun(LocalExecutor):
         """Let the others go. Where one failed inside the training, the launcher ends them."""
         if not self.together:
             if self.world.rank == 0:
-                with contextlib.suppress(RuntimeError):  # of one that has ended: not the cause
+                with contextlib.suppress(RuntimeError):  # another process has ended: not the cause
                     _told(None)
             leave()
 

@@ -73,7 +73,7 @@ class Proof:
 
     path: Path
     content: str
-    option: str  # of the command, that names the folder
+    option: str  # the command's option that names the folder
 
     def check(self) -> None:
         """Raise MemdecError unless this machine sees the file."""
@@ -98,12 +98,12 @@ class Worker:
         self.worker: Callable[[Any], Any] | None = None  # the one that came with the key
 
     def prove(self, proof: Proof | None) -> Outcome:
-        """Tell that this process lives and sees what is shared; return killed_for_memory()."""
+        """Tell that this process lives and sees what is shared; return oom_kills()."""
 
         def done() -> int:
             if proof is not None:
                 proof.check()
-            return killed_for_memory()
+            return oom_kills()
 
         return attempt(done)
 
@@ -121,9 +121,9 @@ class Worker:
 
     def free_port(self) -> int:
         """Return a port that nobody listens on."""
-        with socket.socket() as found:
-            found.bind(("", 0))
-            return found.getsockname()[1]
+        with socket.socket() as listener:
+            listener.bind(("", 0))
+            return listener.getsockname()[1]
 
     def train(self, pickled: bytes, world: World, meeting: tuple[str, int], own: str) -> Outcome:
         """Run the training loop as one of its processes.
@@ -154,15 +154,15 @@ class Worker:
         return attempt(done)
 
     def let_go(self) -> None:
-        """Give back the memory of the worker before."""
+        """Give back the RAM of the worker before."""
         self.key, self.worker = -1, None
         trim_heap()
         if "torch" in sys.modules and sys.modules["torch"].cuda.is_initialized():
             sys.modules["torch"].cuda.empty_cache()
 
 
-def killed_for_memory() -> int:
-    """Return how many processes the kernel has killed on this machine for lack of memory."""
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed on this machine for lack of RAM."""
     counters = Path("/proc/vmstat").read_text() if Path("/proc/vmstat").exists() else ""
     return sum(int(line.split()[1]) for line in counters.splitlines() if "oom_kill " in line)
 
@@ -181,8 +181,8 @@ def join(world: World, meeting: tuple[str, int], own: str) -> None:
     }
     environment |= {"MASTER_ADDR": address, "MASTER_PORT": port}  # each sees one GPU: number 0
     os.environ.update({name: str(value) for name, value in environment.items()})
-    if found := interface(own):  # else gloo takes that of the host's name, which may be loopback
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", found)
+    if name := interface(own):  # else gloo takes that of the host's name, which may be loopback
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
 
 
@@ -205,9 +205,9 @@ def interface(address: str) -> str | None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         for _, name in socket.if_nameindex():
             try:
-                found = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
+                answer = fcntl.ioctl(asked, SIOCGIFADDR, struct.pack("256s", name[:15].encode()))
             except OSError:  # it has none
                 continue
-            if socket.inet_ntoa(found[20:24]) == address:
+            if socket.inet_ntoa(answer[20:24]) == address:
                 return name
     return None

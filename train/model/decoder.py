@@ -121,12 +121,12 @@ def with_defaults(
         return settings
     if other_vocabulary(settings, base):
         return settings
-    found = settings.pretrained()
+    changed = settings.pretrained()
     missing = [name for name in PRETRAINED if name not in settings.model_fields_set]
     if missing:
-        said = (f"memory.{name} {getattr(found, name):g}" for name in missing)
+        said = (f"memory.{name} {getattr(changed, name):g}" for name in missing)
         say(f"memory: {settings.init} is trained already, so {' and '.join(said)}")
-    return found
+    return changed
 
 
 def training_budget(

@@ -20,7 +20,7 @@ def load_tokenizer(folder: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
-    except Exception as error:  # of any class: libraries check little
+    except Exception as error:  # libraries check little: any class may come
         reraise(error, folder)
         check_needs_no_code(folder, error)
         raise MemdecError(unreadable) from error
@@ -35,7 +35,7 @@ def load_config(folder: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=code_allowed())
-    except Exception as error:  # of any class: libraries check little
+    except Exception as error:  # libraries check little: any class may come
         reraise(error, folder)
         check_needs_no_code(folder, error)
         raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
@@ -71,7 +71,7 @@ def load_model(
             output_loading_info=True,
             trust_remote_code=code_allowed(),
         )
-    except Exception as error:  # of any class: libraries check little
+    except Exception as error:  # libraries check little: any class may come
         reraise(error, folder)
         check_needs_no_code(folder, error)
         what = said_by(error)

@@ -34,7 +34,7 @@ def label_logprobs(
     """
     scored = valid_rows(positions) if scored is None else scored
     device = model.device
-    found, done = [], 0
+    logprobs, done = [], 0
     with contextlib.ExitStack() as stack:
         advance = None
         if progress is not None:
@@ -52,20 +52,20 @@ def label_logprobs(
             for h_PD, labels_P, position_P in zip(*(r.split(chunk) for r in rows), strict=True):
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
-                found.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
+                logprobs.append((chosen_P - logits_PV.logsumexp(-1)).double().cpu().numpy())
                 if features_NF is not None:
                     features_NF[done : done + len(h_PD)] = features(h_PD, logits_PV, position_P)
                 done += len(h_PD)
             if advance is not None:
                 advance(len(block))
-    return np.concatenate(found)
+    return np.concatenate(logprobs)
 
 
-def sampled_validation(corpus: Path, most_tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def sampled_validation(corpus: Path, max_tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Return tokens and positions of validation blocks, spread evenly if they are too many."""
     tokens, positions = load_blocks(corpus, "validation")
-    most = max(1, most_tokens // (tokens.shape[1] - 1))
-    chosen = np.linspace(0, len(tokens) - 1, min(most, len(tokens))).astype(int)
+    max_blocks = max(1, max_tokens // (tokens.shape[1] - 1))
+    chosen = np.linspace(0, len(tokens) - 1, min(max_blocks, len(tokens))).astype(int)
     return tokens[chosen], positions[chosen]
 
 
@@ -73,7 +73,7 @@ def validation_logprobs(
     folder: str,
     dtype: str,
     corpus: Path,
-    most_tokens: int,
+    max_tokens: int,
     batch: int,
     progress: Progress | None = None,
     name: str = "the base",
@@ -84,7 +84,7 @@ def validation_logprobs(
     any other model, so both can be mixed row by row. The model is loaded and let go of again.
     """
     model = load_model(folder, dtype)
-    return label_logprobs(model, *sampled_validation(corpus, most_tokens), batch, progress, name)
+    return label_logprobs(model, *sampled_validation(corpus, max_tokens), batch, progress, name)
 
 
 def mix(base_N: np.ndarray, memory_N: np.ndarray, alpha: float | np.ndarray) -> np.ndarray:

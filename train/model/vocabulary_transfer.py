@@ -69,10 +69,10 @@ def spelling(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     part = backend and (backend.decoder or backend.pre_tokenizer)
     if part:
-        found = json.dumps(json.loads(part.__getstate__()), ensure_ascii=False)
+        part_json = json.dumps(json.loads(part.__getstate__()), ensure_ascii=False)
         marks = {'"ByteLevel"': "bytes", '"WordPiece"': "wordpiece", "▁": "metaspace"}
         for mark, name in marks.items():
-            if mark in found:
+            if mark in part_json:
                 return name
     raise MemdecError(
         f"the tokenizer of {tokenizer.name_or_path} is neither byte-level BPE nor SentencePiece "
@@ -88,37 +88,37 @@ def texts(tokenizer: Any) -> dict[int, bytes]:
     kind = spelling(tokenizer)
     learned, added = tokenizer_vocabulary(tokenizer)
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = {i: token.encode() for token, i in added.items() if i not in special}
+    text_of = {i: token.encode() for token, i in added.items() if i not in special}
     fallbacks = {}
     for token, i in sorted(learned.items(), key=lambda item: item[1]):
         if kind == "bytes":
-            found[i] = b"".join(BYTE_ALPHABET.get(c, c.encode()) for c in token)
+            text_of[i] = b"".join(BYTE_ALPHABET.get(c, c.encode()) for c in token)
         elif kind == "metaspace":
             if byte := BYTE.fullmatch(token):
                 fallbacks[i] = bytes([int(byte[1], 16)])
             else:
-                found[i] = token.replace("▁", " ").encode()
+                text_of[i] = token.replace("▁", " ").encode()
         elif token.startswith("##") and token != "##":
-            found[i] = token[2:].encode()
+            text_of[i] = token[2:].encode()
         else:  # punctuation needs no space before it
-            found[i] = (" " if token[:1].isalnum() else "").encode() + token.encode()
-    return found | fallbacks
+            text_of[i] = (" " if token[:1].isalnum() else "").encode() + token.encode()
+    return text_of | fallbacks
 
 
 def roles(old: Any, new: Any) -> dict[int, int]:
     """Return new id -> old id of special tokens with the same role, or else the same name."""
     old_added, new_added = (tokenizer_vocabulary(tokenizer)[1] for tokenizer in (old, new))
-    found = {i: old_added[name] for name, i in new_added.items() if name in old_added}
+    old_of = {i: old_added[name] for name, i in new_added.items() if name in old_added}
     for role in reversed(ROLES):
         ids = [getattr(tokenizer, f"{role}_token_id") for tokenizer in (new, old)]
         if None not in ids:
-            found[ids[0]] = ids[1]
-    return found
+            old_of[ids[0]] = ids[1]
+    return old_of
 
 
 def tokenise_inside(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
     """Return the token ids of each piece of text as it stands in the middle of a text."""
-    found: list[list[int]] = [[] for _ in pieces]
+    ids_of: list[list[int]] = [[] for _ in pieces]
     pending = list(range(len(pieces)))
     for anchor in (*ANCHORS, ""):
         if not pending:
@@ -129,22 +129,22 @@ def tokenise_inside(tokenizer: Any, pieces: list[str]) -> list[list[int]]:
         for i, row in zip(pending, ids, strict=True):
             # A tokenizer that drops the anchor would take the piece for the start of a text.
             if anchor == "" or (before and len(row) > len(before) and row[: len(before)] == before):
-                found[i] = row[len(before) :]
+                ids_of[i] = row[len(before) :]
             else:
                 left.append(i)
         pending = left
-    return found
+    return ids_of
 
 
 def split_bytes(text: bytes, table: dict[bytes, int]) -> list[int]:
     """Return the ids of the longest known tokens of some bytes, from left to right."""
-    found = []
+    ids = []
     while text:
         length = next((n for n in range(len(text), 0, -1) if text[:n] in table), None)
         if length:
-            found.append(table[text[:length]])
+            ids.append(table[text[:length]])
         text = text[length or 1 :]
-    return found
+    return ids
 
 
 def transfer(old: Any, new: Any, old_rows: int, new_rows: int) -> Transfer:

@@ -21,13 +21,14 @@ from vllm_memdec.train.data.blocks import load_blocks, pack, valid_rows
 from vllm_memdec.train.model.scoring import best_alpha, label_logprobs, mix, perplexity
 from vllm_memdec.train.progress import Progress
 
-EDGES = (0, 64, 256, 512, *(2**n for n in range(10, 21)))  # of context, in tokens
-FEWEST_ROWS = 256  # that an alpha is tuned on
-LONGEST = 4096  # tokens of a window by default: longer prompts are rare, and attention is quadratic
-SHORTEST = 512
+# Tokens of context at which the buckets of rows begin.
+EDGES = (0, 64, 256, 512, *(2**n for n in range(10, 21)))
+MIN_ROWS = 256  # rows that an alpha is tuned on, at least
+# Tokens of a window where none are set: longer prompts are rare, and attention is quadratic.
+MIN_WINDOW, MAX_WINDOW = 512, 4096
 FILLED = 4  # windows that the text should fill
-TOKENS_AT_ONCE = 2048  # of a forward pass, or one window
-RUNS = 64  # parts of a long validation text that are read, spread evenly
+TOKENS_AT_ONCE = 2048  # tokens of a forward pass, which has one window at least
+RUNS = 64  # stretches of a long validation text that are read, spread evenly
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def joined(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
     The document that does not fit ends its window and starts the next one. A window that holds
     nothing but one document is left out: that is how alone() reads it.
     """
-    found: list[list[np.ndarray]] = []
+    filled: list[list[np.ndarray]] = []
     window: list[np.ndarray] = []
     room = width + 1
     for document in documents:
@@ -77,15 +78,15 @@ def joined(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
             continue
         if room < len(document):
             window += [document[:room]] if room else []
-            found.append(window)
+            filled.append(window)
             window, room = [], width + 1
         window.append(document)
         room -= len(document)
-    found = [parts for parts in [*found, window] if len(parts) > 1]
-    tokens = np.full((len(found), width + 1), filler, np.int32)
-    positions = np.zeros((len(found), width + 1), np.int32)
-    scored = np.zeros((len(found), width), bool)
-    for n, parts in enumerate(found):
+    filled = [parts for parts in [*filled, window] if len(parts) > 1]
+    tokens = np.full((len(filled), width + 1), filler, np.int32)
+    positions = np.zeros((len(filled), width + 1), np.int32)
+    scored = np.zeros((len(filled), width), bool)
+    for n, parts in enumerate(filled):
         stream = np.concatenate(parts)
         document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         tokens[n, : len(stream)] = stream
@@ -94,23 +95,23 @@ def joined(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
     return Windows(tokens, positions, scored)
 
 
-def spread(text: Windows, most_tokens: int) -> Windows:
+def spread(text: Windows, max_tokens: int) -> Windows:
     """Return windows of no more tokens, spread evenly."""
-    most = max(1, most_tokens // (text.tokens.shape[1] - 1))
-    return text[np.linspace(0, len(text) - 1, min(most, len(text))).astype(int)]
+    max_windows = max(1, max_tokens // (text.tokens.shape[1] - 1))
+    return text[np.linspace(0, len(text) - 1, min(max_windows, len(text))).astype(int)]
 
 
 def readings(
-    documents: list[np.ndarray], width: int, filler: int, most_tokens: int
+    documents: list[np.ndarray], width: int, filler: int, max_tokens: int
 ) -> tuple[Windows, Windows]:
     """Return documents read alone and joined, see above, each of up to so many tokens."""
     each, together = (read(documents, width, filler) for read in (alone, joined))
-    return spread(each, most_tokens), spread(together, most_tokens)
+    return spread(each, max_tokens), spread(together, max_tokens)
 
 
-def windows(documents: list[np.ndarray], width: int, filler: int, most_tokens: int) -> Windows:
+def windows(documents: list[np.ndarray], width: int, filler: int, max_tokens: int) -> Windows:
     """Return both readings as one, of up to so many tokens in all."""
-    parts = readings(documents, width, filler, most_tokens // 2)
+    parts = readings(documents, width, filler, max_tokens // 2)
     return Windows(
         *(
             np.concatenate([getattr(part, name) for part in parts])
@@ -132,7 +133,7 @@ def window_logprobs(
     return label_logprobs(model, *rows)
 
 
-def validation_documents(corpus: Path, most_tokens: int) -> list[np.ndarray]:
+def validation_documents(corpus: Path, max_tokens: int) -> list[np.ndarray]:
     """Return the validation documents of a corpus artifact, parts of it if there are more tokens.
 
     Blocks share a token with the next one, which stands there at position 0 in any case; as the
@@ -140,32 +141,32 @@ def validation_documents(corpus: Path, most_tokens: int) -> list[np.ndarray]:
     """
     tokens, positions = load_blocks(corpus, "validation")
     T = tokens.shape[1] - 1
-    most = max(1, most_tokens // T)
-    if len(tokens) <= most:
+    max_blocks = max(1, max_tokens // T)
+    if len(tokens) <= max_blocks:
         runs = [(0, len(tokens))]
     else:
-        length = max(1, most // RUNS)
-        starts = np.linspace(0, len(tokens) - length, max(1, most // length)).astype(int)
+        length = max(1, max_blocks // RUNS)
+        starts = np.linspace(0, len(tokens) - length, max(1, max_blocks // length)).astype(int)
         runs = [(start, start + length) for start in starts.tolist()]
-    found = []
+    documents = []
     for start, stop in runs:
         part, position = np.asarray(tokens[start:stop]), np.asarray(positions[start:stop])
         stream = np.r_[part[0, 0], part[:, 1:].ravel()]
         starts = np.flatnonzero(np.r_[True, position[:, 1:].ravel() == 0])
-        found += [doc for doc in np.split(stream, starts[1:]) if len(doc) > 1]
-    return found
+        documents += [doc for doc in np.split(stream, starts[1:]) if len(doc) > 1]
+    return documents
 
 
 def window_tokens(given: int | None, tokens: int, configs: Iterable[Any]) -> int:
     """Return how many tokens a window has: as given, or the longest that the text can fill.
 
-    The default is a power of two up to LONGEST, and short enough for a text of so many tokens to
-    fill FILLED windows, though no shorter than SHORTEST. Never more than the models have positions.
+    The default is a power of two up to MAX_WINDOW, and short enough for a text of so many tokens to
+    fill FILLED windows, though no shorter than MIN_WINDOW. Never more than a model has positions.
     """
     width = given
     if width is None:
-        width = SHORTEST
-        while width < LONGEST and FILLED * 2 * width <= tokens:
+        width = MIN_WINDOW
+        while width < MAX_WINDOW and FILLED * 2 * width <= tokens:
             width *= 2
     for config in configs:
         width = min(width, getattr(config, "max_position_embeddings", None) or width)
@@ -184,17 +185,17 @@ def alphas_by_context(
 
     A bucket with too few rows is tuned together with the next one; the last keeps the alpha before.
     """
-    found: list[tuple[int, float]] = []
+    pairs: list[tuple[int, float]] = []
     bucket_N = bucket_of(position_N)
     start, rows = 0, np.zeros(len(position_N), bool)
     last = int(bucket_N.max())
     for bucket in range(last + 1):
         rows = rows | (bucket_N == bucket)
-        if rows.sum() < FEWEST_ROWS and not (bucket == last and not found):
+        if rows.sum() < MIN_ROWS and not (bucket == last and not pairs):
             continue
-        found.append((start, best_alpha(base_N[rows], memory_N[rows])))
+        pairs.append((start, best_alpha(base_N[rows], memory_N[rows])))
         start, rows = EDGES[bucket + 1], np.zeros(len(position_N), bool)
-    return found
+    return pairs
 
 
 def alpha_at(table: Iterable[Sequence[float]], position_N: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from functools import cached_property
 from vllm_memdec.train.model.devices import BLOCKS, TRAINED
 from vllm_memdec.train.plan.rates import Rates
 from vllm_memdec.train.settings import Settings
-from vllm_memdec.train.stages.export import CALIBRATION_TOKENS
+from vllm_memdec.train.stages.export import TUNING_TOKENS
 from vllm_memdec.train.stages.index import (
     CODE_SAMPLE,
     KMEANS_PASSES,
@@ -33,16 +33,16 @@ from vllm_memdec.train.stages.search import (
 from vllm_memdec.train.stages.targets import CACHE_ROWS, FIT_ROWS, GROUPS_A_WORKER
 from vllm_memdec.train.stages.training import EVALUATION_TOKENS, warmup_steps
 
-HEAPS = 0.5  # the vocabulary in use grows as this power of the text
-PLOT = 1.5  # seconds
-FAISS = 0.5  # seconds until two processes have imported it and started its threads
-GRAPH_LISTS = 40_000  # with as many a key is compared in the time of a walk through their graph
-OPQ_PASSES = 15  # of training codes, until the rotation before them is found
-CACHED = 1.5e-10  # seconds a byte that is read from memory and sent to a GPU: assumed, not measured
+HEAPS = 0.5  # the power of the text's size with which the vocabulary in use grows (Heaps' law)
+PLOT = 1.5  # seconds to draw the loss
+FAISS = 0.5  # seconds until two processes have imported faiss and started its threads
+GRAPH_LISTS = 40_000  # lists with which a key is compared in the time of a walk of their graph
+OPQ_PASSES = 15  # times that codes are trained until the rotation before them is fitted
+CACHED = 1.5e-10  # seconds a byte read from RAM and sent to a GPU: assumed, not measured
 
 
-# What is not the stage's own work: its files are hashed, read and written; parts of an index are
-# merged; optimiser steps wait for their launch and for the gradients of other workers.
+# Work beside a stage's own: its files are hashed, read and written; parts of an index are merged;
+# optimiser steps wait for their launch and for the gradients of other workers.
 OVERHEADS = ("hashing", "reading", "writing", "merging", "steps")
 
 
@@ -53,17 +53,17 @@ class Stage:
     name: str
     seconds: float
     disk: int  # bytes
-    memory: int  # bytes of the largest process, at its peak
-    of: dict[str, float] = field(default_factory=dict)  # of the seconds: see OVERHEADS
+    peak_ram: int  # bytes of the largest process
+    of: dict[str, float] = field(default_factory=dict)  # seconds of each of the OVERHEADS
 
 
 @dataclass(frozen=True)
-class Job:
-    """A build whose cost is asked for: amounts of work, and each stage's cost.
+class CostModel:
+    """The cost of a build: amounts of work, and what each stage of them takes.
 
     validation: tokens of a validation text, None if a part of the corpus is held out; budget: bytes
     a process may take for what grows with the corpus; gpu_memory: bytes of a worker's GPU, 0: none;
-    host_memory: of a machine.
+    host_ram: bytes of a machine.
     """
 
     rates: Rates
@@ -73,7 +73,7 @@ class Job:
     budget: int
     workers: int
     gpu_memory: float = 0.0
-    host_memory: float = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    host_ram: float = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
     def stages(self) -> list[Stage]:
         """Return the cost of every stage, in order."""
@@ -141,15 +141,15 @@ class Job:
         return 0.0 if self.settings.datastore.keep_keys else self.rows * self.rates.key
 
     def read(self, size: float) -> float:
-        """Seconds to read files again: none of what stays in memory."""
-        return 0.0 if size < self.host_memory / 2 else size * self.rates.read
+        """Seconds to read files again: none of what stays in RAM."""
+        return 0.0 if size < self.host_ram / 2 else size * self.rates.read
 
-    def stage(self, name: str, seconds: float, disk: float, memory: float, **of: float) -> Stage:
+    def stage(self, name: str, seconds: float, disk: float, peak_ram: float, **of: float) -> Stage:
         """Return a stage's cost, its own files hashed and written on top of the seconds."""
         of["hashing"] = disk * self.rates.hash / self.side_by_side
         of["writing"] = disk * self.rates.write
         seconds += of["hashing"] + of["writing"]
-        return Stage(name, seconds, round(disk), round(memory), of)
+        return Stage(name, seconds, round(disk), round(peak_ram), of)
 
     def corpus(self) -> Stage:
         rates, tokens = self.rates, self.trained_on + self.held_out
@@ -166,7 +166,7 @@ class Job:
 
     @cached_property
     def lists_compared(self) -> float:
-        """Lists in whose time those near a key are found."""
+        """Lists that could be compared in the time in which a key's own are looked up."""
         lists = self.shape.lists
         return (
             min(lists, GRAPH_LISTS) if "HNSW" in self.shape.kind and not self.gpu_memory else lists
@@ -192,8 +192,8 @@ class Job:
         filled = self.rows * self.key_bytes
         trained = trained_bytes(self.shape, rates.width)
         peak = max(min(filled, share) + trained, training_bytes(self.shape, rates.width))
-        disk, memory = filled + trained + 4 * self.rows, rates.process_bytes + peak
-        return self.stage("index", seconds, disk, memory, reading=self.keys_read)
+        disk, peak_ram = filled + trained + 4 * self.rows, rates.process_bytes + peak
+        return self.stage("index", seconds, disk, peak_ram, reading=self.keys_read)
 
     @cached_property
     def parts_read(self) -> float:
@@ -202,7 +202,7 @@ class Job:
         left, groups = self.left_closed, self.rows / self.group_rows / self.side_by_side
         if left <= 0:  # all of it once
             left, groups = size, 1.0
-        if self.gpu_memory:  # each its own way from memory to its GPU
+        if self.gpu_memory:  # each worker has its own way from RAM to its GPU
             return left * groups * CACHED
         return left * groups * self.side_by_side * self.read(size) / size
 
@@ -216,22 +216,22 @@ class Job:
     def group_rows(self) -> float:
         """Queries that are searched together where parts do not stay open: a shard at least."""
         on_gpu, k = self.gpu_memory > 0, self.settings.targets.neighbours
-        most = group_rows(self.rates.width, k + 1, self.probes, self.budget, on_gpu)
+        max_rows = group_rows(self.rates.width, k + 1, self.nprobe, self.budget, on_gpu)
         mine = self.rows / self.side_by_side
-        return max(self.shard_rows, min(most, mine / GROUPS_A_WORKER))
+        return max(self.shard_rows, min(max_rows, mine / GROUPS_A_WORKER))
 
     def searching_bytes(self, k: int) -> float:
-        """Return what a worker holds of queries, what is found for them and what sums it up."""
+        """Return what a worker holds of queries, of their neighbours and of what sums them up."""
         rates, codes = self.rates, self.shape.kind.rpartition("PQ")[2]
-        found = min(36 * k * self.shard_rows, self.budget // BLOCK_SHARE)
+        held = min(36 * k * self.shard_rows, self.budget // BLOCK_SHARE)
         if self.left_closed > 0:  # then it waits for the last part
-            found += self.group_rows * (4 * rates.width + 12 * (k + 1 + self.probes))
+            held += self.group_rows * (4 * rates.width + 12 * (k + 1 + self.nprobe))
         if codes.isdigit() and not self.gpu_memory:
-            found += table_bytes(self.shape.lists, int(codes), rates.width)
-        return found + 4 * CACHE_ROWS * self.used * rates.threads
+            held += table_bytes(self.shape.lists, int(codes), rates.width)
+        return held + 4 * CACHE_ROWS * self.used * rates.threads
 
     @cached_property
-    def probes(self) -> int:
+    def nprobe(self) -> int:
         return min(self.settings.index.probes, self.shape.lists)
 
     def targets(self) -> Stage:
@@ -239,7 +239,7 @@ class Job:
         k = min(self.settings.targets.neighbours, self.rows - 1)
         visited = float(self.rows)
         if self.shape.lists:
-            visited *= min(1.0, self.probes / self.shape.lists * rates.imbalance)
+            visited *= min(1.0, self.nprobe / self.shape.lists * rates.imbalance)
         # On a GPU all parts are merged at once, at a cost that grows with their logarithm; else one
         # after the other.
         merged = math.log2(self.parts) if self.gpu_memory else self.parts - 1
@@ -247,7 +247,7 @@ class Job:
         search = rates.compare * self.lists_compared + rates.scan * visited + merging
         done = [(search * self.rows + self.keys_again) / self.side_by_side + self.parts_read]
         done += [aggregate * self.rows / self.side_by_side, self.keys_read]
-        # Beside a GPU what it found before is summed, and keys are read for what it does next.
+        # While a GPU searches, its last results are summed and the next keys are read.
         seconds = rates.map + (max(done) if self.gpu_memory else sum(done))
         if self.settings.targets.temperature is None:
             fitted = min(FIT_ROWS, self.rows)
@@ -297,7 +297,7 @@ class Job:
 
     def export(self) -> Stage:
         rates = self.rates
-        scored = 2 * min(self.held_out, CALIBRATION_TOKENS)  # in short and in long contexts
+        scored = 2 * min(self.held_out, TUNING_TOKENS)  # two readings: short and long contexts
         # Beside the base only weights of the memory are read and written.
         seconds = rates.reload + rates.checkpoint / 2
         seconds += scored * (rates.score_base + rates.score_memory)

@@ -44,13 +44,13 @@ from vllm_memdec.train.training.batches import Batches
 from vllm_memdec.train.training.parallel import spread
 from vllm_memdec.train.verify.brute_force import nearest
 
-SAMPLE_BYTES = 2**23  # of text
-EMBED_SECONDS = 12.0
-SCORED_BLOCKS = 8
-SEARCHED_ROWS = 256  # that targets to train on are made of
-STORAGE_BYTES = 1 << 26  # written and read, for the speed of the disk
+SAMPLE_BYTES = 2**23  # bytes of text in the sample
+EMBED_SECONDS = 12.0  # seconds for which the sample is embedded
+SCORED_BLOCKS = 8  # token blocks whose scoring is timed
+SEARCHED_ROWS = 256  # rows whose targets the timed training uses
+STORAGE_BYTES = 1 << 26  # bytes written and read to time the disk
 LINK = 1e9  # bytes a second between machines without GPUs: assumed, not measured
-STEPS = 8  # timed, of each kind, after one that warms up
+STEPS = 8  # timed steps of each kind, after one that warms up
 
 
 def blocks_scored(tokens: np.ndarray) -> int:
@@ -66,7 +66,7 @@ def seconds(function: Any, *arguments: Any) -> float:
 
 
 def peak_bytes() -> int:
-    """Return the peak resident memory of this process."""
+    """Return the peak RAM of this process."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -98,8 +98,8 @@ def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
 def count_tokens(base: str, text: Path, work: Path) -> int:
     """Return about how many tokens a text has, counted on a sample."""
     sample, read, total = sample_text(text, work)
-    found = tokenise(load_tokenizer(base), first_texts(sample))
-    return round(sum(map(len, found)) * total / read)
+    documents = tokenise(load_tokenizer(base), first_texts(sample))
+    return round(sum(map(len, documents)) * total / read)
 
 
 def random_text(base: str, work: Path) -> Path:
@@ -124,27 +124,27 @@ class StageProbe:
     base: str
     corpus: Path
     work: Path
-    n_keys: int  # of the corpus that is planned
+    n_keys: int  # keys of the whole corpus
 
     def __call__(self, _: int) -> int:
         began = time.perf_counter()
         settings = self.settings
-        found: dict[str, float] = {"process_bytes": peak_bytes()}
+        measured: dict[str, float] = {"process_bytes": peak_bytes()}
         model = load_model(self.base, settings.datastore.dtype)
         check_isolation(model, settings.datastore.key_layer)
-        found["load"] = time.perf_counter() - began
-        found["reload"] = seconds(load_model, self.base, settings.datastore.dtype)
-        keys, labels, blocks, found["key"] = self.embed(model)
-        found["embed_bytes"] = peak_bytes()
-        found |= measure_index(keys, labels, settings, self.n_keys)
+        measured["load"] = time.perf_counter() - began
+        measured["reload"] = seconds(load_model, self.base, settings.datastore.dtype)
+        keys, labels, blocks, measured["key"] = self.embed(model)
+        measured["embed_bytes"] = peak_bytes()
+        measured |= measure_index(keys, labels, settings, self.n_keys)
         entries = self.write(keys, labels, blocks)
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(self.corpus, "train"))
         scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
-        found["score_base"] = scored / (len(tokens) * settings.corpus.block_tokens)
-        found |= {"entries": entries, "width": keys.shape[1]}
-        found["threads"] = torch.get_num_threads()
-        found["inside"] = time.perf_counter() - began
-        write_json(self.work / "stages.json", found)
+        measured["score_base"] = scored / (len(tokens) * settings.corpus.block_tokens)
+        measured |= {"entries": entries, "width": keys.shape[1]}
+        measured["threads"] = torch.get_num_threads()
+        measured["inside"] = time.perf_counter() - began
+        write_json(self.work / "stages.json", measured)
         return 1
 
     def embed(self, model: Any) -> tuple[np.ndarray, np.ndarray, int, float]:
@@ -153,20 +153,20 @@ class StageProbe:
         batch = blocks_at_once(
             self.settings.datastore.batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
         )
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        batches: list[tuple[np.ndarray, np.ndarray]] = []
         spent: list[float] = []
         for start in range(0, len(tokens), batch):
             part = slice(start, start + batch)
             began = time.perf_counter()
-            found += embed(
+            batches += embed(
                 model, self.settings.datastore.key_layer, tokens[part], positions[part], batch
             )
             spent.append(time.perf_counter() - began)
             if sum(spent) > EMBED_SECONDS:
                 break
         warm = slice(int(len(spent) > 1), None)
-        rows = sum(len(labels) for _, labels in found[warm])
-        keys, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        rows = sum(len(labels) for _, labels in batches[warm])
+        keys, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
         return keys, labels, min(len(spent) * batch, len(tokens)), sum(spent[warm]) / max(rows, 1)
 
     def write(self, keys: np.ndarray, labels: np.ndarray, blocks: int) -> float:
@@ -202,8 +202,10 @@ def sparse_sample(
     k = min(settings.targets.neighbours + 1, len(keys))
     distances, ids = nearest([keys], keys[rows], k)
     temperature = settings.targets.temperature or float(np.median(distances)) / 10 or 1.0
-    used, least = np.unique(labels), settings.targets.min_probability
-    offsets, tokens, probs = sparse_targets(distances, ids, rows, labels, used, temperature, least)
+    used, threshold = np.unique(labels), settings.targets.min_probability
+    offsets, tokens, probs = sparse_targets(
+        distances, ids, rows, labels, used, temperature, threshold
+    )
     return offsets, tokens, probs.astype(np.float16)
 
 
@@ -225,10 +227,10 @@ class TrainingProbe:
         model = build_memory(settings, self.base, self.settings.corpus.block_tokens)
         module = spread(model.to(default_device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
-        found = {"build_memory": time.perf_counter() - began}
+        measured = {"build_memory": time.perf_counter() - began}
         for name, sampled in (("step", None), ("sampled_step", settings.sampled_negatives)):
             if name == "sampled_step" and sampled is None:
-                found[name] = found["step"]
+                measured[name] = measured["step"]
                 continue
             training = Training(
                 # Warm-up steps take the whole vocabulary: one of them, or all.
@@ -243,39 +245,41 @@ class TrainingProbe:
                 started = time.perf_counter()
                 rows = training.step(module, optimizer, batches, step, world)["rows"]
                 spent.append((time.perf_counter() - started) / rows)
-            found[name] = statistics.median(spent[1:])
+            measured[name] = statistics.median(spent[1:])
         if world.rank:
             return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        found["checkpoint"] = seconds(torch.save, state, self.work / "checkpoint.pt")
+        measured["checkpoint"] = seconds(torch.save, state, self.work / "checkpoint.pt")
         (self.work / "checkpoint.pt").unlink()
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(corpus, "train"))
-        model = model.eval().to(getattr(torch, self.settings.export.dtype))  # as it is exported
+        model = model.eval().to(
+            getattr(torch, self.settings.export.dtype)
+        )  # the dtype of the export
         label_logprobs(model, tokens[:1], positions[:1], 1)  # warms up
         scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
-        found["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)
-        found["memory_parameters"] = sum(p.numel() for p in model.parameters())
-        found |= {"train_bytes": peak_bytes(), "inside": time.perf_counter() - began}
-        write_json(self.work / "training.json", found)
+        measured["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)
+        measured["memory_parameters"] = sum(p.numel() for p in model.parameters())
+        measured |= {"train_bytes": peak_bytes(), "inside": time.perf_counter() - began}
+        write_json(self.work / "training.json", measured)
 
 
 def measure_storage(work: Path) -> dict[str, float]:
     """Return seconds a byte of hashing, of writing to the disk and of reading from it."""
     path, block = work / "storage", np.random.default_rng(0).bytes(STORAGE_BYTES)
-    found = {"hash": seconds(lambda: hashlib.sha256(block).hexdigest())}
-    found["write"] = seconds(write_atomic, path, lambda p: p.write_bytes(block))
-    with open(path, "rb") as file:  # what was just written is in memory, too
+    spent_on = {"hash": seconds(lambda: hashlib.sha256(block).hexdigest())}
+    spent_on["write"] = seconds(write_atomic, path, lambda p: p.write_bytes(block))
+    with open(path, "rb") as file:  # what was just written is in RAM, too
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    found["read"] = seconds(path.read_bytes)
+    spent_on["read"] = seconds(path.read_bytes)
     path.unlink()
-    return {name: spent / STORAGE_BYTES for name, spent in found.items()}
+    return {name: spent / STORAGE_BYTES for name, spent in spent_on.items()}
 
 
 def nothing() -> None:
     """Do nothing, in a process that has to be started for it."""
 
 
-def calibrate(
+def probe_rates(
     base: str,
     corpus: Path | None,
     tokens: int | None,
@@ -293,12 +297,12 @@ def calibrate(
         load_tokenizer(base)
         memory_config(settings.memory, base, settings.corpus.block_tokens)
 
-    with progress.task("calibrating", 4, "probes") as advance:
+    with progress.task("probing costs", 4, "probes") as advance:
         # Numbers as JSON has them: Rates says which are whole.
-        found: dict[str, Any] = {"prepare": seconds(prepare), "start": seconds(executor.workers)}
-        found["first"] = seconds(executor.call, nothing)
-        found["call"] = seconds(executor.call, nothing)
-        found |= executor.call(measure_storage, work) | {"launch": 0.0, "reduce": 1 / LINK}
+        measured: dict[str, Any] = {"prepare": seconds(prepare), "start": seconds(executor.workers)}
+        measured["first"] = seconds(executor.call, nothing)
+        measured["call"] = seconds(executor.call, nothing)
+        measured |= executor.call(measure_storage, work) | {"launch": 0.0, "reduce": 1 / LINK}
         read = total = 1
         if corpus is None:
             sample = random_text(base, work)
@@ -307,35 +311,35 @@ def calibrate(
         advance(1)
         texts = list(first_texts(sample))
         tokenizer = load_tokenizer(base)
-        found["tokenise"] = seconds(lambda: list(tokenise(tokenizer, texts)))
+        measured["tokenise"] = seconds(lambda: list(tokenise(tokenizer, texts)))
         blocks = work / "sample"
         blocks.mkdir()
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
             build_corpus(settings.corpus, base, sample, None, blocks, Context(quiet, executor))
-        except MemdecError as error:  # of the text, which is the user's, not the sample's
+        except MemdecError as error:  # the user knows the text, not the sample
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())
         counted = sum(facts[split]["tokens"] for split in ("train", "validation"))
-        found["tokenise"] /= counted
-        found["tokens_per_byte"] = counted / read
-        found["rows_per_token"] = facts["train"]["rows"] / facts["train"]["tokens"]
-        found["sample_tokens"] = counted
-        found["used"] = len(np.load(blocks / "used-train.npy"))
+        measured["tokenise"] /= counted
+        measured["tokens_per_byte"] = counted / read
+        measured["rows_per_token"] = facts["train"]["rows"] / facts["train"]["tokens"]
+        measured["sample_tokens"] = counted
+        measured["used"] = len(np.load(blocks / "used-train.npy"))
         if tokens is None:
-            tokens = round(total * found["tokens_per_byte"])
+            tokens = round(total * measured["tokens_per_byte"])
         advance(1)
-        probe = StageProbe(settings, base, blocks, work, round(tokens * found["rows_per_token"]))
+        probe = StageProbe(settings, base, blocks, work, round(tokens * measured["rows_per_token"]))
         spent = seconds(lambda: list(executor.map(probe, [0])))
-        found |= json.loads((work / "stages.json").read_text())
-        found["map"] = max(0.0, spent - found.pop("inside"))
+        measured |= json.loads((work / "stages.json").read_text())
+        measured["map"] = max(0.0, spent - measured.pop("inside"))
         advance(1)
         spent = seconds(executor.train, TrainingProbe(settings, base, work), work)
-        found |= json.loads((work / "training.json").read_text())
-        found["train"] = max(0.0, spent - found.pop("inside"))
+        measured |= json.loads((work / "training.json").read_text())
+        measured["train"] = max(0.0, spent - measured.pop("inside"))
         advance(1)
-    found["vocabulary"] = len(tokenizer)
-    return Rates(**found), tokens
+    measured["vocabulary"] = len(tokenizer)
+    return Rates(**measured), tokens
 
 
 def first_texts(sample: Path) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What a unit of work costs: measured by calibrate.py, or by the figures of a GPU."""
+"""What a unit of work costs: measured by probes.py, or by the figures of a GPU."""
 
 from dataclasses import dataclass, replace
 
@@ -13,11 +13,11 @@ class Rates:
     """Seconds that one worker needs, and sizes seen on the sample."""
 
     prepare: float  # the command's own reading of tokenizer and configs
-    start: float  # of the cluster
-    first: float  # of its first process, which imports what stages do
-    map: float  # of the workers of a stage
-    call: float  # of one process
-    train: float  # of the training's processes
+    start: float  # the start of the cluster
+    first: float  # the start of its first process, which imports what stages do
+    map: float  # the start of a stage's workers
+    call: float  # the start of one process
+    train: float  # the start of the training's processes
     tokenise: float  # a token
     load: float  # the base, in a process that has loaded no model
     reload: float  # the base, in one that has
@@ -27,33 +27,33 @@ class Rates:
     compare: float  # a key and list
     encode: float  # a key, beside finding its list
     scan: float  # a key visited by a query
-    imbalance: float  # keys visited, against lists of equal length
-    merge: float  # a neighbour of a row, of the results of one more part
-    aggregate: float  # a neighbour of a row
-    fit: float  # the temperature
-    build_memory: float
-    step: float  # a row, all of the vocabulary
-    sampled_step: float  # a row, with memory.sampled_negatives
-    launch: float  # a forward and backward pass at least, where a GPU waits for its commands
-    reduce: float  # a byte of the gradients, between workers
-    checkpoint: float
+    imbalance: float  # keys visited, as a multiple of those in lists of equal length
+    merge: float  # a neighbour of a row, for each part of the index but the first
+    aggregate: float  # a neighbour of a row, summed into its target
+    fit: float  # the fit of the temperature
+    build_memory: float  # the memory before training
+    step: float  # a row of training, over all of the vocabulary
+    sampled_step: float  # a row of training, with memory.sampled_negatives
+    launch: float  # a forward and backward pass, at least: a GPU waits for its commands
+    reduce: float  # a byte of the gradients, summed over workers
+    checkpoint: float  # one checkpoint, written
     hash: float  # a byte
     write: float  # a byte
-    read: float  # a byte that the system does not hold in memory
-    score_base: float  # a row, with the head
-    score_memory: float
+    read: float  # a byte that the system does not hold in RAM
+    score_base: float  # a row of text scored by the base
+    score_memory: float  # a row of text scored by the memory
     tokens_per_byte: float
     rows_per_token: float
-    entries: float  # tokens of a target
-    width: int
-    vocabulary: int
-    threads: int  # of a worker that has no GPU, or beside it
+    entries: float  # tokens of a target, on average
+    width: int  # numbers of a key
+    vocabulary: int  # tokens of the tokenizer
+    threads: int  # threads of a worker on CPUs
     used: int  # tokens of the vocabulary that occur in the sample
-    sample_tokens: int
-    memory_parameters: int
-    process_bytes: int  # peak resident memory of a process that has loaded no model,
-    embed_bytes: int  # of one that embeds,
-    train_bytes: int  # and of one that trains
+    sample_tokens: int  # tokens of the sample
+    memory_parameters: int  # weights of the memory
+    process_bytes: int  # peak RAM of a process that has loaded no model
+    embed_bytes: int  # peak RAM of a process that embeds
+    train_bytes: int  # peak RAM of a process that trains
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Gpu:
     float32: float
     bandwidth: float
     link: float
-    memory: float  # bytes
+    memory: float  # bytes of the GPU's own memory
 
 
 GPUS = {
@@ -75,8 +75,8 @@ GPUS = {
     "l4": Gpu(121e12, 30e12, 0.3e12, 32e9, 24e9),
     "l40s": Gpu(362e12, 91e12, 0.864e12, 32e9, 48e9),
 }
-UTILISATION = 0.35  # of a GPU's figures that is taken to be reached
-MEMORY_LAYERS = 24  # whose launch a step waits for, where settings do not tell: of a 0.5B memory
+UTILISATION = 0.35  # share of a GPU's published figures that work is assumed to reach
+MEMORY_LAYERS = 24  # layers of a memory where settings do not tell: those of a 0.5B model
 LAUNCH = 3 * 0.6e-3  # seconds of a layer's forward and backward pass: see devices.py
 
 

@@ -1,6 +1,6 @@
 """`memdec plan`: what a build will cost, before it starts.
 
-Sizes and times follow from costs.py, with rates that calibrate.py measured. For a GPU that is not
+Sizes and times follow from costs.py, with rates that probes.py measured. For a GPU that is not
 here, rates follow from its published figures: an estimate, and called so.
 """
 
@@ -17,14 +17,14 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.documents import corpus_files
 from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.model.decoder import with_defaults
-from vllm_memdec.train.plan.costs import OVERHEADS, Job, Stage
-from vllm_memdec.train.plan.probes import calibrate, count_tokens
+from vllm_memdec.train.plan.costs import OVERHEADS, CostModel, Stage
+from vllm_memdec.train.plan.probes import count_tokens, probe_rates
 from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
 from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.settings import Settings
 
-TABLE = tuple(10**n for n in range(6, 11))  # tokens
-GPU_HOST = 5e11  # bytes of memory of a machine with GPUs that is not here: assumed
+TABLE = tuple(10**n for n in range(6, 11))  # tokens of the corpora in the table of sizes
+GPU_HOST = 5e11  # bytes of RAM of a machine with GPUs that is not here: assumed
 GPU_STAGES = ("datastore", "index", "targets", "memory")
 
 
@@ -66,7 +66,7 @@ def plan(
     base = os.path.abspath(base)  # workers have another working directory
     memory = with_defaults(settings.memory, base, progress.say)
     settings = settings.model_copy(update={"memory": memory})
-    rates, total = calibrate(base, corpus, tokens, settings, work, progress, executor)
+    rates, total = probe_rates(base, corpus, tokens, settings, work, progress, executor)
     held_out = None if validation is None else count_tokens(base, validation, work)
     workers, hardware = executor.workers(), "this machine, measured"
     gpus = (gpus or 1) if gpu else workers if torch.cuda.is_available() else 0
@@ -75,15 +75,15 @@ def plan(
         hardware += " published FLOP/s and bandwidth"
         parameters = base_parameters(base)
 
-    def job(n: int, held_out: int | None) -> Job:
+    def job(n: int, held_out: int | None) -> CostModel:
         here = torch.cuda.get_device_properties(0).total_memory if torch.cuda.is_available() else 0
-        found = Job(rates, settings, n, held_out, budget, workers, here)
+        model = CostModel(rates, settings, n, held_out, budget, workers, here)
         if gpu is None:
-            return found
+            return model
         figures = GPUS[gpu.lower()]
         layers = {} if settings.memory.layers is None else {"layers": settings.memory.layers}
-        there = on_gpu(rates, figures, parameters, found.key_bytes, **layers)
-        return replace(found, rates=there, gpu_memory=figures.memory, host_memory=GPU_HOST)
+        there = on_gpu(rates, figures, parameters, model.key_bytes, **layers)
+        return replace(model, rates=there, gpu_memory=figures.memory, host_ram=GPU_HOST)
 
     sizes = {n: job(n, None).stages() for n in TABLE}
     mine = job(total, held_out)
@@ -99,34 +99,34 @@ def human_bytes(count: float) -> str:
     return f"{count:.3g} PB"
 
 
-def show(found: Plan, console: Console) -> None:
+def show(plan: Plan, console: Console) -> None:
     """Print the stages of the corpus, and the totals of other sizes."""
-    gpus = found.gpus
-    console.print(f"{found.tokens:,} tokens on {found.hardware}")
+    gpus = plan.gpus
+    console.print(f"{plan.tokens:,} tokens on {plan.hardware}")
     table = Table("stage", "time", *(["GPU-hours"] if gpus else []), "disk", "peak RAM a process")
-    for stage in found.stages:
+    for stage in plan.stages:
         hours = [f"{gpu_hours(stage, gpus):.3g}"] if gpus else []
-        cells = human_bytes(stage.disk), human_bytes(stage.memory)
+        cells = human_bytes(stage.disk), human_bytes(stage.peak_ram)
         table.add_row(stage.name, human_seconds(stage.seconds), *hours, *cells)
-    total = [f"{sum(gpu_hours(s, gpus) for s in found.stages):.3g}"] if gpus else []
+    total = [f"{sum(gpu_hours(s, gpus) for s in plan.stages):.3g}"] if gpus else []
     table.add_row(
         "all",
-        human_seconds(sum(s.seconds for s in found.stages)),
+        human_seconds(sum(s.seconds for s in plan.stages)),
         *total,
-        human_bytes(sum(s.disk for s in found.stages)),
-        human_bytes(max(s.memory for s in found.stages)),
+        human_bytes(sum(s.disk for s in plan.stages)),
+        human_bytes(max(s.peak_ram for s in plan.stages)),
     )
     console.print(table)
     sizes = Table("tokens", "keys", "index", "targets", "peak RAM", "time", "longest stage")
     if gpus:
         sizes.add_column("GPU-hours")
     parts = Table("tokens", *OVERHEADS, title="of the time")
-    for tokens, stages_ in found.sizes.items():
+    for tokens, stages_ in plan.sizes.items():
         disk = {stage.name: human_bytes(stage.disk) for stage in stages_}
         seconds = sum(s.seconds for s in stages_)
         longest = max(stages_, key=lambda stage: stage.seconds)
         line = [f"{tokens:.0e}", disk["datastore"], disk["index"], disk["targets"]]
-        line.append(human_bytes(max(s.memory for s in stages_)))
+        line.append(human_bytes(max(s.peak_ram for s in stages_)))
         line += [human_seconds(seconds), f"{longest.name}, {longest.seconds / seconds:.0%}"]
         if gpus:
             line.append(f"{sum(gpu_hours(s, gpus) for s in stages_):.3g}")
@@ -142,6 +142,10 @@ def gpu_hours(stage: Stage, gpus: int) -> float:
     return stage.seconds / 3600 * gpus if stage.name in GPU_STAGES else 0.0
 
 
-def report(found: Plan) -> dict[str, Any]:
-    """Return the plan as JSON."""
-    return asdict(found)
+def report(plan: Plan) -> dict[str, Any]:
+    """Return the plan as JSON, whose readers know a stage's peak RAM as "memory"."""
+
+    def named(entries: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {"memory" if name == "peak_ram" else name: value for name, value in entries}
+
+    return asdict(plan, dict_factory=named)

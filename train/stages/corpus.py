@@ -36,7 +36,7 @@ from vllm_memdec.train.settings import CorpusSettings
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
 TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
-PIECES = "pieces"  # of the working folder: tokenised text, not yet packed
+PIECES = "pieces"  # the folder of tokenised text, not yet packed, in the working folder
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Tokeniser:
 
     base: str
     pieces: list[Piece]
-    group: str | None  # field of a row: rows of one value are held out together
+    group: str | None  # the field of rows that are held out together where it is equal
     work: Path
 
     @cached_property
@@ -61,9 +61,9 @@ class Tokeniser:
                 digests.append((own, own if self.group is None else digest(canonical(value))))
                 yield text
 
-        found = list(tokenise(self.tokenizer, texts(), keep_empty=True))
-        kept = [n for n, document in enumerate(found) if len(document)]
-        documents = [found[n] for n in kept]
+        tokenised = list(tokenise(self.tokenizer, texts(), keep_empty=True))
+        kept = [n for n, document in enumerate(tokenised) if len(document)]
+        documents = [tokenised[n] for n in kept]
         tokens = np.concatenate([np.zeros(0, np.int32), *documents])
         save_array(shard_path(self.work, "tokens", number), tokens)
         of_text, of_group = np.array(digests, np.uint64).reshape(-1, 2)[kept].T
@@ -213,18 +213,18 @@ def tokenise_pieces(
     """Tokenise some texts piece by piece into a folder."""
     folder.mkdir(exist_ok=True)
     parts: list[Piece] = []
-    found: list[Tokenised] = []
+    tokenised: list[Tokenised] = []
     for text in texts:
         first = len(parts)
         parts += pieces(text)
-        found.append(Tokenised(folder, range(first, len(parts))))
+        tokenised.append(Tokenised(folder, range(first, len(parts))))
     todo = unfinished(folder, TOKENISED, len(parts))
     with context.progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
         for done in context.executor.map(Tokeniser(base, parts, group, folder), todo):
             advance(done)
     check_there(folder, numbered(TOKENISED, len(parts)), os.listdir(folder))
-    return found
+    return tokenised
 
 
 def write_blocks(

@@ -20,18 +20,18 @@ from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys, check_isolation
 from vllm_memdec.train.stages.stage import Build, Stage, lowered
 
-SAMPLE_SHARDS = 64  # at least so many, evenly spread, give a sample of keys
-MOST_SAMPLE_SHARDS = 2048  # and at most so many: each is a file to open
+SAMPLE_SHARDS = 64  # shards, evenly spread, from which a sample of keys is taken, at least
+MAX_SAMPLE_SHARDS = 2048  # the same at most: each is a file to open
 
 
 def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield (row numbers, keys fp16) of so many rows in all, evenly spread over the shards."""
     n_shards, n_rows = len(starts) - 1, int(starts[-1])
-    most = MOST_SAMPLE_SHARDS
+    max_shards = MAX_SAMPLE_SHARDS
     if not keys.settings.keep_keys:  # each costs a forward pass: take more rows of fewer shards
-        most = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
-    shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, most)).astype(int))
-    ends = np.cumsum(np.diff(starts)[shards])  # of the shards, one after the other
+        max_shards = max(SAMPLE_SHARDS, -(-2 * rows * n_shards // n_rows))
+    shards = np.unique(np.linspace(0, n_shards - 1, min(n_shards, max_shards)).astype(int))
+    ends = np.cumsum(np.diff(starts)[shards])  # where each shard ends, one after the other
     wanted = np.linspace(0, int(ends[-1]) - 1, min(rows, int(ends[-1]))).astype(np.int64)
     for shard, end in zip(shards.tolist(), ends.tolist(), strict=True):
         first = end - (starts[shard + 1] - starts[shard])
@@ -42,8 +42,8 @@ def sampled(keys: Keys, starts: np.ndarray, rows: int) -> Iterator[tuple[np.ndar
 
 def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (row numbers, keys fp16) of so many rows, or of all, evenly spread over the shards."""
-    numbers, found = zip(*sampled(keys, starts, rows), strict=True)
-    return np.concatenate(numbers), np.concatenate(found)
+    numbers, keys_of_rows = zip(*sampled(keys, starts, rows), strict=True)
+    return np.concatenate(numbers), np.concatenate(keys_of_rows)
 
 
 @dataclass
@@ -103,7 +103,7 @@ def keys_of(build: Build, datastore: Path) -> Keys:
 def stage(build: Build) -> Stage:
     """Return how the datastore is made."""
     settings = build.settings.datastore.model_dump()
-    batch = settings.pop("batch_blocks")  # bounds memory
+    batch = settings.pop("batch_blocks")  # bounds RAM, changes no key
     if build.settings.datastore.key != "layer":
         settings["layer_fraction"] = None
 

@@ -1,8 +1,8 @@
 """Export stage: the trained memory -> a Hugging Face folder that vLLM serves beside any base.
 
-Its config carries the `memdec` block, whose weights are tuned here: both models read the validation
-text once, in contexts as long as those that are served (windows.py), then every alpha is tried on
-their log-probabilities, for all contexts and for each length of context.
+The `memdec` section of its config.json holds weights that are tuned here: both models read the
+validation text once, in contexts as long as those that are served (windows.py), then every alpha is
+tried on their log-probabilities, for all contexts and for each length of context.
 """
 
 import json
@@ -39,10 +39,10 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import ExportSettings
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
-CALIBRATION_TOKENS = 2**18  # that alpha is tuned on, at most
-SHARD_TOKENS = 2**14  # scored at once, and lost at most when a run is killed
-SCORES = "scores"  # of the working folder
-PARTS = ("tokens", "positions", "scored")
+TUNING_TOKENS = 2**18  # tokens of each reading on which alpha is tuned, at most
+SHARD_TOKENS = 2**14  # tokens scored at once: what a killed run loses, at most
+SCORES = "scores"  # the folder of scores in the working folder
+PARTS = ("tokens", "positions", "scored")  # arrays of a shard of windows
 
 
 @dataclass
@@ -79,7 +79,7 @@ def score(
     for number, shard in enumerate(shards):
         for part in PARTS:
             save_array(shard_path(work, part, number), getattr(shard, part))
-    found = {}
+    logprobs = {}
     for name, folder in folders.items():
         todo = [n for n in range(len(shards)) if not shard_path(work, name, n).exists()]
         with context.progress.task(f"export: scoring with {name}", len(text), "windows") as advance:
@@ -87,8 +87,8 @@ def score(
             advance(sum(len(shards[n]) for n in done), done_before=True)
             for count in context.executor.map(Scorer(folder, dtype, name, work), todo):
                 advance(count)
-        found[name] = np.concatenate([load_shard(work, name, n) for n in range(len(shards))])
-    return found
+        logprobs[name] = np.concatenate([load_shard(work, name, n) for n in range(len(shards))])
+    return logprobs
 
 
 def export_memory(
@@ -101,15 +101,15 @@ def export_memory(
     work: Path,
     context: Context,
 ) -> None:
-    """Write weights, tokenizer and config with the memdec block into work."""
-    documents = validation_documents(corpus, CALIBRATION_TOKENS)
+    """Write weights, tokenizer and config with the memdec section into work."""
+    documents = validation_documents(corpus, TUNING_TOKENS)
     tokenizer = load_tokenizer(base)
     width = window_tokens(
         settings.context_tokens,
         sum(map(len, documents)),
         [load_config(base), load_config(str(memory))],
     )
-    text = windows(documents, width, tokenizer.eos_token_id, 2 * CALIBRATION_TOKENS)
+    text = windows(documents, width, tokenizer.eos_token_id, 2 * TUNING_TOKENS)
     folders = {"base": base, "memory": str(memory)}
     scores = score(folders, settings.dtype, text, work / SCORES, context)
     shutil.rmtree(work / SCORES)
@@ -120,7 +120,7 @@ def export_memory(
     model.save_pretrained(work)
     tokenizer.save_pretrained(work)
     corpus_facts = json.loads((corpus / "corpus.json").read_text())
-    block = MemoryBlock(
+    section = MemoryBlock(
         alpha=tuned["alpha"],
         alpha_by_context=tuned["alpha_by_context"],
         tokenizer_fingerprint=corpus_facts["tokenizer_fingerprint"],
@@ -135,7 +135,7 @@ def export_memory(
             "training_tokens": corpus_facts["train"]["tokens"],
         },
     )
-    write_block(work, block)
+    write_block(work, section)
     keep_gate(work.with_name(work.name.removesuffix(".partial")), work, context.progress)
 
 

@@ -12,8 +12,8 @@ import torch
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.executor.executor import Executor
 
-GPU_LARGEST_K = 2048  # neighbours, or lists to visit, that faiss finds on a GPU
-# Numbers of a key that one byte of a code stands for, of which faiss makes no tables in advance.
+GPU_LARGEST_K = 2048  # neighbours, or lists to visit, that faiss returns on a GPU, at most
+# Numbers of a key a byte of its code, for which faiss needs no tables made in advance.
 GPU_PQ_WIDTHS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 28, 32)
 GPU_TRIAL = """
 import faiss, numpy
@@ -44,11 +44,11 @@ def failure(code: str) -> str:
     return (tried.stderr.strip().splitlines() or [f"faiss ended with {tried.returncode}"])[-1]
 
 
-def check_width(neighbours: int, probes: int, executor: Executor) -> None:
+def check_width(neighbours: int, nprobe: int, executor: Executor) -> None:
     """Refuse, before hours are spent, a search too wide for the GPUs that would do it."""
-    if max(neighbours + 1, probes) > GPU_LARGEST_K and not executor.call(no_gpu):
+    if max(neighbours + 1, nprobe) > GPU_LARGEST_K and not executor.call(no_gpu):
         raise MemdecError(
-            f"targets.neighbours is {neighbours} and index.probes {probes}, on a GPU faiss finds "
+            f"targets.neighbours is {neighbours} and index.probes {nprobe}, on a GPU faiss finds "
             f"at most {GPU_LARGEST_K - 1} and visits {GPU_LARGEST_K} lists: lower them, or hide "
             'the GPUs (CUDA_VISIBLE_DEVICES="") to search on CPUs.'
         )
@@ -56,7 +56,7 @@ def check_width(neighbours: int, probes: int, executor: Executor) -> None:
 
 def gpu_options(index: Any) -> dict[str, bool]:
     """Return the options with which faiss takes an index to a GPU."""
-    options = {"use_cuvs": False}  # which knows no 8-bit scalars
+    options = {"use_cuvs": False}  # cuVS knows no 8-bit scalars
     ivf = faiss.try_extract_index_ivf(index)
     lists = None if ivf is None else faiss.downcast_index(ivf)
     if isinstance(lists, faiss.IndexIVFPQ):

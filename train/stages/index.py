@@ -3,8 +3,8 @@
 Squared L2 distance, as in the paper. Small datastores are searched exactly; larger ones get
 inverted lists with 8-bit scalar quantisation, very large ones product quantisation. The quantiser
 is trained once, on a sample, and stored once; the parts of the index are the inverted lists of
-runs of rows, so that the nearest of all parts, merged, are what one large index would have found.
-What an index is follows from the number and width of its keys: see Shape. The memory budget only
+runs of rows, so that the nearest of all parts, merged, are those of one large index.
+What an index is follows from the number and width of its keys: see Shape. The RAM budget only
 decides in how many parts it lies.
 """
 
@@ -34,28 +34,28 @@ from vllm_memdec.train.stages.datastore import keys_of, sampled
 from vllm_memdec.train.stages.faiss_gpu import no_gpu, to_cpu, to_gpu
 from vllm_memdec.train.stages.stage import Build, Stage, less_budget
 
-FLAT_BELOW = 10_000  # keys: brute force is faster than training lists
-TWO_LEVELS_FROM = 10**6  # keys: k-means of all lists at once takes longer than the filling
-PQ_ABOVE = 20_000_000  # keys: 8-bit scalars no longer fit in memory comfortably
-# Lists: to compare a key with all takes longer than to walk a graph of them. Measured once, on one
-# core and for width 96: of 16,384 lists all are compared in less than half the time of a walk.
+FLAT_BELOW = 10_000  # keys below which brute force is faster than training lists
+TWO_LEVELS_FROM = 10**6  # keys from which k-means of all lists at once takes longer than filling
+PQ_ABOVE = 20_000_000  # keys above which 8-bit scalars no longer fit in RAM comfortably
+# Lists from which to compare a key with all takes longer than to walk a graph of them. Measured
+# once, on one core, for width 96: 16,384 lists are compared in less than half the time of a walk.
 GRAPH_FROM = 1 << 16
-GRAPH_LINKS = 32  # of a centroid, as faiss advises
+GRAPH_LINKS = 32  # links of a centroid, as faiss advises
 GRAPH_SEARCH, GRAPH_CONSTRUCTION = 64, 200  # candidates; faiss's 16 and 40 miss near lists
-PQ_KEYS = 39 * 256  # faiss's minimum for sound codes of 8 bits
-PQ_BYTES = 64  # a key, as in the paper
-CODE_SAMPLE = 256 * 256  # keys that codes are trained on: faiss takes no more
-POINTS_PER_LIST = 256  # faiss samples no more for k-means
-LEAST_PER_LIST = 40  # and wants as many for a sound centroid
-TWO_LEVEL_POINTS = 64  # a list, of large corpora: what is read of them grows with the lists
+PQ_KEYS = 39 * 256  # keys that faiss needs for sound codes of 8 bits
+PQ_BYTES = 64  # bytes of a key's code, as in the paper
+CODE_SAMPLE = 256 * 256  # keys on which codes are trained: faiss takes no more
+POINTS_PER_LIST = 256  # keys a list in k-means: faiss takes no more
+MIN_PER_LIST = 40  # keys a list that a sound centroid needs
+TWO_LEVEL_POINTS = 64  # keys a list in two levels: what is read of a corpus grows with them
 KMEANS_PASSES = 10  # faiss's own number for the lists of an index
-SAMPLE_BYTES = 2**30  # for the sample in fp16 and float32, of which lists are trained at once
-PART_SHARE = 4  # a part of the index takes a fourth of the memory budget
-# Tables of product codes, 64 kB a list, are made where they pay: by a search, see search.py.
+SAMPLE_BYTES = 2**30  # bytes of the sample, in fp16 and float32, where lists are trained at once
+PART_SHARE = 4  # a part of the index takes a fourth of the RAM budget
+# A search makes the tables of product codes, 64 kB a list, where they pay: see search.py.
 SKIP_TABLES = faiss.IO_FLAG_SKIP_PRECOMPUTE_TABLE
-LABELS = "labels.i32"  # of all rows, in order
+LABELS = "labels.i32"  # the labels of all rows, in order
 TRAINED = "trained.faiss"  # the index without keys
-SAMPLE = "sample.f16"  # keys that lists are trained on
+SAMPLE = "sample.f16"  # the keys on which lists are trained
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ class Shape:
 
     kind: str  # faiss's factory string
     lists: int  # inverted lists, 0: none
-    sample: int  # keys the lists are trained on
-    levels: int  # of k-means: 2, where lists are clusters within clusters
+    sample: int  # keys on which the lists are trained
+    levels: int  # levels of k-means: 2 where lists are clusters within clusters
 
 
 def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
     """Return what an index over so many keys is like; MemdecError if they are too few for it.
 
     The number of lists follows the corpus alone: sqrt(n), and from a million keys on a power of two
-    near n^0.6, which is 2 sqrt(n) at 10^9. What the probes of a query visit grows with n^0.4.
+    near n^0.6, which is 2 sqrt(n) at 10^9. What a query visits at a given nprobe grows with n^0.4.
     """
     kind = settings.kind
     if kind == "auto":
@@ -84,9 +84,9 @@ def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
             f"index.kind pq needs {PQ_KEYS} keys to train on, this corpus has {n_keys}: choose sq8."
         )
     if n_keys < TWO_LEVELS_FROM:
-        lists, levels = max(1, min(math.isqrt(n_keys), n_keys // LEAST_PER_LIST)), 1
+        lists, levels = max(1, min(math.isqrt(n_keys), n_keys // MIN_PER_LIST)), 1
         at_once = SAMPLE_BYTES // (6 * width)
-        sample = max(LEAST_PER_LIST * lists, min(POINTS_PER_LIST * lists, at_once))
+        sample = max(MIN_PER_LIST * lists, min(POINTS_PER_LIST * lists, at_once))
     else:
         many = TWO_LEVELS_FROM**0.5 * (n_keys / TWO_LEVELS_FROM) ** 0.6
         lists, levels = 1 << round(math.log2(many)), 2
@@ -100,7 +100,7 @@ def shape(settings: IndexSettings, n_keys: int, width: int) -> Shape:
 
 
 def shaping(settings: IndexSettings, n_keys: int, width: int) -> dict[str, Any]:
-    """Return what shapes an index, for its manifest: the memory budget is no part of it."""
+    """Return what shapes an index, for its manifest: the RAM budget is no part of it."""
     return {"seed": settings.seed, **asdict(shape(settings, n_keys, width))}
 
 
@@ -129,17 +129,17 @@ def key_bytes(kind: str, width: int) -> int:
     return get_code_size(width, kind) + (8 if "IVF" in kind else 0)
 
 
-def trained_bytes(found: Shape, width: int) -> int:
+def trained_bytes(shape: Shape, width: int) -> int:
     """Return how many bytes the centroids take, and the graph of them."""
-    return found.lists * (4 * width + (8 * GRAPH_LINKS if "HNSW" in found.kind else 0))
+    return shape.lists * (4 * width + (8 * GRAPH_LINKS if "HNSW" in shape.kind else 0))
 
 
-def training_bytes(found: Shape, width: int) -> int:
-    """Return how many bytes the training of an index takes, whatever the memory budget."""
-    if found.levels == 2:
-        at_once = max(POINTS_PER_LIST * math.isqrt(found.lists), CODE_SAMPLE)
-        return trained_bytes(found, width) + 8 * width * min(at_once, found.sample)
-    return 6 * width * found.sample  # in fp16 and float32
+def training_bytes(shape: Shape, width: int) -> int:
+    """Return how many bytes the training of an index takes, whatever the RAM budget."""
+    if shape.levels == 2:
+        at_once = max(POINTS_PER_LIST * math.isqrt(shape.lists), CODE_SAMPLE)
+        return trained_bytes(shape, width) + 8 * width * min(at_once, shape.sample)
+    return 6 * width * shape.sample  # the sample, in fp16 and in float32
 
 
 def index_parts(
@@ -149,13 +149,13 @@ def index_parts(
 
     filled: runs that stay as they are.
     """
-    most = max(1, budget // PART_SHARE // width_bytes)
+    max_rows = max(1, budget // PART_SHARE // width_bytes)
     kept, end = {part.start: part.stop for part in filled}, len(starts) - 1
     parts, first = [], 0
     while first < end:
         stop = kept.get(first, first + 1)
         if first not in kept:
-            while stop < end and stop not in kept and starts[stop + 1] - starts[first] <= most:
+            while stop < end and stop not in kept and starts[stop + 1] - starts[first] <= max_rows:
                 stop += 1
         parts.append(range(first, stop))
         first = stop
@@ -187,24 +187,18 @@ def transforms(index: Any) -> list[Any]:
 def kmeans(points: np.ndarray, lists: int, seed: int) -> np.ndarray:
     """Return the centroids [lists, D] float32 of points [rows, D]."""
     points = np.ascontiguousarray(points, np.float32)
-    found = faiss.Kmeans(
-        points.shape[1],
-        lists,
-        niter=KMEANS_PASSES,
-        seed=seed,
-        min_points_per_centroid=1,
-        max_points_per_centroid=POINTS_PER_LIST,
-        gpu=0 if no_gpu() else 1,
-    )
-    found.train(points)
-    assert found.centroids is not None  # train() has made them
-    return found.centroids
+    options = {"min_points_per_centroid": 1, "max_points_per_centroid": POINTS_PER_LIST}
+    options["gpu"] = 0 if no_gpu() else 1
+    clustering = faiss.Kmeans(points.shape[1], lists, niter=KMEANS_PASSES, seed=seed, **options)
+    clustering.train(points)
+    assert clustering.centroids is not None  # train() has made them
+    return clustering.centroids
 
 
 def two_level_kmeans(sample: "np.ndarray | Rotated", lists: int, seed: int) -> np.ndarray:
     """Return centroids [lists, D] float32 of a sample: of clusters, then within each of them.
 
-    Of the sample, which may be mapped, only the points of a few clusters are in memory at once;
+    Of the sample, which may be mapped, only the points of a few clusters are in RAM at once;
     faiss.contrib.clustering's function of this kind holds all of it in float32.
     """
     coarse = math.isqrt(lists)
@@ -215,12 +209,12 @@ def two_level_kmeans(sample: "np.ndarray | Rotated", lists: int, seed: int) -> n
         cluster[start : start + len(part)] = faiss.knn(part, centroids, 1)[1][:, 0]
     # Each cluster has lists by the number of its points.
     ends = np.cumsum(np.bincount(cluster, minlength=coarse)) * lists // len(sample)
-    found = [
+    fine = [
         kmeans(sample[cluster == n], count, seed)
         for n, count in enumerate(np.diff(ends, prepend=0).tolist())
         if count
     ]
-    return np.concatenate(found)
+    return np.concatenate(fine)
 
 
 def train_index(settings: IndexSettings, keys: Keys, work: Path) -> dict[str, Any]:
@@ -230,30 +224,30 @@ def train_index(settings: IndexSettings, keys: Keys, work: Path) -> dict[str, An
     """
     starts = shard_rows(keys.corpus)
     n_keys, width = int(starts[-1]), keys.width
-    found = shape(settings, n_keys, width)
-    if found.lists:
+    plan = shape(settings, n_keys, width)
+    if plan.lists:
 
         def write_sample(path: Path) -> None:  # a shard at a time: all of it may be large
             with open(path, "wb") as file:
-                for _, some in sampled(keys, starts, found.sample):
+                for _, some in sampled(keys, starts, plan.sample):
                     some.tofile(file)
 
         if not (work / SAMPLE).exists():
             write_atomic(work / SAMPLE, write_sample)
         sample = np.memmap(work / SAMPLE, np.float16, "r").reshape(-1, width)
-        index = train_lists(faiss.index_factory(width, found.kind), sample, found, settings.seed)
+        index = train_lists(faiss.index_factory(width, plan.kind), sample, plan, settings.seed)
         write_atomic(work / TRAINED, lambda p: faiss.write_index(index, str(p)))
         (work / SAMPLE).unlink()
-    return {"kind": found.kind, "width": width, "keys": n_keys}
+    return {"kind": plan.kind, "width": width, "keys": n_keys}
 
 
-def train_lists(index: Any, sample: np.ndarray, found: Shape, seed: int) -> Any:
+def train_lists(index: Any, sample: np.ndarray, plan: Shape, seed: int) -> Any:
     """Train an index on a sample of keys [rows, D] fp16; return it."""
     ivf = inverted(index)
     ivf.cp.seed = seed
     if isinstance(ivf, faiss.IndexIVFPQ):
-        ivf.use_precomputed_table = -1  # by default training makes what a search may need
-    if found.levels == 1:
+        ivf.use_precomputed_table = -1  # else training makes the tables that a search may need
+    if plan.levels == 1:
         index = to_gpu(index)
         index.train(np.asarray(sample, np.float32))
         return to_cpu(index)
@@ -262,7 +256,7 @@ def train_lists(index: Any, sample: np.ndarray, found: Shape, seed: int) -> Any:
     for transform in transforms(index)[:1]:  # what stands before the lists comes first
         transform.train(few)
     rotated = Rotated(index, sample)
-    centroids = two_level_kmeans(rotated, found.lists, seed)
+    centroids = two_level_kmeans(rotated, plan.lists, seed)
     quantizer = faiss.downcast_index(ivf.quantizer)
     if isinstance(quantizer, faiss.IndexHNSW):
         quantizer.hnsw.efConstruction = GRAPH_CONSTRUCTION
@@ -340,12 +334,7 @@ class Filler:
         return faiss.read_index(str(trained), SKIP_TABLES)
 
 
-def build_index(
-    settings: IndexSettings,
-    keys: Keys,
-    work: Path,
-    context: Context,
-) -> None:
+def build_index(settings: IndexSettings, keys: Keys, work: Path, context: Context) -> None:
     """Write trained.faiss, lists-N.faiss (of a flat index: index-N.faiss), labels.i32, index.json.
 
     Each part is over a run of rows; labels are [rows] int32. A part takes a fourth of the
@@ -362,7 +351,7 @@ def build_index(
             advance(1)
     facts = read_facts(work / "training.json")
     if "parts" not in facts:
-        for path in work.glob("*-*.faiss"):  # of an earlier release, which counted parts
+        for path in work.glob("*-*.faiss"):  # an earlier release counted parts
             path.unlink()
     # What is not filled is divided anew for another budget: a part too large may be what failed.
     bounds = pairwise([*facts.get("parts", []), len(starts) - 1])

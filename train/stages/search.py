@@ -1,6 +1,6 @@
-"""The nearest keys of queries: an index, which may be larger than memory, searched in its parts.
+"""The nearest keys of queries: an index, which may be larger than the RAM, searched in its parts.
 
-Parts are the outer loop and queries the inner one, so that what does not stay in memory is read
+Parts are the outer loop and queries the inner one, so that what does not stay in RAM is read
 once for all the queries that are searched together, see Index.group_rows().
 """
 
@@ -30,25 +30,26 @@ from vllm_memdec.train.stages.index import (
 )
 
 OVER_QUERIES = 3  # faiss's parallel mode; in its default one search_preassigned() has one thread
-# Shares of the memory budget. Half of it is for parts: those that stay, and those of one pass. A
-# fourth is for queries and what is found for them; the last is for what sums that up, and to spare.
-PARTS_SHARE = 4
-GROUP_SHARE = 8  # queries that are searched together, and what has been found for them
-GPU_GROUP_SHARE = 2  # where the parts are in a GPU's memory
-BLOCK_SHARE = 8  # what all parts of a pass find for queries searched at once
-# A product quantiser's tables, made in advance for all lists: 64 kB a list and 64-byte codes. Not
-# decided by the budget, as distances are rounded in another way without them. Where a byte of a
-# code stands for few numbers of a key, a list's table is made sooner than read from memory.
+# Shares of the RAM budget, 4 for a fourth. Half of it is for parts: those that stay open, and those
+# of one pass. A fourth is for queries and their neighbours, the last for what sums those up, and to
+# spare.
+PARTS_SHARE = 4  # parts that stay open
+GROUP_SHARE = 8  # queries that are searched together, and their neighbours so far
+GPU_GROUP_SHARE = 2  # the same, where the parts are in a GPU's memory
+BLOCK_SHARE = 8  # neighbours from all parts of a pass, for the queries searched at once
+# The tables of a product quantiser, made in advance for all lists, take 64 kB a list with 64-byte
+# codes. The budget has no say, as distances are rounded in another way without them. Where a byte
+# of a code stands for few numbers of a key, a list's table is made sooner than read from RAM.
 TABLES_BYTES, TABLES_FROM = 2**30, 8
-# Of a GPU's free memory that parts may fill: 60 GB of an H100 hold 830 M keys of 72 bytes
+# Parts may fill this share of a GPU's free memory: 60 GB of an H100 hold 830 M keys of 72 bytes
 # (arithmetic, not measured). The rest is for faiss's own memory and for the parts of a pass.
 GPU_PARTS = 0.75
 
 
-def group_rows(width: int, k: int, probes: int, budget: int, on_gpu: bool) -> int:
-    """Return how many queries may be searched together: they and what is found are in memory."""
+def group_rows(width: int, k: int, nprobe: int, budget: int, on_gpu: bool) -> int:
+    """Return how many queries may be searched together: they and their neighbours are in RAM."""
     share = budget // (GPU_GROUP_SHARE if on_gpu else GROUP_SHARE)
-    return max(1, share // (4 * width + 12 * (k + probes)))
+    return max(1, share // (4 * width + 12 * (k + nprobe)))
 
 
 def table_bytes(lists: int, codes: int, width: int) -> int:
@@ -62,10 +63,10 @@ def table_bytes(lists: int, codes: int, width: int) -> int:
 
 @dataclass
 class Block:
-    """Queries that are searched at once, and what has been found for them."""
+    """Queries that are searched at once, and their nearest keys so far."""
 
     queries: np.ndarray  # [rows, D] float32, as the lists of the index hold keys
-    lists: np.ndarray | None  # [rows, probes] that are visited
+    lists: np.ndarray | None  # lists that are visited [rows, nprobe]; None: the index has none
     list_distances: np.ndarray | None
     nearest: tuple[np.ndarray, np.ndarray] | None = None  # distances and ids [rows, k], in order
 
@@ -78,15 +79,15 @@ class Index:
     """
 
     folder: Path
-    probes: int
+    nprobe: int
     budget: int
     gpu: bool = True
 
     def __post_init__(self) -> None:
         self.opened: dict[int, Any] = {}  # parts that stay
 
-    def __reduce__(self) -> Any:  # to another process: what is open stays here
-        return Index, (self.folder, self.probes, self.budget, self.gpu)
+    def __reduce__(self) -> Any:  # another process opens its own parts
+        return Index, (self.folder, self.nprobe, self.budget, self.gpu)
 
     @cached_property
     def facts(self) -> dict[str, Any]:
@@ -119,7 +120,7 @@ class Index:
 
     def on_cpu(self, k: int) -> str:
         """Return why a search for k neighbours is done on CPUs, "" if a GPU does it."""
-        lists = self.probes if "IVF" in self.facts["kind"] else 1
+        lists = self.nprobe if "IVF" in self.facts["kind"] else 1
         if why := no_gpu():
             return why
         return f"a GPU finds at most {GPU_LARGEST_K}" if max(k, lists) > GPU_LARGEST_K else ""
@@ -130,12 +131,12 @@ class Index:
         path = self.folder / TRAINED
         if "IVF" not in self.facts["kind"]:
             return None
-        old = self.folder / "index-00000.faiss"  # of a release that wrote it into every part
+        old = self.folder / "index-00000.faiss"  # an earlier release wrote it into every part
         if not path.exists() and old.exists():
             path = old
         index = self._read(path, lambda p: faiss.read_index(p, SKIP_TABLES))
         ivf = inverted(index)
-        ivf.nprobe = min(self.probes, ivf.nlist)
+        ivf.nprobe = min(self.nprobe, ivf.nlist)
         ivf.parallel_mode = OVER_QUERIES
         graph = faiss.downcast_index(ivf.quantizer)
         if isinstance(graph, faiss.IndexHNSW):
@@ -173,24 +174,24 @@ class Index:
             room = int(torch.cuda.mem_get_info()[0] * GPU_PARTS)
             share = max(self.sizes)
             room -= share if sum(self.sizes) > room else 0
-        found: list[list[int]] = [[]]
+        groups: list[list[int]] = [[]]
         filled = 0
         for part, size in enumerate(self.sizes):
-            if filled + size > (room if len(found) == 1 else share):
-                found.append([])
+            if filled + size > (room if len(groups) == 1 else share):
+                groups.append([])
                 filled = 0
-            found[-1].append(part)
+            groups[-1].append(part)
             filled += size
-        return found
+        return groups
 
     def group_rows(self, k: int) -> int:
         """Return how many queries the budget allows to search together for k neighbours each."""
-        return group_rows(self.facts["width"], k, self.probes, self.budget, self.on_gpu)
+        return group_rows(self.facts["width"], k, self.nprobe, self.budget, self.on_gpu)
 
     def rows_at_once(self, k: int) -> int:
         """Return how many queries the budget allows to search at once."""
-        most = max(map(len, self.passes)) + 2  # what was found before, and what is found now
-        return max(1, self.budget // BLOCK_SHARE // (12 * k * most))
+        results = max(map(len, self.passes)) + 2  # each part's, those before, and the merged
+        return max(1, self.budget // BLOCK_SHARE // (12 * k * results))
 
     def _read(self, path: Path, read: Any) -> Any:
         """Return what faiss reads from a file; MemdecError only if the file is damaged."""
@@ -215,7 +216,7 @@ class Index:
             held = self._read(path, lambda p: faiss.read_index(p, flags | SKIP_TABLES))
         lists = inverted(held).invlists
         taken = lists.compute_ntotal() * (lists.code_size + 8)
-        if path.stat().st_size < taken:  # which a mapped file does not tell
+        if path.stat().st_size < taken:  # a mapped file does not tell
             raise self.damaged(path)
         if not self.on_gpu:
             return held
@@ -247,11 +248,11 @@ class Index:
         if block.lists is None:
             held.search(block.queries, k, **out)
             return
-        if (ivf := inverted(held)) is not None:  # in host memory
+        if (ivf := inverted(held)) is not None:  # the part is in RAM
             self._lend(ivf.invlists)
             ivf = inverted(self.trained)
         else:
-            index: Any = faiss.downcast_index(held)  # on a GPU: a class that the stubs lack
+            index: Any = faiss.downcast_index(held)  # a GPU's class, which the stubs lack
             if hasattr(index, "chain"):
                 index = faiss.downcast_index(index.index)
             ivf = index

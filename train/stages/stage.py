@@ -9,7 +9,7 @@ from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.settings import Settings
 
-OTHERS = "close other programs or take a larger machine"  # if memory runs out
+OTHERS = "close other programs or take a larger machine"  # the remedy where RAM runs out
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Stage:
     reads: tuple[str, ...]  # the stages before it whose artifacts it reads
     make: Callable[[Path], None]
     files: Callable[[Path], Iterable[str]]  # names of those that make() must leave in its folder
-    remedy: str  # what to do if memory runs out: it must keep the work that is done
+    remedy: str  # what to do where RAM runs out, without losing the work that is done
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,6 @@ def lowered(setting: str, value: int | None) -> str:
 
 
 def less_budget(settings: Settings) -> str:
-    """Return what to do if an index takes too much memory, or keys that are computed again."""
+    """Return what to do if an index takes too much RAM, or keys that are computed again."""
     kept = settings.datastore.keep_keys
     return "lower --memory-budget" + ("" if kept else " or datastore.batch_blocks")

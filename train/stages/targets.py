@@ -33,12 +33,13 @@ from vllm_memdec.train.stages.stage import Build, Stage, less_budget
 
 ARRAYS = ("offsets", "labels", "ids", "probs")  # files of a shard
 CACHE_ROWS = 192  # rows whose neighbours stay in a core's cache
-SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # that fp16 stores, as more than 0
-FIT_ROWS = 2048  # rows the temperature is fitted on
-GROUPS_A_WORKER = 4  # that read the index, so that all workers end at about the same time
-SCALE_QUANTILE = 0.9  # of the rows' largest distances: the scale of the temperatures tried,
-GRID, GRID_POINTS = (1e-3, 3.0), 29  # lowest and highest, as multiples of it, and how many
-FLOOR = 1e-3  # mass spread evenly when a temperature is judged: no row may cost infinitely much
+SMALLEST = float(np.finfo(np.float16).smallest_subnormal)  # the smallest number fp16 stores
+FIT_ROWS = 2048  # rows on which the temperature is fitted
+GROUPS_A_WORKER = 4  # groups of shards a worker, so that all end at about the same time
+# Temperatures that are tried: multiples, from and to, of a quantile of the rows' largest distances.
+SCALE_QUANTILE = 0.9
+GRID, GRID_POINTS = (1e-3, 3.0), 29
+FLOOR = 1e-3  # probability spread evenly when a temperature is judged: no row's loss is infinite
 
 
 def neighbours_without_self(
@@ -46,7 +47,7 @@ def neighbours_without_self(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Drop each row's own id from k+1 neighbours; k are left (the furthest goes if it is absent).
 
-    The query need not be rank 1 of a quantised index, so it is found by id, never by rank.
+    The query need not be rank 1 of a quantised index, so its id is looked for, not its rank.
     """
     # Mostly it is the first: all but that, and where it is not, those before it moved up by one.
     late = np.flatnonzero(ids[:, 0] != own)
@@ -92,7 +93,7 @@ def aggregate(
     tokens_NK = torch.from_numpy(tokens.astype(np.int32, copy=False))
     table_NS = table[: rows * span].view(rows, span)
     places_NK = torch.arange(k, dtype=torch.int32).expand(rows, k)
-    table_NS.scatter_(1, tokens_NK, places_NK)  # of equal tokens any wins
+    table_NS.scatter_(1, tokens_NK, places_NK)  # any of equal tokens wins
     sums_NK = torch.zeros(rows, k).scatter_add_(1, table_NS.gather(1, tokens_NK), weights_NK)
     sums = sums_NK.numpy().ravel()
     place = np.flatnonzero(sums >= max(min_probability, SMALLEST))  # 0 where no token is summed
@@ -117,7 +118,7 @@ def sparse_targets(
     temperature: float,
     min_probability: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the targets of rows `own` as CSR, see aggregate(), of k+1 neighbours found for each.
+    """Return the targets of rows `own` as CSR, see aggregate(), from k+1 neighbours of each.
 
     labels: of all rows; used: the tokens among them, ascending. Tokens are counted by their place
     in `used`, and few rows at a time, so that all that is made of them stays in cache.
@@ -127,18 +128,18 @@ def sparse_targets(
     rank[used] = np.arange(len(used), dtype=np.int32)
 
     def work(starts: np.ndarray) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        table, found = torch.empty(CACHE_ROWS * len(used), dtype=torch.int32), []
+        table, parts = torch.empty(CACHE_ROWS * len(used), dtype=torch.int32), []
         for start in starts.tolist():
             part = slice(start, start + CACHE_ROWS)
             d, i = neighbours_without_self(distances[part], ids[part], own[part])
             weights = neighbour_weights(d, i, temperature)
-            found.append(aggregate(weights, rank[labels[i]], min_probability, table))
-        return found
+            parts.append(aggregate(weights, rank[labels[i]], min_probability, table))
+        return parts
 
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(threads) as pool:
-        found = pool.map(work, np.array_split(starts, threads))
-        pieces = [(np.diff(o), used[i], p) for part in found for o, i, p in part]
+        results = pool.map(work, np.array_split(starts, threads))
+        pieces = [(np.diff(o), used[i], p) for part in results for o, i, p in part]
     lengths, tokens, probs = (np.concatenate(arrays) for arrays in zip(*pieces, strict=True))
     return np.r_[0, np.cumsum(lengths)], tokens.astype(np.int32, copy=False), probs
 
@@ -183,8 +184,8 @@ class Searcher:
     keys: Keys
     index: Index
     work: Path
-    groups: list[list[int]] = field(default_factory=list)  # of shards that are searched together
-    held: tuple[int, Any] = (-1, None)
+    groups: list[list[int]] = field(default_factory=list)  # shards that are searched together
+    held: tuple[int, Any] = (-1, None)  # the shard whose keys are held, and they
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -208,8 +209,8 @@ class Searcher:
         own, sample = sample_rows(self.keys, self.starts, FIT_ROWS)
         at_once = self.index.rows_at_once(self.neighbours + 1)
         batches = [sample[n : n + at_once] for n in range(0, len(sample), at_once)]
-        found = list(self.index.search_all(batches, self.neighbours + 1))
-        distances, ids = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+        searched = list(self.index.search_all(batches, self.neighbours + 1))
+        distances, ids = (np.concatenate(arrays) for arrays in zip(*searched, strict=True))
         distances, ids = neighbours_without_self(distances, ids, own)
         labels = self.index.labels
         hit = (ids >= 0) & (labels[ids] == labels[own][:, None])
@@ -230,12 +231,12 @@ class Searcher:
 
         # Beside a GPU keys are read and targets summed while it searches.
         meanwhile = iter if self.index.on_cpu(k) else ahead
-        found = meanwhile(self.index.search_all(meanwhile(queries()), k))
+        results = meanwhile(self.index.search_all(meanwhile(queries()), k))
         done, parts = 0, []
-        for (shard, rows), (distances, ids) in zip(batches, found, strict=True):
-            own, least = np.arange(rows.start, rows.stop), self.settings.min_probability
+        for (shard, rows), (distances, ids) in zip(batches, results, strict=True):
+            own, threshold = np.arange(rows.start, rows.stop), self.settings.min_probability
             neighbours = (distances, ids, own, self.index.labels)
-            parts.append(sparse_targets(*neighbours, self.used, self.temperature, least))
+            parts.append(sparse_targets(*neighbours, self.used, self.temperature, threshold))
             if rows.stop == self.starts[shard + 1]:
                 self.write(shard, parts)
                 parts = []
@@ -277,13 +278,13 @@ def ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def grouped(todo: list[int], starts: np.ndarray, rows: int, most: int) -> list[list[int]]:
+def grouped(todo: list[int], starts: np.ndarray, rows: int, max_shards: int) -> list[list[int]]:
     """Return shards in groups of so many rows and shards at most, of one shard at least."""
     groups: list[list[int]] = []
     filled = 0
     for shard in todo:
         size = int(starts[shard + 1] - starts[shard])
-        if not groups or filled + size > rows or len(groups[-1]) >= most:
+        if not groups or filled + size > rows or len(groups[-1]) >= max_shards:
             groups.append([])
             filled = 0
         groups[-1].append(shard)
@@ -301,7 +302,7 @@ def build_targets(
     """Write offsets-N.npy, ids-N.npy, probs-N.npy, labels-N.npy of each shard, and targets.json."""
     progress, executor = context.progress, context.executor
     searcher = Searcher(settings, keys, index, work)
-    check_width(searcher.neighbours, index.probes, executor)
+    check_width(searcher.neighbours, index.nprobe, executor)
     starts = searcher.starts
     if not (work / "targets.json").exists():  # else shards were made with its temperature
         temperature = settings.temperature
@@ -318,10 +319,10 @@ def build_targets(
         progress.say(f"targets: searched on CPUs, {why}")
     n_shards = len(starts) - 1
     todo = unfinished(work, ARRAYS, n_shards)
-    # Of an index that does not fit in memory parts are read for every group: as many shards as
+    # Parts of an index that does not fit in RAM are read for every group: as many shards as
     # the budget allows. A few groups for each worker, as one may be lost.
-    most = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * executor.workers()))
-    searcher = replace(searcher, groups=grouped(todo, starts, index.group_rows(k), most))
+    max_shards = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * executor.workers()))
+    searcher = replace(searcher, groups=grouped(todo, starts, index.group_rows(k), max_shards))
     with progress.task("targets", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))
         advance(int(np.diff(starts)[done].sum()), done_before=True)

@@ -77,15 +77,9 @@ EVALUATION_TOKENS = 2**15
 # Settings that change nothing in a memory, or whose meaning is among its inputs.
 UNRECORDED = ("adapt_tokenizer", "checkpoint_seconds", "compile", "gradient_checkpointing",
               "micro_batch_blocks", "parallel", "tokenizer")  # fmt: skip
-BASE = "base.pt"  # its log-probabilities of the validation text, computed once
-SCRATCH = (
-    CHECKPOINT,
-    PREVIOUS,
-    NEXT,
-    BEST,
-    BASE,
-    STOP,
-)  # in the working folder while training goes on
+BASE = "base.pt"  # the base's log-probabilities of the validation text, computed once
+# Files of the working folder while training goes on.
+SCRATCH = (CHECKPOINT, PREVIOUS, NEXT, BEST, BASE, STOP)
 
 
 def warmup_steps(steps: int, fraction: float) -> int:
@@ -257,8 +251,8 @@ class Training:
         if not (self.work / BASE).exists():
             batch = self.scored_blocks(block_tokens)
             which = self.corpus, EVALUATION_TOKENS, batch
-            found = validation_logprobs(self.base, self.settings.dtype, *which)
-            write_atomic(self.work / BASE, lambda p: torch.save(torch.from_numpy(found), p))
+            base_N = validation_logprobs(self.base, self.settings.dtype, *which)
+            write_atomic(self.work / BASE, lambda p: torch.save(torch.from_numpy(base_N), p))
         return torch.load(self.work / BASE, weights_only=True).numpy()
 
     def scored_blocks(self, block_tokens: int) -> int:
@@ -270,9 +264,9 @@ class Training:
     def evaluate(
         self, module: torch.nn.Module, base_N: np.ndarray | None, world: World
     ) -> dict[str, float]:
-        """Return perplexities of the validation text, and alpha, at which the mixture's is least.
+        """Return perplexities of the validation text, and the alpha of the best mixture.
 
-        All processes run the memory; all get what rank 0 found, so that they stop at one step.
+        All processes run the memory; all get rank 0's figures, so that they stop at one step.
         """
         tokens, positions = sampled_validation(self.corpus, EVALUATION_TOKENS)
         module.eval()
@@ -280,16 +274,16 @@ class Training:
             n = self.scored_blocks(tokens.shape[1] - 1)
             memory_N = run_alone(module, label_logprobs, tokens, positions, n)
         module.train()
-        found = {}
+        figures = {}
         if base_N is not None:
             alpha = best_alpha(base_N, memory_N)
-            found = {
+            figures = {
                 "validation_base": perplexity(base_N),
                 "validation_memory": perplexity(memory_N),
                 "validation_mixture": perplexity(mix(base_N, memory_N, alpha)),
                 "validation_alpha": alpha,
             }
-        return agreed(found, world)
+        return agreed(figures, world)
 
     def step(
         self, module: torch.nn.Module, optimizer: Any, batches: Batches, step: int, world: World
@@ -331,7 +325,7 @@ class Training:
         optimizer.step()
         optimizer.zero_grad()
         kl, ce = (total(sums, world) / max(rows, 1)).tolist()
-        found = {
+        metrics = {
             "kl": kl,
             "ce": ce,
             "rows": rows,
@@ -340,8 +334,8 @@ class Training:
             "gradient_norm": float(whole(norm)),
         }
         if default_device().type == "cuda":
-            found["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
-        return found
+            metrics["gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        return metrics
 
     def micro_batches(self, batches: Batches, step: int, world: World) -> list[np.ndarray]:
         """Return the block numbers of a training process's forward passes of a step.
@@ -350,9 +344,9 @@ class Training:
         """
         blocks = batches.blocks(step)
         mine = blocks[world.rank :: world.size]
-        most = self.settings.micro_batch_blocks
+        blocks_set = self.settings.micro_batch_blocks
         n = blocks_at_once(
-            most, batches.block_tokens, default_device(), trained_tokens(default_device())
+            blocks_set, batches.block_tokens, default_device(), trained_tokens(default_device())
         )
         passes = -(-len(blocks) // world.size)  # blocks of the process that has most
         return [mine[start : start + n] for start in range(0, passes, n)]

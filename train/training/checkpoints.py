@@ -18,9 +18,9 @@ import torch
 from vllm_memdec.train.data.artifacts import write_atomic
 
 CHECKPOINT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
-NEXT = "checkpoint.next.pt"  # whole, but without its name yet
+NEXT = "checkpoint.next.pt"  # a whole checkpoint that is about to be renamed
 BEST = "best.pt"  # weights of the best evaluation, where training may stop early
-STOP = "stop"  # asks the training to end with a checkpoint
+STOP = "stop"  # a file that asks the training to end with a checkpoint
 
 
 class Checkpoints:

@@ -14,9 +14,9 @@ from typing import Any
 from vllm_memdec.train.data.artifacts import write_atomic
 from vllm_memdec.train.executor.ray_executor import World
 
-METRICS, CURVE = "metrics.jsonl", "loss.png"  # in logs/; the curve is drawn last
-# Perplexities that an evaluation is judged by: of the mixture, which is what is served. While the
-# best weight of a young memory is 0 the mixture stands still, so ties go by the memory's own.
+METRICS, CURVE = "metrics.jsonl", "loss.png"  # files in logs/; the curve is drawn last
+# An evaluation is judged by the perplexity of the mixture, which is what is served. While the best
+# weight of a young memory is 0 the mixture stands still, so the memory's own decides ties.
 JUDGED = ("validation_mixture", "validation_memory")
 
 
@@ -98,7 +98,7 @@ def stopped_early(evaluations: list[tuple[float, ...]], patience: int | None) ->
 
 
 def plot_loss(metrics: list[dict[str, float]], beta: float, path: Path) -> None:
-    """Draw the two losses over the steps and, where there are evaluations, what they found."""
+    """Draw the two losses over the steps and the perplexities of the evaluations, if any."""
     import matplotlib
 
     matplotlib.use("Agg")

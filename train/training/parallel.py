@@ -82,7 +82,7 @@ def spread(memory: Any, settings: MemorySettings, world: World) -> torch.nn.Modu
             module,
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # else a second copy of the gradients
-            find_unused_parameters=experts,  # to which no token of a process may have gone
+            find_unused_parameters=experts,  # an expert may have got no token here
         )
     replicated.register_comm_hook(None, _summed)
     return replicated
@@ -160,8 +160,8 @@ def state_of(
     memory = memory_of(module)
     state = {"model": copied(dict(memory.state_dict()))}
     if optimizer is not None:
-        found = optimizer.state_dict()
-        state["optimizer"] = found | {"state": copied(found["state"])}
+        optimizer_state = optimizer.state_dict()
+        state["optimizer"] = optimizer_state | {"state": copied(optimizer_state["state"])}
     return state
 
 

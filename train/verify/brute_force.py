@@ -11,14 +11,14 @@ import numpy as np
 from vllm_memdec.train.data.shards import Shards, shards
 
 CHUNK = 4096  # keys compared at once
-SMALLEST = 2.0**-24  # that fp16 stores, as more than 0
+SMALLEST = 2.0**-24  # the smallest number above 0 that fp16 stores
 
 
-def evenly(count: int, most: int) -> np.ndarray:
-    """Return up to `most` of the numbers below count, evenly spaced, first and last among them."""
+def evenly(count: int, max_count: int) -> np.ndarray:
+    """Return up to `max_count` numbers below count, evenly spaced, first and last among them."""
     if count == 0:
         return np.empty(0, np.int64)
-    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(np.int64))
+    return np.unique(np.linspace(0, count - 1, min(max_count, count)).astype(np.int64))
 
 
 def take(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -26,11 +26,11 @@ def take(parts: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
     starts = starts_of(parts)
     shard = np.searchsorted(starts, rows, side="right") - 1
     first = parts[0]
-    found = np.empty((len(rows), *first.shape[1:]), first.dtype)
+    taken = np.empty((len(rows), *first.shape[1:]), first.dtype)
     for n in np.unique(shard):
         here = shard == n
-        found[here] = parts[n][rows[here] - starts[n]]
-    return found
+        taken[here] = parts[n][rows[here] - starts[n]]
+    return taken
 
 
 def starts_of(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -73,17 +73,18 @@ def nearest(
 def recall(
     keys: Sequence[np.ndarray],
     queries: np.ndarray,
-    found: np.ndarray,
+    ids_of_index: np.ndarray,
     true_distances: np.ndarray,
     true_ids: np.ndarray,
 ) -> float:
-    """Return the share of the true neighbours [Q, k] that are among the found ones [Q, k].
+    """Return the share of the true neighbours [Q, k] that are among those of an index [Q, k].
 
-    Text repeats itself, so keys do: what is found counts if it is no further than the k-th true
-    neighbour, whichever of equally distant ones that is; nothing counts twice.
+    Text repeats itself, so keys do: a neighbour counts if it is no further than the k-th true
+    one, whichever of equally distant ones that is; nothing counts twice.
     """
     rows, hits = starts_of(keys)[-1], 0
-    for query, ids, distances, true in zip(queries, found, true_distances, true_ids, strict=True):
+    neighbours = zip(queries, ids_of_index, true_distances, true_ids, strict=True)
+    for query, ids, distances, true in neighbours:
         ids = np.unique(ids[(ids >= 0) & (ids < rows)])
         others = np.setdiff1d(ids, true, assume_unique=True)
         hits += len(ids) - len(others)

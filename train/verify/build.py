@@ -11,14 +11,14 @@ import numpy as np
 from vllm_memdec.train.data.artifacts import open_artifact
 from vllm_memdec.train.data.ownership import MANIFEST
 from vllm_memdec.train.data.shards import Shards, shards
-from vllm_memdec.train.executor.context import MEMORY_BUDGET
+from vllm_memdec.train.executor.context import RAM_BUDGET
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.pipeline import STAGES
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.verify.brute_force import evenly, nearest, take
 
-WORK = 4e12  # multiplications brute force may take: of large datastores fewer rows are searched
-RECALL_AT = 64
+WORK = 4e12  # multiplications of the brute force: of a large datastore fewer rows are searched
+RECALL_AT = 64  # neighbours whose recall is measured
 
 
 class NotChecked(Exception):
@@ -88,15 +88,15 @@ class Build:
         return nearest(self.keys, take(self.keys, self.rows), k, self.rows)
 
     @functools.cached_property
-    def found(self) -> tuple[np.ndarray, np.ndarray]:
+    def by_index(self) -> tuple[np.ndarray, np.ndarray]:
         """Distances and ids as the index finds them, one more than `true`, own row among them."""
         from vllm_memdec.train.settings import IndexSettings
         from vllm_memdec.train.stages.search import Index
 
-        probes = IndexSettings().probes
+        nprobe = IndexSettings().probes
         if self.has("targets"):
-            probes = self.settings("targets")["probes"]
-        index = Index(self.folder("index"), probes, MEMORY_BUDGET)
+            nprobe = self.settings("targets")["probes"]
+        index = Index(self.folder("index"), nprobe, RAM_BUDGET)
         return index.search(take(self.keys, self.rows), self.true[1].shape[1] + 1)
 
     @functools.cached_property

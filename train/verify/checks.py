@@ -1,8 +1,8 @@
-"""What `memdec verify` looks for in a build's content; verify.py runs it and shows it.
+"""What `memdec verify` looks for in a build's content; report.py runs it and shows it.
 
 Every check is a function of a Build that returns (passed, sentence, figures), passed None where it
 only measures, or raises NotChecked. None of them trusts the code that made what it looks at:
-neighbours come from exact.py, labels from the corpus.
+neighbours come from brute_force.py, labels from the corpus.
 """
 
 import functools
@@ -24,12 +24,12 @@ Result = tuple[bool | None, str, dict[str, Any]]
 SLICE = 512  # blocks read at once
 # A memory is only as good as the neighbours it is taught. Recall of a sound index, by its kind.
 LOWEST_RECALL = {"Flat": 0.99, "SQ": 0.9, "PQ": 0.5}
-HALF = 2.0**-11  # relative error of a number in fp16,
-TINY = 2.0**-25  # and absolute, of those below its normal range
-LEAK = 2e-3  # fp16 and what float32 distances are off: more of the own label is a leak
-MOST_EMPTY = 0.01  # share of rows without any neighbour: too few probes
-COPY = 1e-5  # of a far neighbour's distance: so near are only rows of the same text
-PASSAGES = 128  # recited, at most
+HALF = 2.0**-11  # the relative rounding error of fp16
+TINY = 2.0**-25  # its absolute error, below the normal range
+LEAK = 2e-3  # what rounding may add to the own label's probability: more is a leak
+MAX_EMPTY = 0.01  # share of rows without any neighbour, above which nprobe is too small
+COPY = 1e-5  # share of a far neighbour's distance, within which rows are of the same text
+PASSAGES = 128  # passages to recite, at most
 
 
 def next_tokens(build: Build) -> Iterator[np.ndarray]:
@@ -44,10 +44,10 @@ def check_tokenizer(build: Build) -> Result:
     """Do corpus, export and the export's own files speak of the same tokenizer?"""
     facts = json.loads((build.folder("corpus") / "corpus.json").read_text())
     export = build.folder("export")
-    block = read_block(export)
+    section = read_block(export)
     fingerprints = {
         "corpus": facts["tokenizer_fingerprint"],
-        "config.json of the export": block.tokenizer_fingerprint if block else None,
+        "config.json of the export": section.tokenizer_fingerprint if section else None,
         "tokenizer of the export": tokenizer_fingerprint(load_tokenizer(str(export))),
     }
     if build.base:
@@ -67,8 +67,8 @@ def check_alignment(build: Build) -> Result:
     for stage in looked_at:
         stored = shards(build.root / stage, "labels")
         for name, more in (("keys", 0), ("offsets", 1)):
-            found = shards(build.root / stage, name).lengths - more
-            if len(found) and not np.array_equal(found, stored.lengths):
+            counts = shards(build.root / stage, name).lengths - more
+            if len(counts) and not np.array_equal(counts, stored.lengths):
                 return False, f"{stage}: {name} and labels have different numbers of rows", {}
         rows, row = stored.rows, 0
         for expected in next_tokens(build):
@@ -120,7 +120,7 @@ def check_probabilities(build: Build) -> Result:
         f"the likeliest with {figures['mean_top_probability']:.2f}"
     )
     said += f", {empty} found no neighbour" if empty else ""
-    return bool(empty <= rows * MOST_EMPTY), said, figures
+    return bool(empty <= rows * MAX_EMPTY), said, figures
 
 
 def check_recall(build: Build) -> Result:
@@ -128,11 +128,11 @@ def check_recall(build: Build) -> Result:
     keys = build.keys
     kind = json.loads((build.folder("index") / "index.json").read_text())["kind"]
     lowest = next(low for name, low in LOWEST_RECALL.items() if name in kind.split(",")[-1])
-    (distances, ids), found = build.true, without_own(*build.found, build.rows)[1]
+    (distances, ids), index_ids = build.true, without_own(*build.by_index, build.rows)[1]
     queries = take(keys, build.rows)
     figures: dict[str, float] = {"queries": len(build.rows)}
     for k in sorted({min(RECALL_AT, ids.shape[1]), build.neighbours}):
-        cut = (a[:, :k] for a in (found, distances, ids))
+        cut = (a[:, :k] for a in (index_ids, distances, ids))
         figures[f"recall_at_{k}"] = recall(keys, queries, *cut)
     # Rows of text that occurs twice learn from themselves: a neighbour has the same context.
     copies = distances[:, 0] <= COPY * np.quantile(distances[:, -1], 0.9)
@@ -157,9 +157,9 @@ def check_leak(build: Build) -> Result:
 
     folder, rows, k = build.folder("targets"), build.rows, build.neighbours
     temperature = json.loads((folder / "targets.json").read_text())["temperature"]
-    least = build.settings("targets")["min_probability"]
+    min_probability = build.settings("targets")["min_probability"]
     stored = StoredTargets(folder)
-    distances, ids = (a[:, : k + 1] for a in build.found)
+    distances, ids = (a[:, : k + 1] for a in build.by_index)
     true_distances, true_ids = (a[:, :k] for a in build.true)
     own = (neighbours_without_self(distances, ids, rows)[1] == rows[:, None]).any(axis=1)
     own_labels = take(build.labels, rows)
@@ -173,7 +173,7 @@ def check_leak(build: Build) -> Result:
         label, allowed = int(own_labels[i]), 0.0
         for distances, ids, labels in neighbours:
             d = distances[i][ids[i] >= 0].astype(np.float64)
-            expected = target(d, labels[i][ids[i] >= 0], temperature, least)
+            expected = target(d, labels[i][ids[i] >= 0], temperature, min_probability)
             allowed = max(allowed, expected.get(label, 0.0) + undecided(d, temperature))
         if has.get(label, 0.0) > allowed + LEAK:
             leaks.append(row)
@@ -237,11 +237,11 @@ def check_memorisation(build: Build) -> Result:
     models = build.models
     figures: dict[str, float] = {}
     for length in RECITED:
-        found = passages(tokens, positions, CONTEXT + length, min(build.sample, PASSAGES))
-        if len(found):
-            figures[f"passages_{length}"] = len(found)
+        texts = passages(tokens, positions, CONTEXT + length, min(build.sample, PASSAGES))
+        if len(texts):
+            figures[f"passages_{length}"] = len(texts)
             for name, model in models.items():
-                figures[f"{name}_exact_{length}"] = recited(model, found)
+                figures[f"{name}_exact_{length}"] = recited(model, texts)
     if not figures:
         raise NotChecked(f"no document has {CONTEXT + min(RECITED)} tokens in a block")
     said = [

@@ -15,10 +15,10 @@ from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.verify.brute_force import StoredTargets, evenly
 
 MEASURES = ("agreement", "kl", "tv", "pearson")
-ROWS_EACH = 16  # rows taken of a block
-CONTEXT = 16  # tokens a recited passage is prompted with
-RECITED = (16, 32)  # tokens that must follow exactly
-BATCH = 16  # passages a forward pass
+ROWS_EACH = 16  # rows compared in each block
+CONTEXT = 16  # tokens with which a passage is prompted
+RECITED = (16, 32)  # tokens that have to follow exactly, in either of two tests
+BATCH = 16  # passages of a forward pass
 
 
 @torch.inference_mode()
@@ -29,15 +29,15 @@ def fidelity(
     row_start: np.ndarray,
     stored: StoredTargets,
     unigram_V: np.ndarray,
-    most: int,
+    max_rows: int,
 ) -> dict[str, dict[str, float]]:
-    """Return agreement, kl, tv and pearson of each model on up to `most` rows of blocks [B, T+1].
+    """Return agreement, kl, tv and pearson of each model on up to `max_rows` of blocks [B, T+1].
 
     row_start [B+1] numbers each block's rows. unigram_V are the corpus's token frequencies, a
-    rival that knows no context: "unigram".
+    baseline that knows no context: "unigram".
     """
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in (*models, "unigram")}
-    for block in evenly(len(tokens), -(-most // ROWS_EACH)).tolist():
+    figures: dict[str, list[tuple[float, ...]]] = {name: [] for name in (*models, "unigram")}
+    for block in evenly(len(tokens), -(-max_rows // ROWS_EACH)).tolist():
         block_T, position_T = (np.asarray(a[block], np.int64) for a in (tokens, positions))
         mask_T = valid_rows(position_T[None])[0]
         rows = evenly(row_start[block + 1] - row_start[block], ROWS_EACH)
@@ -52,7 +52,7 @@ def fidelity(
             chosen_ND = h_TD[torch.from_numpy(rows).to(model.device)]
             p_NV[name] = head(model, chosen_ND).double().softmax(-1).cpu()
         for name, p in p_NV.items():
-            found[name] += [
+            figures[name] += [
                 compare(ids, probs, p_V)
                 for (ids, probs), p_V in zip(targets, p.numpy(), strict=True)
                 if len(ids)  # a row may have found no neighbour
@@ -60,7 +60,7 @@ def fidelity(
     return {
         name: dict(zip(MEASURES, np.mean(values, axis=0).tolist(), strict=True))
         | {"rows": len(values)}
-        for name, values in found.items()
+        for name, values in figures.items()
     }
 
 
@@ -78,19 +78,19 @@ def compare(ids: np.ndarray, target: np.ndarray, p_V: np.ndarray) -> tuple[float
 
 
 def passages(
-    tokens: np.ndarray | Sharded, positions: np.ndarray | Sharded, length: int, most: int
+    tokens: np.ndarray | Sharded, positions: np.ndarray | Sharded, length: int, max_passages: int
 ) -> np.ndarray:
-    """Return up to `most` beginnings [N, length] of documents (or of their parts in a block).
+    """Return beginnings [N, length] of documents (or of their parts in a block), N at most so many.
 
     Looks at up to four times as many blocks, so that of a large corpus little is read.
     """
-    chosen = evenly(len(tokens), 4 * most)
+    chosen = evenly(len(tokens), 4 * max_passages)
     tokens, positions = np.asarray(tokens[chosen]), np.asarray(positions[chosen])
     if length > tokens.shape[1]:
         return np.empty((0, length), np.int64)
     last = positions[:, length - 1 :] == length - 1
     block, start = np.nonzero(last & (positions[:, : last.shape[1]] == 0))
-    kept = evenly(len(block), most) if len(block) else np.empty(0, np.int64)
+    kept = evenly(len(block), max_passages) if len(block) else np.empty(0, np.int64)
     return tokens[block[kept, None], start[kept, None] + np.arange(length)].astype(np.int64)
 
 

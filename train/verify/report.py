@@ -39,7 +39,7 @@ COLOURS = {OK: "green", FAILED: "red", MEASURED: "cyan", NOT_CHECKED: "yellow"}
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found, and what to do about it if it failed."""
+    """The result of one check, and what to do about it if it failed."""
 
     name: str
     status: str
@@ -88,15 +88,15 @@ def verify(
         stage: list(find_damage(root / stage, manifests[stage], progress)) for stage in stages
     }
     whole = {stage: manifest for stage, manifest in manifests.items() if manifest}
-    found = [check_files(stages, damage)]
-    found += [check_manifests(stages, whole), check_schema(stages, whole)]
-    found.append(check_chain(root, stages, whole))
+    results = [check_files(stages, damage)]
+    results += [check_manifests(stages, whole), check_schema(stages, whole)]
+    results.append(check_chain(root, stages, whole))
     broken = {s for s in manifests if s not in whole} | {s for s in stages if damage[s]}
     build = Build(root, frozenset(broken), sample, base, progress)
-    return found + [
+    return results + [
         run(name, function, build, fix)
         for name, (function, parts, fix) in CONTENT.items()
-        if root == artifact or set(parts) & set(stages)  # of a whole build, say what is not there
+        if root == artifact or set(parts) & set(stages)  # a whole build is told what it lacks
     ]
 
 
@@ -205,8 +205,8 @@ def check_chain(root: Path, stages: list[str], manifests: dict[str, Any]) -> Che
     for stage in stages:
         inputs = dict(manifests[stage]["inputs"]) if stage in manifests else {}
         if stage == "export" and stage in manifests:
-            block = read_block(root / stage)
-            inputs |= block.provenance.get("artifacts", {}) if block else {}
+            section = read_block(root / stage)
+            inputs |= section.provenance.get("artifacts", {}) if section else {}
         earlier = STAGES[: STAGES.index(stage)]  # `corpus` among the corpus's inputs is text
         for name, digest in inputs.items():
             if name in earlier and name not in manifests:
@@ -246,17 +246,17 @@ def run(name: str, function: Callable[[Build], Result], build: Build, fix: str) 
     return Check(name, OK if passed else FAILED, detail, "" if passed else fix, figures)
 
 
-def show(found: list[Check], console: Console) -> None:
+def show(results: list[Check], console: Console) -> None:
     """Print a line for each check."""
     table = Table("check", "result", "what was found")
-    for check in found:
+    for check in results:
         table.add_row(check.name, f"[{COLOURS[check.status]}]{check.status}", escape(check.detail))
     console.print(table)
 
 
-def report(artifact: Path, found: list[Check]) -> dict[str, Any]:
-    """Return what was found as JSON."""
-    passed = all(check.status != FAILED for check in found)
+def report(artifact: Path, results: list[Check]) -> dict[str, Any]:
+    """Return the results as JSON."""
+    passed = all(check.status != FAILED for check in results)
     return {"artifact": str(artifact), "passed": passed, "versions": versions()} | {
-        "checks": [asdict(check) for check in found]
+        "checks": [asdict(check) for check in results]
     }

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vllm_memdec.train.pipeline import STAGES
-from vllm_memdec.train.plan.costs import OVERHEADS, Job
+from vllm_memdec.train.plan.costs import OVERHEADS, CostModel
 from vllm_memdec.train.plan.index_rates import time_search
 from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, on_gpu
 from vllm_memdec.train.plan.report import TABLE
@@ -30,19 +30,19 @@ def run_plan(tmp_path, quick, memdec_here):
     def run(base, *options):
         words = ["plan", "--base", base, "--config", config, "--ray-address", "none"]
         code, out, err = memdec_here(*words, "--json", report, *options)
-        found = json.loads(report.read_text()) if report.exists() else None
-        return code, out + err, found
+        plan = json.loads(report.read_text()) if report.exists() else None
+        return code, out + err, plan
 
     return run
 
 
 def test_it_predicts_a_build(pipeline, run_plan):
-    code, said, found = run_plan(pipeline.base, "--corpus", pipeline.corpus)
+    code, said, plan = run_plan(pipeline.base, "--corpus", pipeline.corpus)
     assert code == 0, said
     counts = json.loads((pipeline.output / "corpus/corpus.json").read_text())
     tokens = sum(counts[split]["tokens"] for split in ("train", "validation"))
-    assert found["tokens"] == pytest.approx(tokens, rel=0.01)
-    stages = {stage["name"]: stage for stage in found["stages"]}
+    assert plan["tokens"] == pytest.approx(tokens, rel=0.01)
+    stages = {stage["name"]: stage for stage in plan["stages"]}
     assert tuple(stages) == STAGES
     # Small files have headers that nobody plans.
     for name, within in (("corpus", 0.15), ("datastore", 0.1), ("index", 0.15), ("targets", 0.4)):
@@ -53,7 +53,7 @@ def test_it_predicts_a_build(pipeline, run_plan):
     seconds = sum(stage["seconds"] for stage in stages.values())
     # Where everything takes fractions of a second, only the magnitude can be told.
     assert 0.05 < seconds < 60 and all(s["memory"] > 50 * MB for s in stages.values())
-    assert [int(n) for n in found["sizes"]] == list(TABLE)
+    assert [int(n) for n in plan["sizes"]] == list(TABLE)
     for name in STAGES:
         assert name in said
     assert "measured" in said and "1e+10" in said
@@ -71,8 +71,8 @@ def test_it_predicts_a_build(pipeline, run_plan):
     ],
 )
 def test_bad_input(pipeline, run_plan, options, sentence):
-    code, said, found = run_plan(pipeline.base, *options)
-    assert code == 1 and found is None
+    code, said, plan = run_plan(pipeline.base, *options)
+    assert code == 1 and plan is None
     assert sentence in " ".join(said.split()) and "Traceback" not in said
 
 
@@ -83,8 +83,8 @@ def test_bad_input(pipeline, run_plan, options, sentence):
 def test_text_that_is_too_short_is_named(pipeline, run_plan, tmp_path, text, sentence):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(text)
-    code, said, found = run_plan(pipeline.base, "--corpus", corpus)
-    assert code == 1 and found is None
+    code, said, plan = run_plan(pipeline.base, "--corpus", corpus)
+    assert code == 1 and plan is None
     assert sentence in " ".join(said.split()) and "sample" not in said
 
 
@@ -98,7 +98,7 @@ RATES = Rates(
 
 
 def job(tokens, budget=1024 * MB, workers=1, rates=RATES, **changes):
-    return Job(rates, parse_settings(changes), tokens, None, budget, workers)
+    return CostModel(rates, parse_settings(changes), tokens, None, budget, workers)
 
 
 def test_memory_is_bounded_by_the_budget():
@@ -107,35 +107,33 @@ def test_memory_is_bounded_by_the_budget():
     # Centroids and labels follow the corpus, not the budget; so does the sample of a training.
     trained = trained_bytes(large.shape, RATES.width)
     training = training_bytes(large.shape, RATES.width)
-    assert large.index().memory < max(64 * MB + trained, training) + MB
-    # What is found for a shard waits for the last part, whatever the budget.
+    assert large.index().peak_ram < max(64 * MB + trained, training) + MB
+    # Neighbours of a shard wait for the last part, whatever the budget.
     k, probes = TargetSettings().neighbours, IndexSettings().probes
     shard = 1.01 * large.shard_rows * (4 * RATES.width + 12 * (k + 1 + probes))
     bound = 64 * MB + trained + 4 * large.rows + shard
-    assert bound - 64 * MB < large.targets().memory < bound
-    assert job(10**9).index().memory > large.index().memory
+    assert bound - 64 * MB < large.targets().peak_ram < bound
+    assert job(10**9).index().peak_ram > large.index().peak_ram
 
 
 def test_memory_of_targets_counts_what_a_search_holds_beside_the_parts():
     """Tables of product codes, and in every thread one of tokens that rows are summed in."""
-    found = job(10**8, rates=QWEN)
-    assert "IVF16384,PQ64" in found.shape.kind
-    tables, parts = table_bytes(16384, 64, QWEN.width), trained_bytes(found.shape, QWEN.width)
+    model = job(10**8, rates=QWEN)
+    assert "IVF16384,PQ64" in model.shape.kind
+    tables, parts = table_bytes(16384, 64, QWEN.width), trained_bytes(model.shape, QWEN.width)
     assert tables == 1024 * MB
     threads = dataclasses.replace(QWEN, threads=9)
-    sums = job(10**8, rates=threads).targets().memory - found.targets().memory
-    assert sums == pytest.approx(8 * 192 * 4 * found.used) and found.used > 45_000
-    held = found.targets().memory - parts - 4 * found.rows - sums / 8
+    sums = job(10**8, rates=threads).targets().peak_ram - model.targets().peak_ram
+    assert sums == pytest.approx(8 * 192 * 4 * model.used) and model.used > 45_000
+    held = model.targets().peak_ram - parts - 4 * model.rows - sums / 8
     assert held > tables + 512 * MB  # half the budget is for parts
-    assert on_h100s(10**8).targets().memory < tables + parts + 4 * found.rows + 4096 * MB
+    assert on_h100s(10**8).targets().peak_ram < tables + parts + 4 * model.rows + 4096 * MB
 
 
 def test_workers_read_one_disk():
     """Parts that do not stay open: four workers do not read faster than one."""
     slow = dataclasses.replace(RATES, read=1e-9)
-    alone, four = (
-        dataclasses.replace(job(10**8, 64 * MB, n, slow), host_memory=1e9) for n in (1, 4)
-    )
+    alone, four = (dataclasses.replace(job(10**8, 64 * MB, n, slow), host_ram=1e9) for n in (1, 4))
     assert alone.parts_read > 10
     assert four.parts_read == pytest.approx(alone.parts_read, rel=0.01)
 
@@ -185,17 +183,17 @@ QWEN = dataclasses.replace(
 
 
 def on_h100s(tokens, gpus=8, budget=4096 * MB, **changes):
-    found = job(tokens, budget, gpus, QWEN, **changes)
+    model = job(tokens, budget, gpus, QWEN, **changes)
     figures = GPUS["h100"]
-    rates = on_gpu(QWEN, figures, 1_544_000_000, found.key_bytes, 24)
-    return dataclasses.replace(found, rates=rates, gpu_memory=figures.memory, host_memory=1e12)
+    rates = on_gpu(QWEN, figures, 1_544_000_000, model.key_bytes, 24)
+    return dataclasses.replace(model, rates=rates, gpu_memory=figures.memory, host_ram=1e12)
 
 
 def test_targets_of_a_billion_tokens_in_two_hours():
     """By arithmetic, on 8 H100: nothing of it ran."""
-    found = on_h100s(10**9)
-    assert found.shape.kind == "OPQ64,IVF65536_HNSW32,PQ64" and found.key_bytes == 72
-    stage = found.targets()
+    model = on_h100s(10**9)
+    assert model.shape.kind == "OPQ64,IVF65536_HNSW32,PQ64" and model.key_bytes == 72
+    stage = model.targets()
     assert stage.seconds < 2 * 3600
     assert on_h100s(10**9, budget=4 * 4096 * MB).targets().seconds < stage.seconds
     # Four times as long by the lists of a budget, 2,912, or where all parts are read for a shard.
@@ -226,22 +224,22 @@ def test_hashing_merging_and_reading_are_in_the_plan():
 def test_a_timed_search_counts_what_it_visits(kind):
     keys = np.random.default_rng(0).normal(size=(4000, 16)).astype(np.float16)
     own = np.arange(0, 4000, 40)
-    found = time_search(keys, own, kind, 5, 8)
-    assert (found.ids[:, 0] == own).mean() > 0.9 and found.ids.shape == (100, 5)
-    assert found.lists == (1 if kind == "Flat" else 63)
+    timed = time_search(keys, own, kind, 5, 8)
+    assert (timed.ids[:, 0] == own).mean() > 0.9 and timed.ids.shape == (100, 5)
+    assert timed.lists == (1 if kind == "Flat" else 63)
     if kind == "Flat":
-        assert found.visited == 100 * 4000 and found.compare == found.kmeans == 0
+        assert timed.visited == 100 * 4000 and timed.compare == timed.kmeans == 0
     else:
-        assert 0.5 < found.visited / (100 * 8 * 4000 / 63) < 3 and found.compare > 0
-    assert found.search > 0 and found.merge > 0 and found.add > 0
+        assert 0.5 < timed.visited / (100 * 8 * 4000 / 63) < 3 and timed.compare > 0
+    assert timed.search > 0 and timed.merge > 0 and timed.add > 0
 
 
 def test_the_table_names_the_longest_stage(pipeline, run_plan):
-    code, said, found = run_plan(pipeline.base, "--tokens", 5_000_000, "--gpu", "h100", "--gpus", 8)
+    code, said, plan = run_plan(pipeline.base, "--tokens", 5_000_000, "--gpu", "h100", "--gpus", 8)
     assert code == 0, said
-    assert found["tokens"] == 5_000_000 and found["workers"] == found["gpus"] == 8
+    assert plan["tokens"] == 5_000_000 and plan["workers"] == plan["gpus"] == 8
     assert "GPU-hours" in said and "not measured" in said
     for word in ("longest stage", "memory, ", "of the time", *OVERHEADS):
         assert word in said
-    for stages in found["sizes"].values():
+    for stages in plan["sizes"].values():
         assert all(set(stage["of"]) <= set(OVERHEADS) for stage in stages)

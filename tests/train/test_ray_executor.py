@@ -44,7 +44,7 @@ def alone(tiny_model, tmp_path_factory, build, corpus):
 @pytest.fixture
 def ray_cluster(monkeypatch):
     """Yield a cluster of a head without CPUs and two nodes of one CPU, as processes here."""
-    from ray.cluster_utils import Executor
+    from ray.cluster_utils import Cluster
 
     # A lost node is noticed in a second instead of half a minute.
     impatient = {"period_ms": 500, "timeout_ms": 2000, "failure_threshold": 2}
@@ -54,15 +54,15 @@ def ray_cluster(monkeypatch):
     for name, value in (QUIET | health | idle).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
-    executor = Executor(
+    cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
     try:
         for _ in range(2):
-            executor.add_node(num_cpus=1)
-        yield executor
+            cluster.add_node(num_cpus=1)
+        yield cluster
     finally:
-        executor.shutdown()
+        cluster.shutdown()
 
 
 def wait_for(path, pattern, count, process, seconds=300):
@@ -185,7 +185,7 @@ threads.gpu = True
 
 def test_a_worker_with_a_gpu_has_cpus_too(monkeypatch):
     """On a machine that declares GPUs to Ray; none is used."""
-    from ray.cluster_utils import Executor
+    from ray.cluster_utils import Cluster
 
     for name, value in QUIET.items():
         monkeypatch.setenv(name, value)
@@ -193,7 +193,7 @@ def test_a_worker_with_a_gpu_has_cpus_too(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
     machine = {"num_cpus": 6, "num_gpus": 2, "include_dashboard": False}
-    nodes = Executor(initialize_head=True, head_node_args=machine)
+    nodes = Cluster(initialize_head=True, head_node_args=machine)
     executor = RayExecutor(nodes.address)
     try:
         assert executor.workers() == 2

@@ -83,13 +83,13 @@ def decoded(tok, ids):
     Those are special tokens, parts of characters, and WordPiece's signs, which get a space there.
     """
     ahead = ids_of(tok, "the")
-    start, found = len(tok.decode(ahead)), {}
+    start, parts = len(tok.decode(ahead)), {}
     for i in set(ids) - tok.backend_tokenizer.get_added_tokens_decoder().keys():
         text = tok.decode([*ahead, i], clean_up_tokenization_spaces=False)[start:]
         sign = spelling(tok) == "wordpiece" and not text[-1:].isalnum()
         if text and "\ufffd" not in text and not sign:
-            found[i] = text
-    return found
+            parts[i] = text
+    return parts
 
 
 @pytest.mark.parametrize("name", ["smollm2", "bytes", "mistral"])
@@ -106,11 +106,11 @@ def test_tokens_of_a_text_are_its_bytes(tokenizer, name):
 @pytest.mark.parametrize("name", ["smollm2", "mistral", "bytes", "unigram", "wordpiece"])
 def test_a_tokens_text_is_what_it_decodes_to(tokenizer, name):
     tok = tokenizer(name)
-    found = texts(tok)
-    expected = decoded(tok, list(found)[::3])
-    assert len(expected) > 0.2 * len(found)
-    assert {i: found[i].decode() for i in expected} == expected
-    assert not set(found) & set(tok.all_special_ids)
+    text_of = texts(tok)
+    expected = decoded(tok, list(text_of)[::3])
+    assert len(expected) > 0.2 * len(text_of)
+    assert {i: text_of[i].decode() for i in expected} == expected
+    assert not set(text_of) & set(tok.all_special_ids)
 
 
 def by_hand(old, new, matrix_VD, chosen):
@@ -119,7 +119,7 @@ def by_hand(old, new, matrix_VD, chosen):
     for i, text in sorted(decoded(old, old.get_vocab().values()).items(), reverse=True):
         if not old.convert_ids_to_tokens(i).startswith("<0x"):
             ours[text] = [i]
-    found = {}
+    rows = {}
     for i, text in decoded(new, chosen).items():
         if text in ours:
             pieces = ours[text]
@@ -129,8 +129,8 @@ def by_hand(old, new, matrix_VD, chosen):
             pieces = [p.id for p in old.backend_tokenizer.model.tokenize(text.replace(" ", "▁"))]
             pieces = [p for p in pieces if p != old.unk_token_id]
         pieces = pieces or sorted(old.get_vocab().values())
-        found[i] = np.mean([matrix_VD[p] for p in pieces], axis=0)
-    return found
+        rows[i] = np.mean([matrix_VD[p] for p in pieces], axis=0)
+    return rows
 
 
 PAIRS = [("smollm2", "mistral"), ("mistral", "smollm2"), ("bytes", "unigram"),
@@ -143,17 +143,17 @@ def test_rows_equal_those_made_by_hand(tokenizer, old, new):
     matrix = np.random.default_rng(0).normal(size=(len(old) + PADDING, D))
     matrix[len(old) :] = 1e9  # rows of padding: none of this may come through
     how = transfer(old, new, len(matrix), len(new) + PADDING)
-    found = how.apply(torch.from_numpy(matrix)).numpy()
+    made = how.apply(torch.from_numpy(matrix)).numpy()
     expected = by_hand(old, new, matrix, range(0, len(new), 1 + len(new) // 3000))
     assert len(expected) > 400
     for i, row in expected.items():
-        np.testing.assert_allclose(found[i], row, atol=1e-12, err_msg=new.convert_ids_to_tokens(i))
+        np.testing.assert_allclose(made[i], row, atol=1e-12, err_msg=new.convert_ids_to_tokens(i))
     counts = [sum(len(s) == 1 for s in how.sources), sum(len(s) > 0 for s in how.sources)]
     assert how.shared <= counts[0] and how.shared + how.averaged == counts[1]
     assert how.shared > 0.2 * len(new) and how.averaged > 0
     everything = matrix[sorted(old.get_vocab().values())].mean(0)
-    np.testing.assert_allclose(found[len(new) :], [everything] * PADDING, atol=1e-12)
-    assert np.abs(found).max() < 10
+    np.testing.assert_allclose(made[len(new) :], [everything] * PADDING, atol=1e-12)
+    assert np.abs(made).max() < 10
 
 
 @pytest.mark.parametrize("name", ["smollm2", "bytes", "unigram", "wordpiece"])
@@ -198,8 +198,8 @@ def test_parts_of_characters_come_from_bytes(tokenizer):
     how = transfer(mistral, smollm2, len(mistral), len(smollm2))
     tokens = ("âĢ", "ĠâĢ", "Ċ", "a")
     ids = smollm2.convert_tokens_to_ids(list(tokens))
-    found = [mistral.convert_ids_to_tokens(how.sources[i]) for i in ids]
-    rows = dict(zip(tokens, found, strict=True))
+    pieces = [mistral.convert_ids_to_tokens(how.sources[i]) for i in ids]
+    rows = dict(zip(tokens, pieces, strict=True))
     assert rows["âĢ"] == ["<0xE2>", "<0x80>"]
     assert rows["ĠâĢ"] == ["▁", "<0xE2>", "<0x80>"]
     assert rows["Ċ"] == ["<0x0A>"]  # a whole character, which SentencePiece spells as a byte

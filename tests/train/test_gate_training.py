@@ -106,14 +106,14 @@ def test_passages_take_turns():
     first = [list(range(100 * n, 100 * n + 90)) for n in range(4)]
     second = [list(range(1000, 2000))]
     first, second = passages(first, 5, 20), passages(second, 5, 20)
-    found = [ids.tolist() for ids in in_turn(first, second)]
-    assert len(found) > 5 and found == [ids.tolist() for ids in in_turn(first, second)]
-    for ids in map(list, found):
+    texts = [ids.tolist() for ids in in_turn(first, second)]
+    assert len(texts) > 5 and texts == [ids.tolist() for ids in in_turn(first, second)]
+    for ids in map(list, texts):
         runs = [list(run) for _, run in itertools.groupby(ids, key=lambda i: i < 1000)]
         assert len(runs) == SWITCHES and runs[0][0] < 1000
         assert all(run == list(range(run[0], run[0] + len(run))) for run in runs)
         assert all(1 <= len(run) <= 20 for run in runs)
-    seen = [i for ids in found for i in ids]
+    seen = [i for ids in texts for i in ids]
     assert len(seen) == len(set(seen))
 
 
@@ -143,19 +143,19 @@ def test_what_is_kept_is_trained_on_in_no_guise():
     assert not sides[0] & sides[1]
     for side in (trained, kept):
         assert set(side) == {*texts, "in turn"} and all(side.values())
-    for kind, found in texts.items():
-        assert len(kept[kind]) >= len(found) / KEPT
-        assert len(trained[kind]) + len(kept[kind]) == len(found)
+    for kind, of_kind in texts.items():
+        assert len(kept[kind]) >= len(of_kind) / KEPT
+        assert len(trained[kind]) + len(kept[kind]) == len(of_kind)
 
 
 def test_few_documents_are_divided_in_pieces(pipeline, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text(tiny_text(3, 3000))
     tokenizer = load_tokenizer(pipeline.base)
-    found = read_texts(tokenizer, text)
+    pieces = read_texts(tokenizer, text)
     whole = np.concatenate(list(tokenise(tokenizer, documents(text))))
-    assert np.array_equal(np.concatenate([d.ids for d in found]), whole)
-    assert len(found) >= 4 * KEPT and len({d.digest for d in found}) == len(found)
+    assert np.array_equal(np.concatenate([d.ids for d in pieces]), whole)
+    assert len(pieces) >= 4 * KEPT and len({d.digest for d in pieces}) == len(pieces)
 
 
 def test_classes():
@@ -180,14 +180,14 @@ def calibrated(pipeline, tmp_path_factory, english, jsonl, memdec_here):
 
 
 def test_the_command(calibrated, pipeline):
-    code, said, found, memory = calibrated
+    code, said, report, memory = calibrated
     assert code == 0, said
-    domain, general = found["texts"]["domain"], found["texts"]["general"]
+    domain, general = report["texts"]["domain"], report["texts"]["general"]
     for text in (domain, general):  # never far from the better of base and memory
         assert text["gate"] < 1.02 * min(text["curve"])
     assert domain["fixed"] == min(domain["curve"])
-    assert found["texts"]["corpus"]["gate"] < 1.02 * min(found["texts"]["corpus"]["curve"])
-    for text in found["texts"].values():
+    assert report["texts"]["corpus"]["gate"] < 1.02 * min(report["texts"]["corpus"]["curve"])
+    for text in report["texts"].values():
         rows = text["by_context"]
         assert sum(row["tokens"] for row in rows) == text["tokens"]
         assert rows[0]["from"] == 0 and max(row["to"] for row in rows) >= 256
@@ -212,9 +212,9 @@ def test_served_as_trained(calibrated):
     p_NV = logits_NV.double().softmax(-1)
     sure_N2 = torch.stack([p_NV.amax(-1), torch.distributions.Categorical(p_NV).entropy()], -1)
     gelu = torch.nn.functional.gelu
-    longest = int(arrays["longest"])
-    assert 32 < longest < 10**6
-    context_N = (1 + position_N.clamp(max=longest).double()).log()
+    max_position = int(arrays["longest"])
+    assert 32 < max_position < 10**6
+    context_N = (1 + position_N.clamp(max=max_position).double()).log()
     x_NH = h_ND.double() @ w1.T + b1 + context_N[:, None] * torch.from_numpy(arrays["context"])
     score_N = gelu(x_NH) @ w2 + b2
     score_N += gelu(sure_N2 @ certainty[:2] + certainty[2]) @ certainty[3]
@@ -268,13 +268,15 @@ def test_explain_shows_the_weights(calibrated, pipeline):
     memory = str(calibrated[-1])
     tokenizer = AutoTokenizer.from_pretrained(memory)
     model = AutoModelForCausalLM.from_pretrained(memory, dtype=torch.float32)
-    found = {cap: explain(pipeline.base, memory, PROMPT, cap, write=0) for cap in (None, 0.3)}
+    explanations = {
+        cap: explain(pipeline.base, memory, PROMPT, cap, write=0) for cap in (None, 0.3)
+    }
     ids = tokenizer(PROMPT)["input_ids"]
     read = model(torch.tensor([ids]), output_hidden_states=True)
     position_T = torch.arange(len(ids))
     features_TF = features(read.hidden_states[-1][0], read.logits[0], position_T)
     alpha_T = Gate(read_gate(gate_path(memory)))(features_TF)[:-1].tolist()
-    for cap, explanation in found.items():
+    for cap, explanation in explanations.items():
         assert explanation.gated
         wanted = [min(alpha, cap or 1.0) for alpha in alpha_T]
         assert [token.alpha for token in explanation.tokens] == pytest.approx(wanted, abs=1e-5)

@@ -308,8 +308,8 @@ def validation(pipeline):
 
 def test_evaluation_is_of_the_mixture_that_is_served(pipeline, tiny_model, tmp_path):
     _, rows = train(pipeline, tiny_model, tmp_path / "a", evaluate_steps=3)
-    found = {row["step"]: row for row in rows if "validation_mixture" in row}
-    assert list(found) == [row["step"] for row in rows if row["step"] % 3 == 0]
+    evaluated = {row["step"]: row for row in rows if "validation_mixture" in row}
+    assert list(evaluated) == [row["step"] for row in rows if row["step"] % 3 == 0]
     last = len(rows) - len(rows) % 3
     # To the last evaluation and no further: the weights it was made with.
     blocks = len(

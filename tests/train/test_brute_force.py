@@ -63,8 +63,8 @@ def test_target_is_the_softmax_summed_by_token():
     w = np.exp(-distances / 2)
     expected = {7: w[0] + w[2], 2: w[1]}
     total = sum(expected.values())
-    found = exact.target(distances, tokens, 2.0, 1e-3)
-    assert found == pytest.approx({t: p / total for t, p in expected.items()})
+    probabilities = exact.target(distances, tokens, 2.0, 1e-3)
+    assert probabilities == pytest.approx({t: p / total for t, p in expected.items()})
     assert exact.target(np.empty(0), np.empty(0, int), 2.0, 0) == {}
 
 
@@ -86,14 +86,14 @@ def test_compare_is_what_dense_vectors_give():
 def test_passages_begin_documents():
     documents = [np.arange(100 * n, 100 * n + length) for n, length in enumerate((3, 9, 20, 8, 31))]
     tokens, positions = pack(documents, 16, 0)
-    found = {tuple(row) for row in fidelity.passages(tokens, positions, 8, 99).tolist()}
+    begun = {tuple(row) for row in fidelity.passages(tokens, positions, 8, 99).tolist()}
     # Each unbroken run of a document within a block of 17 tokens, if it has 8.
     runs = set()
     for row, position in zip(tokens.tolist(), positions.tolist(), strict=True):
         for start in range(10):
             if position[start : start + 8] == list(range(8)):
                 runs.add(tuple(row[start : start + 8]))
-    assert found == runs and len(runs) >= 4
+    assert begun == runs and len(runs) >= 4
     assert len(fidelity.passages(tokens, positions, 8, 2)) == 2
     assert fidelity.passages(tokens, positions, 18, 9).shape == (0, 18)
 

@@ -147,21 +147,21 @@ def machines(tmp_path_factory):
             patch.setenv(name, value)
         patch.delenv("TRITON_INTERPRET", raising=False)  # the nodes would inherit it
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
-        found = Machines(tmp_path_factory.mktemp("machines"))
+        started = Machines(tmp_path_factory.mktemp("machines"))
         try:
             for _ in range(2):
-                found.add()
+                started.add()
             ray.init(
-                address=found.address,
-                _node_ip_address=f"{found.network}.1",
+                address=started.address,
+                _node_ip_address=f"{started.network}.1",
                 logging_level="ERROR",
                 log_to_driver=False,
             )
-            found.wait_for(2)
-            yield found
+            started.wait_for(2)
+            yield started
         finally:
             ray.shutdown()
-            found.close()
+            started.close()
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_an_error_of_any_rank_ends_all(machines, cluster, folder, what, rank):
         cluster.train(loop, folder / "work")
     assert noted(folder) == [f"{rank}/2"]  # not repeated
     shown = "".join(traceback.format_exception(raised.value))
-    assert "in a worker on" in shown and f"{__file__[: -len('test_machines.py')]}jobs.py" in shown
+    assert "in a worker on" in shown and f"{__file__[: -len('test_ray_crew.py')]}jobs.py" in shown
     if what == "full disk":
         assert raised.value.errno == errno.ENOSPC
         assert sentence_of(raised.value).startswith("the disk is full")
