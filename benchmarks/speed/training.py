@@ -32,9 +32,9 @@ from benchmarks.speed.shapes import SHAPES, make_shape
 from vllm_memdec.train.model.decoder import build_memory
 from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.settings import MemorySettings
-from vllm_memdec.train.stages.training import add_gradients
 from vllm_memdec.train.training.batches import Batches
 from vllm_memdec.train.training.parallel import Spread
+from vllm_memdec.train.training.steps import add_gradients
 
 ACCEPTED = 1.8
 

@@ -16,8 +16,9 @@ from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.model.huggingface import load_config, load_model
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import MemorySettings
-from vllm_memdec.train.stages.training import autocast_to, learning_rate_factor, train_memory
+from vllm_memdec.train.stages.training import train_memory
 from vllm_memdec.train.training.batches import Batches
+from vllm_memdec.train.training.steps import autocast_to, learning_rate_factor
 
 RANK = 64
 # As in the paper: queries, keys, values and the MLP.

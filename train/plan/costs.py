@@ -31,7 +31,8 @@ from vllm_memdec.train.stages.search import (
     table_bytes,
 )
 from vllm_memdec.train.stages.targets import CACHE_ROWS, FIT_ROWS, GROUPS_A_WORKER
-from vllm_memdec.train.stages.training import EVALUATION_TOKENS, warmup_steps
+from vllm_memdec.train.stages.training import EVALUATION_TOKENS
+from vllm_memdec.train.training.steps import warmup_steps
 
 HEAPS = 0.5  # the power of the text's size with which the vocabulary in use grows (Heaps' law)
 PLOT = 1.5  # seconds to draw the loss

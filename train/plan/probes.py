@@ -39,9 +39,10 @@ from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import Settings
 from vllm_memdec.train.stages.corpus import build_corpus
 from vllm_memdec.train.stages.targets import sparse_targets
-from vllm_memdec.train.stages.training import Training, new_optimizer
+from vllm_memdec.train.stages.training import Training
 from vllm_memdec.train.training.batches import Batches
 from vllm_memdec.train.training.parallel import spread
+from vllm_memdec.train.training.steps import new_optimizer
 from vllm_memdec.train.verify.brute_force import nearest
 
 SAMPLE_BYTES = 2**23  # bytes of text in the sample

@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.kernels.head_loss import head_loss
-from vllm_memdec.kernels.sparse_kl import SparseRows
 from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import LOGS, write_atomic
 from vllm_memdec.train.data.blocks import load_rows
@@ -28,7 +25,6 @@ from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.ray_executor import World, followed
 from vllm_memdec.train.model.decoder import build_memory, training_budget
 from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device, trained_tokens
-from vllm_memdec.train.model.output_head import Candidates, logits_transform
 from vllm_memdec.train.model.scoring import (
     best_alpha,
     label_logprobs,
@@ -61,7 +57,6 @@ from vllm_memdec.train.training.metrics import (
     stopped_early,
 )
 from vllm_memdec.train.training.parallel import (
-    Spread,
     agreed,
     memory_of,
     restore,
@@ -72,6 +67,13 @@ from vllm_memdec.train.training.parallel import (
     unreduced,
     whole,
 )
+from vllm_memdec.train.training.steps import (
+    add_gradients,
+    autocast_to,
+    learning_rate_factor,
+    new_optimizer,
+    warmup_steps,
+)
 
 EVALUATION_TOKENS = 2**15
 # Settings that change nothing in a memory, or whose meaning is among its inputs.
@@ -80,95 +82,6 @@ UNRECORDED = ("adapt_tokenizer", "checkpoint_seconds", "compile", "gradient_chec
 BASE = "base.pt"  # the base's log-probabilities of the validation text, computed once
 # Files of the working folder while training goes on.
 SCRATCH = (CHECKPOINT, PREVIOUS, NEXT, BEST, BASE, STOP)
-
-
-def warmup_steps(steps: int, fraction: float) -> int:
-    """Return how many steps the learning rate rises over."""
-    return max(1, round(steps * fraction))
-
-
-def learning_rate_factor(
-    step: int, steps: int, warmup_fraction: float, schedule: str = "cosine"
-) -> float:
-    """Return the factor of the peak rate: linear warm-up, then as the schedule says."""
-    warmup = warmup_steps(steps, warmup_fraction)
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return 1 - progress
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
-
-
-def autocast_to(dtype: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which matrix products are of a dtype."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
-    return contextlib.nullcontext()
-
-
-def new_optimizer(model: Any, settings: MemorySettings) -> torch.optim.Optimizer:
-    """Return AdamW over all weights of a model."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-
-
-def memory_loss(
-    memory: Any,
-    batch: tuple,
-    candidates: Candidates,
-    settings: MemorySettings,
-    scale: float,
-    alone: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy.
-
-    alone: no other process waits for the gradients.
-    """
-    tokens, positions, places, labels, targets = batch
-    with autocast_to(settings.dtype, tokens.device):
-        trunk = memory.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
-    layer = memory.get_output_embeddings()
-    return head_loss(
-        trunk.last_hidden_state.flatten(0, 1)[places],
-        layer.weight,
-        candidates.rank(labels),
-        SparseRows(targets.offsets, candidates.rank(targets.token), targets.probability),
-        settings.beta,
-        bias_V=getattr(layer, "bias", None),
-        transform=logits_transform(memory.config),
-        columns=candidates.columns,
-        dtype=getattr(torch, settings.dtype),
-        scale=scale,
-        accumulate=alone,
-    )
-
-
-def add_gradients(
-    module: torch.nn.Module,
-    batches: Batches,
-    blocks: np.ndarray,
-    scale: float,
-    candidates: Candidates,
-    settings: MemorySettings,
-    following: Sequence[np.ndarray] = (),
-) -> torch.Tensor:
-    """Backpropagate one micro-batch times `scale`; return its sums [2] of KL and cross-entropy.
-
-    following: the blocks of the micro-batches after it, to be read meanwhile.
-    """
-    batch = batches.load(blocks, default_device())
-    batches.expect(following, default_device())
-    alone = type(module) is Spread
-    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone)
-    loss.backward()
-    return sums
 
 
 @dataclass
