@@ -74,9 +74,9 @@ def wait_for(path, pattern, count, process, seconds=300):
         time.sleep(0.005)
 
 
-def lose_a_node(executor, done):
+def lose_a_node(cluster, done):
     """Kill all processes of a node at once, as a power cut would."""
-    executor.remove_node(sorted(executor.worker_nodes, key=id)[0], allow_graceful=False)
+    cluster.remove_node(sorted(cluster.worker_nodes, key=id)[0], allow_graceful=False)
     assert not done.exists(), "the stage ended before the node was lost"
 
 
