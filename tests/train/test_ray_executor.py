@@ -191,7 +191,7 @@ def test_a_worker_with_a_gpu_has_cpus_too(monkeypatch):
         monkeypatch.setenv(name, value)
     for name in ("OMP_NUM_THREADS", "TRITON_INTERPRET"):  # the nodes would inherit them
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=":")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
     machine = {"num_cpus": 6, "num_gpus": 2, "include_dashboard": False}
     nodes = Cluster(initialize_head=True, head_node_args=machine)
     executor = RayExecutor(nodes.address)
