@@ -256,8 +256,11 @@ def scale() -> str:
     )
 
 
-def modules(folder: str) -> str:
-    """Return the modules of a folder, and what each is for: the first sentence of its docstring."""
+def modules(folder: str, place: str = "") -> str:
+    """Return the modules of a folder, and what each is for: the first sentence of its docstring.
+
+    place: of the folder, seen from the page.
+    """
     root = ROOT / folder
     rows = []
     for path in sorted(root.rglob("*.py"), key=lambda p: (p.parent != root, p.parts)):
@@ -266,7 +269,7 @@ def modules(folder: str) -> str:
             continue
         text = ast.get_docstring(ast.parse(path.read_text()))
         assert text, f"{path} has no docstring"
-        rows.append([f"[{inside}]({inside})", text.split("\n\n")[0].replace("\n", " ")])
+        rows.append([f"[{inside}]({place}{inside})", text.split("\n\n")[0].replace("\n", " ")])
     return grid(["module", "what it is for"], rows)
 
 
@@ -276,6 +279,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "scale": scale,
     "serving modules": functools.partial(modules, "vllm_memdec"),
+    "kernel modules": functools.partial(modules, "kernels", "../kernels/"),
     "compiling modules": functools.partial(modules, "train"),
     "benchmark modules": functools.partial(modules, "benchmarks"),
     "features": features,

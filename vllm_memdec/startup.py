@@ -59,7 +59,8 @@ def create_model_config(
         return build(args)
     if settings is None:
         raise ValueError(f"--model-impl {MODEL_IMPL} needs a memory: {EXAMPLE}.")
-    importlib.import_module("vllm_memdec.model")  # what is broken shows here, not in a worker
+    # A broken model shows here; the seams of the runner that vLLM has yet to choose, in a worker.
+    importlib.import_module("vllm_memdec.model")
     config = MemDecConfig.parse(settings)
     check_arguments(args)
     base = build(args)

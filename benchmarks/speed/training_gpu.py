@@ -5,10 +5,10 @@
         --compile
     python -m benchmarks.speed.training_gpu --shape tiny --tokens 64 --blocks 4 --steps 3
 
-The steps are those of `memdec build` (train/trainer.py: Training.step): loading, forward pass, the
-loss over the whole vocabulary, backward pass, clipping, AdamW. Weights, tokens and targets are
-random; two documents share each block, so that attention has a mask, as real blocks have. For each
-number of blocks a forward pass takes, a step of one pass is timed.
+The steps are those of `memdec build` (Training.step of train/stages/training.py): loading, forward
+pass, the loss over the whole vocabulary, backward pass, clipping, AdamW. Weights, tokens and
+targets are random; two documents share each block, so that attention has a mask, as real blocks
+have. For each number of blocks a forward pass takes, a step of one pass is timed.
 
 Counted are the products of weights with activations, 6 FLOP a parameter and token (the head's and
 not the embedding's), without attention: at 512 tokens that is 4 % more. Peak: --peak, 989 TFLOP/s

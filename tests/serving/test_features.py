@@ -1,7 +1,7 @@
 """The feature matrix: what vLLM offers its users works on the mixture, on a real engine.
 
-Each test is a row of the README's table, see the marker `feature`; some rows are tests of other
-files, those over HTTP of test_http.py. The answer key is matrix.py's.
+Each test is a row of the table in vllm_memdec/README.md, see the marker `feature`; some rows are
+tests of other files, those over HTTP of test_http.py. The answer key is support/choices.py's.
 """
 
 import pytest

@@ -31,6 +31,7 @@ def run_plan(tmp_path, quick, memdec_here):
         words = ["plan", "--base", base, "--config", config, "--ray-address", "none"]
         code, out, err = memdec_here(*words, "--json", report, *options)
         plan = json.loads(report.read_text()) if report.exists() else None
+        assert plan is None or {"where", "stages", "rates"} <= plan.keys()
         return code, out + err, plan
 
     return run

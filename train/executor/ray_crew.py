@@ -21,7 +21,7 @@ from vllm_memdec.train.executor.worker import Outcome, Proof, Worker
 LARGEST_WORKER = 8  # CPUs: a worker scales no further
 TRIES = 3  # attempts at an item whose process is lost, and at a node where no process starts
 WAITING_SECONDS = 60.0  # seconds without a first process until a line says so
-NOBODY_SECONDS = 600.0  # seconds without any machine until the build ends with an error
+EMPTY_SECONDS = 600.0  # seconds without any machine until the build ends with an error
 PROVING = object()  # stands for the item of a process that proves that it can work
 
 
@@ -126,7 +126,7 @@ class Crew:
 
         now = time.monotonic()
         self.seen = now if places else self.seen
-        if now - self.seen > NOBODY_SECONDS:
+        if now - self.seen > EMPTY_SECONDS:
             raise MemdecError(
                 "the Ray cluster has lost all its nodes: start some and run again, finished parts "
                 "are kept."

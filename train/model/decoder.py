@@ -1,6 +1,7 @@
 """Build the untrained memory: a causal LM that shares the base's tokenizer.
 
-One compiled for another tokenizer is adapted if memory.adapt_tokenizer says so: see vocabulary.py.
+One compiled for another tokenizer is adapted if memory.adapt_tokenizer says so: see
+vocabulary_transfer.py.
 """
 
 from collections.abc import Callable

@@ -143,9 +143,10 @@ def gpu_hours(stage: Stage, gpus: int) -> float:
 
 
 def report(plan: Plan) -> dict[str, Any]:
-    """Return the plan as JSON, whose readers know a stage's peak RAM as "memory"."""
+    """Return the plan as JSON, whose readers know other names of two fields."""
+    known = {"peak_ram": "memory", "hardware": "where"}
 
     def named(entries: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {"memory" if name == "peak_ram" else name: value for name, value in entries}
+        return {known.get(name, name): value for name, value in entries}
 
     return asdict(plan, dict_factory=named)

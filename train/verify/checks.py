@@ -5,7 +5,6 @@ only measures, or raises NotChecked. None of them trusts the code that made what
 neighbours come from brute_force.py, labels from the corpus.
 """
 
-import functools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -205,9 +204,9 @@ def check_fidelity(build: Build) -> Result:
     tokens, positions = load_blocks(build.folder("corpus"), "train")
     models = build.models
     vocabulary = models["memory"].config.vocab_size
-    counts = functools.reduce(
-        np.add, (np.bincount(part, minlength=vocabulary) for part in shards(folder, "labels"))
-    )
+    counts = np.zeros(vocabulary, np.int64)
+    for part in shards(folder, "labels"):
+        counts += np.bincount(part, minlength=vocabulary)
     per_block = [
         valid_rows(np.asarray(positions[start : start + SLICE])).sum(axis=1)
         for start in range(0, len(tokens), SLICE)

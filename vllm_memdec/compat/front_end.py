@@ -75,8 +75,9 @@ def _checked_engine_config(original: Callable) -> Callable:
 
 def _checked_params(original: Callable) -> Callable:
     def _validate_params(self: Any, params: Any, supported_tasks: Any) -> Any:
+        choices = choices_of(self)
         try:
-            check_extra_args(getattr(params, "extra_args", None), choices_of(self))
+            check_extra_args(getattr(params, "extra_args", None), choices)
         except ValueError as error:
             raise RequestError(str(error)) from None
         return original(self, params, supported_tasks)
