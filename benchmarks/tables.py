@@ -227,6 +227,7 @@ def demo() -> str:
 def scale() -> str:
     """Return what index, search and targets cost, by number of keys and kind of index."""
     rows = read(RESULTS / "scale.csv")
+    rows.sort(key=lambda row: ("PQ" not in row["kind"], int(row["keys"])))
     titles = ("keys", "index", "parts", "index, s/M keys", "search, s/M queries",
               "targets, s/M rows", "search, ns/key visited", "peak ram, GB", "files open",
               "recall@64", "commit")  # fmt: skip

@@ -41,7 +41,10 @@ def rows_of(domain: Domain) -> list[dict[str, Any]]:
     measured: dict[str, dict[str, float]] = {}
     for system in systems:
         tuned[system.name] = system.fit()
-        measured[system.name] = {text: perplexity(system.logprobs(text)) for text in TEXTS[1:]}
+        scored = {text: system.logprobs(text) for text in TEXTS[1:]}
+        rows = {text: systems[0].logprobs(text).shape for text in scored}
+        assert {t: s.shape for t, s in scored.items()} == rows, f"{system.name} left rows out"
+        measured[system.name] = {text: perplexity(scored[text]) for text in scored}
         domain.progress.say(f"{domain.name}, {system.name}: {measured[system.name]['test']:.2f}")
     recalled = recall(domain, systems, tuned)
     counts = json.loads((domain.text.path / "counts.json").read_text())

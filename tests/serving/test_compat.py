@@ -35,10 +35,14 @@ def constants(seam):
 
 
 def collected(name):
-    """Return the records of all seams in one."""
-    records = [constants(seam).get(name, {}) for seam in SEAMS]
-    merged = {key: value for record in records for key, value in record.items()}
-    assert len(merged) == sum(map(len, records)), "a symbol is recorded twice"
+    """Return the records of all seams in one; two may record attributes of one class."""
+    merged = {}
+    for seam in SEAMS:
+        for symbol, recorded in constants(seam).get(name, {}).items():
+            if name == "ATTRIBUTES":
+                recorded = " ".join(dict.fromkeys(f"{merged.get(symbol, '')} {recorded}".split()))
+            assert name == "ATTRIBUTES" or symbol not in merged, f"{seam} records {symbol} again"
+            merged[symbol] = recorded
     return merged
 
 
@@ -69,9 +73,18 @@ def release():
 @pytest.mark.parametrize("name", SEAMS)
 def test_every_seam_has_its_record(name):
     """And a docstring that says when it may go and what it relies on."""
-    assert constants(name)["SIGNATURES"]
+    record = constants(name)
+    assert record.get("SIGNATURES"), f"{name}.py has no SIGNATURES"
     text = ast.get_docstring(parsed(name))
-    assert "\nMay go " in text and "\nRelies on " in text
+    for begin in ("May go ", "Relies on "):
+        assert f"\n{begin}" in text, f"no line of {name}.py's docstring begins {begin!r}"
+    known = [symbol.partition(":")[2] for symbol in record["SIGNATURES"]]
+    for symbol, attributes in record.get("ATTRIBUTES", {}).items():
+        known += [f"{symbol.partition(':')[2]}.{each}" for each in attributes.split()]
+    for node in ast.walk(parsed(name)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "wrap":
+            owner, wrapped = ast.unparse(node.args[0]), ast.literal_eval(node.args[1])
+            assert {f"{owner}.{wrapped}", wrapped} & {*known}, f"{owner}.{wrapped} is not recorded"
 
 
 @pytest.mark.parametrize("path", SIGNATURES)

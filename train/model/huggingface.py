@@ -1,5 +1,6 @@
 """Models, configurations and tokenizers, read from Hugging Face folders."""
 
+import os
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ def load_tokenizer(folder: str) -> Any:
 
     from vllm_memdec.checkpoint import tokenizer_vocabulary
 
+    if not os.path.isdir(folder):
+        raise MemdecError(f"{folder} is not a folder: check the path.")
     unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
