@@ -127,7 +127,7 @@ def test_square_brackets_are_no_markup(pipeline):
         ({"--memory": "OTHER"}, "has no memdec block, so no default weight"),
         ({"--memory": "OTHER", "--alpha": "0.5"}, "has another tokenizer than the base"),
         ({"--memory": "nowhere"}, "nowhere is not a model folder"),
-        ({"--base": "nowhere"}, "nowhere has no readable tokenizer"),
+        ({"--base": "nowhere"}, "nowhere is not a folder: check the path"),
         ({"--html": "nowhere/page.html"}, "nowhere is no folder: create it, or check --html."),
         ({"--html": "."}, ". is a folder: give --html a file."),
         ({"--tokens": "300"}, "positions: give less text, or a smaller --tokens."),

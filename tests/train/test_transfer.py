@@ -237,7 +237,7 @@ def test_the_command(pipeline, bases, command, quick, tmp_path):
     refused("to adapt it, or a model of one family", init=init)
     refused("give that memory with --init", tokenizer=bases.tokenizer)
     refused("nowhere is not a model folder", init=tmp_path / "nowhere", tokenizer=bases.tokenizer)
-    refused("nowhere has no readable tokenizer", init=init, tokenizer=tmp_path / "nowhere")
+    refused("nowhere is not a folder: check the path", init=init, tokenizer=tmp_path / "nowhere")
     refused("is to serve beside: give --adapt-tokenizer", init=init, tokenizer=pipeline.base)
     refused("memory.layers cuts the base, but memory.init", init=init, set="memory.layers=1")
     memdec = command(bases.base, pipeline.corpus, settings)
