@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha256, locked
-from vllm_memdec.train.data.documents import corpus_files
+from vllm_memdec.train.data.files import TABLE, corpus_files
 from vllm_memdec.train.data.inputs import Hashes, tokenizer_hash, weights_hash
 from vllm_memdec.train.data.ownership import check_ours, check_places
 from vllm_memdec.train.executor.context import Context
@@ -75,7 +75,7 @@ def check_inputs(
 
     And validation text that would be trained on.
     """
-    files = corpus_files(corpus)[0]
+    files = corpus_files(corpus).files
     inputs = [("--corpus", corpus), ("--validation", validation), ("--base", base)]
     inputs.append(("--init", None if settings.init == "base" else settings.init))
     inputs.append(("--tokenizer", settings.tokenizer))
@@ -83,7 +83,7 @@ def check_inputs(
     for stage in STAGES:
         check_ours(output / stage, stage)
     if validation is not None and validation.resolve() != corpus.resolve():
-        held_out = {path.resolve() for path in corpus_files(validation)[0]}
+        held_out = {path.resolve() for path in corpus_files(validation).files}
         if shared := sorted(held_out & {path.resolve() for path in files}):
             raise MemdecError(
                 f"{shared[0]} is in both --corpus and --validation: move it out of one."
@@ -125,8 +125,10 @@ def find_inputs(
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
             text[name] = hashes.text(path, group)
-            if others := corpus_files(path)[1]:
-                progress.say(f"{name}: files in {path} that are no text and left out: {others}")
+            files = corpus_files(path)
+            if left_out := files.left_out():
+                how = f": {files.remedies()}" if files.remedies() else ""
+                progress.say(f"{name}: left out of {path}: {left_out} ({TABLE}){how}")
     if text.get("validation") == text["corpus"]:
         raise MemdecError(
             "--validation is the text of --corpus, which the memory learns by heart: give text "

@@ -25,11 +25,11 @@ from vllm_memdec.train.data.blocks import (
 from vllm_memdec.train.data.documents import (
     Piece,
     canonical,
-    corpus_files,
     pieces,
     read_documents,
     text_hash,
 )
+from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.splits import digest, split_lengths
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.progress import Progress
@@ -112,9 +112,9 @@ def test_all_formats_give_the_same_documents(tmp_path, jsonl):
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), table)
     for path in (folder, lines, table):
-        assert [t for f in corpus_files(path)[0] for t in read_documents(Piece(f))] == texts
+        assert [t for f in corpus_files(path).files for t in read_documents(Piece(f))] == texts
         assert [t for piece in pieces(path) for t in read_documents(piece)] == texts
-    assert corpus_files(folder)[1] == 1
+    assert corpus_files(folder).counts == {".md": 1}
     assert text_hash(folder) == text_hash(lines) == text_hash(table)
     assert text_hash(jsonl(tmp_path / "b.jsonl", texts[::-1])) != text_hash(lines)
     assert text_hash(jsonl(tmp_path / "c.jsonl", ["".join(texts)])) != text_hash(lines)

@@ -12,22 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.faults import reraise
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
 PARQUET_BATCH = 256  # rows read at once; one may be a book
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
-
-
-def corpus_files(path: Path) -> tuple[list[Path], int]:
-    """Return (corpus files at path, how many others), or raise MemdecError if there are none."""
-    if not path.exists():
-        raise MemdecError(f"{path} does not exist: check the path.")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    kept = [p for p in files if p.suffix.lower() in SUFFIXES]
-    if not kept:
-        raise MemdecError(f"{path} is no text: give {', '.join(SUFFIXES)}, or a folder of them.")
-    return kept, len(files) - len(kept)
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Piece:
 def pieces(path: Path) -> list[Piece]:
     """Return a corpus in pieces, in order: each is read by itself and holds whole documents."""
     parts = []
-    for file in corpus_files(path)[0]:
+    for file in corpus_files(path).files:
         if file.suffix.lower() == ".parquet":
             with _parquet(file) as table:
                 parts += [Piece(file, n, n + 1) for n in range(table.num_row_groups)]

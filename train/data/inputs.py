@@ -11,7 +11,8 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sha256, write_json
-from vllm_memdec.train.data.documents import corpus_files, text_hash
+from vllm_memdec.train.data.documents import text_hash
+from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.ownership import read_object
 
 CONFIG = "config.json"
@@ -68,7 +69,7 @@ class Hashes:
         All of them are read and checked.
         """
         name = f"text of {path.resolve()}" + (f" by {group}" if group else "")
-        return self._of(name, corpus_files(path)[0], lambda: text_hash(path, group))
+        return self._of(name, corpus_files(path).files, lambda: text_hash(path, group))
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:
         states = [file_state(path) for path in files]

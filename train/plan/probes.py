@@ -22,7 +22,8 @@ from rich.console import Console
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import load_blocks, tokenise
-from vllm_memdec.train.data.documents import Piece, corpus_files, pieces, read_documents
+from vllm_memdec.train.data.documents import Piece, pieces, read_documents
+from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.shards import save_array, shard_path
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import Executor
@@ -84,7 +85,7 @@ def piece_bytes(piece: Piece) -> int:
 def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
     """Write pieces spread evenly over a corpus; return (file, their bytes, bytes of all)."""
     parts = pieces(corpus)
-    total = sum(path.stat().st_size for path in corpus_files(corpus)[0])
+    total = sum(path.stat().st_size for path in corpus_files(corpus).files)
     wanted = max(1, round(len(parts) * min(1, SAMPLE_BYTES / max(total, 1))))
     chosen = [parts[n] for n in np.linspace(0, len(parts) - 1, wanted).astype(int)]
     sample = work / "sample.jsonl"

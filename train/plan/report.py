@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.documents import corpus_files
+from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.model.decoder import with_defaults
 from vllm_memdec.train.plan.costs import OVERHEADS, CostModel, Stage
