@@ -14,6 +14,7 @@ from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha2
 from vllm_memdec.train.data.files import TABLE, corpus_files
 from vllm_memdec.train.data.inputs import Hashes, tokenizer_hash, weights_hash
 from vllm_memdec.train.data.ownership import check_ours, check_places
+from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.faults import AGAIN, out_of_memory
 from vllm_memdec.train.progress import Progress
@@ -103,7 +104,8 @@ def find_inputs(
     Of a base a stage's hash covers only what the stage reads.
     """
     settings = all_settings.memory
-    group = all_settings.corpus.group if validation is None else None  # else nothing is held out
+    # Nothing is held out where there is a validation text.
+    fields = Fields(group=all_settings.corpus.group if validation is None else None)
     tokenizer = tokenizer_hash(base, "--base", hashes)
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}
@@ -124,7 +126,7 @@ def find_inputs(
     text = {}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
-            text[name] = hashes.text(path, group)
+            text[name] = hashes.text(path, fields)
             files = corpus_files(path)
             if left_out := files.left_out():
                 how = f": {files.remedies()}" if files.remedies() else ""

@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data import documents as text
+from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.blocks import (
     load_blocks,
     load_rows,
@@ -23,13 +23,13 @@ from vllm_memdec.train.data.blocks import (
     valid_rows,
 )
 from vllm_memdec.train.data.documents import (
-    Piece,
     canonical,
     pieces,
     read_documents,
     text_hash,
 )
 from vllm_memdec.train.data.files import corpus_files
+from vllm_memdec.train.data.readers import Piece
 from vllm_memdec.train.data.splits import digest, split_lengths
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.progress import Progress
@@ -107,14 +107,14 @@ def test_all_formats_give_the_same_documents(tmp_path, jsonl):
     (folder / "a.txt").write_text(texts[0], encoding="utf-8-sig")  # a byte order mark is no text
     (folder / "b.TXT").write_text(texts[1])
     (folder / "deeper" / "c.txt").write_text(texts[2])
-    (folder / "readme.md").write_text("left out")
+    (folder / "readme.rst").write_text("left out")
     lines = jsonl(tmp_path / "a.jsonl", [*texts, " "])
     table = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": [1, 2, 3], "text": texts}), table)
     for path in (folder, lines, table):
         assert [t for f in corpus_files(path).files for t in read_documents(Piece(f))] == texts
         assert [t for piece in pieces(path) for t in read_documents(piece)] == texts
-    assert corpus_files(folder).counts == {".md": 1}
+    assert corpus_files(folder).counts == {".rst": 1}
     assert text_hash(folder) == text_hash(lines) == text_hash(table)
     assert text_hash(jsonl(tmp_path / "b.jsonl", texts[::-1])) != text_hash(lines)
     assert text_hash(jsonl(tmp_path / "c.jsonl", ["".join(texts)])) != text_hash(lines)
@@ -275,7 +275,7 @@ def test_windows_line_ends(tmp_path):
 @pytest.mark.parametrize("size", [1, 7, 64, 1000])
 def test_pieces_hold_every_line_once(tmp_path, jsonl, english, monkeypatch, size):
     """However a file is divided, a line is in the piece it starts in."""
-    monkeypatch.setattr(text, "PIECE_BYTES", size)
+    monkeypatch.setattr(readers, "PIECE_BYTES", size)
     texts = [*english(20), "é" * 300, "x"]
     read = [list(read_documents(p)) for p in pieces(jsonl(tmp_path / "a.jsonl", texts))]
     assert len(read) > 3 or size == 1000

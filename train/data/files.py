@@ -13,7 +13,12 @@ from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+FORMATS = (
+    ".json", ".jsonl", ".csv", ".parquet", ".arrow", ".txt", ".md", ".html", ".htm",
+)  # fmt: skip
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+# What `datasets` writes beside its data.
+METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 TABLE = "train/README.md, What is read"
 HIDDEN = "."
 # What to do with a kind of file that holds text but is not read.
@@ -65,9 +70,15 @@ class CorpusFiles:
         return "; ".join(dict.fromkeys(known))
 
 
-def suffix_of(path: Path) -> str:
-    """Return what tells a file's format: its suffix in lower case."""
-    return path.suffix.lower()
+def compression(path: Path) -> str:
+    """Return the suffix of a file's compression, "" if it has none."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in COMPRESSIONS else ""
+
+
+def format_of(path: Path) -> str:
+    """Return the suffix that tells a file's format, in lower case, without its compression."""
+    return (Path(path.stem) if compression(path) else path).suffix.lower()
 
 
 def corpus_files(path: Path) -> CorpusFiles:
@@ -77,22 +88,23 @@ def corpus_files(path: Path) -> CorpusFiles:
     corpus = CorpusFiles(path)
     weight, media = 0, 0
     for file in [path] if path.is_file() else sorted(_walk(corpus)):
-        size, suffix = file.stat().st_size, suffix_of(file)
-        if suffix in SUFFIXES:
+        size, suffix = file.stat().st_size, format_of(file)
+        if suffix in FORMATS and file.name not in METADATA:
             corpus.files.append(file)
             weight += size
             continue
+        suffix = file.name if file.name in METADATA else suffix + compression(file)
         corpus.counts[suffix] += 1
         corpus.sizes[suffix] += size
         kind = mimetypes.guess_type(file.name)[0] or ""
-        media += size if kind.split("/")[0] in MEDIA else 0
+        media += size if kind.split("/")[0] in MEDIA or suffix in METADATA else 0
     left_out = corpus.left_out()
     how = f" ({remedies})" if (remedies := corpus.remedies()) else ""
     if not corpus.files:
         beside = f" (left out: {left_out})" if left_out and path.is_dir() else ""
         raise MemdecError(
-            f"{path} is no text{beside}: convert it{how}, or give {', '.join(SUFFIXES)}, or a "
-            f"folder of them ({TABLE})."
+            f"{path} is no text{beside}: convert it{how}, or give {', '.join(FORMATS)}, each "
+            f"also with {', '.join(COMPRESSIONS)}, or a folder of them ({TABLE})."
         )
     if corpus.broken > len(corpus.files):
         raise MemdecError(

@@ -14,6 +14,7 @@ from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sh
 from vllm_memdec.train.data.documents import text_hash
 from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.ownership import read_object
+from vllm_memdec.train.data.readers import TEXT, Fields
 
 CONFIG = "config.json"
 WEIGHTS = (
@@ -63,13 +64,13 @@ class Hashes:
         """Return the SHA-256 of a file's content."""
         return self._of(str(path.resolve()), [path], lambda: file_sha256(path))
 
-    def text(self, path: Path, group: str | None = None) -> str:
+    def text(self, path: Path, fields: Fields = TEXT) -> str:
         """Return the hash of the documents of a corpus, and of a field that groups them, if any.
 
         All of them are read and checked.
         """
-        name = f"text of {path.resolve()}" + (f" by {group}" if group else "")
-        return self._of(name, corpus_files(path).files, lambda: text_hash(path, group))
+        name = f"text of {path.resolve()}" + (f" by {fields.group}" if fields.group else "")
+        return self._of(name, corpus_files(path).files, lambda: text_hash(path, fields))
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:
         states = [file_state(path) for path in files]

@@ -22,8 +22,9 @@ from rich.console import Console
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import load_blocks, tokenise
-from vllm_memdec.train.data.documents import Piece, pieces, read_documents
-from vllm_memdec.train.data.files import corpus_files
+from vllm_memdec.train.data.documents import pieces, read_documents
+from vllm_memdec.train.data.files import corpus_files, format_of
+from vllm_memdec.train.data.readers import Piece
 from vllm_memdec.train.data.shards import save_array, shard_path
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import Executor
@@ -77,7 +78,7 @@ def peak_bytes() -> int:
 def piece_bytes(piece: Piece) -> int:
     """Return how large a piece is, of a .parquet its share of the file."""
     size = piece.path.stat().st_size
-    if piece.path.suffix.lower() == ".parquet":
+    if format_of(piece.path) == ".parquet" and piece.stop is not None:
         return max(1, size // sum(other.path == piece.path for other in pieces(piece.path)))
     return max(1, min(size, piece.stop or size) - piece.start)
 
@@ -88,13 +89,17 @@ def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
     total = sum(path.stat().st_size for path in corpus_files(corpus).files)
     wanted = max(1, round(len(parts) * min(1, SAMPLE_BYTES / max(total, 1))))
     chosen = [parts[n] for n in np.linspace(0, len(parts) - 1, wanted).astype(int)]
-    sample = work / "sample.jsonl"
+    sample, read = work / "sample.jsonl", 0.0
     with open(sample, "w") as file:
         for piece in chosen:
+            written = characters = 0  # a compressed file is one piece, however large
             for text in read_documents(piece):
-                file.write(json.dumps({"text": text}) + "\n")
-    whole = wanted == len(parts)
-    return sample, total if whole else sum(map(piece_bytes, chosen)), total
+                if written < SAMPLE_BYTES:
+                    file.write(json.dumps({"text": text}) + "\n")
+                    written += len(text)
+                characters += len(text)
+            read += piece_bytes(piece) * written / max(characters, 1)
+    return sample, max(1, round(read)), total
 
 
 def count_tokens(base: str, text: Path, work: Path) -> int:
