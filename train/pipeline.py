@@ -105,7 +105,8 @@ def find_inputs(
     """
     settings = all_settings.memory
     # Nothing is held out where there is a validation text.
-    fields = Fields(group=all_settings.corpus.group if validation is None else None)
+    of_corpus = all_settings.corpus
+    fields = Fields(of_corpus.text_field, of_corpus.group if validation is None else None)
     tokenizer = tokenizer_hash(base, "--base", hashes)
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}

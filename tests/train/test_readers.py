@@ -15,6 +15,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.documents import documents, pieces, read_documents, text_hash
 from vllm_memdec.train.data.files import COMPRESSIONS, FORMATS
+from vllm_memdec.train.data.readers import Fields
 
 DOCUMENT = 'First: a naïve café, "quoted".\n\nThen x < y, and\ta tab.'
 MARKUP = DOCUMENT.replace("<", "&lt;")
@@ -167,3 +168,48 @@ def test_data_beside_what_datasets_writes(tmp_path):
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text(json.dumps({"version": "x" * 9000}))
     assert list(documents(tmp_path)) == [DOCUMENT]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".csv"])
+def test_the_text_in_another_field(tmp_path, suffix):
+    rows = [{"id": n, "body": f"{n}: {DOCUMENT}", "meta": {"raw": DOCUMENT}} for n in range(3)]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("id,body,meta.raw\n1,one,two\n")
+        expected = {"body": ["one"], "meta.raw": ["two"]}  # a name with a dot of its own
+    else:
+        table = pa.Table.from_pylist(rows)
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        elif suffix == ".arrow":
+            with pa.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table)
+        else:
+            lines = "\n".join(map(json.dumps, rows))
+            path.write_text(lines if suffix == ".jsonl" else f"[{lines.replace(chr(10), ',')}]")
+        expected = {"body": [r["body"] for r in rows], "meta.raw": [DOCUMENT] * 3}
+    for name, texts in expected.items():
+        assert list(documents(path, Fields(name))) == texts
+    with pytest.raises(MemdecError, match="it has id, body, meta.*--text-field"):
+        list(documents(path))
+    with pytest.raises(MemdecError, match="`meta.nothing`, it has .*meta.raw"):
+        list(documents(path, Fields("meta.nothing")))
+
+
+def test_a_build_of_another_field(memdec_here, tiny_model, tmp_path, english):
+    """It is the same corpus: what names the field is in no manifest."""
+    base, outputs = tiny_model("llama"), []
+    for name, field in (("text", None), ("body", "meta.body")):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"text": t} if field is None else {"meta": {"body": t}} for t in english(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["build", "--base", base, "--corpus", path, "--output", tmp_path / name]
+        words += ["--until", "corpus", "--ray-address", "none", "--set", "corpus.block_tokens=32"]
+        code, _, err = memdec_here(*words, *(["--text-field", field] if field else []))
+        assert code == 0, err
+        manifest = json.loads((tmp_path / name / "corpus" / "manifest.json").read_text())
+        assert "text_field" not in manifest["settings"]
+        outputs.append(manifest["hash"])
+    assert outputs[0] == outputs[1]
+    code, _, err = memdec_here(*words)
+    assert code == 1 and "it has meta.body: give the right one with --text-field" in err

@@ -70,6 +70,7 @@ class Hashes:
         All of them are read and checked.
         """
         name = f"text of {path.resolve()}" + (f" by {fields.group}" if fields.group else "")
+        name += f" in {fields.text}" if fields.text != TEXT.text else ""
         return self._of(name, corpus_files(path).files, lambda: text_hash(path, fields))
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:

@@ -85,7 +85,7 @@ def _text(row: Any, name: str, where: str) -> str:
         has = f"it has {there}" if there else "it has no fields"
         raise MemdecError(
             f"{where}: every row needs a string field `{name}`, {has}: give the right one with "
-            "--text-field, or leave the file out."
+            "--text-field (corpus.text_field), or leave the file out."
         )
     return text
 
@@ -244,7 +244,8 @@ def _columns(path: Path, there: list[str], fields: Fields) -> list[str]:
         named = [*there[:FIELDS_NAMED], *["..."][: len(there) > FIELDS_NAMED]]
         raise MemdecError(
             f"{path}: a {format_of(path)[1:]} corpus needs a string column `{fields.text}`, it has "
-            f"{', '.join(named) or 'none'}: give the right one with --text-field."
+            f"{', '.join(named) or 'none'}: give the right one with --text-field "
+            "(corpus.text_field)."
         )
     return list(dict.fromkeys(name for name in whole.values() if name in there))
 

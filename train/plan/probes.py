@@ -24,7 +24,7 @@ from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import load_blocks, tokenise
 from vllm_memdec.train.data.documents import pieces, read_documents
 from vllm_memdec.train.data.files import corpus_files, format_of
-from vllm_memdec.train.data.readers import Piece
+from vllm_memdec.train.data.readers import Fields, Piece
 from vllm_memdec.train.data.shards import save_array, shard_path
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import Executor
@@ -83,7 +83,7 @@ def piece_bytes(piece: Piece) -> int:
     return max(1, min(size, piece.stop or size) - piece.start)
 
 
-def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
+def sample_text(corpus: Path, work: Path, fields: Fields) -> tuple[Path, int, int]:
     """Write pieces spread evenly over a corpus; return (file, their bytes, bytes of all)."""
     parts = pieces(corpus)
     total = sum(path.stat().st_size for path in corpus_files(corpus).files)
@@ -93,7 +93,7 @@ def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
     with open(sample, "w") as file:
         for piece in chosen:
             written = characters = 0  # a compressed file is one piece, however large
-            for text in read_documents(piece):
+            for text in read_documents(piece, fields):
                 if written < SAMPLE_BYTES:
                     file.write(json.dumps({"text": text}) + "\n")
                     written += len(text)
@@ -102,9 +102,9 @@ def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
     return sample, max(1, round(read)), total
 
 
-def count_tokens(base: str, text: Path, work: Path) -> int:
+def count_tokens(base: str, text: Path, work: Path, fields: Fields) -> int:
     """Return about how many tokens a text has, counted on a sample."""
-    sample, read, total = sample_text(text, work)
+    sample, read, total = sample_text(text, work, fields)
     documents = tokenise(load_tokenizer(base), first_texts(sample))
     return round(sum(map(len, documents)) * total / read)
 
@@ -314,7 +314,7 @@ def probe_rates(
         if corpus is None:
             sample = random_text(base, work)
         else:
-            sample, read, total = sample_text(corpus, work)
+            sample, read, total = sample_text(corpus, work, Fields(settings.corpus.text_field))
         advance(1)
         texts = list(first_texts(sample))
         tokenizer = load_tokenizer(base)
@@ -323,7 +323,8 @@ def probe_rates(
         blocks.mkdir()
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
-            build_corpus(settings.corpus, base, sample, None, blocks, Context(quiet, executor))
+            of_sample = settings.corpus.changed(text_field="text", group=None)
+            build_corpus(of_sample, base, sample, None, blocks, Context(quiet, executor))
         except MemdecError as error:  # the user knows the text, not the sample
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())

@@ -111,7 +111,7 @@ def build_corpus(
     config = load_config(base)
     check_positions(config, base, settings.block_tokens)
     texts = [corpus] if validation is None else [corpus, validation]
-    fields = Fields(group=settings.group if validation is None else None)  # else none is held out
+    fields = fields_of(settings, validation)
     tokenised = tokenise_pieces(base, texts, fields, work / PIECES, context)
     train, held_out = tokenised[0], tokenised[-1]
     lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
@@ -236,6 +236,11 @@ def tokenise_pieces(
     return tokenised
 
 
+def fields_of(settings: CorpusSettings, validation: Path | None) -> Fields:
+    """Return the fields of the rows that are read; none groups them where none is held out."""
+    return Fields(settings.text_field, settings.group if validation is None else None)
+
+
 def write_blocks(
     documents: Iterable[np.ndarray],
     settings: CorpusSettings,
@@ -280,6 +285,7 @@ def write_blocks(
 def stage(build: Build) -> Stage:
     """Return how the corpus is made."""
     settings = build.settings.corpus.model_dump()
+    del settings["text_field"]  # decides nothing but the text, whose hash is an input
     if build.validation is not None:
         settings["validation_fraction"] = settings["group"] = None  # nothing is held out
 
