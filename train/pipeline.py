@@ -132,6 +132,11 @@ def find_inputs(
             if left_out := files.left_out():
                 how = f": {files.remedies()}" if files.remedies() else ""
                 progress.say(f"{name}: left out of {path}: {left_out} ({TABLE}){how}")
+    if hashes.separated:
+        progress.say(
+            f"text files whose documents a line of <|endoftext|> separates, each of them read by "
+            f"itself: {len(hashes.separated):,}, such as {hashes.separated[0]}"
+        )
     if text.get("validation") == text["corpus"]:
         raise MemdecError(
             "--validation is the text of --corpus, which the memory learns by heart: give text "

@@ -1,6 +1,7 @@
 """The corpus stage: every token predicted once, documents apart, and every format read alike."""
 
 import datetime
+import gzip
 import json
 import shutil
 
@@ -11,8 +12,9 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
+from vllm_memdec.checkpoint import tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data import readers
+from vllm_memdec.train.data import inputs, readers
 from vllm_memdec.train.data.blocks import (
     load_blocks,
     load_rows,
@@ -23,9 +25,12 @@ from vllm_memdec.train.data.blocks import (
     valid_rows,
 )
 from vllm_memdec.train.data.documents import (
+    Reading,
     canonical,
+    documents,
     pieces,
     read_documents,
+    read_whole,
     text_hash,
 )
 from vllm_memdec.train.data.files import corpus_files
@@ -98,6 +103,47 @@ def test_end_of_text_is_added_once(tiny_model, tmp_path, jsonl, adds_itself):
     for document in documents:
         assert (document == 1).nonzero()[0].tolist() == [len(document) - 1]
         assert (document[0] == 0) == adds_itself
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_special_tokens_in_a_document_are_text(tiny_model, kind):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(kind))
+    before = tokenizer_fingerprint(tokenizer)
+    text = f"It ends with {tokenizer.eos_token} and goes on."
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]
+    [ids] = tokenise(tokenizer, [text])
+    assert (ids == tokenizer.eos_token_id).nonzero()[0].tolist() == [len(ids) - 1]
+    assert tokenizer.decode(ids[:-1]) == text
+    assert tokenizer_fingerprint(tokenizer) == before
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]  # nothing stays behind
+
+
+def test_a_text_file_of_several_documents(tmp_path, jsonl):
+    stories = ["One day\nthere was a bird.", "Two days.", "It said <|endoftext|> and left."]
+    for n, ends in enumerate(("\n", "\r\n")):
+        text = "\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n"
+        path = tmp_path / f"{n}.txt"
+        path.write_bytes(text.replace("\n", ends).encode())
+        reading = read_whole(path)
+        assert list(documents(path)) == stories and reading.separated == [str(path)]
+        assert reading.hash == text_hash(jsonl(tmp_path / "a.jsonl", stories))
+        small = tmp_path / f"{n}.txt.gz"
+        small.write_bytes(gzip.compress(path.read_bytes()))
+        assert read_whole(small) == Reading(reading.hash, 3, [str(small)])
+    (tmp_path / "one.txt").write_text("one\n")
+    assert not read_whole(tmp_path / "one.txt").separated
+
+
+def test_it_is_said_that_a_file_holds_several_documents(
+    build, tiny_model, tmp_path, english, monkeypatch
+):
+    monkeypatch.setattr(inputs, "SETTLED", 0)
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(english(40)))
+    for _ in range(2):  # the second time from what is remembered
+        lines = build(tiny_model("llama"), path, tmp_path / "out", until="corpus")
+        assert sum(f"such as {path}" in line for line in lines) == 1
+    assert "corpus: up to date" in lines
 
 
 def test_all_formats_give_the_same_documents(tmp_path, jsonl):

@@ -7,6 +7,7 @@ A text file is one document, a long one several; a row of a table or of JSON is 
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.files import compression, corpus_files, format_of
 from vllm_memdec.train.data.readers import TEXT, Fields, Piece
 
-DIVIDED = (".txt", ".md", ".jsonl")  # files of lines, which can be read from anywhere
+TEXT_FILES = (".txt", ".md")
+DIVIDED = (*TEXT_FILES, ".jsonl")  # files of lines, which can be read from anywhere
 
 
 def pieces(path: Path) -> list[Piece]:
@@ -76,22 +78,44 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
+@dataclass
+class Reading:
+    """What reading a corpus whole tells of it."""
+
+    hash: str = ""
+    documents: int = 0
+    separated: list[str] = field(default_factory=list)  # text files that hold several documents
+
+
 def text_hash(path: Path, fields: Fields = TEXT) -> str:
     """Return a hash over the documents at a path, each of them read and checked.
 
     A field that groups them counts as well.
     """
-    digest, documents = hashlib.sha256(), 0
+    return read_whole(path, fields).hash
+
+
+def read_whole(path: Path, fields: Fields = TEXT) -> Reading:
+    """Return the hash of text_hash(), and what was seen on the way."""
+    digest, reading = hashlib.sha256(), Reading()
     for piece in pieces(path):
-        if format_of(piece.path) == ".jsonl":
+        kind = format_of(piece.path)
+        if kind == ".jsonl":
             if piece.start:
                 continue
             piece = Piece(piece.path)
+        documents = size = 0
         for text, value in read_rows(piece, fields):
             for part in (text,) if fields.group is None else (text, canonical(value)):
                 data = part.encode()
                 digest.update(len(data).to_bytes(8) + data)
+                size += len(data)
             documents += 1
-    if not documents:
+        # Divided by its length alone, a text has no more documents than this.
+        if kind in TEXT_FILES and documents > size // readers.PIECE_BYTES + 1:
+            reading.separated.append(str(piece.path))
+        reading.documents += documents
+    if not reading.documents:
         raise MemdecError(f"{path} is empty: give a corpus that holds text.")
-    return digest.hexdigest()
+    reading.hash, reading.separated = digest.hexdigest(), sorted(set(reading.separated))
+    return reading

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sha256, write_json
-from vllm_memdec.train.data.documents import text_hash
+from vllm_memdec.train.data.documents import Reading, read_whole
 from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.ownership import read_object
 from vllm_memdec.train.data.readers import TEXT, Fields
@@ -59,6 +59,7 @@ class Hashes:
         self.place = output and output / REMEMBERED
         self.known = (self.place and read_object(self.place)) or {}
         self.changed = False
+        self.separated: list[str] = []  # text files that hold several documents
 
     def file(self, path: Path) -> str:
         """Return the SHA-256 of a file's content."""
@@ -71,7 +72,20 @@ class Hashes:
         """
         name = f"text of {path.resolve()}" + (f" by {fields.group}" if fields.group else "")
         name += f" in {fields.text}" if fields.text != TEXT.text else ""
-        return self._of(name, corpus_files(path).files, lambda: text_hash(path, fields))
+        files = corpus_files(path).files
+        reading = Reading()
+
+        def read() -> str:
+            nonlocal reading
+            reading = read_whole(path, fields)
+            return reading.hash
+
+        digest = self._of(name, files, read)
+        known = self.known.get(name) or []
+        if reading.hash:
+            known[2:] = [reading.separated]
+        self.separated += reading.separated if reading.hash else sum(known[2:], [])
+        return digest
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:
         states = [file_state(path) for path in files]

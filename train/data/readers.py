@@ -11,6 +11,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,8 @@ from vllm_memdec.train.faults import reraise
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
 FIELDS_NAMED = 12
+# The end-of-text marker alone in its line, as TinyStories has it between documents.
+SEPARATOR = re.compile(r"^[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*\r?$", re.MULTILINE)
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
 
 
@@ -114,10 +117,13 @@ def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
 
 
 def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
-    """Yield one document for each of the pieces that a file of lines has."""
+    """Yield a document for each of the pieces that a file of lines has, or several (SEPARATOR)."""
     for _, part in groupby(lines(piece), lambda line: line[0] // PIECE_BYTES):
         places, texts = zip(*part, strict=True)
-        yield str(piece.path), decode(b"".join(texts), str(piece.path), places[0])
+        text = decode(b"".join(texts), str(piece.path), places[0])
+        documents = SEPARATOR.split(text) if "<|end" in text else [text]
+        for document in documents:
+            yield str(piece.path), document.strip("\r\n") if len(documents) > 1 else document
 
 
 def _html(piece: Piece) -> Iterator[tuple[str, str]]:
