@@ -27,6 +27,7 @@ from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import SPLITS, packed, tokenise, valid_rows
 from vllm_memdec.train.data.completeness import check_there, numbered
 from vllm_memdec.train.data.documents import canonical, pieces, read_rows
+from vllm_memdec.train.data.duplicates import overlap, stored_documents
 from vllm_memdec.train.data.readers import Fields, Piece
 from vllm_memdec.train.data.shards import (
     load_shard,
@@ -136,6 +137,11 @@ def build_corpus(
             settings.validation_fraction,
             settings.block_tokens,
         )
+        if not taken.any():
+            raise MemdecError(
+                f"{corpus} repeats itself: without its copies it is too short to train on and to "
+                f"hold out {settings.block_tokens} tokens: give more text, or --validation."
+            )
         if settings.group is not None and ((taken > 0) & (taken < lengths)).any():
             raise MemdecError(
                 f"too few values of corpus.group ({settings.group}) to hold out a block of "
@@ -171,7 +177,22 @@ def build_corpus(
                 "them than it is"
             )
     write_json(work / "corpus.json", counts)
+    say_near_copies(work, context.progress)
     shutil.rmtree(work / PIECES)
+
+
+def say_near_copies(corpus: Path, progress: Progress) -> None:
+    """Say how many held-out documents are nearly the same as one that is trained on."""
+    with progress.task("corpus: comparing the splits", 1, "passes") as advance:
+        found = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
+        advance(1)
+    if found.near:
+        progress.say(
+            f"corpus: {found.near:,} of {found.compared:,} held-out documents compared "
+            f"({found.near / found.compared:.0%}) have a near copy in the training text, and alpha "
+            "comes out too high: remove near copies, or keep what belongs together on one side "
+            "with corpus.group"
+        )
 
 
 @dataclass(frozen=True)
