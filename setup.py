@@ -32,6 +32,8 @@ setup(
             "torch>=2.8",
             "transformers>=5.16.1,<5.20",
             "pyarrow>=18",
+            "ijson>=3.3",  # reads an array of JSON row by row
+            "inscriptis>=2.5",  # the text that a page of HTML shows
             "matplotlib>=3.9",
             "pydantic>=2.12,<3",
             "pyyaml>=6",

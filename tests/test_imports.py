@@ -139,7 +139,7 @@ def test_the_rule_allows_what_it_should(file, source):
 WINGS = (
     ("settings", "progress", "faults", "trust", "heap"),
     ("data",), ("executor",), ("model",), ("training",), ("stages",), ("pipeline",), ("verify",),
-    ("plan",), ("evaluation",), ("cli",),
+    ("plan",), ("evaluation",), ("options",), ("cli",),
 )  # fmt: skip
 WING = {name: number for number, names in enumerate(WINGS) for name in names}
 

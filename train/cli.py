@@ -21,9 +21,20 @@ try:
     from vllm_memdec.train.data.ownership import check_report
     from vllm_memdec.train.executor.executor import Executor, LocalExecutor
     from vllm_memdec.train.executor.ray_executor import RayExecutor
+    from vllm_memdec.train.options import (
+        Alpha,
+        Assignments,
+        ContextTokens,
+        JsonFile,
+        Memory,
+        Served,
+        TextField,
+        Texts,
+        Trust,
+        with_text_field,
+    )
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.settings import load_settings
-    from vllm_memdec.train.trust import allow_code
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
@@ -43,35 +54,6 @@ DEFECT = (
     "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
     "it: the lines above, the command, and the output of `pip list`."
 )
-# Options that several commands have.
-Trust = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run the Python code that a model's folder brings with it.",
-        callback=allow_code,  # holds for all that the command loads
-    ),
-]
-Assignments = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="STAGE.NAME=VALUE",
-        help="A setting, such as memory.epochs=3; wins over --config. May be given several times.",
-    ),
-]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write a report there.")]
-Memory = Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")]
-Served = Annotated[Path, typer.Option(help="Folder of a base that it serves.")]
-Alpha = Annotated[float | None, typer.Option(help="Weight of the memory; default: its own.")]
-Texts = Annotated[list[Path], typer.Option(help="Text to read. May be given several times.")]
-ContextTokens = Annotated[
-    int | None,
-    typer.Option(
-        min=32,
-        help="Tokens of the longest contexts; default: as many as the text fills, up to 4096.",
-    ),
-]
 
 
 @app.callback()
@@ -87,7 +69,7 @@ def memdec(
 @app.command()
 def build(
     base: Annotated[str, typer.Option(help="Folder of the base model (Hugging Face).")],
-    corpus: Annotated[Path, typer.Option(help=".txt, .jsonl, .parquet, or a folder of them.")],
+    corpus: Annotated[Path, typer.Option(help="Text, JSON, CSV, Parquet, ..., or a folder.")],
     output: Annotated[Path, typer.Option(help="Folder for the artifacts; the memory is export/.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     validation: Annotated[
@@ -107,6 +89,7 @@ def build(
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(hidden=True, help="Old spelling.")] = None,
+    text_field: TextField = None,
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
     trust_remote_code: Trust = False,
@@ -116,7 +99,7 @@ def build(
     with explained(progress):
         given = {"init": init, "tokenizer": tokenizer, "adapt_tokenizer": adapt_tokenizer or None}
         chosen = {name: value for name, value in given.items() if value is not None}
-        settings = load_settings(config, assignments or (), chosen)
+        settings = load_settings(config, with_text_field(assignments, text_field), chosen)
         from vllm_memdec.train.executor.context import Context
         from vllm_memdec.train.pipeline import build as run
 
@@ -195,6 +178,7 @@ def plan(
         str | None, typer.Option(help="Plan for a GPU that is not here: a100, h100, l4, ...")
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=1, help="How many of them; default: one.")] = None,
+    text_field: TextField = None,
     assignments: Assignments = None,
     trust_remote_code: Trust = False,
     work: Annotated[
@@ -221,7 +205,7 @@ def plan(
             corpus,
             validation,
             tokens,
-            load_settings(config, assignments or ()),
+            load_settings(config, with_text_field(assignments, text_field)),
             folder,
             progress,
             choose_cluster(ray_address, folder, "--work"),

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha256, locked
-from vllm_memdec.train.data.documents import corpus_files
+from vllm_memdec.train.data.files import TABLE, corpus_files
 from vllm_memdec.train.data.inputs import Hashes, tokenizer_hash, weights_hash
 from vllm_memdec.train.data.ownership import check_ours, check_places
+from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.faults import AGAIN, out_of_memory
 from vllm_memdec.train.progress import Progress
@@ -75,7 +76,7 @@ def check_inputs(
 
     And validation text that would be trained on.
     """
-    files = corpus_files(corpus)[0]
+    files = corpus_files(corpus).files
     inputs = [("--corpus", corpus), ("--validation", validation), ("--base", base)]
     inputs.append(("--init", None if settings.init == "base" else settings.init))
     inputs.append(("--tokenizer", settings.tokenizer))
@@ -83,7 +84,7 @@ def check_inputs(
     for stage in STAGES:
         check_ours(output / stage, stage)
     if validation is not None and validation.resolve() != corpus.resolve():
-        held_out = {path.resolve() for path in corpus_files(validation)[0]}
+        held_out = {path.resolve() for path in corpus_files(validation).files}
         if shared := sorted(held_out & {path.resolve() for path in files}):
             raise MemdecError(
                 f"{shared[0]} is in both --corpus and --validation: move it out of one."
@@ -103,7 +104,9 @@ def find_inputs(
     Of a base a stage's hash covers only what the stage reads.
     """
     settings = all_settings.memory
-    group = all_settings.corpus.group if validation is None else None  # else nothing is held out
+    # Nothing is held out where there is a validation text.
+    of_corpus = all_settings.corpus
+    fields = Fields(of_corpus.text_field, of_corpus.group if validation is None else None)
     tokenizer = tokenizer_hash(base, "--base", hashes)
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}
@@ -124,9 +127,16 @@ def find_inputs(
     text = {}
     for name, path in (("corpus", corpus), ("validation", validation)):
         if path is not None:
-            text[name] = hashes.text(path, group)
-            if others := corpus_files(path)[1]:
-                progress.say(f"{name}: files in {path} that are no text and left out: {others}")
+            text[name] = hashes.text(path, fields)
+            files = corpus_files(path)
+            if left_out := files.left_out():
+                how = f": {files.remedies()}" if files.remedies() else ""
+                progress.say(f"{name}: left out of {path}: {left_out} ({TABLE}){how}")
+    if hashes.separated:
+        progress.say(
+            f"text files whose documents a line of <|endoftext|> separates, each of them read by "
+            f"itself: {len(hashes.separated):,}, such as {hashes.separated[0]}"
+        )
     if text.get("validation") == text["corpus"]:
         raise MemdecError(
             "--validation is the text of --corpus, which the memory learns by heart: give text "

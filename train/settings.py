@@ -61,6 +61,8 @@ class CorpusSettings(StageSettings):
     # The share of the documents that is held out, unless a validation text is given.
     validation_fraction: float = Field(0.05, ge=1e-6, le=0.5)
     group: str | None = None  # a field of the rows: rows of one value are held out together
+    # The field of the rows that holds the text; a.b is the field b in the field a.
+    text_field: str = Field("text", min_length=1)
     # Token blocks of a file, in every stage: what a killed worker does again, at most.
     shard_blocks: int = Field(64, ge=1, le=1 << 24)
 

@@ -54,7 +54,7 @@ def broken_parquet(folder):
 
 def folder_without_text(folder):
     (folder / "folder").mkdir()
-    (folder / "folder" / "notes.md").write_text(TEXT)
+    (folder / "folder" / "notes.rst").write_text(TEXT)
     return folder / "folder"
 
 
@@ -63,7 +63,9 @@ CORPORA = {
     "missing": (lambda f: f / "nowhere", "nowhere does not exist", "check the path"),
     "empty": (write("a.txt", ""), "a.txt is empty", "give a corpus that holds text"),
     "blank": (write("a.txt", " \n\n "), "a.txt is empty", "give a corpus that holds text"),
-    "without text files": (folder_without_text, "folder is no text", ".txt, .jsonl, .parquet"),
+    "without text files": (
+        folder_without_text, "folder is no text", ".json, .jsonl, .csv, .parquet", "README.md",
+    ),
     "binary": (write("a.txt", "ELF\0\1" + TEXT), "a.txt is binary", "convert it to UTF-8"),
     "latin-1": (write("a.txt", "na\xefve".encode("latin-1")), "not UTF-8", "byte 2", "convert"),
     "latin-1 row": (

@@ -202,7 +202,7 @@ def test_hashes_are_remembered_beside_the_output(copy, build, monkeypatch):
         raise AssertionError(f"{path} was read again")
 
     monkeypatch.setattr(inputs, "file_sha256", not_again)
-    monkeypatch.setattr(inputs, "text_hash", not_again)
+    monkeypatch.setattr(inputs, "read_whole", not_again)
     assert again(copy, build) == UP_TO_DATE
     with pytest.raises(AssertionError, match="model.safetensors was read again"):
         last_bytes(copy / "base/model.safetensors")

@@ -25,11 +25,15 @@ def tokenise(
     """Yield each document's token ids, closed with the end-of-text token; empty ones are left out.
 
     Documents are handed to the tokenizer in groups of a bounded size. keep_empty: yield an array
-    without tokens for a document in which the tokenizer finds none.
+    without tokens for a document in which the tokenizer finds none. What looks like a special token
+    is text there like any other: a document about `<|im_end|>` does not end a turn.
     """
+    # mistral_common never reads special tokens in text, and refuses the word.
+    named = type(tokenizer).__name__ == "MistralCommonBackend"
+    as_text: dict[str, Any] = {} if named else {"split_special_tokens": True}
 
     def flush(group: list[str]) -> Iterator[np.ndarray]:
-        for ids in tokenizer(group, verbose=False)["input_ids"] if group else []:
+        for ids in tokenizer(group, verbose=False, **as_text)["input_ids"] if group else []:
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
             if ids:  # a tokenizer may drop all of a text

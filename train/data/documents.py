@@ -1,163 +1,68 @@
-"""Read text: .txt, .jsonl and .parquet files -> documents, checked.
+"""Read a corpus: its files in pieces, and of each piece the documents, checked and alike.
 
-A .txt file is one document, a long one several; a row of the others is one, in the field `text`.
+A text file is one document, a long one several; a row of a table or of JSON is one, in the field
+`text`. The same document has the same text, whatever file it is in.
 """
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.faults import reraise
+from vllm_memdec.train.data import readers
+from vllm_memdec.train.data.files import compression, corpus_files, format_of
+from vllm_memdec.train.data.readers import TEXT, Fields, Piece
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
-PARQUET_BATCH = 256  # rows read at once; one may be a book
-PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
-
-
-def corpus_files(path: Path) -> tuple[list[Path], int]:
-    """Return (corpus files at path, how many others), or raise MemdecError if there are none."""
-    if not path.exists():
-        raise MemdecError(f"{path} does not exist: check the path.")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    kept = [p for p in files if p.suffix.lower() in SUFFIXES]
-    if not kept:
-        raise MemdecError(f"{path} is no text: give {', '.join(SUFFIXES)}, or a folder of them.")
-    return kept, len(files) - len(kept)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a corpus file: row groups of a .parquet, else the lines that start in its bytes."""
-
-    path: Path
-    start: int = 0
-    stop: int | None = None  # None: the end of the file
+TEXT_FILES = (".txt", ".md")
+DIVIDED = (*TEXT_FILES, ".jsonl")  # files of lines, which can be read from anywhere
 
 
 def pieces(path: Path) -> list[Piece]:
     """Return a corpus in pieces, in order: each is read by itself and holds whole documents."""
     parts = []
-    for file in corpus_files(path)[0]:
-        if file.suffix.lower() == ".parquet":
-            with _parquet(file) as table:
-                parts += [Piece(file, n, n + 1) for n in range(table.num_row_groups)]
+    for file in corpus_files(path).files:
+        kind = format_of(file)
+        if compression(file) or kind not in (*DIVIDED, ".parquet"):
+            parts.append(Piece(file))
+        elif kind == ".parquet":
+            parts += [Piece(file, n, n + 1) for n in range(readers.row_groups(file))]
         else:
-            starts = range(0, max(file.stat().st_size, 1), PIECE_BYTES)
-            parts += [Piece(file, start, start + PIECE_BYTES) for start in starts]
+            starts = range(0, max(file.stat().st_size, 1), readers.PIECE_BYTES)
+            parts += [Piece(file, start, start + readers.PIECE_BYTES) for start in starts]
     return parts
 
 
-def read_documents(piece: Piece) -> Iterator[str]:
-    """Yield the documents with text in a piece: of a .txt one, of the others each row."""
-    for text, _ in read_rows(piece):
+def read_documents(piece: Piece, fields: Fields = TEXT) -> Iterator[str]:
+    """Yield the documents with text in a piece."""
+    for text, _ in read_rows(piece, fields):
         yield text
 
 
-def read_rows(piece: Piece, field: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (text, value of a field) of the documents with text in a piece; no field: None.
+def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
+    """Yield (text, value of the field that groups) of the documents with text in a piece.
 
-    Raises MemdecError where a row lacks the field.
+    Raises MemdecError where a row lacks a field.
     """
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
-    for where, text, value in readers[piece.path.suffix.lower()](piece, field):
-        if not isinstance(text, str):
-            raise MemdecError(f"{where}: every row needs a string field `text`.")
+    for where, text, value in readers.read(piece, fields):
         if "\0" in text or not _encodable(text):
             raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
+        if "\r" in text:  # a memory of Windows line ends would never see them in a prompt
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():
-            if field is not None and value is None:
-                raise MemdecError(f"{where} has no field `{field}`: add it, or check corpus.group.")
+            if fields.group is not None and value is None:
+                raise MemdecError(
+                    f"{where} has no field `{fields.group}`: add it, or check corpus.group."
+                )
             yield text, value
 
 
-def documents(path: Path) -> Iterator[str]:
+def documents(path: Path, fields: Fields = TEXT) -> Iterator[str]:
     """Yield every document of a corpus, in order."""
     for piece in pieces(path):
-        yield from read_documents(piece)
-
-
-def _lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
-    """Yield (place in the file, line) of the lines that start in the piece."""
-    with open(piece.path, "rb") as lines:
-        place = piece.start
-        if piece.start:  # the line that the piece before ends in is its own
-            lines.seek(piece.start - 1)
-            place += len(lines.readline()) - 1
-        for line in lines:
-            if piece.stop is not None and place >= piece.stop:
-                return
-            yield place, line
-            place += len(line)
-
-
-def _read_txt(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
-    lines = list(_lines(piece))
-    if lines:
-        text = _decode(b"".join(line for _, line in lines), str(piece.path), lines[0][0])
-        # A memory of Windows line ends would never see them in a prompt.
-        yield str(piece.path), text.replace("\r\n", "\n"), None
-
-
-def _read_jsonl(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
-    for number, (place, line) in enumerate(_lines(piece), 1):
-        # text_hash reads a file whole and first, and meets all errors where lines can be counted.
-        where = f"{piece.path}, {f'byte {place}' if piece.start else f'line {number}'}"
-        text = _decode(line, where)
-        if not text.strip():
-            continue
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            what = str(error).split(":")[0]
-            raise MemdecError(f"{where} is not valid JSON ({what}): mend the line.") from None
-        row = row if isinstance(row, dict) else {}
-        yield where, row.get("text"), row.get(field)
-
-
-@contextlib.contextmanager
-def _parquet(path: Path) -> Iterator[Any]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if "text" not in file.schema_arrow.names:
-                raise MemdecError(f"{path}: a parquet corpus needs a string column `text`.")
-            yield file
-    # OSError for a broken page, UnicodeDecodeError for a string column that is none
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        reraise(error, path)
-        what = " ".join(str(error).split())
-        raise MemdecError(
-            f"{path} is not a readable parquet file ({what}): copy it again."
-        ) from None
-
-
-def _read_parquet(piece: Piece, field: str | None) -> Iterator[tuple[str, Any, Any]]:
-    with _parquet(piece.path) as file:
-        columns = [name for name in ("text", field) if name in file.schema_arrow.names]
-        groups = range(file.num_row_groups)[piece.start : piece.stop]
-        number = sum(file.metadata.row_group(n).num_rows for n in range(piece.start))
-        for batch in file.iter_batches(
-            batch_size=PARQUET_BATCH, row_groups=list(groups), columns=columns
-        ):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{piece.path}, row {number}", row["text"], row.get(field)
-
-
-def _decode(data: bytes, where: str, place: int = 0) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MemdecError(
-            f"{where} is not UTF-8 text (byte {place + error.start}): convert it or leave it out."
-        ) from None
+        yield from read_documents(piece, fields)
 
 
 def _encodable(text: str) -> bool:
@@ -173,22 +78,44 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def text_hash(path: Path, group: str | None = None) -> str:
+@dataclass
+class Reading:
+    """What reading a corpus whole tells of it."""
+
+    hash: str = ""
+    documents: int = 0
+    separated: list[str] = field(default_factory=list)  # text files that hold several documents
+
+
+def text_hash(path: Path, fields: Fields = TEXT) -> str:
     """Return a hash over the documents at a path, each of them read and checked.
 
-    group: a field of theirs that counts as well.
+    A field that groups them counts as well.
     """
-    digest, documents = hashlib.sha256(), 0
+    return read_whole(path, fields).hash
+
+
+def read_whole(path: Path, fields: Fields = TEXT) -> Reading:
+    """Return the hash of text_hash(), and what was seen on the way."""
+    digest, reading = hashlib.sha256(), Reading()
     for piece in pieces(path):
-        if piece.path.suffix.lower() == ".jsonl":
+        kind = format_of(piece.path)
+        if kind == ".jsonl":
             if piece.start:
                 continue
             piece = Piece(piece.path)
-        for text, value in read_rows(piece, group):
-            for part in (text,) if group is None else (text, canonical(value)):
+        documents = size = 0
+        for text, value in read_rows(piece, fields):
+            for part in (text,) if fields.group is None else (text, canonical(value)):
                 data = part.encode()
                 digest.update(len(data).to_bytes(8) + data)
+                size += len(data)
             documents += 1
-    if not documents:
+        # Divided by its length alone, a text has no more documents than this.
+        if kind in TEXT_FILES and documents > size // readers.PIECE_BYTES + 1:
+            reading.separated.append(str(piece.path))
+        reading.documents += documents
+    if not reading.documents:
         raise MemdecError(f"{path} is empty: give a corpus that holds text.")
-    return digest.hexdigest()
+    reading.hash, reading.separated = digest.hexdigest(), sorted(set(reading.separated))
+    return reading

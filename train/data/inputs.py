@@ -11,8 +11,10 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sha256, write_json
-from vllm_memdec.train.data.documents import corpus_files, text_hash
+from vllm_memdec.train.data.documents import Reading, read_whole
+from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.ownership import read_object
+from vllm_memdec.train.data.readers import TEXT, Fields
 
 CONFIG = "config.json"
 WEIGHTS = (
@@ -57,18 +59,33 @@ class Hashes:
         self.place = output and output / REMEMBERED
         self.known = (self.place and read_object(self.place)) or {}
         self.changed = False
+        self.separated: list[str] = []  # text files that hold several documents
 
     def file(self, path: Path) -> str:
         """Return the SHA-256 of a file's content."""
         return self._of(str(path.resolve()), [path], lambda: file_sha256(path))
 
-    def text(self, path: Path, group: str | None = None) -> str:
+    def text(self, path: Path, fields: Fields = TEXT) -> str:
         """Return the hash of the documents of a corpus, and of a field that groups them, if any.
 
         All of them are read and checked.
         """
-        name = f"text of {path.resolve()}" + (f" by {group}" if group else "")
-        return self._of(name, corpus_files(path)[0], lambda: text_hash(path, group))
+        name = f"text of {path.resolve()}" + (f" by {fields.group}" if fields.group else "")
+        name += f" in {fields.text}" if fields.text != TEXT.text else ""
+        files = corpus_files(path).files
+        reading = Reading()
+
+        def read() -> str:
+            nonlocal reading
+            reading = read_whole(path, fields)
+            return reading.hash
+
+        digest = self._of(name, files, read)
+        known = self.known.get(name) or []
+        if reading.hash:
+            known[2:] = [reading.separated]
+        self.separated += reading.separated if reading.hash else sum(known[2:], [])
+        return digest
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:
         states = [file_state(path) for path in files]

@@ -4,7 +4,9 @@ A shard is the unit of work: what a worker writes at once, and all that has to b
 after a worker or the whole run was killed. All reading is by memory map.
 """
 
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +25,26 @@ def shard_path(folder: Path, name: str, shard: int) -> Path:
 def save_array(path: Path, array: np.ndarray) -> None:
     """Write an .npy file that is whole or absent."""
     write_hashed(path, lambda file: np.lib.format.write_array(file, array, allow_pickle=False))
+
+
+def save_parts(path: Path, parts: Iterable[np.ndarray], dtype: type[np.generic]) -> None:
+    """Write arrays of one dimension, one after the other, as an .npy file that is whole or absent.
+
+    They are never held at once.
+    """
+    with tempfile.TemporaryFile(dir=path.parent) as raw:
+        for part in parts:
+            raw.write(np.ascontiguousarray(part, dtype).data)
+        shape = (raw.tell() // np.dtype(dtype).itemsize,)
+        raw.seek(0)
+
+        def write(file: Any) -> None:
+            description = np.lib.format.dtype_to_descr(np.dtype(dtype))
+            header = {"descr": description, "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            shutil.copyfileobj(raw, file, 1 << 20)
+
+        write_hashed(path, write)
 
 
 def load_array(path: Path) -> np.ndarray:

@@ -23,7 +23,8 @@ def split_lengths(
 
     Groups of documents are held out whole, those with the lowest digests until they are enough: so
     neither the order of documents nor a period in it decides, and equal texts are on one side.
-    Where groups are too few or too long for that, the tail of the text is held out.
+    Where groups are too few or too long for that, the tail of the text is held out. A text that
+    occurs several times is on one side, or cut at the same place each time.
     """
     total = int(lengths.sum())
     enough = max(block_tokens + 1, fraction * total)
@@ -38,8 +39,11 @@ def split_lengths(
     held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
     if first < len(candidates) and lengths[held_out].sum() <= max_tokens:
         return np.where(held_out, 0, lengths)
-    cut = total - max(block_tokens + 1, int(total * fraction))
-    starts = np.cumsum(lengths) - lengths
-    taken = np.clip(cut - starts, 0, lengths)
+    # Copies of a text are cut where its first one is, so that no text is on both sides.
+    _, first_ones, text = np.unique(texts, return_index=True, return_inverse=True)
+    own = np.zeros(len(lengths), lengths.dtype)
+    own[first_ones] = lengths[first_ones]
+    cut = int(own.sum()) - max(block_tokens + 1, int(own.sum() * fraction))
+    taken = np.clip(cut - (np.cumsum(own) - own), 0, lengths)[first_ones][text]
     # One token alone predicts nothing: it goes with the rest of its document.
     return np.where(taken > 1, taken, 0)

@@ -22,7 +22,9 @@ from rich.console import Console
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import load_blocks, tokenise
-from vllm_memdec.train.data.documents import Piece, corpus_files, pieces, read_documents
+from vllm_memdec.train.data.documents import pieces, read_documents
+from vllm_memdec.train.data.files import corpus_files, format_of
+from vllm_memdec.train.data.readers import Fields, Piece
 from vllm_memdec.train.data.shards import save_array, shard_path
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import Executor
@@ -76,29 +78,33 @@ def peak_bytes() -> int:
 def piece_bytes(piece: Piece) -> int:
     """Return how large a piece is, of a .parquet its share of the file."""
     size = piece.path.stat().st_size
-    if piece.path.suffix.lower() == ".parquet":
+    if format_of(piece.path) == ".parquet" and piece.stop is not None:
         return max(1, size // sum(other.path == piece.path for other in pieces(piece.path)))
     return max(1, min(size, piece.stop or size) - piece.start)
 
 
-def sample_text(corpus: Path, work: Path) -> tuple[Path, int, int]:
+def sample_text(corpus: Path, work: Path, fields: Fields) -> tuple[Path, int, int]:
     """Write pieces spread evenly over a corpus; return (file, their bytes, bytes of all)."""
     parts = pieces(corpus)
-    total = sum(path.stat().st_size for path in corpus_files(corpus)[0])
+    total = sum(path.stat().st_size for path in corpus_files(corpus).files)
     wanted = max(1, round(len(parts) * min(1, SAMPLE_BYTES / max(total, 1))))
     chosen = [parts[n] for n in np.linspace(0, len(parts) - 1, wanted).astype(int)]
-    sample = work / "sample.jsonl"
+    sample, read = work / "sample.jsonl", 0.0
     with open(sample, "w") as file:
         for piece in chosen:
-            for text in read_documents(piece):
-                file.write(json.dumps({"text": text}) + "\n")
-    whole = wanted == len(parts)
-    return sample, total if whole else sum(map(piece_bytes, chosen)), total
+            written = characters = 0  # a compressed file is one piece, however large
+            for text in read_documents(piece, fields):
+                if written < SAMPLE_BYTES:
+                    file.write(json.dumps({"text": text}) + "\n")
+                    written += len(text)
+                characters += len(text)
+            read += piece_bytes(piece) * written / max(characters, 1)
+    return sample, max(1, round(read)), total
 
 
-def count_tokens(base: str, text: Path, work: Path) -> int:
+def count_tokens(base: str, text: Path, work: Path, fields: Fields) -> int:
     """Return about how many tokens a text has, counted on a sample."""
-    sample, read, total = sample_text(text, work)
+    sample, read, total = sample_text(text, work, fields)
     documents = tokenise(load_tokenizer(base), first_texts(sample))
     return round(sum(map(len, documents)) * total / read)
 
@@ -308,7 +314,7 @@ def probe_rates(
         if corpus is None:
             sample = random_text(base, work)
         else:
-            sample, read, total = sample_text(corpus, work)
+            sample, read, total = sample_text(corpus, work, Fields(settings.corpus.text_field))
         advance(1)
         texts = list(first_texts(sample))
         tokenizer = load_tokenizer(base)
@@ -317,7 +323,8 @@ def probe_rates(
         blocks.mkdir()
         quiet = Progress(Console(file=io.StringIO()))  # no bar inside another
         try:
-            build_corpus(settings.corpus, base, sample, None, blocks, Context(quiet, executor))
+            of_sample = settings.corpus.changed(text_field="text", group=None)
+            build_corpus(of_sample, base, sample, None, blocks, Context(quiet, executor))
         except MemdecError as error:  # the user knows the text, not the sample
             raise MemdecError(str(error).replace(str(sample), str(corpus or "--tokens"))) from None
         facts = json.loads((blocks / "corpus.json").read_text())

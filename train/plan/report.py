@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.documents import corpus_files
+from vllm_memdec.train.data.files import corpus_files
+from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.model.decoder import with_defaults
 from vllm_memdec.train.plan.costs import OVERHEADS, CostModel, Stage
@@ -67,7 +68,8 @@ def plan(
     memory = with_defaults(settings.memory, base, progress.say)
     settings = settings.model_copy(update={"memory": memory})
     rates, total = probe_rates(base, corpus, tokens, settings, work, progress, executor)
-    held_out = None if validation is None else count_tokens(base, validation, work)
+    fields = Fields(settings.corpus.text_field)
+    held_out = None if validation is None else count_tokens(base, validation, work, fields)
     workers, hardware = executor.workers(), "this machine, measured"
     gpus = (gpus or 1) if gpu else workers if torch.cuda.is_available() else 0
     if gpu is not None:

@@ -26,8 +26,16 @@ from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import SPLITS, packed, tokenise, valid_rows
 from vllm_memdec.train.data.completeness import check_there, numbered
-from vllm_memdec.train.data.documents import Piece, canonical, pieces, read_rows
-from vllm_memdec.train.data.shards import load_shard, save_array, shard_path, unfinished
+from vllm_memdec.train.data.documents import canonical, pieces, read_rows
+from vllm_memdec.train.data.duplicates import overlap, stored_documents
+from vllm_memdec.train.data.readers import Fields, Piece
+from vllm_memdec.train.data.shards import (
+    load_shard,
+    save_array,
+    save_parts,
+    shard_path,
+    unfinished,
+)
 from vllm_memdec.train.data.splits import digest, split_lengths
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import check_positions, load_config, load_tokenizer
@@ -45,7 +53,7 @@ class Tokeniser:
 
     base: str
     pieces: list[Piece]
-    group: str | None  # the field of rows that are held out together where it is equal
+    fields: Fields  # a field may group the rows that are held out together
     work: Path
 
     @cached_property
@@ -53,24 +61,26 @@ class Tokeniser:
         return load_tokenizer(self.base)
 
     def __call__(self, number: int) -> int:
-        digests: list[tuple[int, int]] = []
+        digests: list[tuple[int, int]] = []  # of each document
+        lengths: list[int] = []
 
         def texts() -> Iterator[str]:
-            for text, value in read_rows(self.pieces[number], self.group):
-                own = digest(text)
-                digests.append((own, own if self.group is None else digest(canonical(value))))
+            for text, value in read_rows(self.pieces[number], self.fields):
+                own, grouped = digest(text), self.fields.group is not None
+                digests.append((own, digest(canonical(value)) if grouped else own))
                 yield text
 
-        tokenised = list(tokenise(self.tokenizer, texts(), keep_empty=True))
-        kept = [n for n, document in enumerate(tokenised) if len(document)]
-        documents = [tokenised[n] for n in kept]
-        tokens = np.concatenate([np.zeros(0, np.int32), *documents])
-        save_array(shard_path(self.work, "tokens", number), tokens)
+        def documents() -> Iterator[np.ndarray]:
+            for document in tokenise(self.tokenizer, texts(), keep_empty=True):
+                lengths.append(len(document))
+                yield document
+
+        save_parts(shard_path(self.work, "tokens", number), documents(), np.int32)
+        kept = np.array(lengths, np.int64) > 0
         of_text, of_group = np.array(digests, np.uint64).reshape(-1, 2)[kept].T
         save_array(shard_path(self.work, "texts", number), of_text)
         save_array(shard_path(self.work, "groups", number), of_group)
-        lengths = np.array([len(document) for document in documents], dtype=np.int64)
-        save_array(shard_path(self.work, "lengths", number), lengths)
+        save_array(shard_path(self.work, "lengths", number), np.array(lengths, np.int64)[kept])
         return 1
 
 
@@ -102,8 +112,8 @@ def build_corpus(
     config = load_config(base)
     check_positions(config, base, settings.block_tokens)
     texts = [corpus] if validation is None else [corpus, validation]
-    group = settings.group if validation is None else None  # nothing is held out then
-    tokenised = tokenise_pieces(base, texts, group, work / PIECES, context)
+    fields = fields_of(settings, validation)
+    tokenised = tokenise_pieces(base, texts, fields, work / PIECES, context)
     train, held_out = tokenised[0], tokenised[-1]
     lengths = np.concatenate([part.copy() for part in train.lengths()])  # maps would stay open
     if not len(lengths):
@@ -127,6 +137,11 @@ def build_corpus(
             settings.validation_fraction,
             settings.block_tokens,
         )
+        if not taken.any():
+            raise MemdecError(
+                f"{corpus} repeats itself: without its copies it is too short to train on and to "
+                f"hold out {settings.block_tokens} tokens: give more text, or --validation."
+            )
         if settings.group is not None and ((taken > 0) & (taken < lengths)).any():
             raise MemdecError(
                 f"too few values of corpus.group ({settings.group}) to hold out a block of "
@@ -162,7 +177,22 @@ def build_corpus(
                 "them than it is"
             )
     write_json(work / "corpus.json", counts)
+    say_near_copies(work, context.progress)
     shutil.rmtree(work / PIECES)
+
+
+def say_near_copies(corpus: Path, progress: Progress) -> None:
+    """Say how many held-out documents are nearly the same as one that is trained on."""
+    with progress.task("corpus: comparing the splits", 1, "passes") as advance:
+        found = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
+        advance(1)
+    if found.near:
+        progress.say(
+            f"corpus: {found.near:,} of {found.compared:,} held-out documents compared "
+            f"({found.near / found.compared:.0%}) have a near copy in the training text, and alpha "
+            "comes out too high: remove near copies, or keep what belongs together on one side "
+            "with corpus.group"
+        )
 
 
 @dataclass(frozen=True)
@@ -206,7 +236,7 @@ class Tokenised:
 def tokenise_pieces(
     base: str,
     texts: list[Path],
-    group: str | None,
+    fields: Fields,
     folder: Path,
     context: Context,
 ) -> list[Tokenised]:
@@ -221,10 +251,15 @@ def tokenise_pieces(
     todo = unfinished(folder, TOKENISED, len(parts))
     with context.progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
-        for done in context.executor.map(Tokeniser(base, parts, group, folder), todo):
+        for done in context.executor.map(Tokeniser(base, parts, fields, folder), todo):
             advance(done)
     check_there(folder, numbered(TOKENISED, len(parts)), os.listdir(folder))
     return tokenised
+
+
+def fields_of(settings: CorpusSettings, validation: Path | None) -> Fields:
+    """Return the fields of the rows that are read; none groups them where none is held out."""
+    return Fields(settings.text_field, settings.group if validation is None else None)
 
 
 def write_blocks(
@@ -271,6 +306,7 @@ def write_blocks(
 def stage(build: Build) -> Stage:
     """Return how the corpus is made."""
     settings = build.settings.corpus.model_dump()
+    del settings["text_field"]  # decides nothing but the text, whose hash is an input
     if build.validation is not None:
         settings["validation_fraction"] = settings["group"] = None  # nothing is held out
 

@@ -7,12 +7,14 @@ neighbours come from brute_force.py, labels from the corpus.
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.train.data.blocks import load_blocks, valid_rows
+from vllm_memdec.train.data.duplicates import overlap, stored_documents
 from vllm_memdec.train.data.shards import shards
 from vllm_memdec.train.model.huggingface import load_tokenizer
 from vllm_memdec.train.verify.brute_force import StoredTargets, recall, take, target
@@ -55,6 +57,18 @@ def check_tokenizer(build: Build) -> Result:
         said = ", ".join(f"{name} {str(print_)[:8]}" for name, print_ in fingerprints.items())
         return False, f"different fingerprints: {said}", {}
     return True, f"{facts['tokenizer_fingerprint'][:8]}: {', '.join(fingerprints)}", fingerprints
+
+
+def check_held_out(build: Build) -> Result:
+    """How many held-out documents are trained on too, word for word or nearly so?"""
+    corpus = build.folder("corpus")
+    found = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
+    figures = asdict(found)
+    said = (
+        f"of {found.documents:,} held-out documents {found.equal:,} are trained on word for word; "
+        f"{found.near:,} of {found.compared:,} have a near copy in the training text"
+    )
+    return None, said, figures
 
 
 def check_alignment(build: Build) -> Result:

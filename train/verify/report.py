@@ -57,6 +57,7 @@ def delete(*stages: str) -> str:
 # Of the checks of a build's content: the function, the stages it is about, the fix if it fails.
 CONTENT: dict[str, tuple[Callable[[Build], Result], tuple[str, ...], str]] = {
     "tokenizer": (checks.check_tokenizer, ("corpus", "export"), delete("corpus", "export")),
+    "held-out text": (checks.check_held_out, ("corpus",), delete("corpus")),
     "alignment": (
         checks.check_alignment,
         ("corpus", "datastore", "targets"),

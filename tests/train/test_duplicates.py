@@ -1,0 +1,88 @@
+"""What is held out and trained on as well: never word for word, and near copies are measured."""
+
+import numpy as np
+import pytest
+
+from vllm_memdec.train.data import duplicates
+from vllm_memdec.train.data.blocks import load_blocks, pack
+from vllm_memdec.train.data.duplicates import Overlap, overlap, stored_documents
+from vllm_memdec.train.data.splits import digest, split_lengths
+
+rng = np.random.default_rng(0)
+
+
+def random_documents(count, length=200):
+    return [rng.integers(0, 5000, length).astype(np.int32) for _ in range(count)]
+
+
+def changed(document, share):
+    """Return a document in which the tokens of one place are replaced."""
+    other = document.copy()
+    other[: int(share * len(other))] = rng.integers(5000, 9000, int(share * len(other)))
+    return other
+
+
+@pytest.mark.parametrize("at_once", [1, 1000, 2**17])
+def test_equal_and_near_documents_are_counted(monkeypatch, at_once):
+    monkeypatch.setattr(duplicates, "AT_ONCE", at_once)
+    train = random_documents(300)
+    held_out = random_documents(20) + train[:3]  # 3 equal
+    held_out += [changed(train[n], 0.2) for n in range(10, 15)]  # 5 near
+    held_out += [changed(train[n], 0.8) for n in range(20, 24)]  # a quotation is no near copy
+    held_out += [np.arange(5, dtype=np.int32)]  # too short to be judged
+    assert overlap(iter(train), iter(held_out)) == Overlap(33, 3, 32, 5)
+    assert overlap(train, []) == Overlap(0, 0, 0, 0) == overlap([], [])
+    assert overlap([], held_out).near == 0
+
+
+def test_a_phrase_that_all_documents_have_makes_none_near():
+    phrase = rng.integers(0, 5000, 60).astype(np.int32)
+    train, held_out = (
+        [np.concatenate([phrase, document]) for document in random_documents(50, 140)]
+        for _ in range(2)
+    )
+    assert overlap(train, held_out) == Overlap(50, 0, 50, 0)
+
+
+def test_only_a_sample_is_compared(monkeypatch):
+    monkeypatch.setattr(duplicates, "SAMPLE", 10)
+    train = random_documents(50)
+    found = overlap(train, train)
+    assert found == Overlap(50, 50, 10, 0)
+
+
+@pytest.mark.parametrize("lengths", [[3, 2, 5, 2, 2], [40], [8, 8, 9, 7], [2, 30, 17]])
+def test_documents_come_back_from_blocks(monkeypatch, tmp_path, lengths):
+    documents = np.split(np.arange(sum(lengths), dtype=np.int32), np.cumsum(lengths)[:-1])
+    blocks = pack(documents, 8, -7)
+    monkeypatch.setattr(duplicates, "load_blocks", lambda corpus, split: blocks)
+    monkeypatch.setattr(duplicates, "SLICE", 2)
+    back = list(stored_documents(tmp_path, "train"))
+    assert [d.tolist() for d in back] == [d.tolist() for d in documents]
+
+
+def test_no_text_is_on_both_sides_whatever_is_held_out():
+    for names, lengths in (("ABA", [300, 200, 300]), ("AAAB", [400] * 4), ("ABCAB", [90] * 5)):
+        texts = np.array([digest(name) for name in names], np.uint64)
+        taken = split_lengths(np.array(lengths), texts, texts, 0.1, 16)
+        assert taken.any() and (taken < lengths).any()
+        for name in names:
+            assert (
+                len({int(n) for n, other in zip(taken, names, strict=True) if other == name}) == 1
+            )
+
+
+def test_a_build_warns_of_near_copies(build, tiny_model, tmp_path, jsonl, english):
+    texts = english(40, sentences_each=10)
+    copies = [f"{text} Copied once more." for text in texts]
+    lines = build(
+        tiny_model("llama"), jsonl(tmp_path / "a.jsonl", texts + copies), tmp_path / "out",
+        {"corpus": {"validation_fraction": 0.1}}, until="corpus",
+    )  # fmt: skip
+    assert any("have a near copy in the training text" in line for line in lines)
+    tokens, _ = load_blocks(tmp_path / "out" / "corpus", "validation")
+    assert len(tokens)
+    lines = build(
+        tiny_model("llama"), jsonl(tmp_path / "b.jsonl", texts), tmp_path / "other", until="corpus"
+    )
+    assert not any("near copy" in line for line in lines)

@@ -1,0 +1,89 @@
+"""Which files of a folder are a corpus: links once, nothing hidden, the rest is named."""
+
+import json
+
+import pytest
+
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.files import corpus_files
+
+TEXT = "Words of a corpus. " * 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a folder with one text, linked data beside it not counted."""
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("first")
+    return tmp_path / "corpus"
+
+
+def test_linked_files_are_read_once(folder, tmp_path):
+    data = tmp_path / "data"
+    (data / "part").mkdir(parents=True)
+    (data / "part" / "b.txt").write_text("second")
+    (folder / "linked").symlink_to(data)
+    (folder / "again").symlink_to(data / "part")
+    (folder / "relative.txt").symlink_to("a.txt")
+    (folder / "z.txt").symlink_to(data / "part" / "b.txt")
+    assert sorted(documents(folder)) == ["first", "second"]
+
+
+def test_a_link_without_its_suffix_in_the_store(folder, tmp_path):
+    """Caches of data keep a file under its hash; the link has the name."""
+    (tmp_path / "0a1b2c").write_text("second")
+    (folder / "b.txt").symlink_to(tmp_path / "0a1b2c")
+    assert list(documents(folder)) == ["first", "second"]
+
+
+def test_loops_of_links_end(folder, tmp_path):
+    (folder / "self").symlink_to(folder)
+    (folder / "up").symlink_to(tmp_path)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "back").symlink_to("..")
+    (folder / "nothing").symlink_to("nothing")
+    (tmp_path / "not_of_the_corpus.txt").write_text("other")
+    files = corpus_files(folder)
+    assert files.files == [folder / "a.txt"]
+    assert files.left_out() == "1 links to what is not there, 3 links to a folder that they lie in"
+
+
+def test_links_to_nothing_stop_the_build(folder):
+    for name in "bcd":
+        (folder / f"{name}.txt").symlink_to(f"/nowhere/{name}")
+    with pytest.raises(MemdecError, match="3 links to what is not there.*git annex get"):
+        corpus_files(folder)
+
+
+def test_what_is_hidden_is_no_text(folder):
+    for name in (".git", ".ipynb_checkpoints", ".cache", "deep/.hidden"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "b.txt").write_text(TEXT)
+    (folder / "._a.txt").write_bytes(b"\0\5\x16\7" + b"\0" * 4000)
+    assert list(documents(folder)) == ["first"]
+    assert corpus_files(folder).hidden == 5
+    assert list(documents(folder / ".git")) == [TEXT]  # the user named it
+
+
+def test_what_is_left_out_is_named(folder):
+    (folder / "a.txt").write_text(TEXT * 10)
+    for name, size in (("b.pdf", 2000), ("c.PDF", 1000), ("notes", 5), ("d.png", 90_000)):
+        (folder / name).write_bytes(b"x" * size)
+    assert corpus_files(folder).left_out() == (
+        "1 .png (90.0 kB), 2 .pdf (3.0 kB), 1 without a suffix (5 bytes)"
+    )
+    (folder / "b.pdf").write_bytes(b"x" * 2500)
+    (folder / "c.PDF").write_bytes(b"x" * 2500)
+    with pytest.raises(MemdecError) as refused:
+        corpus_files(folder)
+    for part in ("most of", "2 .pdf (5.0 kB)", "1 files (3.8 kB)", "pdftotext", "README.md"):
+        assert part in str(refused.value)
+
+
+def test_a_build_says_what_it_left_out(build, tiny_model, folder, tmp_path, english):
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in english(40)))
+    (folder / "b.pdf").write_bytes(b"x")
+    (folder / ".cache").mkdir()
+    lines = build(tiny_model("llama"), folder, tmp_path / "out", until="corpus")
+    assert any("left out of" in x and "1 .pdf (1 bytes), 1 hidden" in x for x in lines)

@@ -1,0 +1,215 @@
+"""Every format and compression gives the same documents, and what is damaged is named."""
+
+import bz2
+import csv
+import gzip
+import json
+import lzma
+import tracemalloc
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data import readers
+from vllm_memdec.train.data.documents import documents, pieces, read_documents, text_hash
+from vllm_memdec.train.data.files import COMPRESSIONS, FORMATS
+from vllm_memdec.train.data.readers import Fields
+
+DOCUMENT = 'First: a naïve café, "quoted".\n\nThen x < y, and\ta tab.'
+MARKUP = DOCUMENT.replace("<", "&lt;")
+
+
+def as_csv(path, texts):
+    with open(path, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerows([["id", "text"], *enumerate(texts)])
+
+
+def as_arrow(path, texts, file=False):
+    table = pa.table({"id": range(len(texts)), "text": texts})
+    new = pa.ipc.new_file if file else pa.ipc.new_stream
+    with new(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+WRITERS = {
+    ".json": lambda p, texts: p.write_text(json.dumps([{"text": t} for t in texts], indent=1)),
+    ".jsonl": lambda p, texts: p.write_text("".join(f"{json.dumps({'text': t})}\n" for t in texts)),
+    ".csv": as_csv,
+    ".parquet": lambda p, texts: pq.write_table(pa.table({"text": texts}), p, row_group_size=2),
+    ".arrow": as_arrow,
+    ".txt": lambda p, texts: p.write_text(texts[0]),
+    ".md": lambda p, texts: p.write_text(texts[0]),
+    ".html": lambda p, texts: p.write_text(f"<title>T</title><pre>{MARKUP}</pre>"),
+    ".htm": lambda p, texts: p.write_text(f"<html><body><pre>{MARKUP}</pre></body></html>"),
+}
+COMPRESS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": lambda data: pa.compress(data, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_one_document_has_one_hash(tmp_path, suffix):
+    """In each format, compressed or not, and with the line ends of any system."""
+    expected = text_hash(write(tmp_path / "expected.jsonl", [DOCUMENT]))
+    for ends in ("\n", "\r\n", "\r"):
+        plain = write(tmp_path / f"a{suffix}", [DOCUMENT.replace("\n", ends)])
+        assert list(documents(plain)) == [DOCUMENT]
+        assert text_hash(plain) == expected
+        for kind in COMPRESSIONS:
+            small = tmp_path / f"a{suffix.upper()}{kind}"
+            small.write_bytes(COMPRESS[kind](plain.read_bytes()))
+            assert text_hash(small) == expected
+
+
+def write(path, texts):
+    WRITERS[path.suffix](path, texts)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet", ".arrow"])
+def test_rows_come_in_order(tmp_path, suffix):
+    texts = [f"{n}: {DOCUMENT}" for n in range(7)]
+    path = write(tmp_path / f"a{suffix}", [*texts[:3], " ", *texts[3:]])
+    assert list(documents(path)) == texts
+    assert [text for piece in pieces(path) for text in read_documents(piece)] == texts
+
+
+def test_json_that_is_one_object_or_lines(tmp_path):
+    path = tmp_path / "a.json"
+    for text in ('{"text": "a"}', '\ufeff{"text":\n"a"}', '{"text": "a"}\n{"text": "a"}\n'):
+        path.write_text(text)
+        assert set(documents(path)) == {"a"}
+
+
+def test_arrow_as_a_file_and_as_a_stream(tmp_path):
+    texts = [f"{n}: {DOCUMENT}" for n in range(7)]
+    as_arrow(tmp_path / "a.arrow", texts, file=True)
+    assert list(documents(tmp_path / "a.arrow")) == texts
+
+
+def test_members_of_a_compressed_file_follow_each_other(tmp_path):
+    lines = [json.dumps({"text": f"{n}: {DOCUMENT}"}).encode() + b"\n" for n in range(4)]
+    for kind in COMPRESSIONS:
+        path = tmp_path / f"a.jsonl{kind}"
+        path.write_bytes(b"".join(COMPRESS[kind](line) for line in lines))
+        assert len(list(documents(path))) == 4
+
+
+def test_a_long_text_is_divided_alike_if_it_is_compressed(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "PIECE_BYTES", 64)
+    (tmp_path / "a.txt").write_text("".join(f"line {n} of a text\n" for n in range(40)))
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress((tmp_path / "a.txt").read_bytes()))
+    assert len(list(documents(tmp_path / "a.txt"))) > 5
+    assert text_hash(tmp_path / "a.txt") == text_hash(tmp_path / "b.txt.gz")
+
+
+@pytest.mark.parametrize("suffix", [*(f".jsonl{c}" for c in COMPRESSIONS), ".parquet.gz", ".arrow"])
+def test_what_is_cut_off_is_named(tmp_path, suffix):
+    kind = "." + suffix.split(".")[1]
+    plain = write(tmp_path / f"a{kind}", [f"{n}: {DOCUMENT}" for n in range(200)])
+    data = plain.read_bytes()
+    for compression in suffix.split(".")[2:]:
+        data = COMPRESS[f".{compression}"](data)
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(MemdecError, match=f"b{suffix} is not a readable .* file"):
+        text_hash(path)
+    path.write_bytes(b"this is no such file")
+    with pytest.raises(MemdecError, match=f"b{suffix} is not a readable .* file"):
+        text_hash(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.json", '[{"text": "a"', "a.json is not valid JSON .*: mend it"),
+        ("a.json", '[{"text": nope}]', "a.json is not valid JSON .*: mend it"),
+        ("a.json", "", "a.json is empty"),
+        ("a.json", "[3]", "row 1: every row needs a string field `text`"),
+        ("a.csv", 'text\n"a', "a.csv is not valid CSV"),
+        ("a.csv", "text\na,b\n", "row 1 has more fields"),
+        ("a.csv", b"text\n\xef\n", "a.csv is not UTF-8"),
+        ("a.csv", "", "a.csv is empty"),
+        ("a.html", b"<p>\xef</p>", "a.html is not UTF-8"),
+        ("a.html", "<p></p>", "a.html is empty"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(tmp_path, name, content, match):
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(MemdecError, match=match):
+        text_hash(tmp_path / name)
+
+
+def test_no_file_is_held_whole(tmp_path):
+    """40 MB of text in each format, in less than 12 MB."""
+    texts = [f"{n} " + "words of a document " * 1000 for n in range(2000)]
+    for suffix in (".json", ".jsonl", ".csv", ".arrow", ".jsonl.zst", ".json.gz"):
+        path = write(tmp_path / f"a{'.' + suffix.split('.')[1]}", texts)
+        if suffix.count(".") > 1:
+            data = COMPRESS["." + suffix.split(".")[2]](path.read_bytes())
+            path = tmp_path / f"b{suffix}"
+            path.write_bytes(data)
+        tracemalloc.start()
+        assert sum(1 for piece in pieces(path) for _ in read_documents(piece)) == 2000
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 12e6, (suffix, peak)
+        path.unlink()
+
+
+def test_data_beside_what_datasets_writes(tmp_path):
+    as_arrow(tmp_path / "data-00000-of-00001.arrow", [DOCUMENT])
+    for name in ("state.json", "dataset_info.json"):
+        (tmp_path / name).write_text(json.dumps({"version": "x" * 9000}))
+    assert list(documents(tmp_path)) == [DOCUMENT]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".csv"])
+def test_the_text_in_another_field(tmp_path, suffix):
+    rows = [{"id": n, "body": f"{n}: {DOCUMENT}", "meta": {"raw": DOCUMENT}} for n in range(3)]
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".csv":
+        path.write_text("id,body,meta.raw\n1,one,two\n")
+        expected = {"body": ["one"], "meta.raw": ["two"]}  # a name with a dot of its own
+    else:
+        table = pa.Table.from_pylist(rows)
+        if suffix == ".parquet":
+            pq.write_table(table, path)
+        elif suffix == ".arrow":
+            with pa.ipc.new_stream(str(path), table.schema) as writer:
+                writer.write_table(table)
+        else:
+            lines = "\n".join(map(json.dumps, rows))
+            path.write_text(lines if suffix == ".jsonl" else f"[{lines.replace(chr(10), ',')}]")
+        expected = {"body": [r["body"] for r in rows], "meta.raw": [DOCUMENT] * 3}
+    for name, texts in expected.items():
+        assert list(documents(path, Fields(name))) == texts
+    with pytest.raises(MemdecError, match="it has id, body, meta.*--text-field"):
+        list(documents(path))
+    with pytest.raises(MemdecError, match="`meta.nothing`, it has .*meta.raw"):
+        list(documents(path, Fields("meta.nothing")))
+
+
+def test_a_build_of_another_field(memdec_here, tiny_model, tmp_path, english):
+    """It is the same corpus: what names the field is in no manifest."""
+    base, outputs = tiny_model("llama"), []
+    for name, field in (("text", None), ("body", "meta.body")):
+        path = tmp_path / f"{name}.jsonl"
+        rows = [{"text": t} if field is None else {"meta": {"body": t}} for t in english(40)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = ["build", "--base", base, "--corpus", path, "--output", tmp_path / name]
+        words += ["--until", "corpus", "--ray-address", "none", "--set", "corpus.block_tokens=32"]
+        code, _, err = memdec_here(*words, *(["--text-field", field] if field else []))
+        assert code == 0, err
+        manifest = json.loads((tmp_path / name / "corpus" / "manifest.json").read_text())
+        assert "text_field" not in manifest["settings"]
+        outputs.append(manifest["hash"])
+    assert outputs[0] == outputs[1]
+    code, _, err = memdec_here(*words)
+    assert code == 1 and "it has meta.body: give the right one with --text-field" in err

@@ -1,0 +1,340 @@
+"""Read one file of a corpus, whatever its format and compression: its documents, one by one.
+
+A reader yields (where it stands, text, value of another field). No file is held whole: but for a
+page of HTML, at most 8 MiB of text lines, a record of JSON or 256 rows of a table are.
+"""
+
+import bz2
+import contextlib
+import csv
+import gzip
+import io
+import json
+import lzma
+import re
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.files import compression, format_of
+from vllm_memdec.train.faults import reraise
+
+TABLE_ROWS = 256  # rows of a table read at once; one may be a book
+PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
+FIELDS_NAMED = 12
+# The end-of-text marker alone in its line, as TinyStories has it between documents.
+SEPARATOR = re.compile(r"^[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*\r?$", re.MULTILINE)
+Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of a corpus file: row groups of a .parquet, else the lines that start in its bytes."""
+
+    path: Path
+    start: int = 0
+    stop: int | None = None  # None: the end of the file
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields of a row that are read: dotted names reach into it."""
+
+    text: str = "text"
+    group: str | None = None  # a field that rows which belong together share
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of the fields."""
+        return (self.text,) if self.group is None else (self.text, self.group)
+
+
+TEXT = Fields()
+
+
+def read(piece: Piece, fields: Fields) -> Iterator[Document]:
+    """Yield the documents of a piece; MemdecError where it is not what its name says."""
+    kind = format_of(piece.path)
+    with _sentences(piece.path):
+        if kind in TEXTS:
+            yield from ((where, text, None) for where, text in TEXTS[kind](piece))
+            return
+        for where, row in ROWS[kind](piece, fields):
+            yield where, _text(row, fields.text, where), lookup(row, fields.group)
+
+
+def lookup(row: Any, name: str | None) -> Any:
+    """Return the value of a field, None if there is none: a.b is the field b in the field a."""
+    if not isinstance(row, dict) or name is None:
+        return None
+    if name in row or "." not in name:
+        return row.get(name)
+    for part in name.split("."):
+        row = row.get(part) if isinstance(row, dict) else None
+    return row
+
+
+def _text(row: Any, name: str, where: str) -> str:
+    text = lookup(row, name)
+    if not isinstance(text, str):
+        there = ", ".join(_fields(row)) if isinstance(row, dict) else ""
+        has = f"it has {there}" if there else "it has no fields"
+        raise MemdecError(
+            f"{where}: every row needs a string field `{name}`, {has}: give the right one with "
+            "--text-field (corpus.text_field), or leave the file out."
+        )
+    return text
+
+
+def _fields(row: dict[str, Any], before: str = "") -> list[str]:
+    """Return the names of a row's fields, those within a field dotted."""
+    names: list[str] = []
+    for name, value in row.items():
+        within = isinstance(value, dict) and value and not before
+        names += _fields(value, f"{name}.") if within else [f"{before}{name}"]
+    return names if len(names) <= FIELDS_NAMED else [*names[:FIELDS_NAMED], "..."]
+
+
+def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yield (place in the file, line) of the lines that start in the piece."""
+    with opened(piece.path) as file:
+        place = piece.start
+        if piece.start:  # the line that the piece before ends in is its own
+            file.seek(piece.start - 1)
+            place += len(file.readline()) - 1
+        for line in file:
+            if piece.stop is not None and place >= piece.stop:
+                return
+            yield place, line
+            place += len(line)
+
+
+def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
+    """Yield a document for each of the pieces that a file of lines has, or several (SEPARATOR)."""
+    for _, part in groupby(lines(piece), lambda line: line[0] // PIECE_BYTES):
+        places, texts = zip(*part, strict=True)
+        text = decode(b"".join(texts), str(piece.path), places[0])
+        documents = SEPARATOR.split(text) if "<|end" in text else [text]
+        for document in documents:
+            yield str(piece.path), document.strip("\r\n") if len(documents) > 1 else document
+
+
+def _html(piece: Piece) -> Iterator[tuple[str, str]]:
+    """Yield the text that a page shows."""
+    from inscriptis import get_text
+    from lxml.etree import LxmlError
+
+    with opened(piece.path) as file:
+        page = decode(file.read(), str(piece.path))
+    try:
+        yield str(piece.path), get_text(page).strip("\n")
+    except LxmlError as error:
+        raise MemdecError(f"{piece.path} is not HTML ({error}): leave it out.") from None
+
+
+def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
+    for number, (place, line) in enumerate(lines(piece), 1):
+        # text_hash reads a file whole and first, and meets all errors where lines can be counted.
+        where = f"{piece.path}, {f'byte {place}' if piece.start else f'line {number}'}"
+        text = decode(line, where)
+        if not text.strip():
+            continue
+        try:
+            yield where, json.loads(text)
+        except (ValueError, RecursionError) as error:
+            what = str(error).split(":")[0]
+            raise MemdecError(f"{where} is not valid JSON ({what}): mend the line.") from None
+
+
+def _json(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Yield the objects of an array, or those that follow each other, one by one."""
+    import ijson
+
+    with opened(piece.path) as file:
+        head = file.read(1 << 16)
+    array = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+    with opened(piece.path) as file:
+        if head.startswith(b"\xef\xbb\xbf"):
+            file.read(3)
+        rows = ijson.items(file, "item" if array else "", multiple_values=not array, use_float=True)
+        try:
+            for number, row in enumerate(rows, 1):
+                yield f"{piece.path}, row {number}", row
+        except ijson.JSONError as error:
+            if not head.strip():
+                return
+            said = error.args[0] if error.args else ""
+            what = (said.decode(errors="replace") if isinstance(said, bytes) else str(said)) or "?"
+            raise MemdecError(
+                f"{piece.path} is not valid JSON ({what.splitlines()[0].strip()}): mend it."
+            ) from None
+
+
+def _csv(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(sys.maxsize)  # a field may be a book
+    with opened(piece.path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+        rows = csv.DictReader(text, strict=True)
+        try:
+            for number, row in enumerate(rows, 1):
+                where = f"{piece.path}, row {number}"
+                if None in row:
+                    raise MemdecError(
+                        f"{where} has more fields than the first line names: mend the quotes."
+                    )
+                yield where, row
+        except csv.Error as error:
+            raise MemdecError(f"{piece.path} is not valid CSV ({error}): mend it.") from None
+        except UnicodeDecodeError:
+            raise MemdecError(
+                f"{piece.path} is not UTF-8 text: convert it or leave it out."
+            ) from None
+
+
+@contextlib.contextmanager
+def parquet(path: Path) -> Iterator[Any]:
+    """Open a .parquet file."""
+    import pyarrow.parquet
+
+    with seekable(path) as file, pyarrow.parquet.ParquetFile(file) as table:
+        yield table
+
+
+def row_groups(path: Path) -> int:
+    """Return how many row groups a .parquet file has."""
+    with _sentences(path), parquet(path) as table:
+        return int(table.num_row_groups)
+
+
+def _parquet(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
+    with parquet(piece.path) as file:
+        columns = _columns(piece.path, file.schema_arrow.names, fields)
+        groups = range(file.num_row_groups)[piece.start : piece.stop]
+        number = sum(file.metadata.row_group(n).num_rows for n in range(piece.start))
+        for batch in file.iter_batches(
+            batch_size=TABLE_ROWS, row_groups=list(groups), columns=columns
+        ):
+            yield from _numbered(piece.path, batch, number)
+            number += batch.num_rows
+
+
+def _arrow(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
+    """Yield the rows of Arrow's file format, or of its stream, which `datasets` writes."""
+    import pyarrow
+
+    with seekable(piece.path) as file:
+        is_file = file.read(6) == b"ARROW1"
+        file.seek(0)
+        reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
+        columns = _columns(piece.path, reader.schema.names, fields)
+        number = 0
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
+            for start in range(0, batch.num_rows, TABLE_ROWS):
+                part = batch.select(columns).slice(start, TABLE_ROWS)
+                yield from _numbered(piece.path, part, number)
+                number += part.num_rows
+
+
+def _columns(path: Path, there: list[str], fields: Fields) -> list[str]:
+    """Return the columns that hold the fields; MemdecError if there is none for the text."""
+    whole = {name: name if name in there else name.split(".")[0] for name in fields.names}
+    if whole[fields.text] not in there:
+        named = [*there[:FIELDS_NAMED], *["..."][: len(there) > FIELDS_NAMED]]
+        raise MemdecError(
+            f"{path}: a {format_of(path)[1:]} corpus needs a string column `{fields.text}`, it has "
+            f"{', '.join(named) or 'none'}: give the right one with --text-field "
+            "(corpus.text_field)."
+        )
+    return list(dict.fromkeys(name for name in whole.values() if name in there))
+
+
+def _numbered(path: Path, batch: Any, before: int) -> Iterator[tuple[str, Any]]:
+    for number, row in enumerate(batch.to_pylist(), before + 1):
+        yield f"{path}, row {number}", row
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading, what it holds if it is compressed."""
+    kind = compression(path)
+    if kind == ".zst":
+        import pyarrow
+
+        with pyarrow.CompressedInputStream(str(path), "zstd") as stream:
+            yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
+        return
+    opener: Callable[..., Any] = OPENERS.get(kind, open)
+    with opener(path, "rb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def seekable(path: Path) -> Iterator[Any]:
+    """Open a file of which any part can be read; a compressed one is unpacked, on disk."""
+    import pyarrow
+
+    if not compression(path):
+        with pyarrow.OSFile(str(path)) as plain:
+            yield plain
+        return
+    with opened(path) as file, tempfile.TemporaryFile() as unpacked:
+        shutil.copyfileobj(file, unpacked, 1 << 20)
+        unpacked.seek(0)
+        yield unpacked
+
+
+@contextlib.contextmanager
+def _sentences(path: Path) -> Iterator[None]:
+    """Say what is wrong with a file that its library cannot read."""
+    try:
+        yield
+    except MemdecError:
+        raise
+    except Exception as error:
+        import pyarrow
+
+        reraise(error, path)
+        # OSError without a number for a broken page, UnicodeDecodeError for a column that is none
+        numbered = isinstance(error, OSError) and error.errno is not None
+        if numbered or not isinstance(error, (pyarrow.ArrowException, *BROKEN)):
+            raise
+        what = " ".join(str(error).split()) or type(error).__name__
+        kind = compression(path)[1:] or format_of(path)[1:]
+        raise MemdecError(
+            f"{path} is not a readable {kind} file ({what}): copy it again."
+        ) from None
+
+
+def decode(data: bytes, where: str, place: int = 0) -> str:
+    """Return UTF-8 as text, without its mark; place: of the data in its file."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise MemdecError(
+            f"{where} is not UTF-8 text (byte {place + error.start}): convert it or leave it out."
+        ) from None
+
+
+BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
+OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+TEXTS: dict[str, Callable[[Piece], Iterable[tuple[str, str]]]] = {
+    ".txt": _txt,
+    ".md": _txt,
+    ".html": _html,
+    ".htm": _html,
+}
+ROWS: dict[str, Callable[[Piece, Fields], Iterable[tuple[str, Any]]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}
