@@ -54,7 +54,7 @@ def build(
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
     validation = validation and validation.absolute()
     check_inputs(base, corpus, validation, output, settings.memory)
-    with locked(output):
+    with locked(output, context.progress.say):
         hashes = Hashes(output)
         try:
             inputs = find_inputs(base, corpus, validation, settings, hashes, context.progress)

@@ -3,6 +3,7 @@
 A request with weight 0 or the memory "none" has no memory: nothing of it is computed.
 """
 
+import difflib
 from collections.abc import Collection
 from typing import Any
 
@@ -10,8 +11,23 @@ from vllm_memdec.checkpoint import brief, check_alpha
 from vllm_memdec.config import AUTO, NONE, MemDecConfig, memdec_block
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
-PREFIX = "memdec_"
 NO_MEMORY = -1  # in place of a memory's number
+NAMES = ("memdecalpha", "memdecmemory")
+PLAIN = ("alpha", "memory")
+SIMILAR = 0.85  # difflib's ratio: one letter more, less or exchanged
+
+
+def asks(key: Any, plain: bool = True) -> bool:
+    """Return whether a key means a memory or a weight, however it is spelt.
+
+    plain: whether "alpha" and "memory" by themselves do, too.
+    """
+    name = "".join(filter(str.isalnum, str(key))).lower()
+    return (
+        "memdec" in name
+        or (plain and name in PLAIN)
+        or bool(difflib.get_close_matches(name, NAMES, cutoff=SIMILAR))
+    )
 
 
 def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None") -> None:
@@ -22,7 +38,10 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
     names = choices.names if choices else ()
     extra_args = extra_args or {}
     for key, value in extra_args.items():
-        if not str(key).startswith(PREFIX):
+        if choices and isinstance(value, dict):
+            check_nested(key, value)
+        # On a server without a memory plain names are another plugin's.
+        if not asks(key, plain=bool(names)):
             continue
         if key not in (ALPHA, MEMORY):
             raise ValueError(
@@ -45,6 +64,18 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
                 f"{ALPHA} {AUTO!r} needs a gate or alpha_by_context, which the memory {name!r} has "
                 "not: give a number between 0 and 1, or run memdec calibrate."
             )
+
+
+def check_nested(key: str, values: dict[str, Any]) -> None:
+    """Refuse a memory or weight in a dictionary within the extra arguments: nothing reads it."""
+    for name, value in values.items():
+        if asks(name):
+            raise ValueError(
+                f"{brief(name)} within the extra argument {brief(key)} is not read: put it beside "
+                f"that, as {ALPHA!r} or {MEMORY!r}."
+            )
+        if isinstance(value, dict):
+            check_nested(key, value)
 
 
 class Choices:

@@ -144,7 +144,7 @@ def test_n(llm, models):
 
 
 @feature(
-    "beam search", note="with the server's default memory and weight: vLLM drops the request's own"
+    "beam search", note="with the server's default memory and weight: a request's own is refused"
 )
 @usual
 def test_beam_search(llm, models):

@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 from support import oracle
@@ -115,24 +116,18 @@ def test_chat_completions(client, models):
 
 @feature("beam search")
 def test_beam_search_over_http(client, models):
-    """The request's own memory and weight are dropped by vLLM: it gets the server's."""
-    asked = Choice("bio", 1.0)
-    answer = client.completions.create(
-        model=models["base"],
-        prompt=PROMPT,
-        max_tokens=4,
-        temperature=0,
-        n=2,
-        extra_body={
-            "use_beam_search": True,
-            "ignore_eos": True,
-            "return_token_ids": True,
-            "vllm_xargs": asked.extra_args,
-        },
-    )
-    found = [choice.token_ids for choice in answer.choices]
+    """vLLM drops the request's own memory and weight: it gets the server's, or HTTP 400."""
+
+    def search(**body):
+        body |= {"use_beam_search": True, "ignore_eos": True, "return_token_ids": True}
+        return client.completions.create(
+            model=models["base"], prompt=PROMPT, max_tokens=4, temperature=0, n=2, extra_body=body
+        )
+
+    found = [choice.token_ids for choice in search().choices]
     assert found == [ids for _, ids in beams(models, PLAIN, PROMPT, 2, 4)]
-    assert found != [ids for _, ids in beams(models, asked, PROMPT, 2, 4)]
+    with pytest.raises(openai.BadRequestError, match="Beam search has the server's memory"):
+        search(vllm_xargs=Choice("bio", 1.0).extra_args)
 
 
 @feature("vllm bench serve")
@@ -166,6 +161,101 @@ def test_bad_weight_is_400(value, client, models):
 def test_misspelt_weight_is_400(client, models):
     with pytest.raises(openai.BadRequestError, match="the arguments are 'memdec_alpha' and"):
         complete(client, models, {"memdec_apha": 0.3})
+
+
+def post(server, path, body):
+    """Return the status and the text of an answer."""
+    response = httpx.post(f"{server.url}{path}", json=body, timeout=60)
+    return response.status_code, response.text
+
+
+def bodies(models):
+    """Return a body that each of these endpoints answers, by path."""
+    said = [{"role": "user", "content": "bagi duto"}]
+    body = {"model": models["base"], "temperature": 0}
+    return {
+        "/v1/completions": body | {"prompt": PROMPT, "max_tokens": 4},
+        "/v1/chat/completions": body | {"messages": said, "max_tokens": 4},
+        "/v1/chat/completions/batch": body | {"messages": [said], "max_tokens": 4},
+        "/v1/responses": body | {"input": "bagi duto", "max_output_tokens": 4},
+        "/v1/messages": body | {"messages": said, "max_tokens": 4},
+        "/invocations": body | {"prompt": PROMPT, "max_tokens": 4},
+        "/inference/v1/generate": {
+            "token_ids": PROMPT,
+            "sampling_params": {"temperature": 0, "max_tokens": 4},
+        },
+        "/generative_scoring": {
+            "query": PROMPT,
+            "items": [[5, 6], [7]],
+            "label_token_ids": [1, 2],
+        },
+    }
+
+
+WITHOUT_XARGS = ("/inference/v1/generate", "/generative_scoring")
+MISPLACED = [
+    {"memdec_alpha": 0},
+    {"memdec_memory": "nowhere"},
+    {"memdec-alpha": 0},
+    {"memDecAlpha": 0},
+    {"memdc_alpha": 0},
+    {"alpha": 0},
+    {"memory": "none"},
+    {"vllm_xargs": {"alpha": 0}},
+    {"vllm_xargs": {"memory": "none"}},
+    {"vllm_xargs": {"Memdec_alpha": 0}},
+    {"vllm-xargs": {"memdec_alpha": 0}},
+    {"xargs": {"memdec_alpha": 0}},
+    {"xargs": {"alpha": 0}},
+    {"extra_args": {"memdec_alpha": 0}},
+    {"extra_body": {"memdec_memory": "none"}},
+    {"extra_body": {"vllm_xargs": {"memdec_alpha": 0}}},
+    {"memdec": {"alpha": 0}},
+    {"chat_template_kwargs": {"memdec_alpha": 0}},
+    {"sampling_params": {"temperature": 0, "max_tokens": 4, "memdec_alpha": 0}},
+]
+
+
+def test_what_is_asked_for_elsewhere_is_400(server, models):
+    """Each near-miss on each endpoint: the remedy, and never an answer of the default weight."""
+    answered = []
+    for path, body in bodies(models).items():
+        status, text = post(server, path, body)
+        assert status == 200, (path, text)
+        place = {"/generative_scoring": "the server's own"}.get(
+            path, "put it into " + ("sampling_params" if path in WITHOUT_XARGS else "vllm_xargs")
+        )
+        for extra in MISPLACED:
+            status, text = post(server, path, body | extra)
+            known = "the arguments are 'memdec_alpha'" in text and "vllm_xargs" in extra
+            if status != 400 or not (place in text or known):
+                answered.append((path, extra, status, text[:200]))
+        status, text = post(server, f"{path}?memdec_alpha=0", body)
+        if status != 400 or place not in text:
+            answered.append((path, "?memdec_alpha=0", status, text[:200]))
+    assert not answered
+
+
+def test_what_is_asked_for_rightly_is_obeyed(server, models):
+    """The metrics count by the memory that ran; what is not a request is let through."""
+    labels = {"metadata": {"memory": "none", "memdec_alpha": "0"}, "user": "memory"}
+    for path, body in bodies(models).items():
+        before = counted(server)
+        if path == "/generative_scoring":
+            continue
+        if path in WITHOUT_XARGS:
+            params = body["sampling_params"] | {"extra_args": {"memdec_memory": "bio"}}
+            status, text = post(server, path, body | {"sampling_params": params})
+        else:
+            asked = {"vllm_xargs": {"memdec_memory": "bio", "memdec_alpha": 0.3}}
+            labelled = {} if path == "/v1/messages" else labels
+            status, text = post(server, path, body | asked | labelled)
+        assert status == 200, (path, text)
+        after = counted(server)
+        grown = {name: after[name][0] - before[name][0] for name in after}
+        assert grown == {"law": 0, "bio": 1, "none": 0}, path
+    text = {"model": models["base"], "prompt": "memory alpha", "alpha": 1}
+    assert post(server, "/tokenize", text)[0] == 200  # no weight decides this
 
 
 def test_nan_is_400(api, models):

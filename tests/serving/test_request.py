@@ -32,6 +32,34 @@ def test_other_arguments():
 
 
 @pytest.mark.parametrize(
+    "extra_args",
+    [
+        {"alpha": 0},
+        {"memory": "none"},
+        {"memdec-alpha": 0},
+        {"MEMDEC_ALPHA": 0},
+        {"memdecMemory": "none"},
+        {"memdc_memory": "none"},
+        {"vllm_xargs": {"memdec_alpha": 0}},
+        {"extra_args": {"alpha": 0}},
+        {"memdec": {"weight": 0}},
+        {"other": {"inner": {"memdec_alpha": 0}}},
+    ],
+)
+def test_near_misses_are_refused(extra_args):
+    """In Python's extra_args, too: none of these gets the default weight."""
+    with pytest.raises(ValueError, match="'memdec_alpha' (and|or) 'memdec_memory'"):
+        check_extra_args(extra_args, CHOICES)
+
+
+def test_arguments_of_others():
+    """Another plugin's are let through, and plain names are its own where there is no memory."""
+    others = {"session_id": "a", "alphabet": 1, "memory_limit": 2, "nested": {"alphas": [0.1]}}
+    check_extra_args(others, CHOICES)
+    check_extra_args({"alpha": 0, "memory": "x", "nested": {"alpha": 0}}, None)
+
+
+@pytest.mark.parametrize(
     ("extra_args", "name", "choice"),
     [
         (None, "law", (0, 0.6)),

@@ -22,7 +22,8 @@ BLOCKS, CHUNK = 40, 512  # of the server: KV blocks, and tokens a step
 # Its KV cache holds a handful of long requests, of the 32 at a time.
 OPTIONS = (
     f"--host 127.0.0.1 --dtype float32 --enforce-eager --max-num-seqs 32 --block-size {BLOCK} "
-    f"--num-gpu-blocks-override {BLOCKS} --max-num-batched-tokens {CHUNK} --enable-prefix-caching"
+    f"--num-gpu-blocks-override {BLOCKS} --max-num-batched-tokens {CHUNK} --enable-prefix-caching "
+    "--enable-scale-out"  # tokens in, tokens out
 ).split()
 
 

@@ -1,7 +1,11 @@
 """The whole chain on a tiny model and some English: skipping, rebuilding, and what comes out."""
 
+import errno
+import fcntl
 import json
+import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +155,38 @@ def test_unfinished_work_for_other_settings_is_not_mixed_in(pipeline, build, cop
 def test_two_builds_do_not_share_a_folder(pipeline, build):
     with locked(pipeline.output), pytest.raises(ValueError, match="another memdec build"):
         build(pipeline.base, pipeline.corpus, pipeline.output)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP])
+def test_storage_without_locks(pipeline, build, monkeypatch, number):
+    """It goes on, with a line; what else goes wrong with a lock is raised."""
+
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    lines = build(pipeline.base, pipeline.corpus, pipeline.output)
+    said = [line for line in lines if "has no locks" in line]
+    assert len(said) == 1 and os.strerror(number) in said[0] and lines[-1] == "export: up to date"
+    number = errno.EIO
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        build(pipeline.base, pipeline.corpus, pipeline.output)
+
+
+def test_odd_paths_and_a_corpus_that_is_only_read(pipeline, command, quick, hashes, tmp_path):
+    """Same artifacts from and to folders with odd names; nothing is written beside the corpus."""
+    odd = tmp_path / "a b#c%d[e]'é"
+    base = shutil.copytree(pipeline.base, odd / "base%20#1")
+    text = odd / "text"
+    text.mkdir()
+    shutil.copy(pipeline.corpus, text)
+    before = {p: p.stat().st_mtime_ns for p in (text, *text.rglob("*"))}
+    made = command(base, text, quick(), folder=odd / "to #%s")
+    code, said = made.here()
+    assert code == 0, said
+    assert {p: p.stat().st_mtime_ns for p in (text, *text.rglob("*"))} == before
+    named = {"export": None}  # has the base's name in it
+    assert hashes(made.output) | named == hashes(Path(pipeline.output)) | named
 
 
 def test_training_lowers_the_loss_and_draws_it(pipeline):

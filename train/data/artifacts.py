@@ -7,6 +7,7 @@ stage, settings, inputs and every file's content: equal hashes mean equal result
 """
 
 import contextlib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -42,6 +43,8 @@ from vllm_memdec.train.heap import trim_heap
 SCHEMA = 1
 NOT_KEPT = (".pt",)  # checkpoints: gone before a stage is sealed
 HASHED = ("schema", "stage", "settings", "inputs", "files")  # a manifest's entries in its hash
+# How storage without locks refuses one.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EBADF, errno.EOPNOTSUPP)
 PACKAGES = ("vllm-memdec", "torch", "transformers", "faiss-cpu", "faiss-gpu", "numpy")
 
 
@@ -200,8 +203,11 @@ def open_artifact(path: Path) -> Artifact | None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Create a folder and hold it for this process; MemdecError if another one has it."""
+def locked(folder: Path, say: Callable[[str], None] = print) -> Iterator[None]:
+    """Create a folder and hold it for this process; MemdecError if another one has it.
+
+    Some storage has no locks (Lustre, EFS, NFS as it may be mounted): it goes on, with a line.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -213,6 +219,13 @@ def locked(folder: Path) -> Iterator[None]:
             raise MemdecError(
                 f"another memdec build is writing to {folder}: wait for it, or give another folder."
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            say(
+                f"The storage of {folder} has no locks ({error.strerror}): see to it that no other "
+                "memdec build writes there."
+            )
         yield
 
 

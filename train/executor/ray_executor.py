@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.executor.ray_crew import TRIES, Crew, Process, alike, reason, slots
+from vllm_memdec.train.executor.ray_folder import ensure_token, short_folder
 from vllm_memdec.train.executor.worker import Parted, World
 from vllm_memdec.train.trust import VARIABLE, code_allowed
 
@@ -36,6 +37,8 @@ QUIET = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_worker_niceness": "0",  # 15 starves the work wherever something else runs
+    # Under `uv run` Ray would upload the working folder and start its workers by uv once more.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
 }
 
 
@@ -80,6 +83,10 @@ class RayExecutor:
             return
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
+        folder = None
+        if self.address is None:
+            folder = short_folder()
+            ensure_token()
         try:
             import ray
         except ModuleNotFoundError:
@@ -97,6 +104,7 @@ class RayExecutor:
                         address="local",
                         include_dashboard=False,
                         object_store_memory=OBJECT_STORE_BYTES,
+                        _temp_dir=folder,
                         **options,
                     )
             else:

@@ -17,12 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
-from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_memdec import metrics, startup
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.request import check_extra_args, choices_of
+from vllm_memdec.request_error import RequestError
 
 SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
@@ -43,10 +43,6 @@ ATTRIBUTES = {
     ),
     "vllm.v1.engine:EngineCoreRequest": "cache_salt",
 }
-
-
-class RequestError(VLLMValidationError, ValueError):
-    """HTTP 400 to a client; the ValueError it is to a caller of LLM."""
 
 
 def install() -> None:

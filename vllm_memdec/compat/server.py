@@ -1,27 +1,43 @@
-"""The HTTP server: /v1/models names the memories, and finished requests are counted by memory.
+"""The HTTP server: it names the memories, counts by memory, and reads requests as they came.
 
+register_api_routers: every endpoint that reads JSON depends on validate_json_request, and FastAPI
+lets an application put another dependency in its place. Ours then looks into the body, of which
+vLLM's own classes keep only what they know.
 OpenAIServingModels.show_available_models gets a description of base and memories on each card.
 metrics.py derives from StatLoggerBase, which vLLM offers to plugins.
 
-May go when a plugin can add fields to /v1/models.
-Relies on the server's input processor, which has the configuration, and on what vLLM reports
-of finished requests.
+May go when a plugin can add fields to /v1/models, and vLLM refuses fields it does not know.
+Relies on the server's engine client and input processor, which have the configuration, on that
+dependency, and on what vLLM reports of finished requests.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.describe import describe
 from vllm_memdec.request import choices_of
+from vllm_memdec.request_body import check_body
+from vllm_memdec.request_error import RequestError
+
+# The last part of addresses that only count or convert: no weight decides their answers.
+NO_ANSWERS = ("tokenize", "detokenize", "count_tokens", "derender")
+PASS_ON = "to_chat_completion_request"  # of requests that hand over what they do not know
 
 SIGNATURES = {
+    "vllm.entrypoints.launchers.app:register_api_routers": (
+        "args app supported_tasks model_config"
+    ),
+    "vllm.entrypoints.serve.utils.api_utils:validate_json_request": "raw_request",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": "self",
     "vllm.v1.metrics.loggers:StatLoggerBase.record": (
         "self scheduler_stats iteration_stats mm_cache_stats engine_idx"
     ),
 }
 ATTRIBUTES = {
+    "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest": PASS_ON,
+    "vllm.entrypoints.openai.completion.protocol:CompletionRequest": "vllm_xargs",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "input_processor",
     "vllm.v1.metrics.stats:FinishedRequestStats": (
         "num_generation_tokens num_prompt_tokens request_id"
@@ -32,9 +48,54 @@ ATTRIBUTES = {
 def install() -> None:
     """Hook the HTTP server; called by the metrics of an asynchronous engine, which servers have."""
     # An engine without a server does not pay for this import.
+    from vllm.entrypoints.launchers import app
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     wrap(OpenAIServingModels, "show_available_models", _described_models)
+    wrap(app, "register_api_routers", _checked_routers)
+
+
+def _checked_routers(original: Callable) -> Callable:
+    from fastapi import Request
+    from vllm.entrypoints.serve.utils.api_utils import validate_json_request
+
+    async def checked_json_request(raw_request: Request) -> None:
+        await validate_json_request(raw_request)
+        route = raw_request.scope["route"]
+        choices = choices_of(raw_request.app.state.engine_client)
+        if choices is None or route.path.rsplit("/")[-1] in NO_ANSWERS:
+            return
+        fields, passes_on = _known_fields(route.endpoint)
+        body = await raw_request.json()  # which FastAPI has read before
+        try:
+            check_body(body, fields, passes_on, choices, raw_request.query_params)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+
+    def register_api_routers(args: Any, app: Any, *others: Any, **options: Any) -> None:
+        original(args, app, *others, **options)
+        app.dependency_overrides[validate_json_request] = checked_json_request
+
+    return register_api_routers
+
+
+@functools.cache
+def _known_fields(endpoint: Callable) -> tuple[frozenset[str], bool]:
+    """Return the fields of an endpoint's request, and whether it hands over what it does not know.
+
+    An endpoint that takes requests of several classes, as SageMaker's does, names none: then those
+    of completions and chat completions.
+    """
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    hints = get_type_hints(endpoint)
+    hints.pop("return", None)
+    models = [m for hint in hints.values() for m in (hint, *get_args(hint))]
+    models = [model for model in models if hasattr(model, "model_fields")]
+    models = models or [CompletionRequest, ChatCompletionRequest]
+    fields: frozenset[str] = frozenset().union(*(model.model_fields for model in models))
+    return fields, any(hasattr(model, PASS_ON) for model in models)
 
 
 def _described_models(original: Callable) -> Callable:

@@ -1,0 +1,74 @@
+"""The body of an HTTP request: a memory or weight asked for where nothing reads it is refused.
+
+vLLM's servers ignore fields that they do not know, so the answer would have the default weight.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+from vllm_memdec.checkpoint import brief
+from vllm_memdec.request import ALPHA, MEMORY, Choices, asks, check_extra_args
+
+XARGS, PARAMS, EXTRA = "vllm_xargs", "sampling_params", "extra_args"
+# Of a user: labels, schemas, and what a chat template reads.
+DATA = ("metadata", "response_format", "structured_outputs", "text", "prompt", "logit_bias")
+
+
+def check_body(
+    body: Any, fields: Collection[str], passes_on: bool, choices: Choices, query: Collection[str]
+) -> None:
+    """Raise ValueError for a memory or weight outside the place that the endpoint reads.
+
+    fields: what the endpoint's request has, by its class. passes_on: whether it hands what it does
+    not know to one that has vllm_xargs. query: the names in the address.
+    """
+    in_params = PARAMS in fields and XARGS not in fields
+    place = f"{PARAMS}.{EXTRA}" if in_params else None
+    if XARGS in fields or passes_on:
+        place = XARGS
+    for name in query:
+        if asks(name):
+            raise misplaced(name, place)
+    if not isinstance(body, dict):
+        return
+    for name, value in body.items():
+        if name == XARGS == place:
+            given = value
+        elif name == PARAMS and in_params and isinstance(value, dict):
+            given = value.get(EXTRA)
+            search({k: v for k, v in value.items() if k != EXTRA}, f"{name}.", True, place)
+        else:
+            if name not in fields and asks(name):
+                raise misplaced(name, place)
+            if name not in DATA and isinstance(value, dict):
+                search(value, f"{name}.", name not in fields, place)
+            continue
+        if isinstance(given, dict):
+            check_extra_args(given, choices)
+            if body.get("use_beam_search") and any(map(asks, given)):
+                raise ValueError(
+                    f"Beam search has the server's memory and weight, not those of {place}: leave "
+                    "them out, or do without use_beam_search."
+                )
+
+
+def search(values: dict, path: str, lost: bool, place: str | None) -> None:
+    """Refuse names within a field; plain ones, such as "alpha", where the field is lost."""
+    for name, value in values.items():
+        if asks(name, plain=lost):
+            raise misplaced(path + str(name), place)
+        if isinstance(value, dict):
+            search(value, f"{path}{name}.", lost, place)
+
+
+def misplaced(name: str, place: str | None) -> ValueError:
+    """Return the sentence for a name that nothing would read."""
+    if place is None:
+        return ValueError(
+            f"{brief(name)} asks for a memory or weight, but this endpoint has the server's own: "
+            "leave it out, or ask /v1/completions or /v1/chat/completions."
+        )
+    return ValueError(
+        f"{brief(name)} asks for a memory or weight where nothing reads it: put it into {place}, "
+        f"as {ALPHA!r} or {MEMORY!r}."
+    )
