@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import html
 import json
 import lzma
 import tracemalloc
@@ -244,3 +245,19 @@ def test_other_commands_read_another_field(memdec_here, pipeline, tmp_path, comm
     words += [word for option in options for word in (option, path)]
     code, _, err = memdec_here(command, *words)
     assert code == 1 and "needs a string field `body`, it has text: give the right one" in err
+
+
+def test_builds_of_one_document_in_every_format(build, tiny_model, tmp_path, english):
+    """A folder with the document in one format gives the corpus that any other format gives."""
+    text, made = "\n\n".join(english(12)), {}
+    for suffix in FORMATS:
+        (tmp_path / suffix).mkdir()
+        path = tmp_path / suffix / f"a{suffix}"
+        if suffix in (".html", ".htm"):
+            path.write_text(f"<html><body><pre>{html.escape(text)}</pre></body></html>")
+        else:
+            WRITERS[suffix](path, [text])
+        output = tmp_path / f"out{suffix}"
+        build(tiny_model("llama"), path.parent, output, until="corpus")
+        made[suffix] = json.loads((output / "corpus" / "manifest.json").read_text())["hash"]
+    assert len(set(made.values())) == 1, made
