@@ -31,6 +31,7 @@ try:
         TextField,
         Texts,
         Trust,
+        fields,
         with_text_field,
     )
     from vllm_memdec.train.progress import Progress
@@ -264,6 +265,7 @@ def calibrate(
     ] = None,
     trust_remote_code: Trust = False,
     context: ContextTokens = None,
+    text_field: TextField = None,
     json_file: JsonFile = None,
 ) -> None:
     """Train the memory's gate: a weight for each token, high where the memory knows its way."""
@@ -275,7 +277,8 @@ def calibrate(
 
         check_report(json_file)
         texts = {"domain": domain, "corpus": corpus or [], "general": general}
-        report = gate.calibrate_gate(str(memory), str(base), texts, progress, context)
+        read = fields(text_field)
+        report = gate.calibrate_gate(str(memory), str(base), texts, progress, context, read)
         gate_report.show(report, Console())
         write_report(json_file, report)
 
@@ -287,6 +290,7 @@ def evaluate(
     text: Texts,
     alpha: Alpha = None,
     context: ContextTokens = None,
+    text_field: TextField = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -297,7 +301,8 @@ def evaluate(
         from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
-        scores = compare.evaluate(str(memory), str(base), text, progress, alpha, context)
+        read = fields(text_field)
+        scores = compare.evaluate(str(memory), str(base), text, progress, alpha, context, read)
         compare.show(scores, Console())
         write_report(json_file, scores)
 
@@ -308,6 +313,7 @@ def alpha(
     base: Annotated[Path, typer.Option(help="Folder of the base to tune it for.")],
     text: Texts,
     context: ContextTokens = None,
+    text_field: TextField = None,
     json_file: JsonFile = None,
     trust_remote_code: Trust = False,
 ) -> None:
@@ -318,7 +324,8 @@ def alpha(
         from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
-        weights = compare.best_weights(str(memory), str(base), text, progress, context)
+        read = fields(text_field)
+        weights = compare.best_weights(str(memory), str(base), text, progress, context, read)
         compare.show_weights(weights, Console())
         write_report(json_file, weights)
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.trust import allow_code
 
 Trust = Annotated[
@@ -45,6 +46,11 @@ TextField = Annotated[
         help="Field of the rows that holds the text, a.b within a; default: text.",
     ),
 ]
+
+
+def fields(text_field: str | None) -> Fields:
+    """Return the fields that are read where no settings are."""
+    return TEXT if text_field is None else Fields(text_field)
 
 
 def with_text_field(assignments: Sequence[str] | None, name: str | None) -> list[str]:

@@ -3,6 +3,7 @@
 import bz2
 import csv
 import gzip
+import html
 import json
 import lzma
 import tracemalloc
@@ -16,6 +17,7 @@ from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.documents import documents, pieces, read_documents, text_hash
 from vllm_memdec.train.data.files import COMPRESSIONS, FORMATS
 from vllm_memdec.train.data.readers import Fields
+from vllm_memdec.train.plan import probes
 
 DOCUMENT = 'First: a naïve café, "quoted".\n\nThen x < y, and\ta tab.'
 MARKUP = DOCUMENT.replace("<", "&lt;")
@@ -213,3 +215,49 @@ def test_a_build_of_another_field(memdec_here, tiny_model, tmp_path, english):
     assert outputs[0] == outputs[1]
     code, _, err = memdec_here(*words)
     assert code == 1 and "it has meta.body: give the right one with --text-field" in err
+
+
+def test_a_sample_of_another_field(tmp_path):
+    """What `memdec plan` reads, of a compressed file its share."""
+    rows = "".join(json.dumps({"body": f"{n}: {DOCUMENT}"}) + "\n" for n in range(100))
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(rows.encode()))
+    size = path.stat().st_size
+    sample, read, total = probes.sample_text(path, tmp_path, Fields("body"))
+    assert len(list(documents(sample))) == 100 and read == total == size
+
+
+@pytest.mark.parametrize("limit", [500, 10**6])
+def test_a_large_file_is_sampled_from_its_beginning(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(probes, "SAMPLE_BYTES", limit)
+    path = write(tmp_path / "a.json", [f"{n:03}: {DOCUMENT}" for n in range(100)])
+    sample, read, total = probes.sample_text(path, tmp_path, readers.TEXT)
+    assert read == pytest.approx(total * len(list(documents(sample))) / 100, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("evaluate", ["--text"]), ("alpha", ["--text"]), ("calibrate", ["--general", "--domain"])],
+)
+def test_other_commands_read_another_field(memdec_here, pipeline, tmp_path, command, options):
+    path = write(tmp_path / "a.jsonl", ["other"])
+    words = [pipeline.output / "export", "--base", pipeline.base, "--text-field", "body"]
+    words += [word for option in options for word in (option, path)]
+    code, _, err = memdec_here(command, *words)
+    assert code == 1 and "needs a string field `body`, it has text: give the right one" in err
+
+
+def test_builds_of_one_document_in_every_format(build, tiny_model, tmp_path, english):
+    """A folder with the document in one format gives the corpus that any other format gives."""
+    text, made = "\n\n".join(english(12)), {}
+    for suffix in FORMATS:
+        (tmp_path / suffix).mkdir()
+        path = tmp_path / suffix / f"a{suffix}"
+        if suffix in (".html", ".htm"):
+            path.write_text(f"<html><body><pre>{html.escape(text)}</pre></body></html>")
+        else:
+            WRITERS[suffix](path, [text])
+        output = tmp_path / f"out{suffix}"
+        build(tiny_model("llama"), path.parent, output, until="corpus")
+        made[suffix] = json.loads((output / "corpus" / "manifest.json").read_text())["hash"]
+    assert len(set(made.values())) == 1, made

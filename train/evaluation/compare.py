@@ -21,6 +21,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, gate_path, read_gate
 from vllm_memdec.train.data.blocks import tokenise
 from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.model.windows import (
@@ -118,19 +119,23 @@ def open_model(folder: str) -> Any:
     return load_model(folder, str(dtype).removeprefix("torch."))
 
 
-def read_ids(tokenizer: Any, path: Path, max_tokens: int = READ_TOKENS) -> Iterator[np.ndarray]:
+def read_ids(
+    tokenizer: Any, path: Path, max_tokens: int = READ_TOKENS, fields: Fields = TEXT
+) -> Iterator[np.ndarray]:
     """Yield the documents of a text, tokenised, until there are so many tokens."""
     count = 0
-    for ids in tokenise(tokenizer, documents(path)):
+    for ids in tokenise(tokenizer, documents(path, fields)):
         yield ids
         count += len(ids)
         if count >= max_tokens:
             return
 
 
-def read_readings(pair: Pair, path: Path, context: int | None) -> tuple[Windows, Windows, int]:
+def read_readings(
+    pair: Pair, path: Path, context: int | None, fields: Fields
+) -> tuple[Windows, Windows, int]:
     """Return a text in both readings, and how many tokens their windows have."""
-    ids = list(read_ids(pair.tokenizer, path))
+    ids = list(read_ids(pair.tokenizer, path, fields=fields))
     if sum(map(len, ids)) < 2:
         raise MemdecError(f"{path} has no text that could be predicted: give a longer one.")
     width = window_tokens(context, sum(map(len, ids)), pair.configs)
@@ -144,6 +149,7 @@ def evaluate(
     progress: Progress,
     alpha: float | None = None,
     context: int | None = None,
+    fields: Fields = TEXT,
 ) -> dict[str, Any]:
     """Return what base, memory, mixture and gate give to texts, and by length of context.
 
@@ -152,7 +158,7 @@ def evaluate(
     pair = Pair(base, memory, progress, alpha)
     scores: dict[str, Any] = {"alpha": pair.alpha, "alpha_by_context": pair.table, "texts": {}}
     for path in texts:
-        alone, joined, width = read_readings(pair, path, context)
+        alone, joined, width = read_readings(pair, path, context, fields)
         parts = [pair.read(t, f"{path.name}, {how}", progress) for t, how in
                  ((alone, "documents"), (joined, "long contexts")) if len(t)]  # fmt: skip
         read = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
@@ -180,13 +186,18 @@ def evaluate(
 
 
 def best_weights(
-    memory: str, base: str, texts: list[Path], progress: Progress, context: int | None = None
+    memory: str,
+    base: str,
+    texts: list[Path],
+    progress: Progress,
+    context: int | None = None,
+    fields: Fields = TEXT,
 ) -> dict[str, Any]:
     """Return the best weights of a memory beside a base, over all texts, and how to serve them."""
     pair = Pair(base, memory, progress, gated=False)
     scored: list[tuple[np.ndarray, dict[str, np.ndarray]]] = []
     for path in texts:
-        alone, joined, _ = read_readings(pair, path, context)
+        alone, joined, _ = read_readings(pair, path, context, fields)
         scored += [
             (text.position_N, pair.read(text, f"{path.name}, {how}", progress))
             for text, how in ((alone, "documents"), (joined, "long contexts"))

@@ -11,7 +11,6 @@ read the text once; the training takes seconds. A fifth of the documents is kept
 a digest of their text, before anything else is made of them.
 """
 
-import itertools
 import random
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
 from vllm_memdec.train.data.blocks import tokenise
 from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.splits import digest
 from vllm_memdec.train.evaluation.compare import matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
@@ -108,12 +108,12 @@ class Document:
     ids: np.ndarray
 
 
-def read_texts(tokenizer: Any, path: Path) -> list[Document]:
+def read_texts(tokenizer: Any, path: Path, fields: Fields = TEXT) -> list[Document]:
     """Return the texts of a file tokenised; in pieces, where they are too few to be divided."""
     read, digests, count = [], [], 0
 
     def noted() -> Iterator[str]:
-        for text in documents(path):
+        for text in documents(path, fields):
             digests.append(digest(text))
             yield text
 
@@ -333,6 +333,7 @@ def calibrate_gate(
     texts: dict[str, list[Path]],
     progress: Progress,
     context: int | None = None,
+    fields: Fields = TEXT,
 ) -> dict[str, Any]:
     """Train the gate of a memory, write it into its folder, and return the report.
 
@@ -347,7 +348,7 @@ def calibrate_gate(
     tokenizer = matching_tokenizer(base, memory)
     models = tuple(open_model(name) for name in (base, memory))
     read = {
-        kind: list(itertools.chain.from_iterable(read_texts(tokenizer, path) for path in paths))
+        kind: [text for path in paths for text in read_texts(tokenizer, path, fields)]
         for kind, paths in texts.items()
         if paths
     }
