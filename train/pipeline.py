@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha256, locked
 from vllm_memdec.train.data.files import TABLE, corpus_files
-from vllm_memdec.train.data.inputs import Hashes, tokenizer_hash, weights_hash
+from vllm_memdec.train.data.inputs import Hashes, check_model, tokenizer_hash, weights_hash
 from vllm_memdec.train.data.ownership import check_ours, check_places
 from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.context import Context
@@ -101,17 +101,22 @@ def find_inputs(
 ) -> dict[str, dict[str, str]]:
     """Return, of the stages that read files of the user's, a hash of each: stage -> name -> hash.
 
-    Of a base a stage's hash covers only what the stage reads.
+    Of a base a stage's hash covers only what the stage reads. A base or memory that could not be
+    served is refused.
     """
+    from vllm_memdec.train.model.kinds import check_base, check_init
+
     settings = all_settings.memory
     # Nothing is held out where there is a validation text.
     of_corpus = all_settings.corpus
     fields = Fields(of_corpus.text_field, of_corpus.group if validation is None else None)
     tokenizer = tokenizer_hash(base, "--base", hashes)
+    check_base(base, settings.init == "base")
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}
     if settings.init != "base":
         option = "memory.init or --init"
+        check_init(str(check_model(settings.init, option)))
         parts = [find(settings.init, option, hashes) for find in (weights_hash, tokenizer_hash)]
         of_memory = {"base tokenizer": tokenizer, "init": json_sha256(parts)}
     if settings.tokenizer is not None:

@@ -166,6 +166,9 @@ def check_arguments(args: "EngineArgs") -> None:
         "decode context parallelism": args.decode_context_parallel_size > 1,
         "dual-batch overlap": args.enable_dbo or args.ubatch_size > 1,
         "prompt embeddings": args.enable_prompt_embeds,
+        # Many a connector looks blocks up by their tokens alone: they may be another memory's.
+        "an external KV cache (kv_transfer_config)": args.kv_transfer_config is not None,
+        "KV offloading": args.kv_offloading_size is not None,
         "pooling": args.runner == "pooling" or args.convert not in ("auto", "none"),
         # The device's rows are then other requests' than those that the host counts.
         "adaptive verification": speculation.get("enable_adaptive_verification", False),

@@ -106,6 +106,28 @@ def test_bad_alpha(alpha, start, pair):
         ),
         pytest.param(
             {"model": "MEMORY", "alpha": 0.5},
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                    "kv_connector_extra_config": {"shared_storage_path": "/nowhere"},
+                }
+            },
+            r"an external KV cache \(kv_transfer_config\) yet: start without it",
+            marks=pytest.mark.feature(
+                "external KV cache", refused="a connector may know no cache salt"
+            ),
+        ),
+        pytest.param(
+            {"model": "MEMORY", "alpha": 0.5},
+            {"kv_offloading_size": 1.0},
+            "KV offloading",
+            marks=pytest.mark.feature(
+                "external KV cache", refused="a connector may know no cache salt"
+            ),
+        ),
+        pytest.param(
+            {"model": "MEMORY", "alpha": 0.5},
             {"runner": "pooling"},
             "pooling",
             marks=pytest.mark.feature("pooling", refused="only next-token probabilities are mixed"),

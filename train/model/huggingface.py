@@ -8,6 +8,7 @@ import torch
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.faults import reraise
 from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.model.output_head import check_head
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 
@@ -84,7 +85,9 @@ def load_model(
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
         )
-    return model.eval().to(device or default_device())
+    model = model.eval().to(device or default_device())
+    check_head(model, folder)
+    return model
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:

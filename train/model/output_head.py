@@ -19,7 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels.head_loss import LOGITS, Columns
+
+CHECKED_ROWS = 8  # rows on which the head is compared with the model's own logits
+# Of the largest logit, by the format that both were computed in.
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 
 
 @dataclass(frozen=True)
@@ -86,3 +91,31 @@ def head(model: Any, h_ND: torch.Tensor) -> torch.Tensor:
     logits_NV = model.get_output_embeddings()(h_ND)
     transform = logits_transform(model.config)
     return logits_NV if transform is None else transform(logits_NV)
+
+
+@torch.inference_mode()
+def check_head(model: Any, folder: str) -> None:
+    """Raise MemdecError unless head() gives the model's own logits, on rows of random tokens.
+
+    What an architecture does to its logits is read from the names of its settings, and two may mean
+    different things by one name.
+    """
+    vocabulary = model.get_input_embeddings().num_embeddings
+    tokens = np.random.default_rng(0).integers(vocabulary, size=(1, CHECKED_ROWS))
+    ids = torch.from_numpy(tokens).to(model.device)
+    hidden: list[torch.Tensor] = []
+    handle = model.base_model.register_forward_hook(
+        lambda module, given, result: hidden.append(result.last_hidden_state[0])
+    )
+    try:
+        own_NV = model(input_ids=ids, use_cache=False).logits[0].float()
+    finally:
+        handle.remove()
+    ours_NV = head(model, hidden[0]).float()
+    finite = own_NV.isfinite()  # what is not is told where it is met
+    apart = (ours_NV - own_NV)[finite].abs()
+    if (apart > HEAD_TOLERANCE.get(model.dtype, 5e-2) * own_NV[finite].abs().max()).any():
+        raise MemdecError(
+            f"{folder} ({type(model).__name__}) does more to its logits than memdec knows of, so "
+            "its probabilities would be wrong: give another model."
+        )

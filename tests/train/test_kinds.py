@@ -1,0 +1,87 @@
+"""Bases that cannot be served, or not read rightly, are refused before the first stage."""
+
+import pytest
+import torch
+import transformers
+from support.tiny_models import VOCAB, save_tokenizer
+
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.model import output_head
+from vllm_memdec.train.model.huggingface import load_model
+
+SMALL = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32,
+    "max_position_embeddings": 128, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Return a function: the folder of a configuration, with a tokenizer and perhaps weights."""
+
+    def make(config, weights=False):
+        path = tmp_path / config.model_type
+        config.save_pretrained(path)
+        if weights:
+            torch.manual_seed(0)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+        save_tokenizer(path)
+        return path
+
+    return make
+
+
+KINDS = {
+    "a mixture of experts, and so would be a memory made of its first layers": (
+        lambda: transformers.MixtralConfig(**SMALL, num_local_experts=2)
+    ),
+    "a state-space or hybrid model": lambda: transformers.Qwen3NextConfig(**SMALL),
+    "a state-space or hybrid model, by its layers": lambda: transformers.Lfm2Config(
+        **SMALL, layer_types=["conv", "full_attention"]
+    ),
+    "an encoder-decoder": lambda: transformers.BartConfig(vocab_size=VOCAB),
+    "gemma3, no text decoder": transformers.Gemma3Config,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bases_that_serving_would_refuse(folder, pipeline, command, quick, kind):
+    made = command(folder(KINDS[kind]()), pipeline.corpus, quick())
+    code, said = made.here()
+    assert code == 1 and said.count("\n") == 1 and kind.split(", by")[0] in said, said
+    assert not list(made.output.glob("corpus*"))
+
+
+def test_a_memory_that_serving_would_refuse(folder, pipeline, command, quick):
+    experts = folder(transformers.MixtralConfig(**SMALL, num_local_experts=2))
+    settings = quick({"memory": {"init": str(experts)}})
+    code, said = command(pipeline.base, pipeline.corpus, settings).here()
+    assert code == 1 and "is a mixture of experts, which vllm-memdec cannot serve as a mem" in said
+
+
+def test_a_base_with_experts_and_a_dense_memory(folder, pipeline, command, quick):
+    """It is served, so it is built."""
+    config = transformers.MixtralConfig(**SMALL, num_local_experts=2)
+    made = command(folder(config, weights=True), pipeline.corpus, quick({"memory": {"init": "x"}}))
+    code, said = made.here(init=pipeline.base, until="corpus")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_head_that_does_something_else(folder, dtype):
+    """HyperCLOVA X multiplies by the setting that Granite divides by."""
+    scaled = SMALL | {"logits_scaling": 4.0}
+    load_model(str(folder(transformers.GraniteConfig(**scaled), weights=True)), dtype)
+    clova = folder(transformers.HyperCLOVAXConfig(**scaled), weights=True)
+    with pytest.raises(MemdecError, match="does more to its logits than memdec knows of"):
+        load_model(str(clova), dtype)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heads_are_the_models_own(tiny_model, kind, dtype, monkeypatch):
+    model = load_model(tiny_model(kind), dtype)
+    monkeypatch.setattr(output_head, "logits_transform", lambda config: lambda logits: logits * 1.1)
+    with pytest.raises(MemdecError, match="does more to its logits"):
+        output_head.check_head(model, kind)
