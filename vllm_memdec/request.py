@@ -4,7 +4,7 @@ A request with weight 0 or the memory "none" has no memory: nothing of it is com
 """
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
@@ -30,6 +30,19 @@ def asks(key: Any, plain: bool = True) -> bool:
     )
 
 
+def names_within(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """Yield (path, name) of all keys of a dictionary, and of dictionaries within it.
+
+    Without recursion: a request may nest as deep as JSON can be read.
+    """
+    todo = [(path, value)]
+    while todo:
+        path, value = todo.pop()
+        if isinstance(value, dict):
+            yield from ((f"{path}.{name}", str(name)) for name in value)
+            todo += [(f"{path}.{name}", inner) for name, inner in value.items()]
+
+
 def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None") -> None:
     """Raise ValueError for a wrong memdec argument of a request; every other key is let through.
 
@@ -38,8 +51,12 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
     names = choices.names if choices else ()
     extra_args = extra_args or {}
     for key, value in extra_args.items():
-        if choices and isinstance(value, dict):
-            check_nested(key, value)
+        for path, name in names_within(value, str(key)) if choices else ():
+            if asks(name):
+                raise ValueError(
+                    f"{brief(path)} within the extra argument {brief(key)} is not read: put it "
+                    f"beside that, as {ALPHA!r} or {MEMORY!r}."
+                )
         # On a server without a memory plain names are another plugin's.
         if not asks(key, plain=bool(names)):
             continue
@@ -64,18 +81,6 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
                 f"{ALPHA} {AUTO!r} needs a gate or alpha_by_context, which the memory {name!r} has "
                 "not: give a number between 0 and 1, or run memdec calibrate."
             )
-
-
-def check_nested(key: str, values: dict[str, Any]) -> None:
-    """Refuse a memory or weight in a dictionary within the extra arguments: nothing reads it."""
-    for name, value in values.items():
-        if asks(name):
-            raise ValueError(
-                f"{brief(name)} within the extra argument {brief(key)} is not read: put it beside "
-                f"that, as {ALPHA!r} or {MEMORY!r}."
-            )
-        if isinstance(value, dict):
-            check_nested(key, value)
 
 
 class Choices:

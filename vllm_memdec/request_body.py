@@ -7,7 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from vllm_memdec.checkpoint import brief
-from vllm_memdec.request import ALPHA, MEMORY, Choices, asks, check_extra_args
+from vllm_memdec.request import ALPHA, MEMORY, Choices, asks, check_extra_args, names_within
 
 XARGS, PARAMS, EXTRA = "vllm_xargs", "sampling_params", "extra_args"
 # Of a user: labels, schemas, and what a chat template reads.
@@ -36,12 +36,12 @@ def check_body(
             given = value
         elif name == PARAMS and in_params and isinstance(value, dict):
             given = value.get(EXTRA)
-            search({k: v for k, v in value.items() if k != EXTRA}, f"{name}.", True, place)
+            search({k: v for k, v in value.items() if k != EXTRA}, name, True, place)
         else:
             if name not in fields and asks(name):
                 raise misplaced(name, place)
-            if name not in DATA and isinstance(value, dict):
-                search(value, f"{name}.", name not in fields, place)
+            if name not in DATA:
+                search(value, name, name not in fields, place)
             continue
         if isinstance(given, dict):
             check_extra_args(given, choices)
@@ -52,13 +52,11 @@ def check_body(
                 )
 
 
-def search(values: dict, path: str, lost: bool, place: str | None) -> None:
+def search(value: Any, field: str, lost: bool, place: str | None) -> None:
     """Refuse names within a field; plain ones, such as "alpha", where the field is lost."""
-    for name, value in values.items():
+    for path, name in names_within(value, field):
         if asks(name, plain=lost):
-            raise misplaced(path + str(name), place)
-        if isinstance(value, dict):
-            search(value, f"{path}{name}.", lost, place)
+            raise misplaced(path, place)
 
 
 def misplaced(name: str, place: str | None) -> ValueError:

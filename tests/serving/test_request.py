@@ -3,6 +3,7 @@
 import pytest
 
 from vllm_memdec.request import NO_MEMORY, Choices, check_extra_args
+from vllm_memdec.request_body import check_body
 
 CHOICES = Choices({"law": 0.6, "bio": 0.4}, "law")
 
@@ -50,6 +51,36 @@ def test_near_misses_are_refused(extra_args):
     """In Python's extra_args, too: none of these gets the default weight."""
     with pytest.raises(ValueError, match="'memdec_alpha' (and|or) 'memdec_memory'"):
         check_extra_args(extra_args, CHOICES)
+
+
+def nested(depth, innermost):
+    for _ in range(depth):
+        innermost = {"inner": innermost}
+    return innermost
+
+
+@pytest.mark.parametrize("field", ["vllm_xargs", "extra_body"])
+def test_a_body_may_nest_deeper_than_python_calls(field):
+    fields = ("prompt", "vllm_xargs")
+    check_body({"prompt": "x", field: nested(5000, 1)}, fields, False, CHOICES, ())
+    with pytest.raises(ValueError, match="'memdec_alpha' (and|or) 'memdec_memory'"):
+        body = {"prompt": "x", field: nested(5000, {"memdec_alpha": 0})}
+        check_body(body, fields, False, CHOICES, ())
+
+
+def test_what_a_user_names_memory_is_the_user_s():
+    """Schemas, labels, tools and a template's arguments hold any names."""
+    schema = {"type": "object", "properties": {"memory": {"type": "string"}, "alpha": {}}}
+    body = {
+        "messages": [{"role": "user", "content": "memdec_alpha"}],
+        "metadata": {"memory": "x"},
+        "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
+        "structured_outputs": {"json": schema},
+        "tools": [{"type": "function", "function": {"name": "memory", "parameters": schema}}],
+        "tool_choice": {"type": "function", "function": {"name": "memory"}},
+        "chat_template_kwargs": {"memory": True},
+    }
+    check_body(body, (*body, "vllm_xargs"), False, CHOICES, ())
 
 
 def test_arguments_of_others():
