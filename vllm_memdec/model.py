@@ -289,6 +289,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             setattr(self, name, getattr(self.base, name))
         self.packed_modules_mapping = self.base.packed_modules_mapping
         self.config = self.base.config
+        # vLLM declares it for a class; here it is the base's.
         self.lora_skip_prefixes = self.base.lora_skip_prefixes  # type: ignore[misc]
         mapper = getattr(self.base, "hf_to_vllm_mapper", None) or WeightsMapper()
         self.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_prefix={"": "base."})

@@ -10,6 +10,7 @@ def wrap(owner: type | ModuleType, name: str, make: Callable[[Callable], Callabl
     original = getattr(owner, name)
     if not hasattr(original, "memdec_original"):
         wrapper = functools.wraps(original)(make(original))
+        # A function takes any attribute, which mypy does not know.
         wrapper.memdec_original = original  # type: ignore[attr-defined]
         setattr(owner, name, wrapper)
 

@@ -85,6 +85,7 @@ class MemoryProposer(DraftModelProposer):
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Run nothing: memories have run with the target already, and drafts use no graphs."""
 
+    # It may return lists, of several lengths, as vLLM's n-gram drafter does.
     def propose(  # type: ignore[override]
         self,
         num_speculative_tokens: int,

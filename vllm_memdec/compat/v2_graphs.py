@@ -9,7 +9,7 @@ May go when vLLM lets a model name an axis of its graphs, as it does for the num
 Relies on the manager's lists of what is to be captured and of what fits a batch.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class MemoryGraphs(CudaGraphManager):
     """Stands between a manager of vLLM's and its base class: a graph for each set of memories."""
 
     memdec_batch: Batch | None = None
-    memdec_sets: list[tuple[int, ...]] = []
+    memdec_sets: Sequence[tuple[int, ...]] = ()
 
     def adopt(self, batch: Batch, sets: list[tuple[int, ...]]) -> None:
         """Capture full graphs for these sets, and replay them by what the batch asks for."""
@@ -93,6 +93,7 @@ class MemoryGraphs(CudaGraphManager):
         return super().run_fullgraph(desc)
 
 
+# Both bases have capture(), with other arguments: the first calls the second's.
 class CompositeGraphs(ModelCudaGraphManager, MemoryGraphs):  # type: ignore[misc]
     """The manager of a composite's graphs."""
 
