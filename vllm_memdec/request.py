@@ -4,6 +4,7 @@ A request with weight 0 or the memory "none" has no memory: nothing of it is com
 """
 
 import difflib
+import re
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -14,7 +15,15 @@ ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
 PLAIN = ("alpha", "memory")
+OTHERS = re.compile("(md|mem|memory|memorydecoder)(alpha|memory|name|weight)|alpha(mem|memory)")
+# Names, without what is between their words, under which clients put extra arguments.
+EXTRA_FIELDS = ("vllmxargs", "xargs", "extraargs", "extrabody", "samplingparams")
 SIMILAR = 0.85  # difflib's ratio: one letter more, less or exchanged
+
+
+def bare(key: Any) -> str:
+    """Return a key's letters and digits, in lower case."""
+    return "".join(filter(str.isalnum, str(key))).lower()
 
 
 def asks(key: Any, plain: bool = True) -> bool:
@@ -22,10 +31,11 @@ def asks(key: Any, plain: bool = True) -> bool:
 
     plain: whether "alpha" and "memory" by themselves do, too.
     """
-    name = "".join(filter(str.isalnum, str(key))).lower()
+    name = bare(key)
     return (
         "memdec" in name
         or (plain and name in PLAIN)
+        or bool(OTHERS.fullmatch(name))
         or bool(difflib.get_close_matches(name, NAMES, cutoff=SIMILAR))
     )
 
@@ -52,7 +62,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
     extra_args = extra_args or {}
     for key, value in extra_args.items():
         for path, name in names_within(value, str(key)) if choices else ():
-            if asks(name):
+            if asks(name, plain=bare(key) in EXTRA_FIELDS):
                 raise ValueError(
                     f"{brief(path)} within the extra argument {brief(key)} is not read: put it "
                     f"beside that, as {ALPHA!r} or {MEMORY!r}."
@@ -74,6 +84,11 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
                 f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
                 f"got {brief(value)}."
             )
+    if choices and choices.default == NONE and MEMORY not in extra_args and extra_args.get(ALPHA):
+        raise ValueError(
+            f"{ALPHA} needs {MEMORY} here, whose default on this server is {NONE!r}: name one of "
+            f"{[*names]}."
+        )
     if choices and extra_args.get(ALPHA) == AUTO:
         name = extra_args.get(MEMORY, choices.default)
         if name != NONE and name not in choices.gated and name not in choices.by_context:

@@ -7,10 +7,19 @@ from collections.abc import Collection
 from typing import Any
 
 from vllm_memdec.checkpoint import brief
-from vllm_memdec.request import ALPHA, MEMORY, Choices, asks, check_extra_args, names_within
+from vllm_memdec.request import (
+    ALPHA,
+    EXTRA_FIELDS,
+    MEMORY,
+    Choices,
+    asks,
+    bare,
+    check_extra_args,
+    names_within,
+)
 
 XARGS, PARAMS, EXTRA = "vllm_xargs", "sampling_params", "extra_args"
-# Of a user: labels, schemas, and what a chat template reads.
+# Labels, schemas and biases: the names in them are the user's.
 DATA = ("metadata", "response_format", "structured_outputs", "text", "prompt", "logit_bias")
 
 
@@ -36,12 +45,12 @@ def check_body(
             given = value
         elif name == PARAMS and in_params and isinstance(value, dict):
             given = value.get(EXTRA)
-            search({k: v for k, v in value.items() if k != EXTRA}, name, True, place)
+            search({k: v for k, v in value.items() if k not in (EXTRA, *DATA)}, name, True, place)
         else:
             if name not in fields and asks(name):
                 raise misplaced(name, place)
             if name not in DATA:
-                search(value, name, name not in fields, place)
+                search(value, name, bare(name) in EXTRA_FIELDS, place)
             continue
         if isinstance(given, dict):
             check_extra_args(given, choices)
@@ -52,10 +61,10 @@ def check_body(
                 )
 
 
-def search(value: Any, field: str, lost: bool, place: str | None) -> None:
-    """Refuse names within a field; plain ones, such as "alpha", where the field is lost."""
+def search(value: Any, field: str, plain: bool, place: str | None) -> None:
+    """Refuse names within a field; plain: "alpha" and "memory" by themselves, too."""
     for path, name in names_within(value, field):
-        if asks(name, plain=lost):
+        if asks(name, plain):
             raise misplaced(path, place)
 
 

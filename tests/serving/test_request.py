@@ -45,6 +45,11 @@ def test_other_arguments():
         {"extra_args": {"alpha": 0}},
         {"memdec": {"weight": 0}},
         {"other": {"inner": {"memdec_alpha": 0}}},
+        {"memory_alpha": 0},
+        {"alpha_memory": 0},
+        {"memory_weight": 0},
+        {"mem-alpha": 0},
+        {"memory_decoder_alpha": 0},
     ],
 )
 def test_near_misses_are_refused(extra_args):
@@ -69,23 +74,30 @@ def test_a_body_may_nest_deeper_than_python_calls(field):
 
 
 def test_what_a_user_names_memory_is_the_user_s():
-    """Schemas, labels, tools and a template's arguments hold any names."""
-    schema = {"type": "object", "properties": {"memory": {"type": "string"}, "alpha": {}}}
+    """Schemas, labels, a template's arguments and fields of others hold any names."""
+    names = {"memory": {"type": "string"}, "alpha": {}, "memdec_note": {}}
+    schema = {"type": "object", "properties": names}
     body = {
         "messages": [{"role": "user", "content": "memdec_alpha"}],
         "metadata": {"memory": "x"},
         "response_format": {"type": "json_schema", "json_schema": {"schema": schema}},
         "structured_outputs": {"json": schema},
-        "tools": [{"type": "function", "function": {"name": "memory", "parameters": schema}}],
-        "tool_choice": {"type": "function", "function": {"name": "memory"}},
         "chat_template_kwargs": {"memory": True},
     }
     check_body(body, (*body, "vllm_xargs"), False, CHOICES, ())
+    check_body(body | {"of_a_gateway": {"memory": 1}}, (*body, "vllm_xargs"), False, CHOICES, ())
+    params = {"structured_outputs": {"json": schema}, "extra_args": {"memdec_alpha": 0.5}}
+    generate = {"token_ids": [5], "sampling_params": params}
+    check_body(generate, (*generate,), False, CHOICES, ())
+    params["alpha"] = 0
+    with pytest.raises(ValueError, match="put it into sampling_params.extra_args"):
+        check_body(generate, (*generate,), False, CHOICES, ())
 
 
 def test_arguments_of_others():
     """Another plugin's are let through, and plain names are its own where there is no memory."""
     others = {"session_id": "a", "alphabet": 1, "memory_limit": 2, "nested": {"alphas": [0.1]}}
+    others |= {"cache": {"memory": "host", "alpha": 2}}
     check_extra_args(others, CHOICES)
     check_extra_args({"alpha": 0, "memory": "x", "nested": {"alpha": 0}}, None)
 
@@ -138,3 +150,13 @@ def test_choice_with_gates(extra_args, choice):
 
 def test_default_none():
     assert Choices({"law": 0.6}, "none").resolve(None) == (NO_MEMORY, 0.0)
+
+
+@pytest.mark.parametrize("alpha", [0.6, 1, "auto"])
+def test_a_weight_without_a_memory(alpha):
+    """Where the default is "none" it would be dropped, and the base alone would answer."""
+    choices = Choices({"law": 0.6}, "none", gated=("law",))
+    with pytest.raises(ValueError, match="memdec_alpha needs memdec_memory here"):
+        check_extra_args({"memdec_alpha": alpha}, choices)
+    check_extra_args({"memdec_alpha": alpha, "memdec_memory": "law"}, choices)
+    check_extra_args({"memdec_alpha": 0}, choices)
