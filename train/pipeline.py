@@ -11,10 +11,10 @@ from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha256, locked
+from vllm_memdec.train.data.documents import fields_of
 from vllm_memdec.train.data.files import TABLE, corpus_files
 from vllm_memdec.train.data.inputs import Hashes, check_model, tokenizer_hash, weights_hash
 from vllm_memdec.train.data.ownership import check_ours, check_places
-from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.faults import AGAIN, out_of_memory
 from vllm_memdec.train.progress import Progress
@@ -107,9 +107,7 @@ def find_inputs(
     from vllm_memdec.train.model.kinds import check_base, check_init
 
     settings = all_settings.memory
-    # Nothing is held out where there is a validation text.
-    of_corpus = all_settings.corpus
-    fields = Fields(of_corpus.text_field, of_corpus.group if validation is None else None)
+    fields = fields_of(all_settings.corpus, validation)
     tokenizer = tokenizer_hash(base, "--base", hashes)
     check_base(base, settings.init == "base")
     weights = weights_hash(base, "--base", hashes)

@@ -34,12 +34,12 @@ from vllm_memdec.train.data.documents import (
     text_hash,
 )
 from vllm_memdec.train.data.files import corpus_files
-from vllm_memdec.train.data.readers import Piece
+from vllm_memdec.train.data.readers import TEXT, Piece
 from vllm_memdec.train.data.splits import digest, split_lengths
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import CorpusSettings
-from vllm_memdec.train.stages.corpus import build_corpus
+from vllm_memdec.train.stages.corpus import build_corpus, tokenise_pieces
 
 FILLER = -7
 # Lengths of documents: shorter and longer than a block of 8, ending on its edge, of one token.
@@ -346,3 +346,24 @@ def test_blocks_do_not_depend_on_how_many_are_packed_at_once(lengths, at_once):
     assert all(len(tokens) == at_once for tokens, _ in parts[:-1])
     for n, whole in enumerate(pack(numbered(lengths), 8, FILLER)):
         assert np.array_equal(np.concatenate([part[n] for part in parts]), whole)
+
+
+def test_files_cut_anew_while_a_build_was_stopped(tiny_model, tmp_path, jsonl, english):
+    """The same text in other files: pieces are known by number, and none is read twice or never."""
+    base, corpus, work = tiny_model("llama"), tmp_path / "corpus", tmp_path / "work"
+    corpus.mkdir()
+    texts = english(12)
+    for name, part in (("a", texts[:4]), ("b", texts[4:8]), ("c", texts[8:])):
+        jsonl(corpus / f"{name}.jsonl", part)
+    tokenise_pieces(base, [corpus], TEXT, work, Context())
+    (work / "tokens-00001.npy").unlink()  # as after a kill
+    (corpus / "b.jsonl").unlink()
+    jsonl(corpus / "b1.jsonl", texts[4:6])
+    jsonl(corpus / "b2.jsonl", texts[6:8])
+    [again] = tokenise_pieces(base, [corpus], TEXT, work, Context())
+    [fresh] = tokenise_pieces(base, [corpus], TEXT, tmp_path / "fresh", Context())
+    documents = [[d.tolist() for d in each.documents()] for each in (again, fresh)]
+    assert len(documents[1]) == 12 and documents[0] == documents[1]
+    before = {p.name: p.stat().st_mtime_ns for p in work.glob("*.npy")}
+    tokenise_pieces(base, [corpus], TEXT, work, Context())
+    assert before == {p.name: p.stat().st_mtime_ns for p in work.glob("*.npy")}

@@ -11,6 +11,7 @@ import pytest
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import inputs
+from vllm_memdec.train.data.documents import READER
 from vllm_memdec.train.data.inputs import REMEMBERED, Hashes, model_hash
 from vllm_memdec.train.data.shards import load_shard
 from vllm_memdec.train.model import hidden_states
@@ -196,6 +197,7 @@ def test_hashes_are_remembered_beside_the_output(copy, build, monkeypatch):
     again(copy, build)
     assert sorted(p.name for p in (copy / "base").iterdir()) == before
     remembered = json.loads((copy / "out" / REMEMBERED).read_text())
+    assert any(name.startswith(f"text {READER} of ") for name in remembered), "whose reading it was"
     assert any(name.endswith("model.safetensors") for name in remembered)
 
     def not_again(path, *_):

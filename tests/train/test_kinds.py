@@ -78,6 +78,13 @@ def test_a_head_that_does_something_else(folder, dtype):
         load_model(str(clova), dtype)
 
 
+def test_weights_that_are_not_numbers(tiny_model):
+    model = load_model(tiny_model("llama"))
+    model.base_model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(MemdecError, match="gives no finite logits: copy its weights again"):
+        output_head.check_head(model, "folder")
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mistral", "qwen2", "qwen3"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_heads_are_the_models_own(tiny_model, kind, dtype, monkeypatch):

@@ -64,6 +64,18 @@ def test_uv_run(tmp_path):
     start(tmp_path, "uv", "run", executable=sys.executable)
 
 
+def forbidding(folder):
+    """Return os.stat, which may not enter a folder, whoever runs the tests."""
+    stat = os.stat
+
+    def forbidden(path, *args, **options):
+        if str(path).startswith(f"{folder}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    return forbidden
+
+
 def test_folders_that_will_not_do(tmp_path, monkeypatch):
     """Another user's folder, and none at all."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
@@ -74,6 +86,13 @@ def test_folders_that_will_not_do(tmp_path, monkeypatch):
     folder = Path(ray_folder.short_folder())
     assert folder.parent == Path("/var/tmp") and folder.stat().st_mode & 0o777 == 0o700
     folder.rmdir()
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(os, "stat", forbidding(closed))
+    monkeypatch.setenv("TMPDIR", str(closed / "tmp"))
+    folder = Path(ray_folder.short_folder())
+    folder.rmdir()
+    monkeypatch.undo()
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     with pytest.raises(MemdecError, match=r"neither .*/ray nor .* set RAY_TMPDIR to another, or"):
         ray_folder.short_folder()

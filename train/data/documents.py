@@ -15,7 +15,9 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.files import compression, corpus_files, format_of
 from vllm_memdec.train.data.readers import TEXT, Fields, Piece
+from vllm_memdec.train.settings import CorpusSettings
 
+READER = 2  # raised whenever the same files give other documents
 TEXT_FILES = (".txt", ".md")
 DIVIDED = (*TEXT_FILES, ".jsonl")  # files of lines, which can be read from anywhere
 
@@ -57,6 +59,11 @@ def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
                     f"{where} has no field `{fields.group}`: add it, or check corpus.group."
                 )
             yield text, value
+
+
+def fields_of(settings: CorpusSettings, validation: Path | None) -> Fields:
+    """Return the fields of the rows that are read; none groups them where none is held out."""
+    return Fields(settings.text_field, settings.group if validation is None else None)
 
 
 def documents(path: Path, fields: Fields = TEXT) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sha256, write_json
-from vllm_memdec.train.data.documents import Reading, read_whole
+from vllm_memdec.train.data.documents import READER, Reading, read_whole
 from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.ownership import read_object
 from vllm_memdec.train.data.readers import TEXT, Fields
@@ -70,7 +70,9 @@ class Hashes:
 
         All of them are read and checked.
         """
-        name = f"text of {path.resolve()}" + (f" by {fields.group}" if fields.group else "")
+        name = f"text {READER} of {path.resolve()}" + (
+            f" by {fields.group}" if fields.group else ""
+        )
         name += f" in {fields.text}" if fields.text != TEXT.text else ""
         files = corpus_files(path).files
         reading = Reading()

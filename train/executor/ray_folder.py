@@ -32,19 +32,20 @@ def short_folder() -> str | None:
             folder = tempfile.mkdtemp(prefix="ray-", dir=place)
             atexit.register(shutil.rmtree, folder, ignore_errors=True)
             return folder
+    max_bytes = SOCKET_BYTES - len(f"/ray{SESSION}")
     raise MemdecError(
         f"Ray's sockets need a folder that you may write to, with a path of at most "
-        f"{SOCKET_BYTES - len(SESSION)} bytes, and neither {chosen}/ray nor {', '.join(SHORT)} "
+        f"{max_bytes} bytes, and neither {chosen}/ray nor {', '.join(SHORT)} "
         "will do: set RAY_TMPDIR to another, or use --ray-address none."
     )
 
 
 def usable(folder: Path) -> bool:
     """Return whether Ray could make its sockets in a folder, which need not be there yet."""
-    place = folder
-    while not place.exists() and place != place.parent:
+    place = folder  # Path.exists() raises where a folder may not be entered
+    while not os.path.exists(place) and place != place.parent:
         place = place.parent
-    allowed = place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    allowed = os.path.isdir(place) and os.access(place, os.W_OK | os.X_OK)
     return allowed and len(os.fsencode(f"{folder}{SESSION}")) <= SOCKET_BYTES
 
 

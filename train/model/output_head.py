@@ -112,7 +112,11 @@ def check_head(model: Any, folder: str) -> None:
     finally:
         handle.remove()
     ours_NV = head(model, hidden[0]).float()
-    finite = own_NV.isfinite()  # what is not is told where it is met
+    finite = own_NV.isfinite()
+    if not finite.any():
+        raise MemdecError(
+            f"{folder} gives no finite logits: copy its weights again, or load it in float32."
+        )
     apart = (ours_NV - own_NV)[finite].abs()
     if (apart > HEAD_TOLERANCE.get(model.dtype, 5e-2) * own_NV[finite].abs().max()).any():
         raise MemdecError(

@@ -11,6 +11,7 @@ Pieces of the text are tokenised side by side; one pass over the tokens then pac
 block's content does not depend on how the text was divided.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -26,7 +27,7 @@ from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import SPLITS, packed, tokenise, valid_rows
 from vllm_memdec.train.data.completeness import check_there, numbered
-from vllm_memdec.train.data.documents import canonical, pieces, read_rows
+from vllm_memdec.train.data.documents import canonical, fields_of, pieces, read_rows
 from vllm_memdec.train.data.duplicates import overlap, stored_documents
 from vllm_memdec.train.data.readers import Fields, Piece
 from vllm_memdec.train.data.shards import (
@@ -44,6 +45,7 @@ from vllm_memdec.train.settings import CorpusSettings
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
 TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
+LAYOUT = "layout.json"  # the pieces by file, size of the file, and place in it
 PIECES = "pieces"  # the folder of tokenised text, not yet packed, in the working folder
 
 
@@ -241,13 +243,22 @@ def tokenise_pieces(
     context: Context,
 ) -> list[Tokenised]:
     """Tokenise some texts piece by piece into a folder."""
-    folder.mkdir(exist_ok=True)
     parts: list[Piece] = []
+    layout: list[list[Any]] = []
     tokenised: list[Tokenised] = []
     for text in texts:
         first = len(parts)
         parts += pieces(text)
+        layout += [
+            [os.path.relpath(part.path, text), part.path.stat().st_size, part.start, part.stop]
+            for part in parts[first:]
+        ]
         tokenised.append(Tokenised(folder, range(first, len(parts))))
+    # Pieces are known by their numbers, and the same text may have been cut into other files.
+    if folder.exists() and read_layout(folder) != layout:
+        shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    write_json(folder / LAYOUT, layout)
     todo = unfinished(folder, TOKENISED, len(parts))
     with context.progress.task("corpus: tokenising", len(parts), "pieces") as advance:
         advance(len(parts) - len(todo), done_before=True)
@@ -257,9 +268,10 @@ def tokenise_pieces(
     return tokenised
 
 
-def fields_of(settings: CorpusSettings, validation: Path | None) -> Fields:
-    """Return the fields of the rows that are read; none groups them where none is held out."""
-    return Fields(settings.text_field, settings.group if validation is None else None)
+def read_layout(folder: Path) -> list[list[Any]] | None:
+    """Return which pieces a folder holds, None if it does not say so."""
+    path = folder / LAYOUT
+    return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_blocks(
