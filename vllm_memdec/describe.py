@@ -4,6 +4,7 @@ The worker logs the same when it starts (model.py), from the loaded models; here
 files and configurations, because the front end has no model.
 """
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,18 @@ def parameters(model: ModelConfig) -> int | None:
         config = cached_file(model.model, "config.json", revision=model.revision)
         if config is None:
             return None
-        for path in Path(config).parent.glob("*.safetensors"):
+        for path in weight_files(Path(config).parent):
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118, not a dict
                     total += math.prod(tensors.get_slice(name).get_shape())
-    except (OSError, ValueError, SafetensorError):
+    except (OSError, ValueError, KeyError, SafetensorError):
         return None  # the model is loaded all the same
     return total or None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the files of a folder's weights, which may lie there in another layout as well."""
+    index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        return [folder / name for name in {*json.loads(index.read_text())["weight_map"].values()}]
+    return [whole] if whole.exists() else [*folder.glob("*.safetensors")]

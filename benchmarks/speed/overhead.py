@@ -50,7 +50,7 @@ def serve_rounds(
 def against_plain(
     base: str, memory: str, sizes: list[int], rounds: int, options: tuple[bool, bool]
 ) -> list[dict[str, Any]]:
-    """Return rows of batch size, plain and memdec milliseconds, and the ratio of the medians."""
+    """Return rows of batch size, plain and memdec milliseconds, and the median of their ratios."""
     workers = {}
     for name, arguments in (
         ("plain", (base, None, None)),
