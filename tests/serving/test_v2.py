@@ -27,6 +27,7 @@ CHOSEN = [
     ({"memdec_memory": "gated", "memdec_alpha": 0.4}, ("gated", "at most 0.4")),
 ]
 SAME = [*CHOICES, Choice("same"), Choice("same", 0.3)]
+STEPS_RUN = [("full", 0), ("full", 2), ("piecewise", 2)]  # graphs, drafts
 STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of one weight
 STEPPED = [  # prompt lengths: while decoding each passes a step; the last is read in chunks
     [(6, Choice("steps")), (17, Choice("steps")), (28, Choice("steps")), (40, Choice("steps"))],
@@ -108,13 +109,13 @@ def results(tiny_model, subprocess_env, mixed, drafters):
         batches = [asking(choices, seed=1, logprobs=5) for choices in (NONE, [Choice()] * 3, MIXED)]
         jobs[dtype] = v2_process.job(models["base"], block, batches, dtype=dtype)
     models = drafters["bfloat16"]
-    for drafts in (0, 2):
+    for graphs, drafts in STEPS_RUN:
         block = memdec_block(models) | {"speculative_tokens": drafts}
         del block["memories"]["bio"]
         block["memories"]["steps"] = {"model": models["bio"], "alpha_by_context": STEPS}
         batches = [stepped(batch, 10 * n) for n, batch in enumerate(STEPPED)]
-        jobs[f"steps, {drafts}"] = v2_process.job(
-            models["base"], block, batches, "full", dtype="bfloat16"
+        jobs[f"steps, {graphs}, {drafts}"] = v2_process.job(
+            models["base"], block, batches, graphs, dtype="bfloat16"
         )
     return v2_process.run(jobs, subprocess_env)
 
@@ -164,10 +165,13 @@ def test_drafting_in_16_bits(dtype, results, drafters):
     v2_process.check_steps(result, drafts=2)
 
 
-@pytest.mark.parametrize("drafts", [0, 2])
-def test_weights_by_context(drafts, results, drafters):
-    """Full graphs, columns of 16 bits, chunks and drafts: each row has its position's weight."""
-    result, models = v2_process.answered(results, f"steps, {drafts}"), drafters["bfloat16"]
+@pytest.mark.parametrize(("graphs", "drafts"), STEPS_RUN)
+def test_weights_by_context(graphs, drafts, results, drafters):
+    """Graphs of both kinds, columns of 16 bits, chunks and drafts: each row has its position's weight."""
+    result, models = (
+        v2_process.answered(results, f"steps, {graphs}, {drafts}"),
+        drafters["bfloat16"],
+    )
     chosen, late = [], []
     asked = [choice for batch in STEPPED for _, choice in batch]
     for (prompt, sampled, *_), choice in zip(result["requests"], asked, strict=True):
@@ -181,5 +185,6 @@ def test_weights_by_context(drafts, results, drafters):
             late.append(chosen[-1])
     v2_process.check_answers(result, models["base"], chosen, "bfloat16")
     assert v2_process.worst_error(result, models["base"], late) > 1, "no step would be seen"
-    assert v2_process.check_steps(result, drafts) == {"FULL", "NONE"}
+    modes = {"FULL", "NONE" if graphs == "full" else "PIECEWISE"}
+    assert v2_process.check_steps(result, drafts) == modes
     assert bool(result["accepted"]) == bool(drafts)  # at alpha 1 greedy drafts are all accepted
