@@ -167,7 +167,7 @@ def test_drafting_in_16_bits(dtype, results, drafters):
 
 @pytest.mark.parametrize(("graphs", "drafts"), STEPS_RUN)
 def test_weights_by_context(graphs, drafts, results, drafters):
-    """Graphs of both kinds, columns of 16 bits, chunks and drafts: each row has its position's weight."""
+    """Graphs of both kinds, 16 bits, chunks and drafts: each row has its position's weight."""
     result, models = (
         v2_process.answered(results, f"steps, {graphs}, {drafts}"),
         drafters["bfloat16"],
