@@ -1,4 +1,4 @@
-"""Give freed memory back to the system, so that what a stage let go is not the next one's peak."""
+"""Give freed RAM back to the system, so that what a stage let go is not the next one's peak."""
 
 import ctypes
 

@@ -18,7 +18,7 @@ NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
 MAX_MEMORIES = 256  # bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
-# Of the settings that are not text, alpha apart.
+# Types of the settings that are not text; alpha is checked apart.
 TYPES: dict[str, type] = {"tensor_parallel_size": int, "gate": bool, "alpha_by_context": list}
 SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond

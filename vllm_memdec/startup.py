@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-# Of a model's class, by vLLM's name.
+# What a class of vLLM's does that nothing here knows, by the name of its method.
 OWN_HOOKS = {
     "get_model_state_cls": "keeps a state of its own for each request",
     "get_kv_cache_groups": "plans its KV cache itself",  # from 0.33 on

@@ -1,4 +1,4 @@
-"""Time and memory of the training loss through the head, against dense targets in PyTorch.
+"""Time and RAM of the training loss through the head, against dense targets in PyTorch.
 
     python -m benchmarks.speed.loss      # 4,096 tokens, V = 49,152; on a GPU 151,936 as well
 
@@ -112,7 +112,7 @@ def products(h_ND, weight_VD, *_):
 
 
 def extra_mb(variant, tensors):
-    """Return by how many MB (10^6 bytes) memory rises during a step."""
+    """Return by how many MB (10^6 bytes) RAM rises during a step."""
     if tensors[0].is_cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -120,7 +120,7 @@ def extra_mb(variant, tensors):
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     ctypes.CDLL(None).malloc_trim(
         0
-    )  # else a step reuses memory that earlier ones freed, and nothing rises
+    )  # else a step reuses RAM that earlier ones freed, and nothing rises
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM restarts at what is resident now
     before = status_kb("VmRSS")
     fresh(variant, tensors)

@@ -1,4 +1,4 @@
-"""Peak memory of every stage on a corpus and on one ten times as large.
+"""Peak RAM of every stage on a corpus and on one ten times as large.
 
     python -m benchmarks.speed.peak_ram          # 0.3 M and 3 M tokens; resumes
 

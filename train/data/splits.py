@@ -32,12 +32,11 @@ def split_lengths(
     ids, group = np.unique(groups, return_inverse=True)  # ascending digests
     sizes = np.bincount(group, lengths, minlength=len(ids))
     candidates = np.flatnonzero(sizes <= max_tokens / 2)  # a long one must not take the corpus away
-    first = int(
-        np.searchsorted(np.cumsum(sizes[candidates]), enough)
-    )  # the document that makes it enough
-    held_out = np.isin(group, candidates[: first + 1])
+    # The index of the candidate with which it is enough.
+    last = int(np.searchsorted(np.cumsum(sizes[candidates]), enough))
+    held_out = np.isin(group, candidates[: last + 1])
     held_out |= np.isin(texts, texts[held_out])  # texts that are in two groups
-    if first < len(candidates) and lengths[held_out].sum() <= max_tokens:
+    if last < len(candidates) and lengths[held_out].sum() <= max_tokens:
         return np.where(held_out, 0, lengths)
     # Copies of a text are cut where its first one is, so that no text is on both sides.
     _, first_ones, text = np.unique(texts, return_index=True, return_inverse=True)

@@ -1,4 +1,4 @@
-"""Where work runs: in this process, or on Ray.
+"""The executor on Ray: a local one, or a cluster that grows and loses machines.
 
 A stage hands over a worker, a picklable callable that takes a shard's number, does the shard and
 writes its files; what it needs, a model or an index, it opens at its first call and keeps. One

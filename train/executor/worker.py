@@ -1,4 +1,4 @@
-"""Inside a process of a cluster: does one piece of work after another and sends home what came out.
+"""Inside a process of Ray: it does one piece of work after another and sends the results home.
 
 What is raised goes home as a value with its traceback, so that Ray neither wraps nor repeats it.
 """
