@@ -4,27 +4,21 @@ A reader yields (where it stands, text, value of another field). No file is held
 page of HTML, at most 8 MiB of text lines, a record of JSON or 256 rows of a table are.
 """
 
-import bz2
 import contextlib
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import shutil
 import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.files import compression, format_of
-from vllm_memdec.train.faults import reraise
+from vllm_memdec.train.data.files import format_of
+from vllm_memdec.train.data.opening import decode, opened, seekable, sentences
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
@@ -62,7 +56,7 @@ TEXT = Fields()
 def read(piece: Piece, fields: Fields) -> Iterator[Document]:
     """Yield the documents of a piece; MemdecError where it is not what its name says."""
     kind = format_of(piece.path)
-    with _sentences(piece.path):
+    with sentences(piece.path):
         if kind in TEXTS:
             yield from ((where, text, None) for where, text in TEXTS[kind](piece))
             return
@@ -209,7 +203,7 @@ def parquet(path: Path) -> Iterator[Any]:
 
 def row_groups(path: Path) -> int:
     """Return how many row groups a .parquet file has."""
-    with _sentences(path), parquet(path) as table:
+    with sentences(path), parquet(path) as table:
         return int(table.num_row_groups)
 
 
@@ -261,70 +255,6 @@ def _numbered(path: Path, batch: Any, before: int) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", row
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, what it holds if it is compressed."""
-    kind = compression(path)
-    if kind == ".zst":
-        import pyarrow
-
-        with pyarrow.CompressedInputStream(str(path), "zstd") as stream:
-            yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-        return
-    opener: Callable[..., Any] = OPENERS.get(kind, open)
-    with opener(path, "rb") as file:
-        yield file
-
-
-@contextlib.contextmanager
-def seekable(path: Path) -> Iterator[Any]:
-    """Open a file of which any part can be read; a compressed one is unpacked, on disk."""
-    import pyarrow
-
-    if not compression(path):
-        with pyarrow.OSFile(str(path)) as plain:
-            yield plain
-        return
-    with opened(path) as file, tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(file, unpacked, 1 << 20)
-        unpacked.seek(0)
-        yield unpacked
-
-
-@contextlib.contextmanager
-def _sentences(path: Path) -> Iterator[None]:
-    """Say what is wrong with a file that its library cannot read."""
-    try:
-        yield
-    except MemdecError:
-        raise
-    except Exception as error:
-        import pyarrow
-
-        reraise(error, path)
-        # OSError without a number for a broken page, UnicodeDecodeError for a column that is none
-        numbered = isinstance(error, OSError) and error.errno is not None
-        if numbered or not isinstance(error, (pyarrow.ArrowException, *BROKEN)):
-            raise
-        what = " ".join(str(error).split()) or type(error).__name__
-        kind = compression(path)[1:] or format_of(path)[1:]
-        raise MemdecError(
-            f"{path} is not a readable {kind} file ({what}): copy it again."
-        ) from None
-
-
-def decode(data: bytes, where: str, place: int = 0) -> str:
-    """Return UTF-8 as text, without its mark; place: of the data in its file."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MemdecError(
-            f"{where} is not UTF-8 text (byte {place + error.start}): convert it or leave it out."
-        ) from None
-
-
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXTS: dict[str, Callable[[Piece], Iterable[tuple[str, str]]]] = {
     ".txt": _txt,
     ".md": _txt,
