@@ -82,6 +82,40 @@ def test_rows_come_in_order(tmp_path, suffix):
     assert [text for piece in pieces(path) for text in read_documents(piece)] == texts
 
 
+@pytest.mark.parametrize("tag", ["div", "font", "b", "ul><li", "table><tr><td", "p", "blockquote"])
+@pytest.mark.parametrize("depth", [300, 2000])
+def test_a_deep_page_is_read_to_its_end(tmp_path, tag, depth):
+    """Old pages leave <font> open for each paragraph; the parser's own limit is 256 elements."""
+    path, repeats = tmp_path / "a.html", depth // (tag.count("<") + 1)
+    path.write_text(
+        "<html><body>first " + f"<{tag}>" * repeats + "deep</p><p>last</p></body></html>"
+    )
+    words = [word for word in next(documents(path)).split() if len(word) > 1]  # no bullets
+    assert words == ["first", "deep", "last"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html><body><p>first</p></body></html><p>last</p>",
+        "<html><body><p>first</p></body></html>\n<HTML><BODY>last</BODY></HTML >\n",
+        "<p>first</p><!--" + "x" * 11_000_000 + "--><p>last</p>",
+        "<p>first</p><script>" + "x" * 11_000_000 + "</script><p>last</p>",
+        "<?xml version='1.0' encoding='latin-1'?><p>first</p><?php 1 ?>last",
+    ],
+    ids=["after its end", "two pages", "long comment", "long script", "instructions"],
+)
+def test_no_text_of_a_page_is_lost(tmp_path, page):
+    (tmp_path / "a.html").write_text(page)
+    assert next(documents(tmp_path / "a.html")).split() == ["first", "last"]
+
+
+def test_a_page_of_more_than_ten_megabytes(tmp_path):
+    text = "words of a page " * 650_000 + "and its end"
+    (tmp_path / "a.html").write_text(f"<pre>{text}</pre>")
+    assert next(documents(tmp_path / "a.html")) == text
+
+
 def test_json_that_is_one_object_or_lines(tmp_path):
     path = tmp_path / "a.json"
     for text in ('{"text": "a"}', '\ufeff{"text":\n"a"}', '{"text": "a"}\n{"text": "a"}\n'):
@@ -140,6 +174,8 @@ def test_what_is_cut_off_is_named(tmp_path, suffix):
         ("a.csv", "", "a.csv is empty"),
         ("a.html", b"<p>\xef</p>", "a.html is not UTF-8"),
         ("a.html", "<p></p>", "a.html is empty"),
+        ("a.html", "<p>a</p>\0<p>b</p>", "a.html is binary, not text: convert"),
+        ("a.html", "<div>" * 2100 + "a", "a.html has elements within elements .*2,048.*: flatten"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path, name, content, match):
