@@ -145,6 +145,27 @@ def test_a_long_text_is_divided_alike_if_it_is_compressed(tmp_path, monkeypatch)
     assert text_hash(tmp_path / "a.txt") == text_hash(tmp_path / "b.txt.gz")
 
 
+@pytest.mark.parametrize("size", [16, 17, 50, 64, 10**6])
+def test_line_ends_divide_a_long_text_alike(tmp_path, monkeypatch, size):
+    """A line of the marker separates, whatever ends it, and pieces begin where lines do."""
+    monkeypatch.setattr(readers, "PIECE_BYTES", size)
+    marker = "<|endoftext|>"
+    text = "".join(f"line {n}\n" * (n % 5 + 1) + f" {marker}\n" * (n % 3) for n in range(30))
+    (tmp_path / "a.txt").write_text(text)
+    expected = list(documents(tmp_path / "a.txt"))
+    (tmp_path / "cr.txt").write_text(text.replace("\n", "\r"))
+    assert list(documents(tmp_path / "cr.txt")) == expected
+    mixed = "".join(
+        line[:-1] + ("\r\n", "\r", "\n")[n * n % 3]
+        for n, line in enumerate(text.splitlines(keepends=True))
+    )
+    (tmp_path / "mixed.txt").write_bytes(mixed.encode())
+    (tmp_path / "mixed.txt.gz").write_bytes(gzip.compress(mixed.encode()))
+    assert list(documents(tmp_path / "mixed.txt.gz")) == list(documents(tmp_path / "mixed.txt"))
+    together = "\n".join(documents(tmp_path / "mixed.txt")).replace(marker, "").split()
+    assert together == text.replace(marker, "").split()
+
+
 @pytest.mark.parametrize("suffix", [*(f".jsonl{c}" for c in COMPRESSIONS), ".parquet.gz", ".arrow"])
 def test_what_is_cut_off_is_named(tmp_path, suffix):
     kind = "." + suffix.split(".")[1]

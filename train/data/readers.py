@@ -24,7 +24,7 @@ TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
 FIELDS_NAMED = 12
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
-SEPARATOR = re.compile(r"^[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*\r?$", re.MULTILINE)
+SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
 END_OF_PAGE = re.compile(r"</(?:body|html)\s*>", re.IGNORECASE)
 DEEPEST = 2048  # elements within each other that the parser of HTML takes
 BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
@@ -113,9 +113,24 @@ def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             place += len(line)
 
 
+def text_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yield what lines() does, of lines that end in LF, CR LF or CR."""
+    with opened(piece.path) as file:
+        place = max(piece.start - 1, 0)
+        if place:
+            file.seek(place)
+        for part in file:
+            for line in part.splitlines(keepends=True):
+                if piece.stop is not None and place >= piece.stop:
+                    return
+                if place >= piece.start:
+                    yield place, line
+                place += len(line)
+
+
 def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
     """Yield a document for each of the pieces that a file of lines has, or several (SEPARATOR)."""
-    for _, part in groupby(lines(piece), lambda line: line[0] // PIECE_BYTES):
+    for _, part in groupby(text_lines(piece), lambda line: line[0] // PIECE_BYTES):
         places, texts = zip(*part, strict=True)
         text = decode(b"".join(texts), str(piece.path), places[0])
         documents = SEPARATOR.split(text) if "<|end" in text else [text]
