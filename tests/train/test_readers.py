@@ -222,6 +222,32 @@ def test_no_file_is_held_whole(tmp_path):
         path.unlink()
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".parquet.gz", ".arrow", ".arrow.gz"])
+@pytest.mark.parametrize("parts", [1, 8])
+def test_no_table_is_held_whole(tmp_path, suffix, parts):
+    """20 MB in one row group or record batch, or in eight, beside another column as large."""
+    rows = 4000
+    texts = [f"{n:04}" * 1250 for n in range(rows)]
+    table = pa.table({"text": texts, "other": texts})
+    path = tmp_path / f"a{suffix.removesuffix('.gz')}"
+    if suffix.startswith(".parquet"):
+        pq.write_table(table, path, rows // parts, compression="none", use_dictionary=False)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=rows // parts)
+    if suffix.endswith(".gz"):
+        data, path = path.read_bytes(), tmp_path / f"a{suffix}"
+        path.write_bytes(gzip.compress(data, 0))
+        del data
+    held, before = 0, pa.total_allocated_bytes()
+    tracemalloc.start()
+    for _ in documents(path):
+        of_python = tracemalloc.get_traced_memory()[0]
+        held = max(held, of_python + pa.total_allocated_bytes() - before)
+    tracemalloc.stop()
+    assert held < 12e6  # a page of a column has 1,024 rows, 5 MB, and these are strings as well
+
+
 def test_data_beside_what_datasets_writes(tmp_path):
     as_arrow(tmp_path / "data-00000-of-00001.arrow", [DOCUMENT])
     for name in ("state.json", "dataset_info.json"):

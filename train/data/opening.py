@@ -36,18 +36,15 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def seekable(path: Path) -> Iterator[Any]:
-    """Open a file of which any part can be read; a compressed one is unpacked, on disk."""
-    import pyarrow
-
+def unpacked(path: Path) -> Iterator[str]:
+    """Yield the path of what a file holds: its own, or of a copy on disk that is not compressed."""
     if not compression(path):
-        with pyarrow.OSFile(str(path)) as plain:
-            yield plain
+        yield str(path)
         return
-    with opened(path) as file, tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(file, unpacked, 1 << 20)
-        unpacked.seek(0)
-        yield unpacked
+    with opened(path) as file, tempfile.TemporaryFile() as copy:  # nothing of it outlives a kill
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.flush()
+        yield f"/dev/fd/{copy.fileno()}"
 
 
 @contextlib.contextmanager

@@ -18,9 +18,10 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.files import format_of
-from vllm_memdec.train.data.opening import decode, opened, seekable, sentences
+from vllm_memdec.train.data.opening import decode, opened, sentences, unpacked
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
+PAGE_BYTES = 2**20  # bytes of a column that are read at once
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
 FIELDS_NAMED = 12
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
@@ -232,10 +233,14 @@ def _csv(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def parquet(path: Path) -> Iterator[Any]:
-    """Open a .parquet file."""
+    """Open a .parquet file, to be read page by page: a row group may be all of the file."""
     import pyarrow.parquet
 
-    with seekable(path) as file, pyarrow.parquet.ParquetFile(file) as table:
+    with (
+        unpacked(path) as place,
+        pyarrow.OSFile(place) as file,
+        pyarrow.parquet.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False) as table,
+    ):
         yield table
 
 
@@ -261,7 +266,8 @@ def _arrow(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
     """Yield the rows of Arrow's file format, or of its stream, which `datasets` writes."""
     import pyarrow
 
-    with seekable(piece.path) as file:
+    # A map holds nothing: a record batch may be all of the file.
+    with unpacked(piece.path) as place, pyarrow.memory_map(place) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
