@@ -188,7 +188,35 @@ def test_what_is_cut_off_is_named(tmp_path, suffix):
         ("a.json", '[{"text": "a"', "a.json is not valid JSON .*: mend it"),
         ("a.json", '[{"text": nope}]', "a.json is not valid JSON .*: mend it"),
         ("a.json", "", "a.json is empty"),
-        ("a.json", "[3]", "row 1: every row needs a string field `text`"),
+        (
+            "a.json",
+            "[3]",
+            "row 1: every row needs a string field `text`, and is a number, no object",
+        ),
+        (
+            "a.json",
+            '["a"]',
+            "row 1: every row needs a string field `text`, and is a string, no obj",
+        ),
+        (
+            "a.jsonl",
+            "null",
+            "line 1: every row needs a string field `text`, and is null, no object",
+        ),
+        (
+            "a.jsonl",
+            "[{}]",
+            "line 1: every row needs a string field `text`, and is a list, no object",
+        ),
+        ("a.json", f'[{{"n": {2**70}}}]', f"a.json has an integer beyond 64 bits .{2**70}.: write"),
+        (
+            "a.json",
+            f'[{{"n": {"9" * 5000}}}]',
+            r"64 bits .9{20,40}\.\.\..: write it as a string, or",
+        ),
+        ("a.jsonl", f'{{"n": {"9" * 5000}}}', "line 1 has an integer .* 4,300 digits: write it as"),
+        ("a.csv", "some text\n", "a.csv: .* `text`, it has some text: .*no first line of names"),
+        ("a.csv", "id,text\n1\n", "row 1 has fewer fields than the first line names: mend"),
         ("a.csv", 'text\n"a', "a.csv is not valid CSV"),
         ("a.csv", "text\na,b\n", "row 1 has more fields"),
         ("a.csv", b"text\n\xef\n", "a.csv is not UTF-8"),
@@ -203,6 +231,56 @@ def test_what_is_wrong_is_one_sentence(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(MemdecError, match=match):
         text_hash(tmp_path / name)
+
+
+VALUES = {
+    "null": None, "bytes": b"\xff", "a list": ["a"], "a number": 3, "a boolean": True,
+    "an object": {"a": "b"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_field_that_is_no_string_says_what_it_is(tmp_path, kind):
+    value = VALUES[kind]
+    rows = [{"text": None, "meta": {"body": None}}, {"text": value, "meta": {"body": value}}]
+    rows = [{"text": "a", "meta": {"body": "a"}}, *rows] if kind == "null" else rows[1:]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    if kind != "bytes":
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in tmp_path.iterdir():
+        row = f"{'line' if path.suffix == '.jsonl' else 'row'} {1 + (kind == 'null')}"
+        for field in ("text", "meta.body"):
+            with pytest.raises(MemdecError) as refused:
+                list(documents(path, Fields(field)))
+            assert str(refused.value) == (
+                f"{path}, {row}: every row needs a string field `{field}`, here it is {kind}: "
+                "write a string there, give another field with --text-field (corpus.text_field), "
+                "or leave the file out."
+            )
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".csv"])
+def test_long_names_of_fields_are_cut(tmp_path, suffix):
+    """A file without a header has text for names, and objects may be keyed by addresses."""
+    name, path = "a name\nof " + "many words " * 20, tmp_path / f"a{suffix}"
+    table = pa.table({name: ["a"], "id": ["b"]})
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    elif suffix == ".arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif suffix == ".csv":
+        path.write_text(f'"{name}",id\na,b\n')
+    else:
+        path.write_text(json.dumps(table.to_pylist()[0]))
+    with pytest.raises(
+        MemdecError, match=r"it has a name of many words many words many \.\.\., id: "
+    ):
+        list(documents(path))
 
 
 def test_no_file_is_held_whole(tmp_path):

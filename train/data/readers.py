@@ -1,7 +1,7 @@
 """Read one file of a corpus, whatever its format and compression: its documents, one by one.
 
 A reader yields (where it stands, text, value of another field). No file is held whole: but for a
-page of HTML, at most 8 MiB of text lines, a record of JSON or 256 rows of a table are.
+page of HTML, at most 8 MiB of text lines, a record of JSON or a page of a table's columns are.
 """
 
 import contextlib
@@ -24,6 +24,18 @@ TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PAGE_BYTES = 2**20  # bytes of a column that are read at once
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
 FIELDS_NAMED = 12
+NAME = 40  # characters of a field's name that an error shows
+MISSING = object()
+KINDS = {  # what errors call a value
+    type(None): "null",
+    str: "a string",
+    bytes: "bytes",
+    list: "a list",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    dict: "an object",
+}
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
 SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
 END_OF_PAGE = re.compile(r"</(?:body|html)\s*>", re.IGNORECASE)
@@ -68,27 +80,36 @@ def read(piece: Piece, fields: Fields) -> Iterator[Document]:
             yield where, _text(row, fields.text, where), lookup(row, fields.group)
 
 
-def lookup(row: Any, name: str | None) -> Any:
-    """Return the value of a field, None if there is none: a.b is the field b in the field a."""
+def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
+    """Return the value of a field, or `missing`: a.b is the field b in the field a."""
     if not isinstance(row, dict) or name is None:
-        return None
+        return missing
     if name in row or "." not in name:
-        return row.get(name)
+        return row.get(name, missing)
     for part in name.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
+        if row is not None:
+            row = row.get(part, missing) if isinstance(row, dict) else missing
     return row
 
 
 def _text(row: Any, name: str, where: str) -> str:
     text = lookup(row, name)
-    if not isinstance(text, str):
-        there = ", ".join(_fields(row)) if isinstance(row, dict) else ""
-        has = f"it has {there}" if there else "it has no fields"
-        raise MemdecError(
-            f"{where}: every row needs a string field `{name}`, {has}: give the right one with "
-            "--text-field (corpus.text_field), or leave the file out."
-        )
-    return text
+    if isinstance(text, str):
+        return text
+    option = "--text-field (corpus.text_field)"
+    if not isinstance(row, dict):
+        what = f"and is {_kind(row)}, no object: write it as an object"
+    elif lookup(row, name, MISSING) is MISSING:
+        what = f"it has {listed(_fields(row))}: give the right one with {option}"
+    else:
+        what = f"here it is {_kind(text)}: write a string there, give another field with {option}"
+    raise MemdecError(
+        f"{where}: every row needs a string field `{name}`, {what}, or leave the file out."
+    )
+
+
+def _kind(value: Any) -> str:
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def _fields(row: dict[str, Any], before: str = "") -> list[str]:
@@ -97,7 +118,14 @@ def _fields(row: dict[str, Any], before: str = "") -> list[str]:
     for name, value in row.items():
         within = isinstance(value, dict) and value and not before
         names += _fields(value, f"{name}.") if within else [f"{before}{name}"]
-    return names if len(names) <= FIELDS_NAMED else [*names[:FIELDS_NAMED], "..."]
+    return names
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the names of fields in words; long ones cut, as text that was taken for names is."""
+    words = [" ".join(name.split()) for name in names]
+    words = [w if len(w) <= NAME else f"{w[: NAME - 3]}..." for w in words]
+    return ", ".join([*words[:FIELDS_NAMED], *["..."][: len(words) > FIELDS_NAMED]]) or "no fields"
 
 
 def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -183,6 +211,11 @@ def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(text)
         except (ValueError, RecursionError) as error:
             what = str(error).split(":")[0]
+            if "integer string conversion" in what:
+                raise MemdecError(
+                    f"{where} has an integer of more than {sys.get_int_max_str_digits():,} digits: "
+                    "write it as a string."
+                ) from None
             raise MemdecError(f"{where} is not valid JSON ({what}): mend the line.") from None
 
 
@@ -205,6 +238,13 @@ def _json(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
                 return
             said = error.args[0] if error.args else ""
             what = (said.decode(errors="replace") if isinstance(said, bytes) else str(said)) or "?"
+            if "integer overflow" in what:  # a second line has some of the text, with the number
+                digits = re.search(r"(-?\d{18,})(\s*\n)?", what)
+                shown = f" ({digits[1]}{digits[2] and '...' or ''})" if digits else ""
+                raise MemdecError(
+                    f"{piece.path} has an integer beyond 64 bits{shown}: write it as a string, or "
+                    "each object as a line of a .jsonl file, which takes it."
+                ) from None
             raise MemdecError(
                 f"{piece.path} is not valid JSON ({what.splitlines()[0].strip()}): mend it."
             ) from None
@@ -216,11 +256,18 @@ def _csv(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         rows = csv.DictReader(text, strict=True)
         try:
+            if (names := rows.fieldnames) and fields.text not in names:
+                raise MemdecError(
+                    f"{piece.path}: every row needs a string field `{fields.text}`, it has "
+                    f"{listed(names)}: give the right one with --text-field (corpus.text_field), "
+                    "or, if the file has no first line of names, add one."
+                )
             for number, row in enumerate(rows, 1):
                 where = f"{piece.path}, row {number}"
-                if None in row:
+                if None in row or row[fields.text] is None:
+                    more = "more" if None in row else "fewer"
                     raise MemdecError(
-                        f"{where} has more fields than the first line names: mend the quotes."
+                        f"{where} has {more} fields than the first line names: mend the quotes."
                     )
                 yield where, row
         except csv.Error as error:
@@ -285,11 +332,9 @@ def _columns(path: Path, there: list[str], fields: Fields) -> list[str]:
     """Return the columns that hold the fields; MemdecError if there is none for the text."""
     whole = {name: name if name in there else name.split(".")[0] for name in fields.names}
     if whole[fields.text] not in there:
-        named = [*there[:FIELDS_NAMED], *["..."][: len(there) > FIELDS_NAMED]]
         raise MemdecError(
-            f"{path}: a {format_of(path)[1:]} corpus needs a string column `{fields.text}`, it has "
-            f"{', '.join(named) or 'none'}: give the right one with --text-field "
-            "(corpus.text_field)."
+            f"{path}: the table needs a string column `{fields.text}`, it has {listed(there)}: "
+            "give the right one with --text-field (corpus.text_field)."
         )
     return list(dict.fromkeys(name for name in whole.values() if name in there))
 
