@@ -72,7 +72,7 @@ CORPORA = {
         write("a.jsonl", ROW.encode() + b'\n{"text": "\xef"}'), "line 2 is not UTF-8", "convert",
     ),
     "broken JSON": (write("a.jsonl", ROW + '\n{"text": "x'), "line 2 is not valid JSON", "mend"),
-    "huge number": (write("a.jsonl", "1" * 5000), "line 1 is not valid JSON", "mend"),
+    "huge number": (write("a.jsonl", "1" * 5000), "line 1 has an integer", "as a string"),
     "row without text": (write("a.jsonl", ROW + '\n{"txt": "x"}'), "line 2", "string field `text`"),
     "row is a list": (write("a.jsonl", "[1]"), "line 1", "string field `text`"),
     "text is a number": (write("a.jsonl", '{"text": 3}'), "line 1", "string field `text`"),

@@ -120,7 +120,7 @@ def test_special_tokens_in_a_document_are_text(tiny_model, kind):
 
 def test_a_text_file_of_several_documents(tmp_path, jsonl):
     stories = ["One day\nthere was a bird.", "Two days.", "It said <|endoftext|> and left."]
-    for n, ends in enumerate(("\n", "\r\n")):
+    for n, ends in enumerate(("\n", "\r\n", "\r")):
         text = "\n<|endoftext|>\n".join(stories) + "\n<|endoftext|>\n"
         path = tmp_path / f"{n}.txt"
         path.write_bytes(text.replace("\n", ends).encode())

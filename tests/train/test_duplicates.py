@@ -1,5 +1,7 @@
 """What is held out and trained on as well: never word for word, and near copies are measured."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -35,13 +37,38 @@ def test_equal_and_near_documents_are_counted(monkeypatch, at_once):
     assert overlap([], held_out).near == 0
 
 
-def test_a_phrase_that_all_documents_have_makes_none_near():
-    phrase = rng.integers(0, 5000, 60).astype(np.int32)
-    train, held_out = (
-        [np.concatenate([phrase, document]) for document in random_documents(50, 140)]
-        for _ in range(2)
-    )
-    assert overlap(train, held_out) == Overlap(50, 0, 50, 0)
+def with_header(documents, header):
+    return [np.concatenate([header, document]) for document in documents]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_a_header_that_many_documents_have_makes_none_near(share):
+    """A licence or a table's head is no copy, however long: what follows it is compared."""
+    header = rng.integers(0, 5000, round(share * 400)).astype(np.int32)
+    length = 400 - len(header)
+    train = with_header(random_documents(50, length), header)
+    held_out = with_header(random_documents(50, length), header)
+    held_out += [np.concatenate([header, changed(d[len(header) :], 0.2)]) for d in train[:5]]
+    assert overlap(train, held_out) == Overlap(55, 0, 55, 5)
+
+
+def test_a_header_costs_nothing():
+    """Pairs of a training and a held-out document are kept for what few of them share."""
+    header = rng.integers(0, 5000, 100).astype(np.int32)
+    train = with_header(random_documents(600, 100), header)
+    held_out = with_header(random_documents(512, 100), header)
+    tracemalloc.start()
+    overlap(train, held_out)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6  # of 300,000 pairs, with some thirty shingles each, it would be 200 MB
+
+
+def test_copies_of_one_document_are_no_header():
+    """A text that is held out many times is compared once, whatever it shares with itself."""
+    [one], train = random_documents(1), random_documents(20)
+    held_out = [one] * 30 + random_documents(3)
+    assert overlap([*train, changed(one, 0.2)], held_out) == Overlap(33, 0, 4, 1)
 
 
 def test_only_a_sample_is_compared(monkeypatch):

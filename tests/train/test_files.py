@@ -1,12 +1,14 @@
 """Which files of a folder are a corpus: links once, nothing hidden, the rest is named."""
 
+import gzip
 import json
 
+import pyarrow as pa
 import pytest
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.documents import documents
-from vllm_memdec.train.data.files import corpus_files
+from vllm_memdec.train.data.files import COMPRESSIONS, corpus_files
 
 TEXT = "Words of a corpus. " * 20
 
@@ -79,6 +81,48 @@ def test_what_is_left_out_is_named(folder):
         corpus_files(folder)
     for part in ("most of", "2 .pdf (5.0 kB)", "1 files (3.8 kB)", "pdftotext", "README.md"):
         assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "suffix", [*(f".jsonl{c}" for c in COMPRESSIONS), ".parquet", ".arrow", ".parquet.gz"]
+)
+def test_a_file_of_no_bytes_that_should_have_a_header(folder, suffix):
+    """An interrupted copy leaves it; one format's library names its codec, another says nothing."""
+    (folder / f"b{suffix}").touch()
+    for path in (folder, folder / f"b{suffix}"):
+        with pytest.raises(MemdecError) as refused:
+            list(documents(path))
+        assert str(refused.value) == (
+            f"{folder / 'b'}{suffix} has 0 bytes, which no {suffix[1:]} file has: copy it again, "
+            "or remove it."
+        )
+    (folder / f"c{suffix}").touch()
+    with pytest.raises(MemdecError, match=r"file has \(1 more are like it\): copy"):
+        list(documents(folder))
+
+
+def test_a_text_of_no_bytes_is_no_document(folder):
+    """Tools that write a file a worker leave some of them empty."""
+    for suffix in (".txt", ".jsonl", ".json", ".csv", ".html"):
+        (folder / f"b{suffix}").touch()
+    (folder / "c.txt.gz").write_bytes(gzip.compress(b""))
+    assert list(documents(folder)) == ["first"]
+
+
+def test_caches_of_datasets_are_left_out(folder):
+    """Its maps and filters leave all rows once more beside the data."""
+    table = pa.table({"text": [TEXT] * 20})
+    for name in ("cache-0a1b2c3d.arrow", "cache-4e5f_00000_of_00002.arrow", "data.arrow"):
+        with pa.ipc.new_stream(str(folder / name), table.schema) as writer:
+            writer.write_table(table)
+    assert list(documents(folder)) == ["first", *[TEXT] * 20]
+    assert corpus_files(folder).counts == {"cache-*.arrow": 2}
+    assert len(list(documents(folder / "cache-0a1b2c3d.arrow"))) == 20  # the user named it
+    (folder / "data.arrow").unlink()
+    assert list(documents(folder)) == ["first"]
+    (folder / "a.txt").unlink()
+    with pytest.raises(MemdecError, match=r"2 cache-\*.arrow .*save_to_disk"):
+        corpus_files(folder)
 
 
 def test_a_build_says_what_it_left_out(build, tiny_model, folder, tmp_path, english):

@@ -82,6 +82,40 @@ def test_rows_come_in_order(tmp_path, suffix):
     assert [text for piece in pieces(path) for text in read_documents(piece)] == texts
 
 
+@pytest.mark.parametrize("tag", ["div", "font", "b", "ul><li", "table><tr><td", "p", "blockquote"])
+@pytest.mark.parametrize("depth", [300, 2000])
+def test_a_deep_page_is_read_to_its_end(tmp_path, tag, depth):
+    """Old pages leave <font> open for each paragraph; the parser's own limit is 256 elements."""
+    path, repeats = tmp_path / "a.html", depth // (tag.count("<") + 1)
+    path.write_text(
+        "<html><body>first " + f"<{tag}>" * repeats + "deep</p><p>last</p></body></html>"
+    )
+    words = [word for word in next(documents(path)).split() if len(word) > 1]  # no bullets
+    assert words == ["first", "deep", "last"]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "<html><body><p>first</p></body></html><p>last</p>",
+        "<html><body><p>first</p></body></html>\n<HTML><BODY>last</BODY></HTML >\n",
+        "<p>first</p><!--" + "x" * 11_000_000 + "--><p>last</p>",
+        "<p>first</p><script>" + "x" * 11_000_000 + "</script><p>last</p>",
+        "<?xml version='1.0' encoding='latin-1'?><p>first</p><?php 1 ?>last",
+    ],
+    ids=["after its end", "two pages", "long comment", "long script", "instructions"],
+)
+def test_no_text_of_a_page_is_lost(tmp_path, page):
+    (tmp_path / "a.html").write_text(page)
+    assert next(documents(tmp_path / "a.html")).split() == ["first", "last"]
+
+
+def test_a_page_of_more_than_ten_megabytes(tmp_path):
+    text = "words of a page " * 650_000 + "and its end"
+    (tmp_path / "a.html").write_text(f"<pre>{text}</pre>")
+    assert next(documents(tmp_path / "a.html")) == text
+
+
 def test_json_that_is_one_object_or_lines(tmp_path):
     path = tmp_path / "a.json"
     for text in ('{"text": "a"}', '\ufeff{"text":\n"a"}', '{"text": "a"}\n{"text": "a"}\n'):
@@ -111,6 +145,27 @@ def test_a_long_text_is_divided_alike_if_it_is_compressed(tmp_path, monkeypatch)
     assert text_hash(tmp_path / "a.txt") == text_hash(tmp_path / "b.txt.gz")
 
 
+@pytest.mark.parametrize("size", [16, 17, 50, 64, 10**6])
+def test_line_ends_divide_a_long_text_alike(tmp_path, monkeypatch, size):
+    """A line of the marker separates, whatever ends it, and pieces begin where lines do."""
+    monkeypatch.setattr(readers, "PIECE_BYTES", size)
+    marker = "<|endoftext|>"
+    text = "".join(f"line {n}\n" * (n % 5 + 1) + f" {marker}\n" * (n % 3) for n in range(30))
+    (tmp_path / "a.txt").write_text(text)
+    expected = list(documents(tmp_path / "a.txt"))
+    (tmp_path / "cr.txt").write_text(text.replace("\n", "\r"))
+    assert list(documents(tmp_path / "cr.txt")) == expected
+    mixed = "".join(
+        line[:-1] + ("\r\n", "\r", "\n")[n * n % 3]
+        for n, line in enumerate(text.splitlines(keepends=True))
+    )
+    (tmp_path / "mixed.txt").write_bytes(mixed.encode())
+    (tmp_path / "mixed.txt.gz").write_bytes(gzip.compress(mixed.encode()))
+    assert list(documents(tmp_path / "mixed.txt.gz")) == list(documents(tmp_path / "mixed.txt"))
+    together = "\n".join(documents(tmp_path / "mixed.txt")).replace(marker, "").split()
+    assert together == text.replace(marker, "").split()
+
+
 @pytest.mark.parametrize("suffix", [*(f".jsonl{c}" for c in COMPRESSIONS), ".parquet.gz", ".arrow"])
 def test_what_is_cut_off_is_named(tmp_path, suffix):
     kind = "." + suffix.split(".")[1]
@@ -133,19 +188,99 @@ def test_what_is_cut_off_is_named(tmp_path, suffix):
         ("a.json", '[{"text": "a"', "a.json is not valid JSON .*: mend it"),
         ("a.json", '[{"text": nope}]', "a.json is not valid JSON .*: mend it"),
         ("a.json", "", "a.json is empty"),
-        ("a.json", "[3]", "row 1: every row needs a string field `text`"),
+        (
+            "a.json",
+            "[3]",
+            "row 1: every row needs a string field `text`, and is a number, no object",
+        ),
+        (
+            "a.json",
+            '["a"]',
+            "row 1: every row needs a string field `text`, and is a string, no obj",
+        ),
+        (
+            "a.jsonl",
+            "null",
+            "line 1: every row needs a string field `text`, and is null, no object",
+        ),
+        (
+            "a.jsonl",
+            "[{}]",
+            "line 1: every row needs a string field `text`, and is a list, no object",
+        ),
+        ("a.json", f'[{{"n": {2**70}}}]', f"a.json has an integer beyond 64 bits .{2**70}.: write"),
+        (
+            "a.json",
+            f'[{{"n": {"9" * 5000}}}]',
+            r"64 bits .9{20,40}\.\.\..: write it as a string, or",
+        ),
+        ("a.jsonl", f'{{"n": {"9" * 5000}}}', "line 1 has an integer .* 4,300 digits: write it as"),
+        ("a.csv", "some text\n", "a.csv: .* `text`, it has some text: .*no first line of names"),
+        ("a.csv", "id,text\n1\n", "row 1 has fewer fields than the first line names: mend"),
         ("a.csv", 'text\n"a', "a.csv is not valid CSV"),
         ("a.csv", "text\na,b\n", "row 1 has more fields"),
         ("a.csv", b"text\n\xef\n", "a.csv is not UTF-8"),
         ("a.csv", "", "a.csv is empty"),
         ("a.html", b"<p>\xef</p>", "a.html is not UTF-8"),
         ("a.html", "<p></p>", "a.html is empty"),
+        ("a.html", "<p>a</p>\0<p>b</p>", "a.html is binary, not text: convert"),
+        ("a.html", "<div>" * 2100 + "a", "a.html has elements within elements .*2,048.*: flatten"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path, name, content, match):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(MemdecError, match=match):
         text_hash(tmp_path / name)
+
+
+VALUES = {
+    "null": None, "bytes": b"\xff", "a list": ["a"], "a number": 3, "a boolean": True,
+    "an object": {"a": "b"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_a_field_that_is_no_string_says_what_it_is(tmp_path, kind):
+    value = VALUES[kind]
+    rows = [{"text": None, "meta": {"body": None}}, {"text": value, "meta": {"body": value}}]
+    rows = [{"text": "a", "meta": {"body": "a"}}, *rows] if kind == "null" else rows[1:]
+    table = pa.Table.from_pylist(rows)
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    if kind != "bytes":
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in tmp_path.iterdir():
+        row = f"{'line' if path.suffix == '.jsonl' else 'row'} {1 + (kind == 'null')}"
+        for field in ("text", "meta.body"):
+            with pytest.raises(MemdecError) as refused:
+                list(documents(path, Fields(field)))
+            assert str(refused.value) == (
+                f"{path}, {row}: every row needs a string field `{field}`, here it is {kind}: "
+                "write a string there, give another field with --text-field (corpus.text_field), "
+                "or leave the file out."
+            )
+
+
+@pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".csv"])
+def test_long_names_of_fields_are_cut(tmp_path, suffix):
+    """A file without a header has text for names, and objects may be keyed by addresses."""
+    name, path = "a name\nof " + "many words " * 20, tmp_path / f"a{suffix}"
+    table = pa.table({name: ["a"], "id": ["b"]})
+    if suffix == ".parquet":
+        pq.write_table(table, path)
+    elif suffix == ".arrow":
+        with pa.ipc.new_stream(str(path), table.schema) as writer:
+            writer.write_table(table)
+    elif suffix == ".csv":
+        path.write_text(f'"{name}",id\na,b\n')
+    else:
+        path.write_text(json.dumps(table.to_pylist()[0]))
+    with pytest.raises(
+        MemdecError, match=r"it has a name of many words many words many \.\.\., id: "
+    ):
+        list(documents(path))
 
 
 def test_no_file_is_held_whole(tmp_path):
@@ -163,6 +298,32 @@ def test_no_file_is_held_whole(tmp_path):
         tracemalloc.stop()
         assert peak < 12e6, (suffix, peak)
         path.unlink()
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".parquet.gz", ".arrow", ".arrow.gz"])
+@pytest.mark.parametrize("parts", [1, 8])
+def test_no_table_is_held_whole(tmp_path, suffix, parts):
+    """20 MB in one row group or record batch, or in eight, beside another column as large."""
+    rows = 4000
+    texts = [f"{n:04}" * 1250 for n in range(rows)]
+    table = pa.table({"text": texts, "other": texts})
+    path = tmp_path / f"a{suffix.removesuffix('.gz')}"
+    if suffix.startswith(".parquet"):
+        pq.write_table(table, path, rows // parts, compression="none", use_dictionary=False)
+    else:
+        with pa.ipc.new_file(str(path), table.schema) as writer:
+            writer.write_table(table, max_chunksize=rows // parts)
+    if suffix.endswith(".gz"):
+        data, path = path.read_bytes(), tmp_path / f"a{suffix}"
+        path.write_bytes(gzip.compress(data, 0))
+        del data
+    held, before = 0, pa.total_allocated_bytes()
+    tracemalloc.start()
+    for _ in documents(path):
+        of_python = tracemalloc.get_traced_memory()[0]
+        held = max(held, of_python + pa.total_allocated_bytes() - before)
+    tracemalloc.stop()
+    assert held < 12e6  # a page of a column has 1,024 rows, 5 MB, and these are strings as well
 
 
 def test_data_beside_what_datasets_writes(tmp_path):

@@ -17,7 +17,7 @@ from vllm_memdec.train.data.files import compression, corpus_files, format_of
 from vllm_memdec.train.data.readers import TEXT, Fields, Piece
 from vllm_memdec.train.settings import CorpusSettings
 
-READER = 2  # raised whenever the same files give other documents
+READER = 3  # raised whenever the same files give other documents
 TEXT_FILES = (".txt", ".md")
 DIVIDED = (*TEXT_FILES, ".jsonl")  # files of lines, which can be read from anywhere
 
@@ -50,7 +50,7 @@ def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
     """
     for where, text, value in readers.read(piece, fields):
         if "\0" in text or not _encodable(text):
-            raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
+            raise MemdecError(f"{where} {readers.BINARY}")
         if "\r" in text:  # a memory of Windows line ends would never see them in a prompt
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():

@@ -3,6 +3,8 @@
 A held-out document is near to a training document that has half of its shingles: runs of eight
 tokens, of which a quarter is looked at, chosen by hash. On token arrays that is some lines of
 numpy; libraries for MinHash hash each shingle in Python, which costs more than the tokenising.
+Shingles that many held-out documents have (a licence, a header) are left out: they are of no
+document, and each would be compared with each.
 """
 
 import hashlib
@@ -17,6 +19,7 @@ from vllm_memdec.train.data.blocks import load_blocks
 
 SHINGLE = 8  # tokens
 KEPT = 4  # of so many shingles one is looked at
+MAX_OWNERS = 16  # held-out documents that may have a shingle that is compared
 MIN_SHINGLES = 4  # shingles of a document that can be judged
 NEAR = 0.5  # share of its shingles that one training document has
 SAMPLE = 512  # held-out documents that are compared, at most
@@ -32,7 +35,7 @@ class Overlap:
 
     documents: int  # held out
     equal: int  # of them, those that are trained on word for word
-    compared: int  # of them, those looked at for near copies
+    compared: int  # of them, those looked at for near copies, each text once
     near: int  # of those, the ones with a near copy and none that is equal
 
 
@@ -57,10 +60,14 @@ def overlap(train: Iterable[np.ndarray], held_out: Iterable[np.ndarray]) -> Over
     for documents, document in enumerate(held_out, 1):
         digest = _digest(document)
         known[digest] = known.get(digest, 0) + 1
+        if known[digest] > 1:
+            continue
         entry = int.from_bytes(digest), documents, np.array(document[:MAX_TOKENS])
         (heapq.heappush if len(sample) < SAMPLE else heapq.heappushpop)(sample, entry)
     hashes, owners = _shingles([document for _, _, document in sample])
     pairs = np.unique(np.stack([hashes, owners.astype(np.uint64)]), axis=1)
+    _, of_hash, counts = np.unique(pairs[0], return_inverse=True, return_counts=True)
+    pairs = pairs[:, counts[of_hash] <= MAX_OWNERS]
     hashes, owners = pairs[0], pairs[1].astype(np.int64)  # ascending hashes
     sizes = np.bincount(owners, minlength=len(sample))
     shared = np.zeros(len(sample), np.int64)

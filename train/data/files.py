@@ -19,6 +19,8 @@ FORMATS = (
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 # What `datasets` writes beside its data.
 METADATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+CACHE = "cache-*.arrow"  # what its maps and filters leave: the rows once more, or some of them
+HEADED = (*COMPRESSIONS, ".parquet", ".arrow")  # kinds of files that have a header
 TABLE = "train/README.md, What is read"
 HIDDEN = "."
 # What to do with a kind of file that holds text but is not read.
@@ -26,6 +28,7 @@ REMEDIES = {
     ".pdf": "PDF: pdftotext FILE.pdf",
     ".docx": "Word: pandoc -o FILE.txt FILE.docx",
     ".epub": "EPUB: pandoc -o FILE.txt FILE.epub",
+    CACHE: "caches of datasets: save them with save_to_disk, or give one by its own path",
     ".zip": "unpack archives",
     ".tar": "unpack archives",
     ".tar.gz": "unpack archives",
@@ -86,18 +89,27 @@ def corpus_files(path: Path) -> CorpusFiles:
     if not path.exists():
         raise MemdecError(f"{path} does not exist: check the path.")
     corpus = CorpusFiles(path)
-    weight, media = 0, 0
+    weight, no_text = 0, 0
+    cut: list[Path] = []
     for file in [path] if path.is_file() else sorted(_walk(corpus)):
         size, suffix = file.stat().st_size, format_of(file)
-        if suffix in FORMATS and file.name not in METADATA:
+        beside = "" if path.is_file() else _of_datasets(file)  # a file that is named is read
+        if suffix in FORMATS and not beside:
             corpus.files.append(file)
             weight += size
+            cut += [file] if not size and (compression(file) or suffix) in HEADED else []
             continue
-        suffix = file.name if file.name in METADATA else suffix + compression(file)
+        suffix = beside or suffix + compression(file)
         corpus.counts[suffix] += 1
         corpus.sizes[suffix] += size
         kind = mimetypes.guess_type(file.name)[0] or ""
-        media += size if kind.split("/")[0] in MEDIA or suffix in METADATA else 0
+        no_text += size if kind.split("/")[0] in MEDIA or beside else 0
+    if cut:
+        more = f" ({len(cut) - 1:,} more are like it)" if len(cut) > 1 else ""
+        kind = (format_of(cut[0]) + compression(cut[0]))[1:]
+        raise MemdecError(
+            f"{cut[0]} has 0 bytes, which no {kind} file has{more}: copy it again, or remove it."
+        )
     left_out = corpus.left_out()
     how = f" ({remedies})" if (remedies := corpus.remedies()) else ""
     if not corpus.files:
@@ -111,13 +123,20 @@ def corpus_files(path: Path) -> CorpusFiles:
             f"{path} holds {corpus.broken:,} links to what is not there, and {len(corpus.files):,} "
             "files that are: fetch what they stand for (git annex get, dvc pull), or remove them."
         )
-    if sum(corpus.sizes.values()) - media > weight:
+    if sum(corpus.sizes.values()) - no_text > weight:
         raise MemdecError(
             f"most of {path} would be left out: {left_out}; read would be "
             f"{len(corpus.files):,} files ({in_bytes(weight)}): convert the rest{how}, or move it "
             f"out of the folder ({TABLE})."
         )
     return corpus
+
+
+def _of_datasets(file: Path) -> str:
+    """Return the name of what `datasets` writes beside its data, "" of any other file."""
+    if file.name in METADATA:
+        return file.name
+    return CACHE if file.match(CACHE) else ""
 
 
 def _walk(corpus: CorpusFiles) -> Iterator[Path]:

@@ -1,36 +1,46 @@
 """Read one file of a corpus, whatever its format and compression: its documents, one by one.
 
 A reader yields (where it stands, text, value of another field). No file is held whole: but for a
-page of HTML, at most 8 MiB of text lines, a record of JSON or 256 rows of a table are.
+page of HTML, at most 8 MiB of text lines, a record of JSON or a page of a table's columns are.
 """
 
-import bz2
 import contextlib
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import shutil
 import sys
-import tempfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.files import compression, format_of
-from vllm_memdec.train.faults import reraise
+from vllm_memdec.train.data.files import format_of
+from vllm_memdec.train.data.opening import decode, opened, sentences, unpacked
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
+PAGE_BYTES = 2**20  # bytes of a column that are read at once
 PIECE_BYTES = 8 * 2**20  # bytes of a file that are read and tokenised as one piece
 FIELDS_NAMED = 12
+NAME = 40  # characters of a field's name that an error shows
+MISSING = object()
+KINDS = {  # what errors call a value
+    type(None): "null",
+    str: "a string",
+    bytes: "bytes",
+    list: "a list",
+    int: "a number",
+    float: "a number",
+    bool: "a boolean",
+    dict: "an object",
+}
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
-SEPARATOR = re.compile(r"^[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*\r?$", re.MULTILINE)
+SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
+END_OF_PAGE = re.compile(r"</(?:body|html)\s*>", re.IGNORECASE)
+DEEPEST = 2048  # elements within each other that the parser of HTML takes
+BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
 
 
@@ -62,7 +72,7 @@ TEXT = Fields()
 def read(piece: Piece, fields: Fields) -> Iterator[Document]:
     """Yield the documents of a piece; MemdecError where it is not what its name says."""
     kind = format_of(piece.path)
-    with _sentences(piece.path):
+    with sentences(piece.path):
         if kind in TEXTS:
             yield from ((where, text, None) for where, text in TEXTS[kind](piece))
             return
@@ -70,27 +80,36 @@ def read(piece: Piece, fields: Fields) -> Iterator[Document]:
             yield where, _text(row, fields.text, where), lookup(row, fields.group)
 
 
-def lookup(row: Any, name: str | None) -> Any:
-    """Return the value of a field, None if there is none: a.b is the field b in the field a."""
+def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
+    """Return the value of a field, or `missing`: a.b is the field b in the field a."""
     if not isinstance(row, dict) or name is None:
-        return None
+        return missing
     if name in row or "." not in name:
-        return row.get(name)
+        return row.get(name, missing)
     for part in name.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
+        if row is not None:
+            row = row.get(part, missing) if isinstance(row, dict) else missing
     return row
 
 
 def _text(row: Any, name: str, where: str) -> str:
     text = lookup(row, name)
-    if not isinstance(text, str):
-        there = ", ".join(_fields(row)) if isinstance(row, dict) else ""
-        has = f"it has {there}" if there else "it has no fields"
-        raise MemdecError(
-            f"{where}: every row needs a string field `{name}`, {has}: give the right one with "
-            "--text-field (corpus.text_field), or leave the file out."
-        )
-    return text
+    if isinstance(text, str):
+        return text
+    option = "--text-field (corpus.text_field)"
+    if not isinstance(row, dict):
+        what = f"and is {_kind(row)}, no object: write it as an object"
+    elif lookup(row, name, MISSING) is MISSING:
+        what = f"it has {listed(_fields(row))}: give the right one with {option}"
+    else:
+        what = f"here it is {_kind(text)}: write a string there, give another field with {option}"
+    raise MemdecError(
+        f"{where}: every row needs a string field `{name}`, {what}, or leave the file out."
+    )
+
+
+def _kind(value: Any) -> str:
+    return KINDS.get(type(value), type(value).__name__)
 
 
 def _fields(row: dict[str, Any], before: str = "") -> list[str]:
@@ -99,7 +118,14 @@ def _fields(row: dict[str, Any], before: str = "") -> list[str]:
     for name, value in row.items():
         within = isinstance(value, dict) and value and not before
         names += _fields(value, f"{name}.") if within else [f"{before}{name}"]
-    return names if len(names) <= FIELDS_NAMED else [*names[:FIELDS_NAMED], "..."]
+    return names
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the names of fields in words; long ones cut, as text that was taken for names is."""
+    words = [" ".join(name.split()) for name in names]
+    words = [w if len(w) <= NAME else f"{w[: NAME - 3]}..." for w in words]
+    return ", ".join([*words[:FIELDS_NAMED], *["..."][: len(words) > FIELDS_NAMED]]) or "no fields"
 
 
 def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
@@ -116,9 +142,24 @@ def lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
             place += len(line)
 
 
+def text_lines(piece: Piece) -> Iterator[tuple[int, bytes]]:
+    """Yield what lines() does, of lines that end in LF, CR LF or CR."""
+    with opened(piece.path) as file:
+        place = max(piece.start - 1, 0)
+        if place:
+            file.seek(place)
+        for part in file:
+            for line in part.splitlines(keepends=True):
+                if piece.stop is not None and place >= piece.stop:
+                    return
+                if place >= piece.start:
+                    yield place, line
+                place += len(line)
+
+
 def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
     """Yield a document for each of the pieces that a file of lines has, or several (SEPARATOR)."""
-    for _, part in groupby(lines(piece), lambda line: line[0] // PIECE_BYTES):
+    for _, part in groupby(text_lines(piece), lambda line: line[0] // PIECE_BYTES):
         places, texts = zip(*part, strict=True)
         text = decode(b"".join(texts), str(piece.path), places[0])
         documents = SEPARATOR.split(text) if "<|end" in text else [text]
@@ -127,16 +168,36 @@ def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
 
 
 def _html(piece: Piece) -> Iterator[tuple[str, str]]:
-    """Yield the text that a page shows."""
-    from inscriptis import get_text
-    from lxml.etree import LxmlError
+    """Yield the text that a page shows, to its end; MemdecError if the parser stopped before."""
+    from inscriptis import Inscriptis
+    from lxml.etree import ErrorLevels, LxmlError, ParserError
+    from lxml.html import HTMLParser, document_fromstring
 
     with opened(piece.path) as file:
         page = decode(file.read(), str(piece.path))
+    if "\0" in page:  # the parser makes another character of it
+        raise MemdecError(f"{piece.path} {BINARY}")
+    # By itself the parser stops, without a word, at 256 elements within each other, at 10 MB of
+    # text, and at the end tag of the page, which more text or another page may follow.
+    parser = HTMLParser(encoding="utf-8", huge_tree=True)
     try:
-        yield str(piece.path), get_text(page).strip("\n")
+        tree = document_fromstring(END_OF_PAGE.sub("", page).encode(), parser=parser)
+    except ParserError:  # it holds nothing but comments
+        return
     except LxmlError as error:
         raise MemdecError(f"{piece.path} is not HTML ({error}): leave it out.") from None
+    if any(error.level == ErrorLevels.FATAL for error in parser.error_log):
+        raise MemdecError(
+            f"{piece.path} has elements within elements beyond the parser's limit of {DEEPEST:,}, "
+            "and its text would be cut there: flatten it, or leave it out."
+        )
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + 2 * DEEPEST)  # inscriptis takes a frame for each level
+    try:
+        text = Inscriptis(tree).get_text()
+    finally:
+        sys.setrecursionlimit(limit)
+    yield str(piece.path), text.strip("\n")
 
 
 def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
@@ -150,6 +211,11 @@ def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
             yield where, json.loads(text)
         except (ValueError, RecursionError) as error:
             what = str(error).split(":")[0]
+            if "integer string conversion" in what:
+                raise MemdecError(
+                    f"{where} has an integer of more than {sys.get_int_max_str_digits():,} digits: "
+                    "write it as a string."
+                ) from None
             raise MemdecError(f"{where} is not valid JSON ({what}): mend the line.") from None
 
 
@@ -172,6 +238,13 @@ def _json(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
                 return
             said = error.args[0] if error.args else ""
             what = (said.decode(errors="replace") if isinstance(said, bytes) else str(said)) or "?"
+            if "integer overflow" in what:  # a second line has some of the text, with the number
+                digits = re.search(r"(-?\d{18,})(\s*\n)?", what)
+                shown = f" ({digits[1]}{digits[2] and '...' or ''})" if digits else ""
+                raise MemdecError(
+                    f"{piece.path} has an integer beyond 64 bits{shown}: write it as a string, or "
+                    "each object as a line of a .jsonl file, which takes it."
+                ) from None
             raise MemdecError(
                 f"{piece.path} is not valid JSON ({what.splitlines()[0].strip()}): mend it."
             ) from None
@@ -183,11 +256,18 @@ def _csv(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
         text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
         rows = csv.DictReader(text, strict=True)
         try:
+            if (names := rows.fieldnames) and fields.text not in names:
+                raise MemdecError(
+                    f"{piece.path}: every row needs a string field `{fields.text}`, it has "
+                    f"{listed(names)}: give the right one with --text-field (corpus.text_field), "
+                    "or, if the file has no first line of names, add one."
+                )
             for number, row in enumerate(rows, 1):
                 where = f"{piece.path}, row {number}"
-                if None in row:
+                if None in row or row[fields.text] is None:
+                    more = "more" if None in row else "fewer"
                     raise MemdecError(
-                        f"{where} has more fields than the first line names: mend the quotes."
+                        f"{where} has {more} fields than the first line names: mend the quotes."
                     )
                 yield where, row
         except csv.Error as error:
@@ -200,16 +280,20 @@ def _csv(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def parquet(path: Path) -> Iterator[Any]:
-    """Open a .parquet file."""
+    """Open a .parquet file, to be read page by page: a row group may be all of the file."""
     import pyarrow.parquet
 
-    with seekable(path) as file, pyarrow.parquet.ParquetFile(file) as table:
+    with (
+        unpacked(path) as place,
+        pyarrow.OSFile(place) as file,
+        pyarrow.parquet.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False) as table,
+    ):
         yield table
 
 
 def row_groups(path: Path) -> int:
     """Return how many row groups a .parquet file has."""
-    with _sentences(path), parquet(path) as table:
+    with sentences(path), parquet(path) as table:
         return int(table.num_row_groups)
 
 
@@ -229,7 +313,8 @@ def _arrow(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
     """Yield the rows of Arrow's file format, or of its stream, which `datasets` writes."""
     import pyarrow
 
-    with seekable(piece.path) as file:
+    # A map holds nothing: a record batch may be all of the file.
+    with unpacked(piece.path) as place, pyarrow.memory_map(place) as file:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
@@ -247,11 +332,9 @@ def _columns(path: Path, there: list[str], fields: Fields) -> list[str]:
     """Return the columns that hold the fields; MemdecError if there is none for the text."""
     whole = {name: name if name in there else name.split(".")[0] for name in fields.names}
     if whole[fields.text] not in there:
-        named = [*there[:FIELDS_NAMED], *["..."][: len(there) > FIELDS_NAMED]]
         raise MemdecError(
-            f"{path}: a {format_of(path)[1:]} corpus needs a string column `{fields.text}`, it has "
-            f"{', '.join(named) or 'none'}: give the right one with --text-field "
-            "(corpus.text_field)."
+            f"{path}: the table needs a string column `{fields.text}`, it has {listed(there)}: "
+            "give the right one with --text-field (corpus.text_field)."
         )
     return list(dict.fromkeys(name for name in whole.values() if name in there))
 
@@ -261,70 +344,6 @@ def _numbered(path: Path, batch: Any, before: int) -> Iterator[tuple[str, Any]]:
         yield f"{path}, row {number}", row
 
 
-@contextlib.contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for reading, what it holds if it is compressed."""
-    kind = compression(path)
-    if kind == ".zst":
-        import pyarrow
-
-        with pyarrow.CompressedInputStream(str(path), "zstd") as stream:
-            yield cast(BinaryIO, io.BufferedReader(stream, 1 << 20))
-        return
-    opener: Callable[..., Any] = OPENERS.get(kind, open)
-    with opener(path, "rb") as file:
-        yield file
-
-
-@contextlib.contextmanager
-def seekable(path: Path) -> Iterator[Any]:
-    """Open a file of which any part can be read; a compressed one is unpacked, on disk."""
-    import pyarrow
-
-    if not compression(path):
-        with pyarrow.OSFile(str(path)) as plain:
-            yield plain
-        return
-    with opened(path) as file, tempfile.TemporaryFile() as unpacked:
-        shutil.copyfileobj(file, unpacked, 1 << 20)
-        unpacked.seek(0)
-        yield unpacked
-
-
-@contextlib.contextmanager
-def _sentences(path: Path) -> Iterator[None]:
-    """Say what is wrong with a file that its library cannot read."""
-    try:
-        yield
-    except MemdecError:
-        raise
-    except Exception as error:
-        import pyarrow
-
-        reraise(error, path)
-        # OSError without a number for a broken page, UnicodeDecodeError for a column that is none
-        numbered = isinstance(error, OSError) and error.errno is not None
-        if numbered or not isinstance(error, (pyarrow.ArrowException, *BROKEN)):
-            raise
-        what = " ".join(str(error).split()) or type(error).__name__
-        kind = compression(path)[1:] or format_of(path)[1:]
-        raise MemdecError(
-            f"{path} is not a readable {kind} file ({what}): copy it again."
-        ) from None
-
-
-def decode(data: bytes, where: str, place: int = 0) -> str:
-    """Return UTF-8 as text, without its mark; place: of the data in its file."""
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise MemdecError(
-            f"{where} is not UTF-8 text (byte {place + error.start}): convert it or leave it out."
-        ) from None
-
-
-BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
-OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 TEXTS: dict[str, Callable[[Piece], Iterable[tuple[str, str]]]] = {
     ".txt": _txt,
     ".md": _txt,
