@@ -181,7 +181,10 @@ class Batch:
         self.draft: Draft | None = None  # of the tokens that come next
 
     def track(self, requests: list[str], remaining: list[int]) -> None:
-        """Take over the names of the batch's requests, and how many tokens each may still get."""
+        """Take over the names of the batch's requests, and how many tokens each may still get.
+
+        0 where a request is not drafted for.
+        """
         self.requests, self.remaining = requests, remaining
 
     def keep_draft(self, draft: Draft | None) -> None:
@@ -254,7 +257,10 @@ class Batch:
         return tuple(used) if tuple(used) in self.sets else self.sets[0]
 
     def write_drafting(self, mode: str = "NONE") -> None:
-        """Take over the same requests with one token each, as memories draft."""
+        """Take over the same requests with one token each, as memories draft.
+
+        All of them: prompt log-probabilities may be asked for after this, by the same memories.
+        """
         self.write(self.memory_B, self.alpha_B, torch.ones_like(self.memory_B), mode=mode)
 
     def _share(self, mine_B: Tensor, new_T: Tensor) -> MemoryShare:

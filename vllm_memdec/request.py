@@ -137,6 +137,16 @@ class Choices:
         capped = name in self.gated or asked == AUTO  # by context a number is the weight itself
         return self.names.index(name), -alpha if capped else alpha
 
+    def drafted(self, params: Any) -> bool:
+        """Return whether the memories draft for a request, by its SamplingParams.
+
+        Not without a memory, nor for samples with a seed: what its generator draws for a token
+        depends on how many drafts came before, and these on the batch, the cache and the clock.
+        """
+        if not self.drafts or params.sampling_type.name == "RANDOM_SEED":
+            return False
+        return self.resolve(params.extra_args)[0] != NO_MEMORY
+
     def name(self, extra_args: dict[str, Any] | None) -> str:
         """Return the name of the memory that runs for a request, or "none"."""
         number, _ = self.resolve(extra_args)

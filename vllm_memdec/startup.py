@@ -95,7 +95,7 @@ def warn(sentence: str) -> None:
 def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) -> None:
     """Ask vLLM for speculation with a draft model; the drafter's place is taken by the memory.
 
-    vLLM wants the config of a draft model: the base's has the vocabulary that drafts have.
+    vLLM wants the config of a draft model: compat/draft_config.py gives it the base's.
     """
     wanted = {
         "method": "draft_model",

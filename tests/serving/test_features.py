@@ -96,7 +96,7 @@ def test_greedy(llm, models):
         assert output.outputs[0].token_ids == greedy(models, choice, prompt, 12), choice
 
 
-@feature("seeded sampling")
+@feature("seeded sampling", note="never drafted for")
 @usual
 def test_seeded_sampling(llm, models):
     options = {"temperature": 1.0, "logprobs": 0, "max_tokens": 12}

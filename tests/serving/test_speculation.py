@@ -42,6 +42,7 @@ def requests():
 
 
 WITHOUT = Choice("none"), Choice("bio", 0.0)
+SEEDED = {"temperature": 1.0, "seed": 3}
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Plain:
     alike: list  # answers if all ask the same memory
     long: list  # answers of the base to PROMPT and its beginning
     nobody: list  # answers to requests without a memory
+    seeded: list  # samples with a seed
     blocks: int  # of the KV cache
 
 
@@ -68,6 +70,7 @@ def plain(engine, models, requests):
             answers(llm, requests[0], [PLAIN] * 200),
             answers(llm, [PROMPT, PROMPT[:2]], WITHOUT, max_tokens=41),
             answers(llm, requests[0][:2], WITHOUT),
+            answers(llm, [PROMPT] * len(CHOICES), CHOICES, **SEEDED),
             runner(llm).kv_cache_config.num_blocks,
         )
 
@@ -77,11 +80,12 @@ TIGHT = {"block_size": 32, "num_gpu_blocks_override": 12, "max_num_batched_token
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, "auto"])
-def test_greedy_answers_do_not_change(engine, models, requests, plain, tokens):
+def test_answers_do_not_change(engine, models, requests, plain, tokens):
     block = memdec_block(models) | {"speculative_tokens": tokens}
     options = TIGHT | {"disable_log_stats": False} if tokens in (1, 3, 5, "auto") else {}
     with engine(models["base"], block, **options) as llm:
         assert answers(llm, *requests) == plain.answers
+        assert answers(llm, [PROMPT] * len(CHOICES), CHOICES, **SEEDED) == plain.seeded
         if tokens == "auto":
             length = runner(llm).drafter.length
             assert length.steps > WARM_UP and length.step.known and length.passes.known

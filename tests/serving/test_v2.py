@@ -6,9 +6,10 @@ With rows as on CUDA: each head runs on all of them, and nothing waits for the d
 import shutil
 
 import pytest
-from support import oracle, v2_process
+from support import long_base, oracle, v2_process
 from support.choices import CHOICES, Choice, greedy, make_models, memdec_block
 from support.gate_oracle import gate_weights, random_gate
+from support.long_base import BESIDE, LONG, SEEDED, request
 
 from vllm_memdec.gate import write_gate
 
@@ -32,6 +33,12 @@ STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of o
 STEPPED = [  # prompt lengths: while decoding each passes a step; the last is read in chunks
     [(6, Choice("steps")), (17, Choice("steps")), (28, Choice("steps")), (40, Choice("steps"))],
     [(6, Choice("steps")), (6, Choice("steps", 1.0)), (17, Choice()), (28, Choice("none"))],
+]
+MINE = request(33, "law", **SEEDED)  # a block and one token
+SEEDS = [  # the second reads its prompt from the cache
+    *([MINE], [MINE], [request(20), request(20, "law", temperature=1.0), MINE]),
+    [request(20, "none"), request(33, "law", **SEEDED, n=2)],
+    [request(33, "law", **SEEDED | {"seed": 8})],
 ]
 NONE, MIXED = [Choice("none")] * 2, [Choice(), Choice("bio"), Choice("none"), Choice("bio", 1.0)]
 
@@ -83,7 +90,12 @@ def stepped(batch, seed):
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, subprocess_env, mixed, drafters):
+def stretched(tiny_model, tmp_path_factory):
+    return long_base.make(tiny_model, tmp_path_factory.mktemp("stretched"))
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, subprocess_env, mixed, drafters, stretched):
     """Return what the V2 runner makes of all jobs, in one process."""
     base, folders = mixed
     memories = {
@@ -117,6 +129,15 @@ def results(tiny_model, subprocess_env, mixed, drafters):
         jobs[f"steps, {graphs}, {drafts}"] = v2_process.job(
             models["base"], block, batches, graphs, dtype="bfloat16"
         )
+    beside = [[ids, params | {"logprobs": 5}] for ids, params in BESIDE]
+    jobs["limits"] = v2_process.job(
+        stretched["base"],
+        long_base.block(stretched),
+        [LONG, beside, *SEEDS],
+        max_model_len=long_base.POSITIONS,
+        max_num_batched_tokens=512,
+        **long_base.OPTIONS,
+    )
     return v2_process.run(jobs, subprocess_env)
 
 
@@ -188,3 +209,30 @@ def test_weights_by_context(graphs, drafts, results, drafters):
     modes = {"FULL", "NONE" if graphs == "full" else "PIECEWISE"}
     assert v2_process.check_steps(result, drafts) == modes
     assert bool(result["accepted"]) == bool(drafts)  # at alpha 1 greedy drafts are all accepted
+
+
+def test_drafts_at_every_length(results, stretched):
+    """Beyond the base's native length, and beside one at the context's end: see test_draft_limits.
+
+    Within a seed repeats an answer, alone and in batches, its prompt cached or not, and as of n.
+    """
+    result = v2_process.answered(results, "limits")
+    beside, drafts = slice(2, 6), result["by_request"]
+    assert drafts[:2] == [[6, 6]] * 2
+    chosen = [("same", 0.4), ("same", 0.4), ("same", 0.0), ("law", 0.4)]
+    chosen = [(stretched[name], alpha) for name, alpha in chosen]
+    v2_process.check_answers({"requests": result["requests"][beside]}, stretched["same"], chosen)
+    lengths = [len(sampled) for _, sampled, *_ in result["requests"][beside]]
+    assert lengths == [9, 6, 6, 9]
+    assert drafts[2:5] == [[6, 6], [3, 3], [0, 0]]
+    assert sum(drafted for drafted, _ in drafts) == result["drafted"]
+
+
+def test_a_seed_repeats_an_answer(results):
+    result = v2_process.answered(results, "limits")
+    alone, again, _, _, mixed, _, first, second, other = [
+        sampled for _, sampled, *_ in result["requests"][6:]
+    ]
+    assert alone == again == mixed == first != other == second
+    drafts = result["by_request"][6:]
+    assert [drafts[n] for n in (0, 1, 4, 6, 7, 8)] == [[0, 0]] * 6 and drafts[2] != [0, 0]

@@ -15,6 +15,13 @@ def rows(found):
     return [{t: e.logprob for t, e in row.items()} if row else None for row in found or []]
 
 
+def drafts(metrics):
+    """Return how many tokens were drafted for a request, and how many of them it took."""
+    if metrics is None:  # where the engine was not asked to count by request
+        return None
+    return metrics.num_draft_tokens, sum(n * count for n, count in enumerate(metrics.histogram))
+
+
 def run(job, log):
     """Return what a job asks for, or the error that ended its engine."""
     recorded_graphs.begin(job["graphs"])
@@ -39,7 +46,7 @@ def generate(llm, job, log):
     runner = core.model_executor.driver_worker.worker.model_runner
     log.begin(runner)
     guard = no_wait(runner.model, runner.speculator) if job["no_wait"] else nullcontext()
-    found = []
+    found, by_request = [], []
     with guard:
         for batch in job["batches"]:
             outputs = llm.generate(
@@ -52,6 +59,7 @@ def generate(llm, job, log):
                 for o in outputs
                 for s in o.outputs
             ]
+            by_request += [drafts(s.spec_decode_metrics) for o in outputs for s in o.outputs]
     counts = {metric.name: metric for metric in llm.get_metrics()}
     drafted, accepted = (
         counts[name].value if name in counts else 0
@@ -61,6 +69,7 @@ def generate(llm, job, log):
         "requests": found,
         "drafted": drafted,
         "accepted": accepted,
+        "by_request": by_request,
         "steps": log.steps,
         "kept": len(runner.speculator.model.draft_logits) if runner.speculator else 0,
     }

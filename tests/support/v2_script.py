@@ -8,8 +8,8 @@ argv[1]: JSON of a list of jobs, each an engine, one after the other:
     "graphs": perhaps "full" or "piecewise", the graphs that recorded_graphs.py stands in for
     "no_wait": whether to raise where our code makes the host wait for the device
 Last line of stdout: JSON of one object a job, with "requests": [prompt ids, sampled ids, prompt
-rows, sampled rows] of each, "drafted" and "accepted" tokens, "steps": what ran in each, and "kept":
-how many logits of drafts are still referred to.
+rows, sampled rows] of each, "drafted" and "accepted" tokens, both "by_request" where the engine
+counts them, "steps": what ran in each, and "kept": how many logits of drafts are still referred to.
 """
 
 import os
@@ -20,8 +20,10 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
+import triton.language as tl
 from triton.backends import Backend, backends
 from triton.backends.driver import DriverBase
+from triton.language.extra import libdevice
 from triton.runtime.interpreter import InterpreterBuilder
 
 # vLLM 0.32's AMX attention dies of SIGILL where one bfloat16 request decodes alone.
@@ -59,6 +61,8 @@ def with_bool_mask(function):
     return call
 
 
+# Of CUDA's library the interpreter knows the names alone; samples of refused drafts need this one.
+libdevice.log1p = lambda x: tl.log(1 + x)
 InterpreterBuilder.create_masked_store = with_bool_mask(InterpreterBuilder.create_masked_store)
 
 if __name__ == "__main__":

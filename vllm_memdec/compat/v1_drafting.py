@@ -2,7 +2,8 @@
 
 DraftModelProposer.load_model is wrapped; the drafter of a composite becomes a subclass whose model
 is the composite's own memories. vLLM runs a draft model of its own weights and reads every token
-again.
+again. GPUModelRunner._input_fits_in_drafter is wrapped: vLLM drafts for no request of a batch while
+one of them is near the end of its context; here each has drafts up to its own end.
 
 May go with the V1 runner, or when vLLM lets a draft model share the target's weights.
 Relies on the proposer's buffers and on its private methods that make positions, attention metadata
@@ -17,12 +18,12 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_memdec.batch import MAX_REUSED, Draft
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.draft_length import DraftLength
 from vllm_memdec.drafter import Drafter
-from vllm_memdec.request import NO_MEMORY
 
 PROPOSER = "vllm.v1.spec_decode.draft_model:DraftModelProposer"
 SIGNATURES = {
@@ -40,18 +41,23 @@ SIGNATURES = {
     ),
     f"{PROPOSER}._sample_draft_tokens": "self hidden_states sampling_metadata",
     f"{PROPOSER}._get_slot_mapping": "self num_tokens slot_mapping",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (
+        "self common_attn_metadata"
+    ),
 }
 ATTRIBUTES = {
     PROPOSER: (
         "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
         "token_arange_np"
     ),
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "drafter",
 }
 
 
 def install() -> None:
     """Let the runner's drafter become ours; called by the composite, before drafters load."""
     wrap(DraftModelProposer, "load_model", _loaded)
+    wrap(GPUModelRunner, "_input_fits_in_drafter", _fits)
 
 
 def _loaded(original: Callable) -> Callable:
@@ -62,6 +68,15 @@ def _loaded(original: Callable) -> Callable:
         MemoryProposer.adopt(self, target_model)
 
     return load_model
+
+
+def _fits(original: Callable) -> Callable:
+    def _input_fits_in_drafter(self: Any, common_attn_metadata: Any) -> bool:
+        if isinstance(self.drafter, MemoryProposer):
+            return common_attn_metadata is not None
+        return original(self, common_attn_metadata)
+
+    return _input_fits_in_drafter
 
 
 class MemoryProposer(DraftModelProposer):
@@ -100,26 +115,26 @@ class MemoryProposer(DraftModelProposer):
         num_rejected_tokens_gpu: torch.Tensor | None = None,
         slot_mappings: Any = None,
     ) -> torch.Tensor | list[list[int]]:
-        """Return drafts [B, K], or a list for each request, empty where it has no memory."""
+        """Return drafts [B, K], or a list for each request, empty where it is not drafted for."""
         began = time.perf_counter()
         self._last_draft_probs = None
         last_B = token_indices_to_sample
         if last_B is None:
             last_B = common_attn_metadata.query_start_loc[1:] - 1
         newest = (next_token_ids, target_positions[last_B.long()])
+        batch = self.memory_model.batch
+        names = batch.requests
         if not self.ragged:
-            if not self.memory_model.batch.used:  # no request is drafted for
+            if not any(batch.remaining):  # no request is drafted for
                 return next_token_ids.new_zeros(len(next_token_ids), num_speculative_tokens)
             return self.draft(
                 num_speculative_tokens, *newest, common_attn_metadata, sampling_metadata
             )
-        batch = self.memory_model.batch
-        names, has_memory = batch.requests, (batch.memory_B != NO_MEMORY).tolist()
         accepted = self.accepted(names, common_attn_metadata, num_rejected_tokens_gpu)
         # This step gave one token more than it accepted, the next will do so too.
         max_lengths = [
-            max(0, left - accepted - 2) if has else 0
-            for left, accepted, has in zip(batch.remaining, accepted, has_memory, strict=True)
+            max(0, left - accepted - 2)
+            for left, accepted in zip(batch.remaining, accepted, strict=True)
         ]
         wanting = [name for name, limit in zip(names, max_lengths, strict=True) if limit]
         K = min(num_speculative_tokens, max(max_lengths, default=0))

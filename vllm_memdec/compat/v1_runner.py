@@ -39,11 +39,13 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        "_dummy_run input_batch query_start_loc requests"
+        "_dummy_run input_batch max_model_len query_start_loc requests"
     ),
     "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "num_reqs req_ids",
-    "vllm.v1.worker.gpu_input_batch:CachedRequestState": "sampling_params",
+    "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
+        "num_tokens output_token_ids sampling_params"
+    ),
 }
 
 
@@ -65,10 +67,10 @@ def _inputs(original: Callable) -> Callable:
     def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = original(self, *args, **kwargs)
         if (batch := _batch(self)) is not None:
-            resolve = self.get_model().choices.resolve
+            choices = self.get_model().choices
             names = self.input_batch.req_ids[: self.input_batch.num_reqs]
             states = [self.requests[name] for name in names]
-            chosen = [resolve(state.sampling_params.extra_args) for state in states]
+            chosen = [choices.resolve(state.sampling_params.extra_args) for state in states]
             memory_B, alpha_B = zip(*chosen, strict=True)
             starts = torch.from_numpy(self.query_start_loc.np[: len(names) + 1])
             lengths_B = starts.diff()
@@ -76,12 +78,20 @@ def _inputs(original: Callable) -> Callable:
             if batch.draft is not None:
                 reusable = _reusable_rows(self.input_batch, batch.draft, lengths_B)
             batch.write(torch.tensor(memory_B), torch.tensor(alpha_B), lengths_B, reusable)
-            batch.track(
-                names, [s.sampling_params.max_tokens - len(s.output_token_ids) for s in states]
-            )
+            if choices.drafts:
+                batch.track(names, [_remaining(self, choices, state) for state in states])
         return result
 
     return _prepare_inputs
+
+
+def _remaining(runner: Any, choices: Any, state: Any) -> int:
+    """Return how many tokens a request may still get, 0 if it is not drafted for."""
+    params = state.sampling_params
+    if not choices.drafted(params):
+        return 0
+    in_all = runner.max_model_len - state.num_tokens
+    return max(0, min(params.max_tokens - len(state.output_token_ids), in_all))
 
 
 def _reusable_rows(input_batch: Any, draft: Draft, lengths_B: torch.Tensor) -> list[range]:

@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.target_dependent_ar.cudagraph_utils import (
 
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.compat.v2_graphs import MemoryGraphs
+from vllm_memdec.compat.v2_runner import MemDecModelState
 from vllm_memdec.drafter import Drafter
 
 DRAFTER = "vllm.v1.worker.gpu.spec_decode.standalone_ar.speculator:StandaloneARSpeculator"
@@ -81,6 +82,7 @@ class MemorySpeculator(StandaloneARSpeculator):
     """vLLM's speculator, with the composite's memories for a model."""
 
     memory_model: Drafter  # the model, by its own type
+    model_state: MemDecModelState  # the composite's, from set_attn() on
     graphs: DraftGraphs  # from init_cudagraph_manager() on
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -125,14 +127,15 @@ class MemorySpeculator(StandaloneARSpeculator):
         is_profile: bool = False,
         num_speculative_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Return drafts [B, K], arbitrary ones for a request without a memory."""
+        """Return drafts [B, K], arbitrary ones for a request that is not drafted for."""
         B, batch = input_batch.num_reqs, self.memory_model.batch
         drafts_BK = self.draft_tokens[:B]
         if dummy_run:
             if skip_attn_for_dummy_run:  # vLLM's memory profile
                 self._pass(0, B, B, None, None)
             return drafts_BK
-        if not batch.used or num_speculative_tokens == 0:
+        drafted_B = self.model_state.drafted_R[input_batch.idx_mapping_np]
+        if num_speculative_tokens == 0 or not drafted_B.any():
             return drafts_BK
         desc = self.graphs.dispatch(B, B, uniform_token_count=1, num_active_loras=0)
         batch.write_drafting(desc.cg_mode.name)

@@ -9,6 +9,7 @@ Relies on the order in which the runner calls the methods, which stands below.
 
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -47,6 +48,7 @@ class MemDecModelState(DefaultModelState):
         # By the request's slot in the runner's table.
         self.memory_R = torch.full((self.max_num_reqs,), NO_MEMORY)
         self.alpha_R = torch.zeros(self.max_num_reqs)
+        self.drafted_R = np.zeros(self.max_num_reqs, dtype=bool)
         self.is_real = False  # the batch being prepared
 
     def initialize_kv_cache(self, kv_cache_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -55,8 +57,10 @@ class MemDecModelState(DefaultModelState):
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        chosen = self.choices.resolve(new_req_data.sampling_params.extra_args)
+        params = new_req_data.sampling_params
+        chosen = self.choices.resolve(params.extra_args)
         self.memory_R[req_index], self.alpha_R[req_index] = chosen
+        self.drafted_R[req_index] = self.choices.drafted(params)
 
     # In order of their calls: preprocess_state (real batches only), prepare_attn (not in every
     # dummy run), prepare_inputs; for the capture of a graph prepare_dummy_inputs comes first.
