@@ -19,6 +19,7 @@ from typing import Any
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.files import format_of
 from vllm_memdec.train.data.opening import decode, opened, sentences, unpacked
+from vllm_memdec.train.data.pages import text_of_page
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PAGE_BYTES = 2**20  # bytes of a column that are read at once
@@ -38,8 +39,6 @@ KINDS = {  # what errors call a value
 }
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
 SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
-END_OF_PAGE = re.compile(r"</(?:body|html)\s*>", re.IGNORECASE)
-DEEPEST = 2048  # elements within each other that the parser of HTML takes
 BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
 
@@ -168,36 +167,12 @@ def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
 
 
 def _html(piece: Piece) -> Iterator[tuple[str, str]]:
-    """Yield the text that a page shows, to its end; MemdecError if the parser stopped before."""
-    from inscriptis import Inscriptis
-    from lxml.etree import ErrorLevels, LxmlError, ParserError
-    from lxml.html import HTMLParser, document_fromstring
-
+    """Yield the text that a page shows."""
     with opened(piece.path) as file:
         page = decode(file.read(), str(piece.path))
     if "\0" in page:  # the parser makes another character of it
         raise MemdecError(f"{piece.path} {BINARY}")
-    # By itself the parser stops, without a word, at 256 elements within each other, at 10 MB of
-    # text, and at the end tag of the page, which more text or another page may follow.
-    parser = HTMLParser(encoding="utf-8", huge_tree=True)
-    try:
-        tree = document_fromstring(END_OF_PAGE.sub("", page).encode(), parser=parser)
-    except ParserError:  # it holds nothing but comments
-        return
-    except LxmlError as error:
-        raise MemdecError(f"{piece.path} is not HTML ({error}): leave it out.") from None
-    if any(error.level == ErrorLevels.FATAL for error in parser.error_log):
-        raise MemdecError(
-            f"{piece.path} has elements within elements beyond the parser's limit of {DEEPEST:,}, "
-            "and its text would be cut there: flatten it, or leave it out."
-        )
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 2 * DEEPEST)  # inscriptis takes a frame for each level
-    try:
-        text = Inscriptis(tree).get_text()
-    finally:
-        sys.setrecursionlimit(limit)
-    yield str(piece.path), text.strip("\n")
+    yield str(piece.path), text_of_page(page, str(piece.path))
 
 
 def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
