@@ -129,6 +129,22 @@ def test_arrow_as_a_file_and_as_a_stream(tmp_path):
     assert list(documents(tmp_path / "a.arrow")) == texts
 
 
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    """Wherever a read of the file ends; one in another field is nobody's text."""
+    whole = r"\ud83d\ude00 \ud55c\\ud83d\uAC00\\\\\uD83D\uDE00"
+    expected = json.loads(f'"{whole}"')
+    for length in range(30):
+        pad = '"' + "x" * ((1 << 16) - 24 - length)
+        rows = f'[{{"pad": {pad}", "x": "\\ude00", "text": "{whole}"}}'
+        path = tmp_path / "a.json"
+        path.write_text(f"{rows}]")
+        assert list(documents(path)) == [expected]
+        for half in (r"\ud83d", r"\uDE00", r"\\\ud83d\n", r"\ud83d\ud83d\ude00"):
+            path.write_text(f'{rows}, {{"text": "{half} a"}}]')
+            with pytest.raises(MemdecError, match="a.json, row 2 is binary, not text"):
+                list(documents(path))
+
+
 def test_members_of_a_compressed_file_follow_each_other(tmp_path):
     lines = [json.dumps({"text": f"{n}: {DOCUMENT}"}).encode() + b"\n" for n in range(4)]
     for kind in COMPRESSIONS:

@@ -18,7 +18,7 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.files import format_of
-from vllm_memdec.train.data.opening import decode, opened, sentences, unpacked
+from vllm_memdec.train.data.opening import PairsWhole, decode, opened, sentences, unpacked
 from vllm_memdec.train.data.pages import text_of_page
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
@@ -203,7 +203,9 @@ def _json(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
     with opened(piece.path) as file:
         if head.startswith(b"\xef\xbb\xbf"):
             file.read(3)
-        rows = ijson.items(file, "item" if array else "", multiple_values=not array, use_float=True)
+        rows = ijson.items(
+            PairsWhole(file), "item" if array else "", multiple_values=not array, use_float=True
+        )
         try:
             for number, row in enumerate(rows, 1):
                 yield f"{piece.path}, row {number}", row
