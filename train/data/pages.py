@@ -66,28 +66,31 @@ class _Text:
         self.lines = 0  # line ends due before what follows
         self.gap = ""  # due between it and what stands in its line
         self.bullet = ""  # due before it
-        self.pre = 0  # open elements whose spaces are shown
+        self.pre = [False]  # of each open element: whether its spaces are shown
         self.counters: list[int | None] = []  # of each open list: the number of its next item
 
     def of(self, tree: Any) -> str:
         """Return the text of a tree."""
         from lxml.etree import iterwalk
 
+        skipped = None
         walk = iterwalk(tree, events=("start", "end", "comment", "pi"))
         for event, element in walk:
             if event == "start":
-                if _hidden(element):
+                style = element.get("style")
+                if _hidden(element, style):
                     walk.skip_subtree()
+                    skipped = element
                 else:
-                    self.start(element)
+                    self.start(element, style)
             else:
-                if event == "end" and not _hidden(element):
-                    self.end(element)
+                if event == "end" and element is not skipped:
+                    self.end(element.tag)
                 if element is not tree:
                     self.add(element.tail)
         return "".join(self.parts).strip("\n")
 
-    def start(self, element: Any) -> None:
+    def start(self, element: Any, style: str | None) -> None:
         """Take a start tag and the text that follows it."""
         tag, text = element.tag, element.text
         self.block(tag)
@@ -106,22 +109,22 @@ class _Text:
                 self.counters[-1] = count + 1
             indent = GAP * (len(self.counters) - 1)
             self.bullet = indent + ("* " if count is None else f"{count}. ")
-        if _keeps_spaces(element):
-            self.pre += 1
+        if tag in PRE:
             text = text and text.removeprefix("\n")
+        pre = tag in PRE or bool(style and PRE_STYLE.search(style))
+        self.pre.append(pre or self.pre[-1])
         self.add(text)
 
-    def end(self, element: Any) -> None:
+    def end(self, tag: str) -> None:
         """Take an end tag."""
-        if _keeps_spaces(element):
-            self.pre -= 1
-        if element.tag in LISTS:
+        self.pre.pop()
+        if tag in LISTS:
             self.counters.pop()
-        elif element.tag == "li":
+        elif tag == "li":
             self.bullet = ""  # of an item without text
-        elif element.tag == "q":
+        elif tag == "q":
             self.add('"')
-        self.block(element.tag)
+        self.block(tag)
 
     def block(self, tag: str) -> None:
         """Begin a line if a tag does."""
@@ -133,8 +136,9 @@ class _Text:
         """Add what lies between two tags."""
         if not text:
             return
-        words = text if self.pre else SPACES.sub(" ", text)
-        if not self.pre:
+        pre = self.pre[-1]
+        words = text if pre else SPACES.sub(" ", text)
+        if not pre:
             if words[0] == " " and not self.lines:
                 self.gap = self.gap or " "
             words = words.strip(" ")
@@ -148,21 +152,15 @@ class _Text:
             self.parts.append(self.gap)
         self.parts += [self.bullet, words]
         self.lines, self.bullet = 0, ""
-        self.gap = " " if not self.pre and text[-1:] in " \t\n\r\f\xa0" else ""
+        self.gap = " " if not pre and text[-1:] in " \t\n\r\f\xa0" else ""
 
 
-def _hidden(element: Any) -> bool:
-    style = element.get("style")
+def _hidden(element: Any, style: str | None) -> bool:
     return (
         element.tag in NOT_SHOWN
         or element.get("hidden") is not None
         or bool(style and HIDDEN_STYLE.search(style))
     )
-
-
-def _keeps_spaces(element: Any) -> bool:
-    style = element.get("style")
-    return element.tag in PRE or bool(style and PRE_STYLE.search(style))
 
 
 def _number(element: Any, name: str, otherwise: int) -> int:
