@@ -198,6 +198,18 @@ def test_what_is_cut_off_is_named(tmp_path, suffix):
         text_hash(path)
 
 
+def test_a_window_of_zstd_beyond_the_library_s_says_how_to_unpack_it(tmp_path):
+    """Public dumps of forums are compressed with --long=31, a window of 2 GB."""
+    for window, found in ((27, "a text"), (31, None)):
+        frame = bytes([0x28, 0xB5, 0x2F, 0xFD, 0, (window - 10) << 3])
+        (tmp_path / "a.txt.zst").write_bytes(frame + bytes([6 << 3 | 1, 0, 0]) + b"a text")
+        if found:
+            assert list(documents(tmp_path / "a.txt.zst")) == [found]
+            continue
+        with pytest.raises(MemdecError, match=r"too much memory.*: unpack it with zstd -d --long"):
+            list(documents(tmp_path / "a.txt.zst"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [

@@ -97,9 +97,9 @@ def sentences(path: Path) -> Iterator[None]:
             raise
         what = " ".join(str(error).split()) or type(error).__name__
         kind = compression(path)[1:] or format_of(path)[1:]
-        raise MemdecError(
-            f"{path} is not a readable {kind} file ({what}): copy it again."
-        ) from None
+        long_window = kind == "zst" and "too much memory" in what
+        mend = "unpack it with zstd -d --long=31" if long_window else "copy it again"
+        raise MemdecError(f"{path} is not a readable {kind} file ({what}): {mend}.") from None
 
 
 def decode(data: bytes, where: str, place: int = 0) -> str:
