@@ -1,6 +1,7 @@
 """What is held out and trained on as well: never word for word, and near copies are measured."""
 
 import tracemalloc
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -35,6 +36,48 @@ def test_equal_and_near_documents_are_counted(monkeypatch, at_once):
     assert overlap(iter(train), iter(held_out)) == Overlap(33, 3, 32, 5)
     assert overlap(train, []) == Overlap(0, 0, 0, 0) == overlap([], [])
     assert overlap([], held_out).near == 0
+
+
+def compared_by_hand(train, held_out):
+    """Return the overlap by sets of all shingles, each pair compared."""
+
+    def shingles(document):
+        runs = {tuple(document[n : n + duplicates.SHINGLE]) for n in range(len(document))}
+        return {run for run in runs if len(run) == duplicates.SHINGLE}
+
+    train = [tuple(document.tolist()) for document in train]
+    held_out = [tuple(document.tolist()) for document in held_out]
+    owned = {document: shingles(document) for document in held_out}
+    owners = Counter(run for runs in owned.values() for run in runs)
+    compared = near = 0
+    for document, runs in owned.items():
+        runs = {run for run in runs if owners[run] <= duplicates.MAX_OWNERS}
+        judged = len(runs) >= duplicates.MIN_SHINGLES or document in train
+        most = max((len(runs & shingles(other)) for other in train), default=0)
+        compared += judged
+        near += judged and document not in train and most >= duplicates.NEAR * len(runs)
+    return Overlap(len(held_out), sum(d in train for d in held_out), compared, near)
+
+
+@pytest.mark.parametrize("words", [3, 50, 5000])
+@pytest.mark.parametrize("at_once", [1, 200, 2**17])
+def test_overlap_is_that_of_sets(monkeypatch, words, at_once):
+    """Where all shingles are looked at: texts of few words, changed at a place, joined."""
+    monkeypatch.setattr(duplicates, "KEPT", 1)
+    monkeypatch.setattr(duplicates, "AT_ONCE", at_once)
+    near = 0
+    for _ in range(8):
+        texts = [rng.integers(0, words, rng.integers(2, 60)).astype(np.int32) for _ in range(12)]
+        made = []
+        for n in rng.integers(0, 12, 90):
+            text = np.concatenate([texts[n], texts[rng.integers(12)]][: rng.integers(1, 3)])
+            text[rng.integers(len(text))] = rng.integers(words)
+            made.append(text)
+        train, held_out = made[:40], made[40:]
+        found = overlap(train, held_out)
+        assert found == compared_by_hand(train, held_out)
+        near += found.near
+    assert near > 20
 
 
 def with_header(documents, header):

@@ -129,6 +129,22 @@ def test_arrow_as_a_file_and_as_a_stream(tmp_path):
     assert list(documents(tmp_path / "a.arrow")) == texts
 
 
+def test_half_of_a_surrogate_pair_is_no_text(tmp_path):
+    """Wherever a read of the file ends; one in another field is nobody's text."""
+    whole = r"\ud83d\ude00 \ud55c\\ud83d\uAC00\\\\\uD83D\uDE00"
+    expected = json.loads(f'"{whole}"')
+    for length in range(30):
+        pad = '"' + "x" * ((1 << 16) - 24 - length)
+        rows = f'[{{"pad": {pad}", "x": "\\ude00", "text": "{whole}"}}'
+        path = tmp_path / "a.json"
+        path.write_text(f"{rows}]")
+        assert list(documents(path)) == [expected]
+        for half in (r"\ud83d", r"\uDE00", r"\\\ud83d\n", r"\ud83d\ud83d\ude00"):
+            path.write_text(f'{rows}, {{"text": "{half} a"}}]')
+            with pytest.raises(MemdecError, match="a.json, row 2 is binary, not text"):
+                list(documents(path))
+
+
 def test_members_of_a_compressed_file_follow_each_other(tmp_path):
     lines = [json.dumps({"text": f"{n}: {DOCUMENT}"}).encode() + b"\n" for n in range(4)]
     for kind in COMPRESSIONS:
@@ -180,6 +196,18 @@ def test_what_is_cut_off_is_named(tmp_path, suffix):
     path.write_bytes(b"this is no such file")
     with pytest.raises(MemdecError, match=f"b{suffix} is not a readable .* file"):
         text_hash(path)
+
+
+def test_a_window_of_zstd_beyond_the_library_s_says_how_to_unpack_it(tmp_path):
+    """Public dumps of forums are compressed with --long=31, a window of 2 GB."""
+    for window, found in ((27, "a text"), (31, None)):
+        frame = bytes([0x28, 0xB5, 0x2F, 0xFD, 0, (window - 10) << 3])
+        (tmp_path / "a.txt.zst").write_bytes(frame + bytes([6 << 3 | 1, 0, 0]) + b"a text")
+        if found:
+            assert list(documents(tmp_path / "a.txt.zst")) == [found]
+            continue
+        with pytest.raises(MemdecError, match=r"too much memory.*: unpack it with zstd -d --long"):
+            list(documents(tmp_path / "a.txt.zst"))
 
 
 @pytest.mark.parametrize(
@@ -245,9 +273,8 @@ def test_a_field_that_is_no_string_says_what_it_is(tmp_path, kind):
     rows = [{"text": None, "meta": {"body": None}}, {"text": value, "meta": {"body": value}}]
     rows = [{"text": "a", "meta": {"body": "a"}}, *rows] if kind == "null" else rows[1:]
     table = pa.Table.from_pylist(rows)
-    pq.write_table(table, tmp_path / "a.parquet")
-    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as writer:
-        writer.write_table(table)
+    for suffix in (".parquet", ".arrow"):
+        write_table(tmp_path / f"a{suffix}", table)
     if kind != "bytes":
         (tmp_path / "a.json").write_text(json.dumps(rows))
         (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -263,16 +290,49 @@ def test_a_field_that_is_no_string_says_what_it_is(tmp_path, kind):
             )
 
 
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".jsonl"])
+def test_what_lies_beside_a_field_is_not_read(tmp_path, suffix):
+    """A time that Python cannot hold, in an object whose other field is the text."""
+    path = tmp_path / f"a{suffix}"
+    times = pa.array([2**62, None], pa.timestamp("us"))
+    body = pa.StructArray.from_arrays([pa.array(["a", "b"])], ["body.raw"])
+    meta = pa.StructArray.from_arrays([body, times], ["x", "time"])
+    if suffix == ".jsonl":
+        path.write_text('{"meta": {"x": {"body.raw": "a"}}}\n{"meta": {"x": {"body.raw": "b"}}}')
+    else:
+        write_table(path, pa.table({"time": times, "meta": meta}))
+    assert list(documents(path, Fields("meta.x.body.raw"))) == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow", ".csv"])
+def test_columns_of_one_name_are_refused(tmp_path, suffix):
+    """As a join of two tables leaves them: which is meant?"""
+    path = tmp_path / f"a{suffix}"
+    table = pa.Table.from_arrays([pa.array([x]) for x in "abcd"], ["id", "text", "id", "text"])
+    if suffix == ".csv":
+        path.write_text("id,text,id,text\na,b,c,d\n")
+    else:
+        write_table(path, table)
+    with pytest.raises(MemdecError) as refused:
+        list(documents(path))
+    assert str(refused.value) == f"{path} has 2 columns `text`: rename all but one."
+
+
+def write_table(path, table):
+    if path.suffix == ".parquet":
+        pq.write_table(table, path)
+        return
+    with pa.ipc.new_stream(str(path), table.schema) as writer:
+        writer.write_table(table)
+
+
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".parquet", ".arrow", ".csv"])
 def test_long_names_of_fields_are_cut(tmp_path, suffix):
     """A file without a header has text for names, and objects may be keyed by addresses."""
     name, path = "a name\nof " + "many words " * 20, tmp_path / f"a{suffix}"
     table = pa.table({name: ["a"], "id": ["b"]})
-    if suffix == ".parquet":
-        pq.write_table(table, path)
-    elif suffix == ".arrow":
-        with pa.ipc.new_stream(str(path), table.schema) as writer:
-            writer.write_table(table)
+    if suffix in (".parquet", ".arrow"):
+        write_table(path, table)
     elif suffix == ".csv":
         path.write_text(f'"{name}",id\na,b\n')
     else:
@@ -342,11 +402,8 @@ def test_the_text_in_another_field(tmp_path, suffix):
         expected = {"body": ["one"], "meta.raw": ["two"]}  # a name with a dot of its own
     else:
         table = pa.Table.from_pylist(rows)
-        if suffix == ".parquet":
-            pq.write_table(table, path)
-        elif suffix == ".arrow":
-            with pa.ipc.new_stream(str(path), table.schema) as writer:
-                writer.write_table(table)
+        if suffix in (".parquet", ".arrow"):
+            write_table(path, table)
         else:
             lines = "\n".join(map(json.dumps, rows))
             path.write_text(lines if suffix == ".jsonl" else f"[{lines.replace(chr(10), ',')}]")

@@ -5,6 +5,7 @@ import contextlib
 import gzip
 import io
 import lzma
+import re
 import shutil
 import tempfile
 import zlib
@@ -18,6 +19,38 @@ from vllm_memdec.train.faults import reraise
 
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, which are two escapes
+ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL
+)
+
+
+class PairsWhole:
+    """A file of JSON whose halves of surrogate pairs are NUL, which no text may hold.
+
+    The parser would make a question mark of one, as if the file had it.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.rest = file, b""
+
+    def read(self, size: int = -1) -> bytes:
+        """Return some of the file; nothing only at its end."""
+        while size:
+            new = self.file.read(size)
+            data = self.rest + new
+            # A pair that goes on in what is read next waits for it.
+            open_pair = new and b"\\" in data[-12:]
+            end = len(data.rstrip(b"\\u0123456789abcdefABCDEF")) if open_pair else len(data)
+            data, self.rest = data[:end], data[end:]
+            if data or not new:
+                return ESCAPE.sub(_without_half, data) if HALF.search(data) else data
+        return b""
+
+
+def _without_half(escape: re.Match[bytes]) -> bytes:
+    return rb"\u0000" if escape["half"] else escape[0]
 
 
 @contextlib.contextmanager
@@ -64,9 +97,9 @@ def sentences(path: Path) -> Iterator[None]:
             raise
         what = " ".join(str(error).split()) or type(error).__name__
         kind = compression(path)[1:] or format_of(path)[1:]
-        raise MemdecError(
-            f"{path} is not a readable {kind} file ({what}): copy it again."
-        ) from None
+        long_window = kind == "zst" and "too much memory" in what
+        mend = "unpack it with zstd -d --long=31" if long_window else "copy it again"
+        raise MemdecError(f"{path} is not a readable {kind} file ({what}): {mend}.") from None
 
 
 def decode(data: bytes, where: str, place: int = 0) -> str:

@@ -18,7 +18,8 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.files import format_of
-from vllm_memdec.train.data.opening import decode, opened, sentences, unpacked
+from vllm_memdec.train.data.opening import PairsWhole, decode, opened, sentences, unpacked
+from vllm_memdec.train.data.pages import text_of_page
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PAGE_BYTES = 2**20  # bytes of a column that are read at once
@@ -38,8 +39,6 @@ KINDS = {  # what errors call a value
 }
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
 SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
-END_OF_PAGE = re.compile(r"</(?:body|html)\s*>", re.IGNORECASE)
-DEEPEST = 2048  # elements within each other that the parser of HTML takes
 BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
 
@@ -84,12 +83,11 @@ def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
     """Return the value of a field, or `missing`: a.b is the field b in the field a."""
     if not isinstance(row, dict) or name is None:
         return missing
-    if name in row or "." not in name:
-        return row.get(name, missing)
-    for part in name.split("."):
-        if row is not None:
-            row = row.get(part, missing) if isinstance(row, dict) else missing
-    return row
+    if name in row:
+        return row[name]
+    first, _, rest = name.partition(".")
+    within = row.get(first, missing) if rest else missing
+    return within if within is None else lookup(within, rest, missing)
 
 
 def _text(row: Any, name: str, where: str) -> str:
@@ -168,36 +166,12 @@ def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
 
 
 def _html(piece: Piece) -> Iterator[tuple[str, str]]:
-    """Yield the text that a page shows, to its end; MemdecError if the parser stopped before."""
-    from inscriptis import Inscriptis
-    from lxml.etree import ErrorLevels, LxmlError, ParserError
-    from lxml.html import HTMLParser, document_fromstring
-
+    """Yield the text that a page shows."""
     with opened(piece.path) as file:
         page = decode(file.read(), str(piece.path))
     if "\0" in page:  # the parser makes another character of it
         raise MemdecError(f"{piece.path} {BINARY}")
-    # By itself the parser stops, without a word, at 256 elements within each other, at 10 MB of
-    # text, and at the end tag of the page, which more text or another page may follow.
-    parser = HTMLParser(encoding="utf-8", huge_tree=True)
-    try:
-        tree = document_fromstring(END_OF_PAGE.sub("", page).encode(), parser=parser)
-    except ParserError:  # it holds nothing but comments
-        return
-    except LxmlError as error:
-        raise MemdecError(f"{piece.path} is not HTML ({error}): leave it out.") from None
-    if any(error.level == ErrorLevels.FATAL for error in parser.error_log):
-        raise MemdecError(
-            f"{piece.path} has elements within elements beyond the parser's limit of {DEEPEST:,}, "
-            "and its text would be cut there: flatten it, or leave it out."
-        )
-    limit = sys.getrecursionlimit()
-    sys.setrecursionlimit(limit + 2 * DEEPEST)  # inscriptis takes a frame for each level
-    try:
-        text = Inscriptis(tree).get_text()
-    finally:
-        sys.setrecursionlimit(limit)
-    yield str(piece.path), text.strip("\n")
+    yield str(piece.path), text_of_page(page, str(piece.path))
 
 
 def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
@@ -229,7 +203,9 @@ def _json(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
     with opened(piece.path) as file:
         if head.startswith(b"\xef\xbb\xbf"):
             file.read(3)
-        rows = ijson.items(file, "item" if array else "", multiple_values=not array, use_float=True)
+        rows = ijson.items(
+            PairsWhole(file), "item" if array else "", multiple_values=not array, use_float=True
+        )
         try:
             for number, row in enumerate(rows, 1):
                 yield f"{piece.path}, row {number}", row
@@ -262,6 +238,7 @@ def _csv(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
                     f"{listed(names)}: give the right one with --text-field (corpus.text_field), "
                     "or, if the file has no first line of names, add one."
                 )
+            _once(piece.path, list(names or ()), fields.names)
             for number, row in enumerate(rows, 1):
                 where = f"{piece.path}, row {number}"
                 if None in row or row[fields.text] is None:
@@ -299,13 +276,14 @@ def row_groups(path: Path) -> int:
 
 def _parquet(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
     with parquet(piece.path) as file:
-        columns = _columns(piece.path, file.schema_arrow.names, fields)
+        places = _places(piece.path, file.schema_arrow, fields)
+        columns = [".".join(place) for place in places.values()]  # of an object these fields alone
         groups = range(file.num_row_groups)[piece.start : piece.stop]
         number = sum(file.metadata.row_group(n).num_rows for n in range(piece.start))
         for batch in file.iter_batches(
             batch_size=TABLE_ROWS, row_groups=list(groups), columns=columns
         ):
-            yield from _numbered(piece.path, batch, number)
+            yield from _numbered(piece.path, batch, places, number)
             number += batch.num_rows
 
 
@@ -318,30 +296,64 @@ def _arrow(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
         is_file = file.read(6) == b"ARROW1"
         file.seek(0)
         reader = pyarrow.ipc.open_file(file) if is_file else pyarrow.ipc.open_stream(file)
-        columns = _columns(piece.path, reader.schema.names, fields)
+        places = _places(piece.path, reader.schema, fields)
         number = 0
         batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
         for batch in batches:
             for start in range(0, batch.num_rows, TABLE_ROWS):
-                part = batch.select(columns).slice(start, TABLE_ROWS)
-                yield from _numbered(piece.path, part, number)
+                part = batch.slice(start, TABLE_ROWS)
+                yield from _numbered(piece.path, part, places, number)
                 number += part.num_rows
 
 
-def _columns(path: Path, there: list[str], fields: Fields) -> list[str]:
-    """Return the columns that hold the fields; MemdecError if there is none for the text."""
-    whole = {name: name if name in there else name.split(".")[0] for name in fields.names}
-    if whole[fields.text] not in there:
+def _places(path: Path, schema: Any, fields: Fields) -> dict[str, list[str]]:
+    """Return of each field that a table has its column and the names within it."""
+    places = {name: _place(schema, name) for name in fields.names}
+    if not places[fields.text]:
+        there = _fields({field.name: _within(field.type) for field in schema})
         raise MemdecError(
             f"{path}: the table needs a string column `{fields.text}`, it has {listed(there)}: "
             "give the right one with --text-field (corpus.text_field)."
         )
-    return list(dict.fromkeys(name for name in whole.values() if name in there))
+    _once(path, schema.names, [place[0] for place in places.values() if place])
+    return {name: place for name, place in places.items() if place}
 
 
-def _numbered(path: Path, batch: Any, before: int) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(batch.to_pylist(), before + 1):
-        yield f"{path}, row {number}", row
+def _place(kind: Any, name: str) -> list[str]:
+    """Return where a schema, or a type of objects, has a field; [] if nowhere."""
+    if name in _within(kind):
+        return [name]
+    first, _, rest = name.partition(".")
+    if not rest or first not in _within(kind):
+        return []
+    within = _place(kind.field(kind.names.index(first)).type, rest)
+    return [first, *within] if within else []
+
+
+def _within(kind: Any) -> dict[str, None]:
+    return dict.fromkeys(getattr(kind, "names", ()))
+
+
+def _once(path: Path, there: list[str], names: Iterable[str]) -> None:
+    for name in names:
+        if there.count(name) > 1:
+            raise MemdecError(
+                f"{path} has {there.count(name)} columns `{name}`: rename all but one."
+            )
+
+
+def _numbered(
+    path: Path, batch: Any, places: dict[str, list[str]], before: int
+) -> Iterator[tuple[str, Any]]:
+    import pyarrow.compute
+
+    columns = []
+    for column, *within in places.values():
+        values = batch.column(column)
+        columns.append(pyarrow.compute.struct_field(values, within) if within else values)
+    rows = zip(*(values.to_pylist() for values in columns), strict=True)
+    for number, row in enumerate(rows, before + 1):
+        yield f"{path}, row {number}", dict(zip(places, row, strict=True))
 
 
 TEXTS: dict[str, Callable[[Piece], Iterable[tuple[str, str]]]] = {
