@@ -33,7 +33,7 @@ setup(
             "transformers>=5.16.1,<5.20",
             "pyarrow>=18",
             "ijson>=3.3",  # reads an array of JSON row by row
-            "lxml>=5",  # pages of HTML
+            "resiliparse>=2.0",  # the text that a page of HTML shows
             "matplotlib>=3.9",
             "pydantic>=2.12,<3",
             "pyyaml>=6",

@@ -83,9 +83,9 @@ def test_rows_come_in_order(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("tag", ["div", "font", "b", "ul><li", "table><tr><td", "p", "blockquote"])
-@pytest.mark.parametrize("depth", [300, 2000])
+@pytest.mark.parametrize("depth", [300, 20_000])
 def test_a_deep_page_is_read_to_its_end(tmp_path, tag, depth):
-    """Old pages leave <font> open for each paragraph; the parser's own limit is 256 elements."""
+    """Old pages leave <font> open for each paragraph; libxml2 stops at 256 elements."""
     path, repeats = tmp_path / "a.html", depth // (tag.count("<") + 1)
     path.write_text(
         "<html><body>first " + f"<{tag}>" * repeats + "deep</p><p>last</p></body></html>"
@@ -252,7 +252,6 @@ def test_a_window_of_zstd_beyond_the_library_s_says_how_to_unpack_it(tmp_path):
         ("a.html", b"<p>\xef</p>", "a.html is not UTF-8"),
         ("a.html", "<p></p>", "a.html is empty"),
         ("a.html", "<p>a</p>\0<p>b</p>", "a.html is binary, not text: convert"),
-        ("a.html", "<div>" * 2100 + "a", "a.html has elements within elements .*2,048.*: flatten"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(tmp_path, name, content, match):
