@@ -19,7 +19,7 @@ from rich.table import Table
 from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, gate_path, read_gate
-from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.blocks import bos_of, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
@@ -139,7 +139,8 @@ def read_readings(
     if sum(map(len, ids)) < 2:
         raise MemdecError(f"{path} has no text that could be predicted: give a longer one.")
     width = window_tokens(context, sum(map(len, ids)), pair.configs)
-    return *readings(ids, width, pair.tokenizer.eos_token_id, MAX_TOKENS), width
+    ends = pair.tokenizer.eos_token_id, MAX_TOKENS, bos_of(pair.tokenizer)
+    return *readings(ids, width, *ends), width
 
 
 def evaluate(
