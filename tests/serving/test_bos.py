@@ -17,7 +17,7 @@ from vllm_memdec.train.model.windows import validation_documents, windows
 
 BOS = 0
 SETTINGS = ("corpus.block_tokens=32", "corpus.validation_fraction=0.2", "datastore.dtype=float32",
-            "targets.neighbours=16", "memory.layers=1", "memory.epochs=1", "memory.dtype=float32",
+            "targets.neighbours=16", "memory.layers=1", "memory.epochs=0.2", "memory.dtype=float32",
             "export.dtype=float32", "export.context_tokens=128")  # fmt: skip
 
 
@@ -25,7 +25,7 @@ SETTINGS = ("corpus.block_tokens=32", "corpus.validation_fraction=0.2", "datasto
 def out(bos_model, tmp_path_factory):
     """Return the output of a build: documents much longer than a block, some than a window."""
     folder = tmp_path_factory.mktemp("bos")
-    texts = [tiny_text(seed, words) for seed in range(12) for words in (30, 60, 150)]
+    texts = [tiny_text(seed, words) for seed in range(5) for words in (30, 60, 150)]
     corpus = folder / "corpus.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     words = ["--base", bos_model, "--corpus", corpus, "--output", folder / "out"]
@@ -41,7 +41,7 @@ def test_no_row_at_position_0_lacks_bos(out):
         place = np.where(positions < 0, ~positions, positions)
         read = place[:, 1:] == place[:, :-1] + 1
         first = tokens[:, :-1][read & (place[:, :-1] == 0)]
-        assert len(first) > 20 and (first != BOS).mean() == 0
+        assert len(first) > 10 and (first != BOS).mean() == 0
 
 
 def test_every_token_is_a_label_once_and_bos_never(out):
@@ -83,5 +83,5 @@ def test_the_bases_perplexity_is_that_of_vllm(out, bos_model, engine):
         for n in np.flatnonzero(kept)
     ]
     said = read_block(out / "export").provenance["validation_perplexity"]["base"]
-    assert len(logprobs) == text.scored.sum() > 1000
+    assert len(logprobs) == text.scored.sum() > 300
     assert said == pytest.approx(np.exp(-np.mean(logprobs)), rel=0.01)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vllm_memdec.train.data.chat import Chat, Renderer
 from vllm_memdec.train.data.shards import Sharded, load_array
 
 SPLITS = ("train", "validation")
@@ -49,7 +50,8 @@ def tokenise(
 
     Documents are handed to the tokenizer in groups of a bounded size. keep_empty: yield an array
     without tokens for a document in which the tokenizer finds none. What looks like a special token
-    is text there like any other: a document about `<|im_end|>` does not end a turn.
+    is text there like any other: a document about `<|im_end|>` does not end a turn. A chat ends as
+    its template ends it.
     """
     # mistral_common never reads special tokens in text, and refuses the word.
     named = type(tokenizer).__name__ == "MistralCommonBackend"
@@ -66,8 +68,14 @@ def tokenise(
                 yield np.zeros(0, np.int32)
 
     group: list[str] = []
-    characters = 0
+    characters, render = 0, None
     for text in texts:
+        if isinstance(text, Chat):
+            yield from flush(group)
+            group, characters, render = [], 0, render or Renderer(tokenizer)
+            if len(ids := render(text)) or keep_empty:
+                yield ids
+            continue
         group.append(text)
         characters += len(text)
         if len(group) == TOKENIZER_BATCH or characters >= TOKENIZER_CHARACTERS:

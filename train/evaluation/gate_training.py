@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+from vllm_memdec.checkpoint import read_block
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
@@ -30,7 +31,7 @@ from vllm_memdec.train.data.blocks import bos_of, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.splits import digest
-from vllm_memdec.train.evaluation.compare import matching_tokenizer, open_model
+from vllm_memdec.train.evaluation.compare import as_learnt, matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
 from vllm_memdec.train.model.windows import (
     MIN_ROWS,
@@ -350,7 +351,7 @@ def calibrate_gate(
         raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
     with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
         pass
-    tokenizer = matching_tokenizer(base, memory)
+    tokenizer, fields = matching_tokenizer(base, memory), as_learnt(fields, read_block(memory))
     models = tuple(open_model(name) for name in (base, memory))
     read = {
         kind: [text for path in paths for text in read_texts(tokenizer, path, fields)]

@@ -25,7 +25,14 @@ import numpy as np
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import write_json
-from vllm_memdec.train.data.blocks import SPLITS, bos_of, packed, tokenise, valid_rows
+from vllm_memdec.train.data.blocks import (
+    SPLITS,
+    bos_of,
+    packed,
+    tokenise,
+    unmarked,
+    valid_rows,
+)
 from vllm_memdec.train.data.completeness import check_there, numbered
 from vllm_memdec.train.data.documents import canonical, fields_of, pieces, read_rows
 from vllm_memdec.train.data.duplicates import overlap, stored_documents
@@ -224,7 +231,7 @@ class Tokenised:
     def highest(self) -> int:
         """Return the highest token id."""
         tokens = (load_shard(self.folder, "tokens", number) for number in self.numbers)
-        return max((int(t.max(initial=0)) for t in tokens), default=0)
+        return max((int(unmarked(t).max(initial=0)) for t in tokens), default=0)
 
     def parts(self, taken: np.ndarray, first: bool) -> Iterator[np.ndarray]:
         """Yield the first `taken` tokens of each document, or the rest, where there are any."""
@@ -310,6 +317,11 @@ def write_blocks(
             f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
         )
     row_counts = np.concatenate(rows)
+    if not row_counts.any():
+        raise MemdecError(
+            f"nothing of the {name} text is predicted: give it chats in which the assistant "
+            "answers, or set corpus.loss_on to all."
+        )
     save_array(work / f"rows-{name}.npy", row_counts)
     save_array(work / f"used-{name}.npy", np.flatnonzero(used).astype(np.int32))
     n_blocks = len(row_counts)
@@ -321,6 +333,8 @@ def stage(build: Build) -> Stage:
     """Return how the corpus is made."""
     settings = build.settings.corpus.model_dump()
     del settings["text_field"]  # decides nothing but the text, whose hash is an input
+    if settings["loss_on"] == "all":
+        del settings["loss_on"]  # as it was before this setting
     if build.validation is not None:
         settings["validation_fraction"] = settings["group"] = None  # nothing is held out
     if (bos := bos_of(load_tokenizer(build.base))) is not None:
