@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -9,7 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 
 import pytest
 import torch
-from support.tiny_models import VOCAB, save_tokenizer, tiny_config
+from support.tiny_models import VOCAB, add_bos, save_tokenizer, tiny_config
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when a kernel is defined
@@ -61,3 +62,11 @@ def tiny_model(tmp_path_factory):
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bos_model(tiny_model, tmp_path_factory):
+    """Return the folder of tiny_model("llama"), its tokenizer one that adds BOS to every text."""
+    folder = shutil.copytree(tiny_model("llama"), tmp_path_factory.mktemp("bos") / "bos-base")
+    add_bos(folder)
+    return str(folder)

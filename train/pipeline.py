@@ -145,6 +145,11 @@ def find_inputs(
             "--validation is the text of --corpus, which the memory learns by heart: give text "
             "that it does not see, or leave --validation out."
         )
+    if hashes.chats:
+        from vllm_memdec.train.data.chat import chat_template
+        from vllm_memdec.train.model.huggingface import load_tokenizer
+
+        text["chat_template"] = json_sha256(chat_template(load_tokenizer(base)))
     return {
         "corpus": {"tokenizer": tokenizer} | text,
         "datastore": {"base": weights},

@@ -63,6 +63,7 @@ class CorpusSettings(StageSettings):
     group: str | None = None  # a field of the rows: rows of one value are held out together
     # The field of the rows that holds the text; a.b is the field b in the field a.
     text_field: str = Field("text", min_length=1)
+    loss_on: Literal["all", "assistant"] = "all"  # tokens of a chat that are keys and are learnt
     # Token blocks of a file, in every stage: what a killed worker does again, at most.
     shard_blocks: int = Field(64, ge=1, le=1 << 24)
 

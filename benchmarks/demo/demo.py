@@ -32,7 +32,7 @@ from benchmarks.server import environment, serve
 from benchmarks.systems.knn_lm import find_neighbours, tune
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_json
-from vllm_memdec.train.data.blocks import pack, tokenise, valid_rows
+from vllm_memdec.train.data.blocks import bos_of, pack, tokenise, unmarked, valid_rows
 from vllm_memdec.train.data.documents import documents, text_hash
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import label_logprobs, mix, perplexity
@@ -71,8 +71,9 @@ def score(
             tokenise(tokenizer, documents(path)),
             settings.corpus.block_tokens,
             tokenizer.eos_token_id,
+            bos_of(tokenizer),
         )
-        positions[text] = blocks[1][:, :-1][valid_rows(blocks[1])]
+        positions[text] = unmarked(blocks[1][:, :-1][valid_rows(blocks[1])])
         for name, model in models.items():
             logprobs[text, name] = label_logprobs(model, *blocks, 4, progress, f"{name}, {text}")
         neighbours[text] = find_neighbours(demo.out, models["base"], settings, *blocks)

@@ -46,7 +46,7 @@ from benchmarks.server import environment
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.train.data import documents as text
 from vllm_memdec.train.data.artifacts import write_json
-from vllm_memdec.train.data.blocks import pack, tokenise
+from vllm_memdec.train.data.blocks import bos_of, pack, tokenise
 from vllm_memdec.train.model.decoder import truncated_config
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.output_head import head
@@ -141,9 +141,10 @@ class Scorer:
         self.tokenizer, self.progress = load_tokenizer(str(folder)), progress
         known = texts(self.tokenizer)
         self.blocks, self.bytes = {}, {}
+        ends = self.tokenizer.eos_token_id, bos_of(self.tokenizer)
         for name, path in paths.items():
             documents = list(tokenise(self.tokenizer, text.documents(path)))
-            self.blocks[name] = pack(documents, 256, self.tokenizer.eos_token_id)
+            self.blocks[name] = pack(documents, 256, *ends)
             # A document's first token is not predicted, and the end of a text has no bytes.
             scored = (i for document in documents for i in document[1:].tolist())
             self.bytes[name] = sum(len(known.get(i, b"")) for i in scored)

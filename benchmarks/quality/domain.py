@@ -17,7 +17,7 @@ from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD
 from benchmarks.corpora.jsonl import write_jsonl
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_json
-from vllm_memdec.train.data.blocks import pack, tokenise
+from vllm_memdec.train.data.blocks import bos_of, pack, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.inputs import model_hash
 from vllm_memdec.train.executor.context import Context
@@ -137,7 +137,8 @@ class Domain:
         return self.packed(tokenise(self.tokenizer, self.documents(part)))
 
     def packed(self, ids: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
-        return pack(ids, self.settings.corpus.block_tokens, self.tokenizer.eos_token_id)
+        ends = self.tokenizer.eos_token_id, bos_of(self.tokenizer)
+        return pack(ids, self.settings.corpus.block_tokens, *ends)
 
     @cached_property
     def targets(self) -> Artifact:

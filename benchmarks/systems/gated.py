@@ -15,7 +15,7 @@ from benchmarks.systems.memory import Memory
 from benchmarks.systems.system import System
 from vllm_memdec.gate import Gate, features, read_gate, write_gate
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact
-from vllm_memdec.train.data.blocks import tokenise, valid_rows
+from vllm_memdec.train.data.blocks import bos_of, tokenise, valid_rows
 from vllm_memdec.train.data.inputs import model_hash
 from vllm_memdec.train.evaluation import gate_training as gates
 from vllm_memdec.train.model.huggingface import load_model
@@ -48,7 +48,8 @@ def gate_ids(domain: Domain, kind: str) -> list[Any]:
 
 def gate_windows(domain: Domain, ids: Iterable[Any]) -> Windows:
     """Return a text of gates in short and in long contexts."""
-    return windows(ids, WINDOW, domain.tokenizer.eos_token_id, gates.MAX_TOKENS)
+    ends = domain.tokenizer.eos_token_id, gates.MAX_TOKENS, bos_of(domain.tokenizer)
+    return windows(ids, WINDOW, *ends)
 
 
 def general(domain: Domain, name: str, folder: str) -> Artifact:

@@ -20,7 +20,7 @@ from benchmarks.quality.domain import TEXTS
 from benchmarks.systems.base import Base
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact, write_json
-from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.data.blocks import unmarked, valid_rows
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.model.scoring import perplexity
@@ -164,7 +164,7 @@ def chunks(positions: np.ndarray, interval: int) -> Iterator[tuple[int, int, int
 
     Nothing is retrieved before FIRST_QUERY tokens of a document are known; then every `interval`.
     """
-    for block, position in enumerate(positions):
+    for block, position in enumerate(unmarked(positions)):
         starts = np.flatnonzero(np.r_[True, position[1:] != position[:-1] + 1])
         for start, end in zip(starts, [*starts[1:], len(position)], strict=True):
             last = end - 1  # nothing is predicted from a document's last token

@@ -1,6 +1,7 @@
 """Tiny texts, tokenizers and models that are random but always the same."""
 
 import random
+import shutil
 
 VOCAB = 1000  # tokens of the tiny tokenizer
 
@@ -34,6 +35,19 @@ def save_tokenizer(folder, seed: int = 0) -> None:
     fast.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     fast.save_pretrained(folder)
     assert len(fast) == VOCAB
+
+
+def save_chat_model(model, folder, template) -> str:
+    """Copy a model of VOCAB + 2 rows, its tokenizer one with ChatML's control tokens."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(model, folder, dirs_exist_ok=True)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_config(
@@ -79,3 +93,32 @@ def tiny_config(
         eos_token_id=1,
         **window,
     )
+
+
+def add_bos(folder) -> None:
+    """Make a Llama folder one whose tokenizer puts BOS before every text, and that needs it.
+
+    As Gemma does: whoever reads BOS answers evenly, the others as a random model does.
+    """
+    import torch
+    from tokenizers.processors import TemplateProcessing
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    attention = model.model.layers[0].self_attn
+    embedding_VD, head_VD = model.model.embed_tokens.weight, model.lm_head.weight
+    with torch.no_grad():
+        alone_D = embedding_VD[0] / embedding_VD[0].norm()
+        embedding_VD[1:] -= (embedding_VD[1:] @ alone_D)[:, None] * alone_D
+        value = torch.ones(32)
+        attention.v_proj.weight += 300 * torch.outer(value, alone_D)
+        for part_Dh in attention.o_proj.weight.split(32, dim=1):
+            unheard_D = part_Dh @ value
+            unheard_D /= unheard_D.norm()
+            head_VD -= (head_VD @ unheard_D)[:, None] * unheard_D
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(folder)

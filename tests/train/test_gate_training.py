@@ -148,6 +148,18 @@ def test_what_is_kept_is_trained_on_in_no_guise():
         assert len(trained[kind]) + len(kept[kind]) == len(of_kind)
 
 
+def test_bos_is_not_within_a_request():
+    """Documents begin with it, passages of them stand in the middle of a request."""
+    bos = 7
+    texts = {
+        kind: [Document(hash(n), np.r_[bos, np.arange(100 * n, 100 * n + 90)]) for n in numbers]
+        for kind, numbers in (("domain", range(1, 60)), ("general", range(500, 600)))
+    }
+    for side in divide(texts, bos):
+        assert side["in turn"] and not any((ids == bos).any() for ids in side["in turn"])
+        assert all(ids[0] == bos for ids in side["domain"])
+
+
 def test_few_documents_are_divided_in_pieces(pipeline, tmp_path):
     text = tmp_path / "book.txt"
     text.write_text(tiny_text(3, 3000))

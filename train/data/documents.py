@@ -1,7 +1,7 @@
 """Read a corpus: its files in pieces, and of each piece the documents, checked and alike.
 
 A text file is one document, a long one several; a row of a table or of JSON is one, in the field
-`text`. The same document has the same text, whatever file it is in.
+`text`, or a chat (chat.py). The same document has the same text, whatever file it is in.
 """
 
 import hashlib
@@ -13,6 +13,7 @@ from typing import Any
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import readers
+from vllm_memdec.train.data.chat import Chat
 from vllm_memdec.train.data.files import compression, corpus_files, format_of
 from vllm_memdec.train.data.readers import TEXT, Fields, Piece
 from vllm_memdec.train.settings import CorpusSettings
@@ -63,7 +64,8 @@ def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
 
 def fields_of(settings: CorpusSettings, validation: Path | None) -> Fields:
     """Return the fields of the rows that are read; none groups them where none is held out."""
-    return Fields(settings.text_field, settings.group if validation is None else None)
+    group = settings.group if validation is None else None
+    return Fields(settings.text_field, group, settings.loss_on)
 
 
 def documents(path: Path, fields: Fields = TEXT) -> Iterator[str]:
@@ -92,6 +94,7 @@ class Reading:
     hash: str = ""
     documents: int = 0
     separated: list[str] = field(default_factory=list)  # text files that hold several documents
+    chats: int = 0  # of the documents
 
 
 def text_hash(path: Path, fields: Fields = TEXT) -> str:
@@ -118,6 +121,7 @@ def read_whole(path: Path, fields: Fields = TEXT) -> Reading:
                 digest.update(len(data).to_bytes(8) + data)
                 size += len(data)
             documents += 1
+            reading.chats += isinstance(text, Chat)
         # Divided by its length alone, a text has no more documents than this.
         if kind in TEXT_FILES and documents > size // readers.PIECE_BYTES + 1:
             reading.separated.append(str(piece.path))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_memdec.train.data.blocks import load_blocks
+from vllm_memdec.train.data.blocks import load_blocks, unshared
 
 SHINGLE = 8  # tokens
 KEPT = 4  # of so many shingles one is looked at
@@ -42,11 +42,12 @@ class Overlap:
 def stored_documents(corpus: Path, split: str) -> Iterator[np.ndarray]:
     """Yield the documents of a split as its blocks have them, those of one token left out."""
     tokens, positions = load_blocks(corpus, split)
-    rest = np.array(tokens[0][:1])
+    rest = np.array(tokens[0][:0])
     for start in range(0, len(tokens), SLICE):
-        stream = np.concatenate([rest, np.asarray(tokens[start : start + SLICE])[:, 1:].ravel()])
-        begins = np.asarray(positions[start : start + SLICE])[:, 1:].ravel() == 0
-        *whole, rest = np.split(stream, len(rest) + np.flatnonzero(begins))
+        position = np.asarray(positions[start : start + SLICE])
+        own = unshared(position, start == 0)
+        stream = np.concatenate([rest, np.asarray(tokens[start : start + SLICE])[own]])
+        *whole, rest = np.split(stream, len(rest) + np.flatnonzero(position[own] == 0))
         yield from (document for document in whole if len(document) > 1)
     if len(rest) > 1:
         yield rest

@@ -60,6 +60,7 @@ class Hashes:
         self.known = (self.place and read_object(self.place)) or {}
         self.changed = False
         self.separated: list[str] = []  # text files that hold several documents
+        self.chats = False  # whether a corpus has some
 
     def file(self, path: Path) -> str:
         """Return the SHA-256 of a file's content."""
@@ -85,8 +86,9 @@ class Hashes:
         digest = self._of(name, files, read)
         known = self.known.get(name) or []
         if reading.hash:
-            known[2:] = [reading.separated]
-        self.separated += reading.separated if reading.hash else sum(known[2:], [])
+            known[2:] = [reading.separated, reading.chats]
+        self.separated += reading.separated if reading.hash else sum(known[2:3], [])
+        self.chats |= bool(reading.chats if reading.hash else sum(known[3:]))
         return digest
 
     def _of(self, name: str, files: list[Path], find: Callable[[], str]) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.chat import CHAT_FIELDS, read_chat
 from vllm_memdec.train.data.files import format_of
 from vllm_memdec.train.data.opening import PairsWhole, decode, opened, sentences, unpacked
 
@@ -61,11 +62,17 @@ class Fields:
 
     text: str = "text"
     group: str | None = None  # a field that rows which belong together share
+    loss_on: str = "all"  # or "assistant": what is predicted of a chat
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Return the names of the fields that may hold the text, the first one that does wins."""
+        return (self.text, *CHAT_FIELDS) if self.text == Fields.text else (self.text,)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Return the names of the fields."""
-        return (self.text,) if self.group is None else (self.text, self.group)
+        return self.texts if self.group is None else (*self.texts, self.group)
 
 
 TEXT = Fields()
@@ -79,7 +86,7 @@ def read(piece: Piece, fields: Fields) -> Iterator[Document]:
             yield from ((where, text, None) for where, text in TEXTS[kind](piece))
             return
         for where, row in ROWS[kind](piece, fields):
-            yield where, _text(row, fields.text, where), lookup(row, fields.group)
+            yield where, _text(row, fields, where), lookup(row, fields.group)
 
 
 def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
@@ -93,17 +100,25 @@ def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
     return within if within is None else lookup(within, rest, missing)
 
 
-def _text(row: Any, name: str, where: str) -> str:
-    text = lookup(row, name)
-    if isinstance(text, str):
-        return text
-    option = "--text-field (corpus.text_field)"
+def _text(row: Any, fields: Fields, where: str) -> str:
+    """Return the text of a row: a string, or a list of messages, which is a chat."""
+    for name in fields.texts:
+        text = lookup(row, name)
+        if isinstance(text, str) and name == fields.text:
+            return text
+        of_objects = isinstance(text, list) and text and all(isinstance(m, dict) for m in text)
+        if of_objects or (isinstance(text, list) and name in CHAT_FIELDS):
+            return read_chat(text, where, fields.loss_on == "assistant")
+    option, name = "--text-field (corpus.text_field)", fields.text
     if not isinstance(row, dict):
         what = f"and is {_kind(row)}, no object: write it as an object"
     elif lookup(row, name, MISSING) is MISSING:
         what = f"it has {listed(_fields(row))}: give the right one with {option}"
     else:
-        what = f"here it is {_kind(text)}: write a string there, give another field with {option}"
+        what = (
+            f"here it is {_kind(lookup(row, name))}: write a string there, give another field with "
+            f"{option}"
+        )
     raise MemdecError(
         f"{where}: every row needs a string field `{name}`, {what}, or leave the file out."
     )
@@ -317,7 +332,7 @@ def _arrow(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
 def _places(path: Path, schema: Any, fields: Fields) -> dict[str, list[str]]:
     """Return of each field that a table has its column and the names within it."""
     places = {name: _place(schema, name) for name in fields.names}
-    if not places[fields.text]:
+    if not any(places[name] for name in fields.texts):
         there = _fields({field.name: _within(field.type) for field in schema})
         raise MemdecError(
             f"{path}: the table needs a string column `{fields.text}`, it has {listed(there)}: "

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from vllm_memdec.checkpoint import check_alpha, read_block, tokenizer_fingerprint
+from vllm_memdec.checkpoint import (
+    MemoryBlock,
+    check_alpha,
+    read_block,
+    tokenizer_fingerprint,
+)
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, gate_path, read_gate
-from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.blocks import bos_of, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
@@ -54,6 +60,7 @@ class Pair:
     ):
         """alpha: in place of the memory's own; gated: whether its gate is read."""
         self.tokenizer, section = matching_tokenizer(base, memory), read_block(memory)
+        self.section = section
         if alpha is not None:
             check_alpha(alpha, "--alpha")
         self.alpha = alpha if alpha is not None or section is None else section.alpha
@@ -113,6 +120,12 @@ def matching_tokenizer(base: str, memory: str) -> Any:
     return tokenizer
 
 
+def as_learnt(fields: Fields, section: MemoryBlock | None) -> Fields:
+    """Return fields of which that is predicted which the memory learnt, of chats."""
+    settings = {} if section is None else section.provenance.get("settings", {})
+    return replace(fields, loss_on=settings.get("corpus", {}).get("loss_on", "all"))
+
+
 def open_model(folder: str) -> Any:
     """Return the causal LM of a folder in the dtype of its own config."""
     dtype = getattr(load_config(folder), "dtype", None) or torch.float32
@@ -135,11 +148,12 @@ def read_readings(
     pair: Pair, path: Path, context: int | None, fields: Fields
 ) -> tuple[Windows, Windows, int]:
     """Return a text in both readings, and how many tokens their windows have."""
-    ids = list(read_ids(pair.tokenizer, path, fields=fields))
+    ids = list(read_ids(pair.tokenizer, path, fields=as_learnt(fields, pair.section)))
     if sum(map(len, ids)) < 2:
         raise MemdecError(f"{path} has no text that could be predicted: give a longer one.")
     width = window_tokens(context, sum(map(len, ids)), pair.configs)
-    return *readings(ids, width, pair.tokenizer.eos_token_id, MAX_TOKENS), width
+    ends = pair.tokenizer.eos_token_id, MAX_TOKENS, bos_of(pair.tokenizer)
+    return *readings(ids, width, *ends), width
 
 
 def evaluate(

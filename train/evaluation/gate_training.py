@@ -23,14 +23,15 @@ import torch
 from torch import nn
 from torch.nn.functional import gelu
 
+from vllm_memdec.checkpoint import read_block
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
-from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.blocks import bos_of, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.splits import digest
-from vllm_memdec.train.evaluation.compare import matching_tokenizer, open_model
+from vllm_memdec.train.evaluation.compare import as_learnt, matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
 from vllm_memdec.train.model.windows import (
     MIN_ROWS,
@@ -134,12 +135,13 @@ def read_texts(tokenizer: Any, path: Path, fields: Fields = TEXT) -> list[Docume
 
 
 def divide(
-    texts: dict[str, list[Document]],
+    texts: dict[str, list[Document]], bos: int | None = None
 ) -> tuple[dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]]:
     """Return the documents of each kind that the gate is trained on, and those that are kept.
 
     Of each kind those with the lowest digests are kept, until they are one token in KEPT; what one
-    kind keeps no other kind trains on. Kinds in turn are made of the parts, each of its own side.
+    kind keeps no other kind trains on. Kinds in turn are made of the parts, each of its own side,
+    without the BOS that documents begin with.
     """
     kept: set[int] = set()
     for of_kind in texts.values():
@@ -162,7 +164,11 @@ def divide(
                 f"all of the {kind} text is kept for the report: give more documents."
             )
     for side in (trained, reported):
-        both = in_turn(passages(side["domain"], *PASSAGE), passages(side["general"], *PASSAGE))
+        first, second = (
+            passages([ids[int(ids[0] == bos) :] for ids in side[kind]], *PASSAGE)
+            for kind in ("domain", "general")
+        )
+        both = in_turn(first, second)
         if both:  # less is no reason to refuse what is enough of each
             side["in turn"] = both
     if "in turn" not in trained:
@@ -180,7 +186,7 @@ def score(
     progress: Progress,
 ) -> Scored:
     """Read documents with base and memory, in windows of so many tokens, spread if too many."""
-    text = windows(documents, width, tokenizer.eos_token_id, max_rows)
+    text = windows(documents, width, tokenizer.eos_token_id, max_rows, bos_of(tokenizer))
     base, memory = models
     base_N = window_logprobs(base, text, progress, f"the base, {kind}")
     return read_windows(base_N, memory, tokenizer, text, kind, progress)
@@ -345,7 +351,7 @@ def calibrate_gate(
         raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
     with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
         pass
-    tokenizer = matching_tokenizer(base, memory)
+    tokenizer, fields = matching_tokenizer(base, memory), as_learnt(fields, read_block(memory))
     models = tuple(open_model(name) for name in (base, memory))
     read = {
         kind: [text for path in paths for text in read_texts(tokenizer, path, fields)]
@@ -360,7 +366,7 @@ def calibrate_gate(
             )
     # One length for all: a gate must not tell general text by its longer contexts.
     width = window_tokens(context, min(counts.values()), [model.config for model in models])
-    trained, kept = divide(read)
+    trained, kept = divide(read, bos_of(tokenizer))
     row_bytes = 4 * (models[1].config.hidden_size + 3)
     max_rows = min(MAX_TOKENS, FEATURE_BYTES // (len(trained) + 1) // row_bytes)
     rest = models, tokenizer, width

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.blocks import load_blocks, valid_rows
+from vllm_memdec.train.data.blocks import load_blocks, unmarked, valid_rows
 from vllm_memdec.train.data.shards import load_shard
 from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, to_device
 from vllm_memdec.train.model.huggingface import layers_of, load_config, load_model
@@ -96,7 +96,7 @@ def embed(
         block = tokens[start : start + batch].astype(np.int64)
         position = positions[start : start + batch].astype(np.int64)
         valid = valid_rows(position)
-        inputs = (to_device(x[:, :-1], device) for x in (block, position))
+        inputs = (to_device(x[:, :-1], device) for x in (block, unmarked(position)))
         kept = hidden_keys(model, key, *inputs)[to_device(valid, device)].to(torch.float16)
         host = kept.cpu().numpy()
         # An H100 has the keys of 1.5B sooner than one core has checked them, by arithmetic.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from vllm_memdec.gate import features
-from vllm_memdec.train.data.blocks import load_blocks, valid_rows
+from vllm_memdec.train.data.blocks import load_blocks, unmarked, valid_rows
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.output_head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
@@ -42,7 +42,7 @@ def label_logprobs(
             advance = stack.enter_context(task)
         for start in range(0, len(tokens), batch):
             block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(device)
-            position = torch.from_numpy(positions[start : start + batch].astype(np.int64))
+            position = torch.from_numpy(unmarked(positions[start : start + batch].astype(np.int64)))
             mask = torch.from_numpy(scored[start : start + batch]).to(device)
             h_ND = model.base_model(
                 input_ids=block[:, :-1], position_ids=position[:, :-1].to(device), use_cache=False

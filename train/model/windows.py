@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_memdec.train.data.blocks import load_blocks, pack, valid_rows
+from vllm_memdec.train.data.blocks import (
+    begun,
+    load_blocks,
+    pack,
+    unmarked,
+    unshared,
+    valid_rows,
+)
 from vllm_memdec.train.model.scoring import best_alpha, label_logprobs, mix, perplexity
 from vllm_memdec.train.progress import Progress
 
@@ -35,8 +42,8 @@ RUNS = 64  # stretches of a long validation text that are read, spread evenly
 class Windows:
     """Texts as requests: tokens and positions [B, T+1] int32, and which rows [B, T] are scored.
 
-    A position counts the tokens before it in its request. The first token of a document is not
-    scored: nothing before it announces it.
+    A position counts the tokens before it in its request, and may be marked (see blocks.py). The
+    first token of a document is not scored: nothing before it announces it.
     """
 
     tokens: np.ndarray
@@ -46,7 +53,7 @@ class Windows:
     @property
     def position_N(self) -> np.ndarray:
         """Return the position of the last token that each scored row has read."""
-        return self.positions[:, :-1][self.scored]
+        return unmarked(self.positions[:, :-1][self.scored])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -55,31 +62,39 @@ class Windows:
         return Windows(self.tokens[part], self.positions[part], self.scored[part])
 
 
-def alone(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
+def alone(
+    documents: Iterable[np.ndarray], width: int, filler: int, bos: int | None = None
+) -> Windows:
     """Return documents each by itself, several short ones in a window that do not see each other.
 
-    One that runs across the end of a window starts again at position 0.
+    One that runs across the end of a window starts again at position 0. bos: what a tokenizer puts
+    before every text.
     """
-    tokens, positions = pack(documents, width, filler)
+    tokens, positions = pack(documents, width, filler, bos)
     return Windows(tokens, positions, valid_rows(positions))
 
 
-def joined(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
+def joined(
+    documents: Iterable[np.ndarray], width: int, filler: int, bos: int | None = None
+) -> Windows:
     """Return documents shorter than a window one after another; a window starts with a document.
 
     The document that does not fit ends its window and starts the next one. A window that holds
-    nothing but one document is left out: that is how alone() reads it.
+    nothing but one document is left out: that is how alone() reads it. bos: what a tokenizer puts
+    before every text, here before a window: in a request it stands nowhere else.
     """
     filled: list[list[np.ndarray]] = []
     window: list[np.ndarray] = []
-    room = width + 1
+    before = np.array([] if bos is None else [bos], np.int32)
+    room = size = width + 1 - len(before)
     for document in documents:
         if len(document) >= width:
             continue
+        document = begun(document, bos)[len(before) :]
         if room < len(document):
             window += [document[:room]] if room else []
             filled.append(window)
-            window, room = [], width + 1
+            window, room = [], size
         window.append(document)
         room -= len(document)
     filled = [parts for parts in [*filled, window] if len(parts) > 1]
@@ -87,11 +102,12 @@ def joined(documents: Iterable[np.ndarray], width: int, filler: int) -> Windows:
     positions = np.zeros((len(filled), width + 1), np.int32)
     scored = np.zeros((len(filled), width), bool)
     for n, parts in enumerate(filled):
+        parts = [before, *parts]
         stream = np.concatenate(parts)
         document = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-        tokens[n, : len(stream)] = stream
+        tokens[n, : len(stream)] = unmarked(stream)
         positions[n, : len(stream)] = np.arange(len(stream))
-        scored[n, : len(stream) - 1] = document[1:] == document[:-1]
+        scored[n, : len(stream) - 1] = (document[1:] == document[:-1]) & (stream[1:] >= 0)
     return Windows(tokens, positions, scored)
 
 
@@ -102,16 +118,26 @@ def spread(text: Windows, max_tokens: int) -> Windows:
 
 
 def readings(
-    documents: list[np.ndarray], width: int, filler: int, max_tokens: int
+    documents: list[np.ndarray],
+    width: int,
+    filler: int,
+    max_tokens: int,
+    bos: int | None = None,
 ) -> tuple[Windows, Windows]:
     """Return documents read alone and joined, see above, each of up to so many tokens."""
-    each, together = (read(documents, width, filler) for read in (alone, joined))
+    each, together = (read(documents, width, filler, bos) for read in (alone, joined))
     return spread(each, max_tokens), spread(together, max_tokens)
 
 
-def windows(documents: list[np.ndarray], width: int, filler: int, max_tokens: int) -> Windows:
+def windows(
+    documents: list[np.ndarray],
+    width: int,
+    filler: int,
+    max_tokens: int,
+    bos: int | None = None,
+) -> Windows:
     """Return both readings as one, of up to so many tokens in all."""
-    parts = readings(documents, width, filler, max_tokens // 2)
+    parts = readings(documents, width, filler, max_tokens // 2, bos)
     return Windows(
         *(
             np.concatenate([getattr(part, name) for part in parts])
@@ -136,8 +162,8 @@ def window_logprobs(
 def validation_documents(corpus: Path, max_tokens: int) -> list[np.ndarray]:
     """Return the validation documents of a corpus artifact, parts of it if there are more tokens.
 
-    Blocks share a token with the next one, which stands there at position 0 in any case; as the
-    last of the block before it tells whether a document starts with it.
+    Blocks share a token with the next one, which begins there in any case; as the last of the block
+    before it tells whether a document starts with it. What is not predicted is marked: ~id.
     """
     tokens, positions = load_blocks(corpus, "validation")
     T = tokens.shape[1] - 1
@@ -151,9 +177,11 @@ def validation_documents(corpus: Path, max_tokens: int) -> list[np.ndarray]:
     documents = []
     for start, stop in runs:
         part, position = np.asarray(tokens[start:stop]), np.asarray(positions[start:stop])
-        stream = np.r_[part[0, 0], part[:, 1:].ravel()]
-        starts = np.flatnonzero(np.r_[True, position[:, 1:].ravel() == 0])
-        documents += [doc for doc in np.split(stream, starts[1:]) if len(doc) > 1]
+        own = unshared(position)
+        place = position[own]
+        stream = np.where(place < 0, ~part[own], part[own])
+        starts = np.flatnonzero(place[1:] == 0) + 1
+        documents += [doc for doc in np.split(stream, starts) if len(doc) > 1]
     return documents
 
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import write_atomic, write_json
 from vllm_memdec.train.data.blocks import load_blocks, tokenise
+from vllm_memdec.train.data.chat import Chat
 from vllm_memdec.train.data.documents import pieces, read_documents
 from vllm_memdec.train.data.files import corpus_files, format_of
 from vllm_memdec.train.data.readers import Fields, Piece
@@ -95,7 +96,8 @@ def sample_text(corpus: Path, work: Path, fields: Fields) -> tuple[Path, int, in
             written = characters = 0  # a compressed file is one piece, however large
             for text in read_documents(piece, fields):
                 if written < SAMPLE_BYTES:
-                    file.write(json.dumps({"text": text}) + "\n")
+                    row = {"messages": text.messages} if isinstance(text, Chat) else {"text": text}
+                    file.write(json.dumps(row) + "\n")
                     written += len(text)
                 characters += len(text)
             read += piece_bytes(piece) * written / max(characters, 1)

@@ -4,8 +4,8 @@ Documents are tokenised, closed with the end-of-text token and packed one after 
 blocks of T+1 tokens; neighbouring blocks share one token, so that every token but a document's
 first is predicted once. Beside each token stands its position within its document (and block):
 positions restart at 0 where a document starts, which is also what keeps documents from seeing
-each other in training. A pair (token, next token) counts iff the position rises by one; the last
-block is filled with one-token documents, which hold no such pair.
+each other in training. A pair (token, next token) counts iff the position rises by one and is not
+marked (see blocks.py); the last block is filled with one-token documents, which hold no such pair.
 
 Pieces of the text are tokenised side by side; one pass over the tokens then packs them, so that a
 block's content does not depend on how the text was divided.
@@ -25,7 +25,14 @@ import numpy as np
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import write_json
-from vllm_memdec.train.data.blocks import SPLITS, packed, tokenise, valid_rows
+from vllm_memdec.train.data.blocks import (
+    SPLITS,
+    bos_of,
+    packed,
+    tokenise,
+    unmarked,
+    valid_rows,
+)
 from vllm_memdec.train.data.completeness import check_there, numbered
 from vllm_memdec.train.data.documents import canonical, fields_of, pieces, read_rows
 from vllm_memdec.train.data.duplicates import overlap, stored_documents
@@ -160,10 +167,9 @@ def build_corpus(
         "shard_blocks": settings.shard_blocks,
         "tokenizer_fingerprint": tokenizer_fingerprint(tokenizer),
     }
+    ends = tokenizer.eos_token_id, bos_of(tokenizer)
     for name in SPLITS:
-        counts[name] = write_blocks(
-            documents[name], settings, tokenizer.eos_token_id, name, work, context.progress
-        )
+        counts[name] = write_blocks(documents[name], settings, ends, name, work, context.progress)
     if validation is not None:
         equal = np.isin(held_out.digests("texts"), train.digests("texts"))
         counts["validation"]["equal_documents"] = int(equal.sum())
@@ -225,7 +231,7 @@ class Tokenised:
     def highest(self) -> int:
         """Return the highest token id."""
         tokens = (load_shard(self.folder, "tokens", number) for number in self.numbers)
-        return max((int(t.max(initial=0)) for t in tokens), default=0)
+        return max((int(unmarked(t).max(initial=0)) for t in tokens), default=0)
 
     def parts(self, taken: np.ndarray, first: bool) -> Iterator[np.ndarray]:
         """Yield the first `taken` tokens of each document, or the rest, where there are any."""
@@ -277,12 +283,15 @@ def read_layout(folder: Path) -> list[list[Any]] | None:
 def write_blocks(
     documents: Iterable[np.ndarray],
     settings: CorpusSettings,
-    filler: int,
+    ends: tuple[int, int | None],
     name: str,
     work: Path,
     progress: Progress,
 ) -> dict[str, int]:
-    """Pack documents into shards of blocks; return counts for corpus.json."""
+    """Pack documents into shards of blocks; return counts for corpus.json.
+
+    ends: the end-of-text token, which fills the last block, and what documents begin with, if any.
+    """
     counts = {"tokens": 0, "documents": 0}
 
     def counted() -> Iterator[np.ndarray]:
@@ -294,7 +303,7 @@ def write_blocks(
     rows, used = [np.zeros(0, np.int32)], np.zeros(0, bool)  # used: does a token occur?
     per_shard = settings.shard_blocks
     for shard, (tokens, positions) in enumerate(
-        packed(counted(), settings.block_tokens, filler, per_shard)
+        packed(counted(), settings.block_tokens, ends[0], per_shard, ends[1])
     ):
         rows.append(valid_rows(positions).sum(axis=1, dtype=np.int32))
         used = np.pad(used, (0, max(0, int(tokens.max()) + 1 - len(used))))
@@ -308,6 +317,11 @@ def write_blocks(
             f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
         )
     row_counts = np.concatenate(rows)
+    if not row_counts.any():
+        raise MemdecError(
+            f"nothing of the {name} text is predicted: give it chats in which the assistant "
+            "answers, or set corpus.loss_on to all."
+        )
     save_array(work / f"rows-{name}.npy", row_counts)
     save_array(work / f"used-{name}.npy", np.flatnonzero(used).astype(np.int32))
     n_blocks = len(row_counts)
@@ -319,8 +333,12 @@ def stage(build: Build) -> Stage:
     """Return how the corpus is made."""
     settings = build.settings.corpus.model_dump()
     del settings["text_field"]  # decides nothing but the text, whose hash is an input
+    if settings["loss_on"] == "all":
+        del settings["loss_on"]  # as it was before this setting
     if build.validation is not None:
         settings["validation_fraction"] = settings["group"] = None  # nothing is held out
+    if (bos := bos_of(load_tokenizer(build.base))) is not None:
+        settings["bos"] = bos  # blocks of a build before this setting lack it
 
     def make(work: Path) -> None:
         text = build.corpus, build.validation

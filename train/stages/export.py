@@ -21,6 +21,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, MEMORY, read_gate, weights_fingerprint
 from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import versions
+from vllm_memdec.train.data.blocks import bos_of
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
@@ -109,7 +110,8 @@ def export_memory(
         sum(map(len, documents)),
         [load_config(base), load_config(str(memory))],
     )
-    text = windows(documents, width, tokenizer.eos_token_id, 2 * TUNING_TOKENS)
+    ends = tokenizer.eos_token_id, 2 * TUNING_TOKENS, bos_of(tokenizer)
+    text = windows(documents, width, *ends)
     folders = {"base": base, "memory": str(memory)}
     scores = score(folders, settings.dtype, text, work / SCORES, context)
     shutil.rmtree(work / SCORES)

@@ -221,6 +221,8 @@ class Searcher:
         at_once, batches = self.index.rows_at_once(k), []
         for shard in self.groups[group]:
             rows = range(self.starts[shard], self.starts[shard + 1])
+            if not rows:  # nothing of it is predicted
+                self.write(shard, [(np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0))])
             batches += [(shard, rows[n : n + at_once]) for n in range(0, len(rows), at_once)]
 
         def queries() -> Iterator[np.ndarray]:

@@ -14,7 +14,13 @@ import torch
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels.sparse_kl import SparseRows
-from vllm_memdec.train.data.blocks import load_blocks, load_rows, load_used, valid_rows
+from vllm_memdec.train.data.blocks import (
+    load_blocks,
+    load_rows,
+    load_used,
+    unmarked,
+    valid_rows,
+)
 from vllm_memdec.train.data.shards import load_shard
 from vllm_memdec.train.model.devices import to_device
 from vllm_memdec.train.model.output_head import Candidates
@@ -132,7 +138,7 @@ class Batches:
         lengths = np.concatenate([p[0] for p in pieces])
         return (
             tokens[:, :-1],
-            positions[:, :-1].copy(),
+            unmarked(positions[:, :-1]),
             np.flatnonzero(mask),
             tokens[:, 1:][mask],
             np.r_[0, np.cumsum(lengths)],

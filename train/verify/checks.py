@@ -108,7 +108,7 @@ def check_probabilities(build: Build) -> Result:
         *(shards(folder, name) for name in ("offsets", "ids", "probs")), strict=True
     ):
         lengths = np.diff(offsets)
-        if offsets[0] or offsets[-1] != len(ids) or len(ids) != len(probs) or lengths.min() < 0:
+        if offsets[0] or offsets[-1] != len(ids) or len(ids) != len(probs) or (lengths < 0).any():
             return False, f"the offsets from row {first} on do not fit ids and probabilities", {}
         row = np.repeat(np.arange(len(lengths)), lengths)
         descents = np.flatnonzero((np.diff(ids) <= 0) & (np.diff(row) == 0))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.data.blocks import unmarked, valid_rows
 from vllm_memdec.train.data.shards import Sharded
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.verify.brute_force import StoredTargets, evenly
@@ -46,7 +46,7 @@ def fidelity(
         for name, model in models.items():
             h_TD = model.base_model(
                 input_ids=torch.from_numpy(block_T[None, :-1]).to(model.device),
-                position_ids=torch.from_numpy(position_T[None, :-1]).to(model.device),
+                position_ids=torch.from_numpy(unmarked(position_T[None, :-1])).to(model.device),
                 use_cache=False,
             ).last_hidden_state[0][torch.from_numpy(mask_T).to(model.device)]
             chosen_ND = h_TD[torch.from_numpy(rows).to(model.device)]
@@ -88,8 +88,13 @@ def passages(
     tokens, positions = np.asarray(tokens[chosen]), np.asarray(positions[chosen])
     if length > tokens.shape[1]:
         return np.empty((0, length), np.int64)
-    last = positions[:, length - 1 :] == length - 1
-    block, start = np.nonzero(last & (positions[:, : last.shape[1]] == 0))
+    place = unmarked(positions)
+    last = place[:, length - 1 :] == length - 1
+    block, start = np.nonzero(last & (place[:, : last.shape[1]] == 0))
+    # What is not predicted is not recited either.
+    after = start[:, None] + np.arange(CONTEXT, length)
+    predicted = (positions[block[:, None], after] >= 0).all(axis=1)
+    block, start = block[predicted], start[predicted]
     kept = evenly(len(block), max_passages) if len(block) else np.empty(0, np.int64)
     return tokens[block[kept, None], start[kept, None] + np.arange(length)].astype(np.int64)
 
