@@ -15,7 +15,10 @@ TOLERANCE = 1e-4
 
 @functools.cache
 def load(folder):
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    if getattr(model.config, "num_experts", 0):
+        model.set_experts_implementation("eager")  # the default one knows no float64
+    return model.eval()
 
 
 @torch.no_grad()

@@ -76,8 +76,17 @@ def tiny_config(
         "mistral": "MistralConfig",
         "qwen2": "Qwen2Config",
         "qwen3": "Qwen3Config",
+        "qwen3_moe": "Qwen3MoeConfig",
     }[kind]
-    window = {"sliding_window": 32} if kind == "mistral" else {}
+    own = {
+        "mistral": {"sliding_window": 32},
+        "qwen3_moe": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": hidden,
+            "norm_topk_prob": True,
+        },
+    }.get(kind, {})
     return getattr(transformers, name)(
         vocab_size=vocab,
         hidden_size=hidden,
@@ -91,7 +100,7 @@ def tiny_config(
         tie_word_embeddings=kind == "qwen2",
         bos_token_id=0,
         eos_token_id=1,
-        **window,
+        **own,
     )
 
 

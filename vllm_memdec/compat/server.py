@@ -3,12 +3,14 @@
 register_api_routers: every endpoint that reads JSON depends on validate_json_request, and FastAPI
 lets an application put another dependency in its place. Ours then looks into the body, of which
 vLLM's own classes keep only what they know.
+OpenAIServingChat.create_chat_completion and OpenAIServingCompletion.create_completion look again,
+into what their classes kept: `vllm run-batch` and Ray Serve call them without that endpoint.
 OpenAIServingModels.show_available_models gets a description of base and memories on each card.
 metrics.py derives from StatLoggerBase, which vLLM offers to plugins.
 
 May go when a plugin can add fields to /v1/models, and vLLM refuses fields it does not know.
 Relies on the server's engine client and input processor, which have the configuration, on that
-dependency, and on what vLLM reports of finished requests.
+dependency, on requests that keep unknown fields, and on what vLLM reports of finished requests.
 """
 
 import functools
@@ -30,6 +32,12 @@ SIGNATURES = {
         "args app supported_tasks model_config"
     ),
     "vllm.entrypoints.serve.utils.api_utils:validate_json_request": "raw_request",
+    "vllm.entrypoints.openai.chat_completion.serving:OpenAIServingChat.create_chat_completion": (
+        "self request raw_request"
+    ),
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.create_completion": (
+        "self request raw_request"
+    ),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": "self",
     "vllm.v1.metrics.loggers:StatLoggerBase.record": (
         "self scheduler_stats iteration_stats mm_cache_stats engine_idx"
@@ -38,6 +46,7 @@ SIGNATURES = {
 ATTRIBUTES = {
     "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest": PASS_ON,
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest": "vllm_xargs",
+    "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": "engine_client",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "input_processor",
     "vllm.v1.metrics.stats:FinishedRequestStats": (
         "num_generation_tokens num_prompt_tokens request_id"
@@ -49,10 +58,26 @@ def install() -> None:
     """Hook the HTTP server; called by the metrics of an asynchronous engine, which servers have."""
     # An engine without a server does not pay for this import.
     from vllm.entrypoints.launchers import app
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
     wrap(OpenAIServingModels, "show_available_models", _described_models)
     wrap(app, "register_api_routers", _checked_routers)
+    wrap(OpenAIServingChat, "create_chat_completion", _checked_request)
+    wrap(OpenAIServingCompletion, "create_completion", _checked_request)
+
+
+def _checked_request(original: Callable) -> Callable:
+    async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if (choices := choices_of(self.engine_client)) is not None:
+            try:
+                check_body(dict(request), type(request).model_fields, False, choices, ())
+            except ValueError as error:
+                raise RequestError(str(error)) from None
+        return await original(self, request, *args, **kwargs)
+
+    return create
 
 
 def _checked_routers(original: Callable) -> Callable:
