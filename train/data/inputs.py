@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.checkpoint import TEKKEN
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sha256, write_json
 from vllm_memdec.train.data.documents import READER, Reading, read_whole
@@ -32,6 +33,7 @@ TOKENIZER = (
     "added_tokens.json",
     "*.model",
     "*.tiktoken",
+    TEKKEN,
 )
 # Entries of JSON files that change nothing in what a model or tokenizer computes.
 NO_MATTER = (

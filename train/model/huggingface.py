@@ -14,15 +14,13 @@ from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
 def load_tokenizer(folder: str) -> Any:
     """Return the tokenizer of a model folder, or raise MemdecError in one sentence."""
-    from transformers import AutoTokenizer
-
-    from vllm_memdec.checkpoint import tokenizer_vocabulary
+    from vllm_memdec.checkpoint import read_tokenizer, tokenizer_vocabulary
 
     if not os.path.isdir(folder):
         raise MemdecError(f"{folder} is not a folder: check the path.")
     unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
+        tokenizer = read_tokenizer(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
     except Exception as error:  # libraries check little: any class may come
         reraise(error, folder)
