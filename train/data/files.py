@@ -23,6 +23,7 @@ CACHE = "cache-*.arrow"  # what its maps and filters leave: the rows once more, 
 HEADED = (*COMPRESSIONS, ".parquet", ".arrow")  # kinds of files that have a header
 TABLE = "train/README.md, What is read"
 HIDDEN = "."
+CARDS = ("README.md", "LICENSE.md", "LICENSE.txt")  # what describes a dataset of the hub
 # What to do with a kind of file that holds text but is not read.
 REMEDIES = {
     ".pdf": "PDF: pdftotext FILE.pdf",
@@ -92,6 +93,8 @@ def corpus_files(path: Path) -> CorpusFiles:
     weight, no_text = 0, 0
     cut: list[Path] = []
     for file in [path] if path.is_file() else sorted(_walk(corpus)):
+        if file.parent == path and path.parent.name == "snapshots" and file.name in CARDS:
+            continue
         size, suffix = file.stat().st_size, format_of(file)
         beside = "" if path.is_file() else _of_datasets(file)  # a file that is named is read
         if suffix in FORMATS and not beside:
