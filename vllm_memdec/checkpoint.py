@@ -73,11 +73,15 @@ def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | 
         path = model_file(model, "config.json", revision) or Path(model) / "config.json"
         config = json.loads(path.read_text())
     except OSError:
+        from huggingface_hub import constants
+
         at = f" at revision {revision}" if revision else ""
+        offline = " while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise MemdecError(
             f"{model} is not a model folder: it has no config.json that can be read, and no "
-            f"repository of that name{at} can be had from the Hugging Face hub. "
-            "Give the `export` folder of a `memdec build`, or a Hugging Face causal-LM folder."
+            f"repository of that name{at} can be had from the Hugging Face hub{offline}: give the "
+            "`export` folder of a `memdec build` or another causal LM's, or run "
+            f"`hf download {model}` where the hub can be reached."
         ) from None
     except ValueError as error:
         raise MemdecError(

@@ -1,6 +1,7 @@
 """Every refusal at start, through the code `vllm serve` runs: EngineArgs.create_engine_config()."""
 
 import json
+import os
 
 import pytest
 
@@ -71,7 +72,11 @@ def test_bad_alpha(alpha, start, pair):
         ),
         ({"model": "MEMORY/config.json", "alpha": 0.5}, {}, "is not a model folder"),
         ({"model": ""}, {}, "memdec needs the folder of a memory"),
-        ({"model": "some/one", "revision": "v9", "alpha": 0.5}, {}, "at revision v9 can be had"),
+        (
+            {"model": "some/one", "revision": "v9", "alpha": 0.5},
+            {},
+            "at revision v9 can be had .* while HF_HUB_OFFLINE is set: .*`hf download some/one`",
+        ),
         ({"memories": {"law": {"model": 3}}}, {}, "needs the folder of a memory of 'law'"),
         ({"memories": {f"m{i}": {} for i in range(257)}}, {}, "at most 256 memories, got 257"),
         ({"memories": {}}, {}, "at least one named memory"),
@@ -299,3 +304,40 @@ def test_rust_front_end(start, pair, monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match="vLLM's Rust front end"):
         start(pair[0], {"model": pair[1], "alpha": 0.5})
+
+
+def test_a_home_and_a_slash_at_the_end(start, pair, monkeypatch):
+    """JSON is quoted: no shell has read the path."""
+    monkeypatch.setenv("HOME", os.path.dirname(pair[1]))
+    config = start(f"{pair[0]}/", {"model": f"~/{os.path.basename(pair[1])}/", "alpha": 0.5})
+    assert MemDecConfig.from_vllm(config).memories[0].model == f"{pair[1]}/"
+
+
+def test_a_memory_of_the_hub(start, pair, tmp_path, monkeypatch):
+    """Of a server that speaks the hub's protocol: configuration, tokenizer and gate."""
+    from huggingface_hub import constants
+    from support import hub_server
+
+    content = hub_server.Hub()
+    commit = content.push_folder("models", "someone/law", pair[1], branch="v1")
+    server = hub_server.start(content)
+    url = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    files = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    try:
+        for revision in ("v1", commit):
+            block = {"model": "someone/law", "revision": revision, "alpha": 0.5}
+            [memory] = MemDecConfig.from_vllm(start(pair[0], block)).memories
+            assert memory.model == "someone/law" and memory.gate_file is None
+        with pytest.raises(
+            ValueError, match="at revision v2 can be had from the Hugging Face hub:"
+        ):
+            start(pair[0], block | {"revision": "v2"})
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert any("memdec_gate.npz" in line for line in content.asked)
+    assert not any("safetensors" in line for line in content.asked if line.startswith("GET /some"))

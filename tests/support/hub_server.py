@@ -35,10 +35,13 @@ class Hub:
         self.branches.setdefault((kind, name), {})[branch] = commit
         return commit
 
-    def push_folder(self, kind: str, name: str, folder: str | Path, **others: bytes) -> str:
+    def push_folder(
+        self, kind: str, name: str, folder: str | Path, branch: str = "main", **others: bytes
+    ) -> str:
         """Add a commit with the files of a folder and others, named with __ for a dot."""
         files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
-        return self.push(kind, name, files | {k.replace("__", "."): v for k, v in others.items()})
+        files |= {name.replace("__", "."): content for name, content in others.items()}
+        return self.push(kind, name, files, branch)
 
 
 def start(hub: Hub) -> ThreadingHTTPServer:
