@@ -14,7 +14,13 @@ from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha2
 from vllm_memdec.train.data.documents import fields_of
 from vllm_memdec.train.data.files import TABLE, corpus_files
 from vllm_memdec.train.data.hub import model_folder, origin, text_path, with_folders
-from vllm_memdec.train.data.inputs import Hashes, check_model, tokenizer_hash, weights_hash
+from vllm_memdec.train.data.inputs import (
+    Hashes,
+    check_model,
+    check_weights,
+    tokenizer_hash,
+    weights_hash,
+)
 from vllm_memdec.train.data.ownership import check_ours, check_places
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.faults import AGAIN, out_of_memory
@@ -115,6 +121,7 @@ def find_inputs(
     fields = fields_of(all_settings.corpus, validation)
     tokenizer = tokenizer_hash(base, "--base", hashes)
     check_base(base, settings.init == "base")
+    check_weights(base, "--base")
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}
     if settings.init != "base":
