@@ -74,8 +74,8 @@ def memdec(
 
 @app.command()
 def build(
-    base: Annotated[str, typer.Option(help="Folder of the base model (Hugging Face).")],
-    corpus: Annotated[Path, typer.Option(help="Text, JSON, CSV, Parquet, ..., or a folder.")],
+    base: Annotated[str, typer.Option(help="Base model: folder, or ORG/NAME@REVISION.")],
+    corpus: Annotated[Path, typer.Option(help="Text, JSON, ..., a folder, or a hub dataset.")],
     output: Annotated[Path, typer.Option(help="Folder for the artifacts; the memory is export/.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     validation: Annotated[
@@ -154,7 +154,7 @@ def joined(address: str, output: Path) -> Iterator[Executor | None]:
 
 @app.command()
 def plan(
-    base: Annotated[str, typer.Option(help="Folder of the base model (Hugging Face).")],
+    base: Annotated[str, typer.Option(help="Base model: folder, or ORG/NAME@REVISION.")],
     corpus: Annotated[
         Path | None, typer.Option(help="Text of the kind, a sample will do with --tokens.")
     ] = None,

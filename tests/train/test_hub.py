@@ -1,5 +1,6 @@
 """Ids of the Hugging Face hub in place of paths, against a server that speaks its protocol."""
 
+import gzip
 import json
 import re
 import shutil
@@ -139,7 +140,8 @@ def test_what_is_fetched(online, tmp_path):
     folder = Path(hub.model_folder("some/old@main", "--base", print))
     assert {p.name for p in folder.iterdir()} == {"config.json", "pytorch_model.bin"}
     row = b'{"text": "words"}\n'
-    files = {"a/x.jsonl": row, "a/y.jsonl.gz": b"", "b/z.parquet": b"", "README.md": b"card"}
+    packed = gzip.compress(row)
+    files = {"a/x.jsonl": row, "a/y.jsonl.gz": packed, "b/z.parquet": row, "README.md": b"card"}
     online.push(
         "datasets", CORPUS, files | {"LICENSE.txt": b"...", "c.png": b"", ".git/d.txt": b""}
     )
@@ -152,8 +154,23 @@ def test_what_is_fetched(online, tmp_path):
     assert not (folder.parent / "b").exists()
     (folder.parent / "README.md").write_text("a card that another tool fetched")
     assert [p.name for p in corpus_files(folder.parent).files] == ["x.jsonl", "y.jsonl.gz"]
-    with pytest.raises(MemdecError, match="holds no text that is read: check --corpus.$"):
+    with pytest.raises(MemdecError, match="some/other/nowhere is no text: convert it, or give"):
         hub.text_path(Path("hf://datasets/some/other/nowhere"), "--corpus", print)
+
+
+def test_most_of_a_dataset_would_be_left_out(online):
+    """It is refused before anything of it is downloaded; a little is named."""
+    files = {"LICENSE.txt": b"...", "notes.txt": b"text", "all.tar.gz": bytes(10_000)}
+    online.push("datasets", CORPUS, files)
+    sentence = f"most of {CORPUS} would be left out: 1 .tar.gz .10.0 kB.; .* .unpack archives."
+    with pytest.raises(MemdecError, match=sentence):
+        hub.text_path(Path(CORPUS), "--corpus", print)
+    assert not any("/resolve/" in line for line in online.asked)
+    online.push("datasets", CORPUS, files | {"more.txt": bytes(20_000)})
+    lines = []
+    folder = hub.text_path(Path(CORPUS), "--corpus", lines.append)
+    assert sorted(p.name for p in folder.iterdir()) == ["more.txt", "notes.txt"]
+    assert f"left out of {CORPUS}: 1 .tar.gz (10.0 kB) (train/README.md, What is read)" in lines
 
 
 SENTENCES = {
@@ -223,3 +240,18 @@ def test_every_command_takes_them(online, pipeline, memdec_here):
     ):
         code, _, err = memdec_here(*words)
         assert code == 0 and f"--base: {BASE}@" in err, err
+    for words in (
+        ("plan", "--base", "some/where", "--tokens", 5000, "--ray-address", "none"),
+        ("calibrate", pipeline.output, "--base", BASE, "--domain", "some/where", "--general", "x"),
+    ):
+        code, _, err = memdec_here(*words)
+        assert code == 1 and "some/where that you may read" in err, err
+
+
+def test_a_memory_to_start_from(online, pipeline, command, quick):
+    commit = online.push_folder("models", "someone/memory", pipeline.output / "export")
+    settings = quick({"memory": {"init": f"someone/memory@{commit}"}})
+    memdec = command(pipeline.base, pipeline.corpus, settings)
+    code, err = memdec.here(until="corpus")
+    assert code == 0 and f"memory.init: someone/memory@{commit}\n" in err, err
+    assert sources(memdec.output, "corpus") is None

@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.files import CARDS, COMPRESSIONS, FORMATS, format_of
+from vllm_memdec.train.data.files import (
+    CARDS,
+    COMPRESSIONS,
+    FORMATS,
+    HIDDEN,
+    TABLE,
+    CorpusFiles,
+    format_of,
+    sorted_out,
+)
 from vllm_memdec.train.faults import FULL, HANDLES, NOT_ALLOWED, fault, reraise
 from vllm_memdec.train.settings import Settings
 
@@ -34,7 +43,7 @@ SNAPSHOT = re.compile(r"(?:models|datasets)--(.+)/snapshots/([0-9a-f]{40})(?:/|$
 MODEL = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.model.*", "*.tiktoken")
 SAFE, PICKLED = "*.safetensors", "pytorch_model*.bin"
 NOT_MODEL = ("*/*", "consolidated*")  # copies in other formats
-TEXT = tuple(f"*{kind}{packed}" for kind in FORMATS for packed in ("", *COMPRESSIONS))
+WITH_TEXT = tuple(f"*{kind}{packed}" for kind in FORMATS for packed in ("", *COMPRESSIONS))
 NOT_TEXT = (*CARDS, ".*", "*/.*")
 
 
@@ -69,13 +78,41 @@ def text_path(given: Path, option: str, say: Callable[[str], None]) -> Path:
     ):
         return place  # a file or folder that is missed
     within = (match["path"] or "").strip("/")
-    patterns = [f"{within}/{each}" for each in TEXT] + [within] if within else [*TEXT]
+    patterns = [f"{within}/{each}" for each in WITH_TEXT] + [within] if within else [*WITH_TEXT]
     say(f"{option}: {given} of the Hugging Face hub; what its cache lacks is downloaded")
+    check_listing(match, given, within, say)
     folder = fetch(match, "dataset", option, patterns, NOT_TEXT)
     say(f"{option}: {origin(folder)}" + (f", {within}" if within else ""))
     if not (folder / within).exists():
         raise MemdecError(f"{given} of the hub holds no text that is read: check {option}.")
     return folder / within
+
+
+def check_listing(
+    match: re.Match[str], given: Path, within: str, say: Callable[[str], None]
+) -> None:
+    """Say what is left out of a dataset; MemdecError if that is most of it, before a download.
+
+    Where the hub cannot be asked nothing is compared: what its cache has was chosen before.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        with asking():
+            entries = HfApi().list_repo_tree(
+                match["id"], recursive=True, revision=match["revision"], repo_type="dataset"
+            )
+            listed = [(Path(e.path), e.size) for e in entries if hasattr(e, "size")]
+    except Exception:  # whatever it is, fetch() has a sentence for it
+        return
+    files = [
+        (path, size)
+        for path, size in listed
+        if (not within or path.is_relative_to(within)) and str(path) not in CARDS
+        if not any(part.startswith(HIDDEN) for part in path.parts)
+    ]
+    if left_out := sorted_out(CorpusFiles(given), files).left_out():
+        say(f"left out of {given}: {left_out} ({TABLE})")
 
 
 def with_folders(settings: Settings, say: Callable[[str], None]) -> Settings:
