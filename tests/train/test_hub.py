@@ -123,6 +123,7 @@ def test_a_path_that_is_there_wins(online, pipeline, tmp_path, monkeypatch):
     assert hub.text_path(Path(BASE), "--corpus", print) == Path(BASE)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert hub.model_folder(f"~/{BASE}/", "--base", print) == f"{tmp_path}/{BASE}/"
+    assert hub.model_folder("missed", "--base", print) == "missed"
     for missed in ("data/corpus.jsonl", "corpus", "/nowhere", "../nowhere/there"):
         assert hub.text_path(Path(missed), "--corpus", print) == Path(missed)
     assert hub.served(BASE) == [BASE] and not online.asked

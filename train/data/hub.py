@@ -56,7 +56,9 @@ def model_folder(given: str, option: str, say: Callable[[str], None]) -> str:
     match = None if os.path.lexists(place) else ID.fullmatch(given)
     if match is None or match["path"] or match["kind"] == "datasets/":
         return place
-    say(f"{option}: {given} of the Hugging Face hub; what its cache lacks is downloaded")
+    if not match["uri"] and "/" not in match["id"]:
+        return place  # a folder that is missed
+    announce(option, given, say)
     folder = fetch(match, "model", option, [*MODEL, SAFE], NOT_MODEL)
     if not any(folder.glob(SAFE)):
         folder = fetch(match, "model", option, [*MODEL, PICKLED], NOT_MODEL)
@@ -79,13 +81,19 @@ def text_path(given: Path, option: str, say: Callable[[str], None]) -> Path:
         return place  # a file or folder that is missed
     within = (match["path"] or "").strip("/")
     patterns = [f"{within}/{each}" for each in WITH_TEXT] + [within] if within else [*WITH_TEXT]
-    say(f"{option}: {given} of the Hugging Face hub; what its cache lacks is downloaded")
+    announce(option, given, say)
     check_listing(match, given, within, say)
     folder = fetch(match, "dataset", option, patterns, NOT_TEXT)
     say(f"{option}: {origin(folder)}" + (f", {within}" if within else ""))
     if not (folder / within).exists():
         raise MemdecError(f"{given} of the hub holds no text that is read: check {option}.")
     return folder / within
+
+
+def announce(option: str, given: str | Path, say: Callable[[str], None]) -> None:
+    """Say, before it takes its time, that something is asked of the hub."""
+    if not OFFLINE:
+        say(f"{option}: {given} of the Hugging Face hub; what its cache lacks is downloaded")
 
 
 def check_listing(
