@@ -311,33 +311,3 @@ def test_a_home_and_a_slash_at_the_end(start, pair, monkeypatch):
     monkeypatch.setenv("HOME", os.path.dirname(pair[1]))
     config = start(f"{pair[0]}/", {"model": f"~/{os.path.basename(pair[1])}/", "alpha": 0.5})
     assert MemDecConfig.from_vllm(config).memories[0].model == f"{pair[1]}/"
-
-
-def test_a_memory_of_the_hub(start, pair, tmp_path, monkeypatch):
-    """Of a server that speaks the hub's protocol: configuration, tokenizer and gate."""
-    from huggingface_hub import constants
-    from support import hub_server
-
-    content = hub_server.Hub()
-    commit = content.push_folder("models", "someone/law", pair[1], branch="v1")
-    server = hub_server.start(content)
-    url = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    files = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    try:
-        for revision in ("v1", commit):
-            block = {"model": "someone/law", "revision": revision, "alpha": 0.5}
-            [memory] = MemDecConfig.from_vllm(start(pair[0], block)).memories
-            assert memory.model == "someone/law" and memory.gate_file is None
-        with pytest.raises(
-            ValueError, match="at revision v2 can be had from the Hugging Face hub:"
-        ):
-            start(pair[0], block | {"revision": "v2"})
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert any("memdec_gate.npz" in line for line in content.asked)
-    assert not any("safetensors" in line for line in content.asked if line.startswith("GET /some"))
