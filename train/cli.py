@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import re
 import signal
 import tempfile
 import traceback
@@ -31,7 +30,11 @@ try:
         TextField,
         Texts,
         Trust,
+        base_folder,
         fields,
+        parse_bytes,
+        served_folders,
+        text_paths,
         with_text_field,
     )
     from vllm_memdec.train.progress import Progress
@@ -41,13 +44,15 @@ except ModuleNotFoundError as error:  # installed for serving only
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 
-# Models are folders on this machine, nothing is looked up on a hub; and we tell the progress.
+# What is asked of the hub is asked by hub.py, first of all; and we tell the progress.
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "true",
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_VERBOSITY": "error",  # warnings name the hub's address
 }
 
 DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend show a traceback
@@ -69,8 +74,8 @@ def memdec(
 
 @app.command()
 def build(
-    base: Annotated[str, typer.Option(help="Folder of the base model (Hugging Face).")],
-    corpus: Annotated[Path, typer.Option(help="Text, JSON, CSV, Parquet, ..., or a folder.")],
+    base: Annotated[str, typer.Option(help="Base model: folder, or ORG/NAME@REVISION.")],
+    corpus: Annotated[Path, typer.Option(help="Text, JSON, ..., a folder, or a hub dataset.")],
     output: Annotated[Path, typer.Option(help="Folder for the artifacts; the memory is export/.")],
     config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
     validation: Annotated[
@@ -115,23 +120,10 @@ def build(
             return
         from vllm_memdec.train.evaluation.compare import serve_command
 
+        if not os.path.lexists(os.path.expanduser(base)):  # of the hub: the commit that was read
+            base = made.manifest.get("sources", {}).get("base", base)
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
         progress.say(serve_command(base, {"model": str(made.path)}))
-
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-MIN_BUDGET = 64 * 2**20
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Return the number of bytes that a text such as 4GiB, 500MB or 1000000 stands for."""
-    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?", text.strip().lower())
-    if not match or match[2] not in UNITS:
-        raise MemdecError(f"{option} must be a size such as 4GiB or 500MB, got {text!r}.")
-    size = int(float(match[1]) * UNITS[match[2]])
-    if size < MIN_BUDGET:
-        raise MemdecError(f"{option} must be at least 64MiB, got {text!r}.")
-    return size
 
 
 def choose_cluster(address: str, shared: Path, option: str = "--output") -> Executor:
@@ -162,7 +154,7 @@ def joined(address: str, output: Path) -> Iterator[Executor | None]:
 
 @app.command()
 def plan(
-    base: Annotated[str, typer.Option(help="Folder of the base model (Hugging Face).")],
+    base: Annotated[str, typer.Option(help="Base model: folder, or ORG/NAME@REVISION.")],
     corpus: Annotated[
         Path | None, typer.Option(help="Text of the kind, a sample will do with --tokens.")
     ] = None,
@@ -235,6 +227,7 @@ def verify(
         from vllm_memdec.train.verify import report as checking
 
         check_report(json_file)
+        base = base and base_folder(base, progress)
         checks = checking.verify(artifact, sample, base, progress)
         checking.show(checks, Console())
         write_report(json_file, checking.report(artifact, checks))
@@ -276,8 +269,9 @@ def calibrate(
         from vllm_memdec.train.evaluation import gate_training as gate
 
         check_report(json_file)
-        texts = {"domain": domain, "corpus": corpus or [], "general": general}
-        read = fields(text_field)
+        given = {"domain": domain, "corpus": corpus or [], "general": general}
+        texts = {name: text_paths(paths, f"--{name}", progress) for name, paths in given.items()}
+        base, read = base_folder(base, progress), fields(text_field)
         report = gate.calibrate_gate(str(memory), str(base), texts, progress, context, read)
         gate_report.show(report, Console())
         write_report(json_file, report)
@@ -301,8 +295,9 @@ def evaluate(
         from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
-        read = fields(text_field)
-        scores = compare.evaluate(str(memory), str(base), text, progress, alpha, context, read)
+        pair, read = served_folders(memory, base, progress), fields(text_field)
+        texts = text_paths(text, "--text", progress)
+        scores = compare.evaluate(*pair, texts, progress, alpha, context, read)
         compare.show(scores, Console())
         write_report(json_file, scores)
 
@@ -324,8 +319,9 @@ def alpha(
         from vllm_memdec.train.evaluation import compare
 
         check_report(json_file)
-        read = fields(text_field)
-        weights = compare.best_weights(str(memory), str(base), text, progress, context, read)
+        pair, read = served_folders(memory, base, progress), fields(text_field)
+        texts = text_paths(text, "--text", progress)
+        weights = compare.best_weights(*pair, texts, progress, context, read)
         compare.show_weights(weights, Console())
         write_report(json_file, weights)
 
@@ -344,13 +340,15 @@ def explain(
     json_file: JsonFile = None,
 ) -> None:
     """Tell of each token what base, memory and mixture gave it, and which of them decided."""
-    with explained(Progress()):
+    progress = Progress()
+    with explained(progress):
         from vllm_memdec.train.data.artifacts import write_report
         from vllm_memdec.train.evaluation import explain as explaining
 
         check_report(html_file, "--html")
         check_report(json_file)
-        explanation = explaining.explain(str(base), str(memory), prompt, alpha, tokens)
+        pair = served_folders(memory, base, progress)
+        explanation = explaining.explain(pair[1], pair[0], prompt, alpha, tokens)
         explaining.show(explanation, Console())
         if html_file is not None:
             html_file.write_text(explaining.page(explanation), encoding="utf-8")

@@ -1,13 +1,17 @@
 """Options that several commands of `memdec` have."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.hub import model_folder, text_path
 from vllm_memdec.train.data.readers import TEXT, Fields
+from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.trust import allow_code
 
 Trust = Annotated[
@@ -46,6 +50,39 @@ TextField = Annotated[
         help="Field of the rows that holds the text, a.b within a; default: text.",
     ),
 ]
+
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+MIN_BUDGET = 64 * 2**20
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Return the number of bytes that a text such as 4GiB, 500MB or 1000000 stands for."""
+    match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kmg]?i?)b?", text.strip().lower())
+    if not match or match[2] not in UNITS:
+        raise MemdecError(f"{option} must be a size such as 4GiB or 500MB, got {text!r}.")
+    size = int(float(match[1]) * UNITS[match[2]])
+    if size < MIN_BUDGET:
+        raise MemdecError(f"{option} must be at least 64MiB, got {text!r}.")
+    return size
+
+
+def base_folder(base: Path, progress: Progress) -> Path:
+    """Return the folder of --base, which may name a repository of the hub."""
+    return Path(model_folder(str(base), "--base", progress.say))
+
+
+def served_folders(memory: Path, base: Path, progress: Progress) -> tuple[str, str]:
+    """Return the folders of a memory and its base, which may name repositories of the hub."""
+    return (
+        model_folder(str(memory), "MEMORY", progress.say),
+        str(base_folder(base, progress)),
+    )
+
+
+def text_paths(paths: Sequence[Path], option: str, progress: Progress) -> list[Path]:
+    """Return the places of texts, which may name datasets of the hub."""
+    return [text_path(path, option, progress.say) for path in paths]
 
 
 def fields(text_field: str | None) -> Fields:

@@ -13,7 +13,14 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, json_sha256, locked
 from vllm_memdec.train.data.documents import fields_of
 from vllm_memdec.train.data.files import TABLE, corpus_files
-from vllm_memdec.train.data.inputs import Hashes, check_model, tokenizer_hash, weights_hash
+from vllm_memdec.train.data.hub import model_folder, origin, text_path, with_folders
+from vllm_memdec.train.data.inputs import (
+    Hashes,
+    check_model,
+    check_weights,
+    tokenizer_hash,
+    weights_hash,
+)
 from vllm_memdec.train.data.ownership import check_ours, check_places
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.faults import AGAIN, out_of_memory
@@ -50,6 +57,10 @@ def build(
     if until not in STAGES:
         raise MemdecError(f"--until must be one of {', '.join(STAGES)}, got {until!r}.")
     context = context or Context()
+    say = context.progress.say
+    base, corpus = model_folder(base, "--base", say), text_path(corpus, "--corpus", say)
+    validation = validation and text_path(validation, "--validation", say)
+    settings = with_folders(settings, say)
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
     validation = validation and validation.absolute()
@@ -110,6 +121,7 @@ def find_inputs(
     fields = fields_of(all_settings.corpus, validation)
     tokenizer = tokenizer_hash(base, "--base", hashes)
     check_base(base, settings.init == "base")
+    check_weights(base, "--base")
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}
     if settings.init != "base":
@@ -195,7 +207,10 @@ def make_or_find(build: Build, name: str, stage: Stage, inputs: dict[str, str]) 
 
     earlier = {each: build.done[each].hash for each in stage.reads}
     path, say = build.output / name, build.context.progress.say
-    return build_artifact(path, name, stage.settings, inputs | earlier, make, say, stage.files)
+    sources = {each: found for each in inputs if (found := origin(build.source(each)))}
+    return build_artifact(
+        path, name, stage.settings, inputs | earlier, make, say, stage.files, sources
+    )
 
 
 def check_memory(build: Build) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from vllm_memdec.errors import MemdecError
 
 FORMAT_VERSION = 1
+TEKKEN = "tekken.json"  # the tokenizer in Mistral's own format
 
 
 @dataclass(frozen=True)
@@ -69,16 +70,18 @@ def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | 
     Raises MemdecError if the folder or its config.json is missing, or the block is unusable.
     """
     try:
-        path = Path(model) / "config.json"
-        if not Path(model).is_dir() and (cached := _hub_file(str(model), revision)):
-            path = Path(cached)
+        path = model_file(model, "config.json", revision) or Path(model) / "config.json"
         config = json.loads(path.read_text())
     except OSError:
+        from huggingface_hub import constants
+
         at = f" at revision {revision}" if revision else ""
+        offline = " while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""
         raise MemdecError(
             f"{model} is not a model folder: it has no config.json that can be read, and no "
-            f"repository of that name{at} can be had from the Hugging Face hub. "
-            "Give the `export` folder of a `memdec build`, or a Hugging Face causal-LM folder."
+            f"repository of that name{at} can be had from the Hugging Face hub{offline}: give the "
+            "`export` folder of a `memdec build` or another causal LM's, or run "
+            f"`hf download {model}` where the hub can be reached."
         ) from None
     except ValueError as error:
         raise MemdecError(
@@ -89,14 +92,18 @@ def read_block(model: str | Path, revision: str | None = None) -> MemoryBlock | 
     return parse_block(config.get("memdec"), str(path))
 
 
-def _hub_file(model: str, revision: str | None) -> str | None:
-    """Return the local path of a hub repository's config.json, or None if it cannot be had."""
+def model_file(model: str | Path, name: str, revision: str | None = None) -> Path | None:
+    """Return the local path of a file of a model folder or hub id; None if it cannot be had."""
+    if Path(model).is_dir():
+        path = Path(model) / name
+        return path if path.is_file() else None
     from transformers.utils import cached_file
 
     try:
-        return cached_file(model, "config.json", revision=revision)
+        found = cached_file(str(model), name, revision=revision)
     except (OSError, ValueError):
         return None
+    return Path(found) if found else None
 
 
 def parse_block(block: Any, where: str) -> MemoryBlock | None:
@@ -139,6 +146,39 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_tokenizer(
+    model: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """Return the Hugging Face tokenizer of a model folder or hub id; what it raises is theirs.
+
+    One that has only Mistral's tekken.json is converted: ids and pieces stay the same.
+    """
+    from transformers import AutoTokenizer
+
+    tekken = model_file(model, TEKKEN, revision)
+    if tekken is not None and model_file(model, "tokenizer.json", revision) is None:
+        return _convert_tekken(tekken)
+    # By itself transformers would prefer tekken.json and return mistral_common's tokenizer, which
+    # does not tell its added tokens.
+    return AutoTokenizer.from_pretrained(
+        model, revision=revision, trust_remote_code=trust_remote_code, mistral_format=False
+    )
+
+
+def _convert_tekken(path: Path) -> Any:
+    """Return the tokenizer of a tekken.json; like Mistral's own, it begins a text with BOS."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers.integrations.mistral import convert_tekken_tokenizer
+
+    tokenizer = convert_tekken_tokenizer(str(path))
+    bos = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{bos[0]} $A", pair=f"{bos[0]} $A {bos[0]} $B", special_tokens=[bos]
+    )
+    tokenizer.name_or_path = str(path.parent)
+    return tokenizer
 
 
 def tokenizer_vocabulary(tokenizer: Any) -> tuple[dict[str, int], dict[str, int]]:

@@ -1,5 +1,6 @@
 """The settings of a server: the `memdec` section of --additional-config, parsed and checked."""
 
+import os
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -63,6 +64,7 @@ class MemoryConfig:
         model = settings.get("model") if isinstance(settings, dict) else None
         if not isinstance(model, str) or not model:
             raise ValueError(f"memdec needs the folder of a memory{which}: {EXAMPLE}.")
+        settings = settings | {"model": os.path.expanduser(model)}  # JSON is no shell's
         if unknown := sorted(set(settings) - known, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r}{which}: the settings are {sorted(known)}."

@@ -22,6 +22,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from vllm_memdec.checkpoint import model_file
 from vllm_memdec.errors import MemdecError
 
 FILE = "memdec_gate.npz"  # .safetensors would be taken for weights of the memory
@@ -122,22 +123,7 @@ def check_gate(path: Path, arrays: dict[str, np.ndarray]) -> str | None:
 
 def gate_path(model: str, revision: str | None = None) -> Path | None:
     """Return the path of the gate in a memory's folder or hub repository; None if it has none."""
-    if Path(model).is_dir():
-        path = Path(model) / FILE
-        return path if path.exists() else None
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(
-            model,
-            FILE,
-            revision=revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-    except (OSError, ValueError):
-        return None
-    return Path(found) if found else None
+    return model_file(model, FILE, revision)
 
 
 def read_gate(path: Path, width: int | None = None) -> dict[str, np.ndarray]:

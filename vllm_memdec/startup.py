@@ -10,7 +10,7 @@ import copy
 import importlib
 from typing import TYPE_CHECKING
 
-from vllm_memdec.checkpoint import tokenizer_fingerprint
+from vllm_memdec.checkpoint import read_tokenizer, tokenizer_fingerprint
 from vllm_memdec.config import (
     ARCHITECTURE,
     AUTO,
@@ -280,12 +280,8 @@ def check_tokenizers(base: "ModelConfig", memory: MemoryConfig) -> None:
 
 def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str:
     """Return the fingerprint of the tokenizer in a folder or hub repository."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
+        tokenizer = read_tokenizer(name, revision, trust_remote_code)
     except Exception as error:  # tokenizers raises that very class
         raise ValueError(
             f"{name} has no readable tokenizer, so nothing shows that base and memory share one "

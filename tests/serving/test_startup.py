@@ -1,6 +1,7 @@
 """Every refusal at start, through the code `vllm serve` runs: EngineArgs.create_engine_config()."""
 
 import json
+import os
 
 import pytest
 
@@ -71,7 +72,11 @@ def test_bad_alpha(alpha, start, pair):
         ),
         ({"model": "MEMORY/config.json", "alpha": 0.5}, {}, "is not a model folder"),
         ({"model": ""}, {}, "memdec needs the folder of a memory"),
-        ({"model": "some/one", "revision": "v9", "alpha": 0.5}, {}, "at revision v9 can be had"),
+        (
+            {"model": "some/one", "revision": "v9", "alpha": 0.5},
+            {},
+            "at revision v9 can be had .* while HF_HUB_OFFLINE is set: .*`hf download some/one`",
+        ),
         ({"memories": {"law": {"model": 3}}}, {}, "needs the folder of a memory of 'law'"),
         ({"memories": {f"m{i}": {} for i in range(257)}}, {}, "at most 256 memories, got 257"),
         ({"memories": {}}, {}, "at least one named memory"),
@@ -299,3 +304,10 @@ def test_rust_front_end(start, pair, monkeypatch):
     monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
     with pytest.raises(ValueError, match="vLLM's Rust front end"):
         start(pair[0], {"model": pair[1], "alpha": 0.5})
+
+
+def test_a_home_and_a_slash_at_the_end(start, pair, monkeypatch):
+    """JSON is quoted: no shell has read the path."""
+    monkeypatch.setenv("HOME", os.path.dirname(pair[1]))
+    config = start(f"{pair[0]}/", {"model": f"~/{os.path.basename(pair[1])}/", "alpha": 0.5})
+    assert MemDecConfig.from_vllm(config).memories[0].model == f"{pair[1]}/"

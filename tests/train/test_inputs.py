@@ -348,13 +348,13 @@ def test_a_stage_without_one_of_its_files_is_not_sealed(copy, build, monkeypatch
         shutil.rmtree(copy / "out" / later)
     make_stage, elsewhere = pipeline.build_artifact, copy / "elsewhere"
 
-    def losing(path, given, settings, read, make, say, files):
+    def losing(path, given, settings, read, make, *rest):
         def made(work):
             make(work)
             if given == stage:
                 (work / name).rename(elsewhere)
 
-        return make_stage(path, given, settings, read, made, say, files)
+        return make_stage(path, given, settings, read, made, *rest)
 
     monkeypatch.setattr(pipeline, "build_artifact", losing)
     with pytest.raises(MemdecError, match=f"{name} are not in .*{stage}.partial .* run again"):

@@ -237,10 +237,12 @@ def build_artifact(
     make: Callable[[Path], None],
     say: Callable[[str], None] = print,
     files: Callable[[Path], Iterable[str]] = lambda work: (),
+    sources: dict[str, str] | None = None,
 ) -> Artifact:
     """Return the artifact at path, calling make(working folder) unless it is up to date.
 
     files(working folder) names those that make() must have left there: MemdecError without them.
+    sources: of inputs that came from the hub, ORG/NAME@COMMIT, for the manifest to record.
 
     settings and inputs (name -> hash) decide what "up to date" means. A working folder left by a
     killed run of the same plan is handed to make() again, which keeps the files already whole.
@@ -278,11 +280,15 @@ def build_artifact(
         content = plan | {"files": sealed}
         # Of the run that finished it; where and when it was made is no part of what it is.
         seconds = round(time.monotonic() - started, 1)
-        manifest = content | {
-            "hash": json_sha256(content),
-            "versions": versions(),
-            "seconds": seconds,
-        }
+        manifest = (
+            content
+            | {
+                "hash": json_sha256(content),
+                "versions": versions(),
+                "seconds": seconds,
+            }
+            | ({"sources": sources} if sources else {})
+        )
         write_json(work / MANIFEST, manifest)
     shutil.rmtree(work / DIGESTS, ignore_errors=True)
     if path.exists():

@@ -53,13 +53,11 @@ def tokenise(
     is text there like any other: a document about `<|im_end|>` does not end a turn. A chat ends as
     its template ends it.
     """
-    # mistral_common never reads special tokens in text, and refuses the word.
-    named = type(tokenizer).__name__ == "MistralCommonBackend"
-    as_text: dict[str, Any] = {} if named else {"split_special_tokens": True}
     bos = bos_of(tokenizer)
 
     def flush(group: list[str]) -> Iterator[np.ndarray]:
-        for ids in tokenizer(group, verbose=False, **as_text)["input_ids"] if group else []:
+        as_text = {"verbose": False, "split_special_tokens": True}
+        for ids in tokenizer(group, **as_text)["input_ids"] if group else []:
             if ids and ids[-1] == tokenizer.eos_token_id:
                 ids = ids[:-1]
             if ids and ids != [bos]:  # a tokenizer may drop all of a text

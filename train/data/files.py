@@ -7,7 +7,7 @@ that begins with a dot: .git, .ipynb_checkpoints, ._x) is no text of the user's.
 import mimetypes
 import os
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +23,7 @@ CACHE = "cache-*.arrow"  # what its maps and filters leave: the rows once more, 
 HEADED = (*COMPRESSIONS, ".parquet", ".arrow")  # kinds of files that have a header
 TABLE = "train/README.md, What is read"
 HIDDEN = "."
+CARDS = ("README.md", "LICENSE.md", "LICENSE.txt")  # what describes a dataset of the hub
 # What to do with a kind of file that holds text but is not read.
 REMEDIES = {
     ".pdf": "PDF: pdftotext FILE.pdf",
@@ -89,10 +90,19 @@ def corpus_files(path: Path) -> CorpusFiles:
     if not path.exists():
         raise MemdecError(f"{path} does not exist: check the path.")
     corpus = CorpusFiles(path)
+    files = [path] if path.is_file() else sorted(_walk(corpus))
+    if path.parent.name == "snapshots":  # a dataset of the hub, in its cache
+        files = [file for file in files if file.parent != path or file.name not in CARDS]
+    return sorted_out(corpus, ((file, file.stat().st_size) for file in files))
+
+
+def sorted_out(corpus: CorpusFiles, files: Iterable[tuple[Path, int]]) -> CorpusFiles:
+    """Return a corpus of files, each with its size in bytes; MemdecError as from corpus_files()."""
+    path = corpus.path
     weight, no_text = 0, 0
     cut: list[Path] = []
-    for file in [path] if path.is_file() else sorted(_walk(corpus)):
-        size, suffix = file.stat().st_size, format_of(file)
+    for file, size in files:
+        suffix = format_of(file)
         beside = "" if path.is_file() else _of_datasets(file)  # a file that is named is read
         if suffix in FORMATS and not beside:
             corpus.files.append(file)
@@ -113,7 +123,7 @@ def corpus_files(path: Path) -> CorpusFiles:
     left_out = corpus.left_out()
     how = f" ({remedies})" if (remedies := corpus.remedies()) else ""
     if not corpus.files:
-        beside = f" (left out: {left_out})" if left_out and path.is_dir() else ""
+        beside = f" (left out: {left_out})" if left_out and not path.is_file() else ""
         raise MemdecError(
             f"{path} is no text{beside}: convert it{how}, or give {', '.join(FORMATS)}, each "
             f"also with {', '.join(COMPRESSIONS)}, or a folder of them ({TABLE})."

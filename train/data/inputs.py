@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from vllm_memdec.checkpoint import TEKKEN
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.artifacts import file_sha256, folder_sha256, json_sha256, write_json
 from vllm_memdec.train.data.documents import READER, Reading, read_whole
@@ -24,6 +25,12 @@ WEIGHTS = (
     "pytorch_model*.bin.index.json",
     "adapter_*",
 )
+WHOLE = (  # one of these is in a folder with weights
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 TOKENIZER = (
     "tokenizer*",
     "vocab.*",
@@ -32,6 +39,7 @@ TOKENIZER = (
     "added_tokens.json",
     "*.model",
     "*.tiktoken",
+    TEKKEN,
 )
 # Entries of JSON files that change nothing in what a model or tokenizer computes.
 NO_MATTER = (
@@ -116,10 +124,47 @@ def file_state(path: Path) -> list[Any]:
 
 
 def check_model(folder: str, option: str) -> Path:
-    """Return a model folder's path; MemdecError if it is none."""
-    if not (Path(folder) / CONFIG).is_file():
+    """Return a model folder's path; MemdecError if it is none, or a model in another format."""
+    path = Path(folder)
+    if not (path / CONFIG).is_file():
+        check_format(path, option)
         raise MemdecError(f"{folder} is not a model folder, it has no {CONFIG}: check {option}.")
-    return Path(folder)
+    return path
+
+
+def check_weights(folder: str, option: str) -> None:
+    """Raise MemdecError if a model folder has no weights that transformers reads."""
+    path = check_model(folder, option)
+    named = "transformers_weights" in (read_object(path / CONFIG) or {})
+    if not named and not any((path / name).is_file() for name in WHOLE):
+        check_format(path, option)
+        raise MemdecError(
+            f"{folder} has no weights, neither {WHOLE[0]} nor {WHOLE[2]}: copy the whole model "
+            f"again, or check {option}."
+        )
+
+
+def check_format(path: Path, option: str) -> None:
+    """Raise MemdecError if what lies at a path is known, but no model in Hugging Face's format."""
+    files = [path] if path.is_file() else [*path.iterdir()] if path.is_dir() else []
+    names = [file.name for file in files]
+    if "adapter_config.json" in names:
+        adapter = read_object(path / "adapter_config.json") or {}
+        raise MemdecError(
+            f"{path} is an adapter (LoRA) of {adapter.get('base_model_name_or_path')}, no model: "
+            f"merge it into that (peft's merge_and_unload), save the result, and give it as "
+            f"{option}."
+        )
+    if any(name.endswith(".gguf") for name in names):
+        what = "a GGUF file"
+    elif any(name.startswith("consolidated") or name == "params.json" for name in names):
+        what = "a model in its makers' own format (consolidated weights, params.json)"
+    else:
+        return
+    raise MemdecError(
+        f"{path} holds {what}, which a build does not read: give {option} the folder of the model "
+        f"in Hugging Face's format, with {CONFIG} and {WHOLE[0]}."
+    )
 
 
 def model_hash(folder: str, option: str) -> str:

@@ -27,6 +27,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, gate_path, read_gate
 from vllm_memdec.train.data.blocks import bos_of, tokenise
 from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.hub import served
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import mix, perplexity
@@ -231,7 +232,7 @@ def best_weights(
 
 def serve_command(base: str, settings: dict[str, Any]) -> str:
     """Return the command that serves a base with the memory of these settings."""
-    words = ["vllm", "serve", base, "--model-impl", "memdec"]
+    words = ["vllm", "serve", *served(base), "--model-impl", "memdec"]
     words += ["--trust-remote-code"] if code_allowed() else []
     return shlex.join([*words, "--additional-config", json.dumps({"memdec": settings})])
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_memdec.checkpoint import tokenizer_fingerprint
+from vllm_memdec.checkpoint import TEKKEN, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.model.hidden_states import check_isolation
 from vllm_memdec.train.model.huggingface import (
@@ -25,7 +25,9 @@ from vllm_memdec.train.trust import code_allowed
 
 DEFAULT_LAYERS = 4
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-TOKENIZER_FILES = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "*.model")
+TOKENIZER_FILES = (
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "*.model", TEKKEN
+)  # fmt: skip
 
 
 def has_any(folder: str, patterns: tuple[str, ...]) -> bool:

@@ -1,6 +1,8 @@
 """Models, configurations and tokenizers, read from Hugging Face folders."""
 
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,26 +13,48 @@ from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.model.output_head import check_head
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
+NOT_JSON = ("*.model", "*.tiktoken")  # tokenizers that are not in a tokenizer.json
+READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf", "tiktoken": "tiktoken"}
+
 
 def load_tokenizer(folder: str) -> Any:
     """Return the tokenizer of a model folder, or raise MemdecError in one sentence."""
-    from transformers import AutoTokenizer
-
-    from vllm_memdec.checkpoint import tokenizer_vocabulary
+    from vllm_memdec.checkpoint import read_tokenizer, tokenizer_vocabulary
 
     if not os.path.isdir(folder):
         raise MemdecError(f"{folder} is not a folder: check the path.")
     unreadable = f"{folder} has no readable tokenizer: copy its tokenizer files there."
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=code_allowed())
+        tokenizer = read_tokenizer(folder, trust_remote_code=code_allowed())
         usable = bool(tokenizer_vocabulary(tokenizer)[0])  # some classes start empty without files
     except Exception as error:  # libraries check little: any class may come
         reraise(error, folder)
         check_needs_no_code(folder, error)
+        check_readers(folder)
         raise MemdecError(unreadable) from error
     if not usable:
         raise MemdecError(unreadable)
     return tokenizer
+
+
+def check_readers(folder: str) -> None:
+    """Raise MemdecError if a tokenizer's file may be of a kind that no installed package reads."""
+    files = [path for pattern in NOT_JSON for path in sorted(Path(folder).glob(pattern))]
+    missing = [package for package, module in READERS.items() if not installed(module)]
+    if files and missing:
+        raise MemdecError(
+            f"{files[0]} cannot be read: {' and '.join(missing)} may be what it takes and not "
+            f"installed, so run `pip install {' '.join(missing)}`, or copy the model's "
+            "tokenizer.json there."
+        )
+
+
+def installed(module: str) -> bool:
+    """Return whether a module can be imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it is in
+        return False
 
 
 def load_config(folder: str) -> Any:

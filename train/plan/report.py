@@ -15,6 +15,7 @@ from rich.table import Table
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.files import corpus_files
+from vllm_memdec.train.data.hub import model_folder, text_path, with_folders
 from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.model.decoder import with_defaults
@@ -62,7 +63,11 @@ def plan(
         raise MemdecError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}.")
     if gpu is None and gpus is not None:
         raise MemdecError(f"--gpus {gpus} needs --gpu: add one of {', '.join(GPUS)}.")
+    base = model_folder(base, "--base", progress.say)
+    corpus = corpus and text_path(corpus, "--corpus", progress.say)
+    settings = with_folders(settings, progress.say)
     if validation is not None:
+        validation = text_path(validation, "--validation", progress.say)
         corpus_files(validation)  # says what is wrong with it before anything is measured
     base = os.path.abspath(base)  # workers have another working directory
     memory = with_defaults(settings.memory, base, progress.say)

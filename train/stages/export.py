@@ -22,6 +22,7 @@ from vllm_memdec.gate import FILE, MEMORY, read_gate, weights_fingerprint
 from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.artifacts import versions
 from vllm_memdec.train.data.blocks import bos_of
+from vllm_memdec.train.data.hub import origin
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
@@ -126,7 +127,7 @@ def export_memory(
         alpha=tuned["alpha"],
         alpha_by_context=tuned["alpha_by_context"],
         tokenizer_fingerprint=corpus_facts["tokenizer_fingerprint"],
-        base=Path(base).resolve().name,
+        base=origin(base) or Path(base).resolve().name,
         temperature=json.loads((targets / "targets.json").read_text())["temperature"],
         provenance=provenance
         | {

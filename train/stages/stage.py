@@ -39,6 +39,15 @@ class Build:
         """Return the folder of a finished stage."""
         return self.done[stage].path
 
+    def source(self, name: str) -> str:
+        """Return the path of what the user gave for an input of a stage, "" for none."""
+        places = {
+            "corpus": self.corpus,
+            "validation": self.validation,
+            "init": self.settings.memory.init,
+        }
+        return str(places.get(name, self.base) or "")
+
 
 def lowered(setting: str, value: int | None) -> str:
     """Return the advice to lower a number of blocks, or another one where it cannot be lower."""

@@ -1,0 +1,135 @@
+"""A server that speaks the Hugging Face hub's protocol, as far as huggingface_hub asks for it.
+
+Repositories, their revisions, trees of files, and files by range, with the hub's headers.
+"""
+
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
+FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+
+
+class Hub:
+    """Repositories by (kind, name), each with commits and branches; what was asked; faults."""
+
+    def __init__(self) -> None:
+        self.commits: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}
+        self.branches: dict[tuple[str, str], dict[str, str]] = {}
+        self.gated: set[str] = set()
+        self.asked: list[str] = []  # "GET path", with a range if there was one
+        self.cut: dict[str, int] = {}  # file -> bytes after which it is cut off, once
+
+    def push(self, kind: str, name: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Add a commit with these files to a branch; return its hash."""
+        digest = hashlib.sha1(name.encode())
+        for path, content in sorted(files.items()):
+            digest.update(path.encode() + content)
+        commit = digest.hexdigest()
+        self.commits.setdefault((kind, name), {})[commit] = files
+        self.branches.setdefault((kind, name), {})[branch] = commit
+        return commit
+
+    def push_folder(
+        self, kind: str, name: str, folder: str | Path, branch: str = "main", **others: bytes
+    ) -> str:
+        """Add a commit with the files of a folder and others, named with __ for a dot."""
+        files = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+        files |= {name.replace("__", "."): content for name, content in others.items()}
+        return self.push(kind, name, files, branch)
+
+
+def start(hub: Hub) -> ThreadingHTTPServer:
+    """Serve a hub on a free port, in threads; shut it down with shutdown()."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def refuse(self, status: int, code: str) -> None:
+            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+
+        def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        def find(self, kind: str, name: str, revision: str) -> str | None:
+            """Return the commit of a revision; None where the refusal is sent."""
+            if (kind, name) not in hub.commits:
+                return self.refuse(404, "RepoNotFound")
+            if name in hub.gated:
+                return self.refuse(403, "GatedRepo")
+            commit = hub.branches[kind, name].get(revision, revision)
+            return commit if commit in hub.commits[kind, name] else self.refuse(
+                404, "RevisionNotFound"
+            )  # fmt: skip
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            asked = self.headers.get("Range", "")
+            hub.asked.append(f"{self.command} {path} {asked}".strip())
+            if match := API.fullmatch(path):
+                kind, name, what, revision = match.groups()
+                self.describe(kind, name, what, revision or "main")
+            elif match := FILE.fullmatch(path):
+                self.send_file(match[1] or "models", *match.groups()[1:], asked)
+            else:
+                self.refuse(404, "EntryNotFound")
+
+        do_HEAD = do_GET
+
+        def describe(self, kind: str, name: str, what: str | None, revision: str) -> None:
+            commit = self.find(kind, name, revision)
+            if commit is None:
+                return
+            files = hub.commits[kind, name][commit]
+            tree = [
+                {
+                    "type": "file",
+                    "path": path,
+                    "size": len(data),
+                    "oid": hashlib.sha1(data).hexdigest(),
+                }
+                for path, data in files.items()
+            ]
+            info = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+            content = json.dumps(tree if what == "tree" else info).encode()
+            self.answer(200, content, {"Content-Type": "application/json"})
+
+        def send_file(self, kind: str, name: str, revision: str, path: str, asked: str) -> None:
+            commit = self.find(kind, name, revision)
+            if commit is None:
+                return
+            content = hub.commits[kind, name][commit].get(path)
+            if content is None:
+                return self.refuse(404, "EntryNotFound")
+            headers = {
+                "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+                "X-Repo-Commit": commit,
+                "Accept-Ranges": "bytes",
+            }
+            status, start = 200, 0
+            if begin := re.fullmatch(r"bytes=(\d+)-", asked):
+                status, start = 206, int(begin[1])
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            if self.command == "GET" and path in hub.cut:
+                headers["Content-Length"] = str(len(content) - start)
+                content = content[: hub.cut.pop(path)]
+                self.close_connection = True
+            self.answer(status, content[start:], headers)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
