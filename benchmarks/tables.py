@@ -28,9 +28,8 @@ SHOWN = {
 def features() -> str:
     """Return what `make features` found, what works first."""
     rows = sorted(read(FEATURES), key=lambda row: row["status"] != "works")
-    return grid(
-        ["feature", "status", "note"], [[r["feature"], r["status"], r["note"]] for r in rows]
-    )
+    columns = {"feature": "feature", "status": "status", "with drafts": "drafts", "note": "note"}
+    return grid([*columns], [[row[name] for name in columns.values()] for row in rows])
 
 
 def quality() -> str:

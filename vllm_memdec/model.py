@@ -91,11 +91,13 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             if self.drafter is not None:
                 v2_drafting.install()
         else:
-            from vllm_memdec.compat import v1_drafting, v1_runner
+            from vllm_memdec.compat import v1_drafting, v1_runner, v1_sampling
 
             v1_runner.install()
             if self.drafter is not None:
                 v1_drafting.install()
+            if vllm_config.speculative_config is not None:
+                v1_sampling.install()
         on_cpu = self.memories.device.type == "cpu"
         if vllm_config.speculative_config is not None and on_cpu:
             from vllm_memdec.compat import cpu_speculation

@@ -118,9 +118,23 @@ def server(long_models, subprocess_env, tmp_path_factory):
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def drafting_server(long_models, subprocess_env, tmp_path_factory):
+    """Yield a server whose memories draft."""
+    from support import soak_client
+
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = soak_client.Server(long_models, subprocess_env, log, drafts=3)
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+
+
 # -- The table of features ------------------------------------------------------------------------
 
-FEATURES = pytest.StashKey[dict]()  # name -> (arguments of its markers, outcomes of its tests)
+# name -> (arguments of its markers, outcomes of its tests without drafts, and with them)
+FEATURES = pytest.StashKey[dict]()
 
 
 def pytest_addoption(parser):
@@ -135,11 +149,12 @@ def pytest_configure(config):
 def pytest_runtest_makereport(item, call):
     report = yield
     for mark in item.iter_markers("feature"):
-        arguments, outcomes = item.config.stash[FEATURES].setdefault(mark.args[0], ({}, set()))
+        features = item.config.stash[FEATURES]
+        arguments, *outcomes = features.setdefault(mark.args[0], ({}, set(), set()))
         arguments.update(mark.kwargs)
         # Set-up and tear-down count where they go wrong.
         if report.when == "call" or not report.passed:
-            outcomes.add(report.outcome)
+            outcomes[item.get_closest_marker("drafts") is not None].add(report.outcome)
     return report
 
 
@@ -149,10 +164,20 @@ def pytest_sessionfinish(session):
         return
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["feature", "status", "note"])
-        for name, (arguments, outcomes) in session.config.stash[FEATURES].items():
+        writer.writerow(["feature", "status", "drafts", "note"])
+        for name, (arguments, *outcomes) in session.config.stash[FEATURES].items():
             reason = arguments.get("refused")
-            status = "refused" if reason else "works"
-            if outcomes != {"passed"}:  # one that is skipped shows nothing
-                status = "FAILED"
-            writer.writerow([name, status, reason or arguments.get("note", "")])
+            without, drafting = map(shown, outcomes)
+            if reason:
+                status, drafting = without.replace("works", "refused"), ""
+            else:
+                status = without if outcomes[0] else drafting
+                drafting = arguments.get("drafts", drafting)
+            writer.writerow([name, status, drafting, reason or arguments.get("note", "")])
+
+
+def shown(outcomes):
+    """Return what the outcomes of tests show, in a word."""
+    if not outcomes:
+        return "not run"
+    return "works" if outcomes == {"passed"} else "FAILED"  # one that is skipped shows nothing

@@ -38,6 +38,7 @@ def prompt(rank, place, number):
 @pytest.mark.feature(
     "data parallel 2",
     note="a base of experts held in common; vLLM for CPUs lacks two collectives for it",
+    drafts="works",  # both in one test
 )
 def test_each_rank_answers_for_itself(models, subprocess_env):
     """No rank waits for ever, and each answer is that of its own memory, with drafts and without.

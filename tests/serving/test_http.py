@@ -114,6 +114,21 @@ def test_chat_completions(client, models):
             assert entry["logprob"] == pytest.approx(row_V[token].item(), abs=oracle.TOLERANCE)
 
 
+@pytest.mark.drafts
+@feature("streaming")
+@feature("chat completions")
+def test_drafts_over_http(drafting_server, models):
+    """Several tokens in an event, and an echoed prompt before them."""
+    url = f"{drafting_server.url}/v1"
+    client = openai.OpenAI(base_url=url, api_key="none", max_retries=0)
+    test_streaming(client, models)
+    test_chat_completions(client, models)
+    for alpha in (None, 0, 0.3, 1.0):
+        test_completions(alpha, client, models)
+    assert complete(client, models, max_tokens=8, logit_bias={"7": 100}).choices[0].text
+    assert drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+
+
 @feature("beam search")
 def test_beam_search_over_http(client, models):
     """vLLM drops the request's own memory and weight: it gets the server's, or HTTP 400."""

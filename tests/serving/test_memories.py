@@ -337,6 +337,41 @@ def test_quantised(which, base, folders, int8, engine):
         assert apart(prompt_rows(llm, {"memdec_alpha": 1}), alone[1]) < oracle.TOLERANCE
 
 
+def greedy_answers(llm, lora=None):
+    """Return the answers to prompts with several weights, and how many drafts were accepted."""
+    from vllm import SamplingParams
+
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=16, ignore_eos=True, extra_args={"memdec_alpha": alpha}
+        )
+        for alpha in (0, 0.3, 0.8, 1)
+    ]
+    prompts = [{"prompt_token_ids": ids} for ids in oracle.prompts(4, 20, 60, 1000)]
+    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
+    name = "vllm:spec_decode_num_accepted_tokens"
+    accepted = sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+    return [output.outputs[0].token_ids for output in outputs], accepted
+
+
+@pytest.mark.drafts
+@pytest.mark.feature("quantised base")
+@pytest.mark.feature("quantised memory")
+@pytest.mark.feature("memory with its own KV-cache dtype")
+def test_drafting_changes_no_quantised_answer(int8, engine):
+    """int8 weights on both sides, and an fp8 KV cache for the memory."""
+    answers = []
+    for tokens in (0, 3):
+        memory = {"model": int8[1], "alpha": 0.5, "kv_cache_dtype": "fp8"}
+        block = memory | {"speculative_tokens": tokens}
+        with engine(int8[0], block, disable_log_stats=False) as llm:
+            assert has_scales(composite(llm).base) and has_scales(composite(llm).memory0)
+            found, accepted = greedy_answers(llm)
+        answers.append(found)
+        assert bool(accepted) == bool(tokens)
+    assert answers[0] == answers[1]
+
+
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
     """Return a folder with a LoRA adapter of the base, in PEFT's format, and random weights."""
@@ -382,6 +417,25 @@ def test_lora_on_the_base(base, folders, adapter, engine):
             ]
             assert apart(found, want) < oracle.TOLERANCE
         assert apart(prompt_rows(llm, {"memdec_alpha": 1}, lora), memory_alone) < oracle.TOLERANCE
+
+
+@pytest.mark.drafts
+@pytest.mark.feature("LoRA on the base")
+def test_drafting_changes_no_answer_of_lora(base, folders, adapter, engine):
+    """Nor is the adapter lost: vLLM on a CPU gives it to all of a batch or to none."""
+    from vllm.lora.request import LoRARequest
+
+    answers = []
+    for tokens in (0, 3):
+        options = {"enable_lora": True, "max_lora_rank": 8, "disable_log_stats": False}
+        settings = {"model": folders["law"], "alpha": 0.5, "speculative_tokens": tokens}
+        with engine(base, settings, **options) as llm:
+            plain, _ = greedy_answers(llm)
+            adapted, accepted = greedy_answers(llm, LoRARequest("a", 1, adapter))
+        answers.append((plain, adapted))
+        assert bool(accepted) == bool(tokens)
+    assert answers[0] == answers[1]
+    assert plain[:2] != adapted[:2]
 
 
 def test_memory_from_the_hub_with_a_revision(base, folders, engine, tmp_path, monkeypatch):

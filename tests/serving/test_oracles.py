@@ -77,7 +77,7 @@ def test_the_weight_survives_half_precision(dtype, tiny_model, engine):
     )
 
 
-@pytest.mark.feature("speculation with a draft model")
+@pytest.mark.feature("speculation with a draft model", drafts="refused")
 def test_the_memory_as_draft_model_changes_nothing(tiny_model, engine):
     """vLLM's own draft_model speculation verifies against the mixture."""
     base, memory = tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)

@@ -133,9 +133,20 @@ def same(found, wanted, key_TV):
     return found == wanted
 
 
+@pytest.mark.drafts
+def test_soak_with_drafts(drafting_server, models, engine):
+    """As below: drafts are verified, and the engines alone, which do not draft, say the same."""
+    soaked(drafting_server, models, engine, 50, 190)
+    assert drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total") > 100
+
+
 def test_soak(server, models, engine):
     """500 requests of every kind, 32 at a time, preempted and hung up on, disturb no other."""
-    waves = soak_requests(100, seeded=True), soak_requests(380, seeded=False) + crowd()
+    soaked(server, models, engine, 100, 380)
+
+
+def soaked(server, models, engine, seeded, others):
+    waves = soak_requests(seeded, seeded=True), soak_requests(others, seeded=False) + crowd()
     bodies = sum(waves, [])
     again = soak_requests(len(bodies), seeded=False)  # to see the memory of a warm server
     samples, done, over, answers = [], [], threading.Event(), []
@@ -166,7 +177,7 @@ def test_soak(server, models, engine):
     after = [server.metric(f"vllm:{name}_total") for name in counters]
     preempted, hits, ended = (b - a for a, b in zip(before, after, strict=True))
     hung_up = sum(body.get("n", 1) for body in bodies + again) - ended
-    assert preempted > 0 and hits > 0 and hung_up > 20
+    assert preempted > 0 and hits > 0 and hung_up > len(bodies) / 25
 
     # With oneDNN's cache of kernels held small (see server()) 250 to 500 more requests took 0.5 to
     # 15 MB, as in vLLM without memories; 100 kB left behind by each request would be 50 MB.
@@ -181,7 +192,7 @@ def test_soak(server, models, engine):
         for body, answer in zip(bodies, answers, strict=True)
         if is_greedy(body) and body["abort"] is None
     ]
-    assert len(greedy) >= 100
+    assert len(greedy) >= len(bodies) / 5
     with start(engine, models, enable_prefix_caching=False) as llm:
         for body, answer in greedy:
             wanted = alone(llm, body)

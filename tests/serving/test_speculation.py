@@ -137,6 +137,7 @@ def test_no_more_is_drafted_than_may_be_said(engine, models):
             assert after.value - before.value == wanted, tokens
 
 
+@pytest.mark.drafts
 @pytest.mark.feature("speculation by the memory itself", note="both runners; not with TP yet")
 def test_a_memory_that_agrees_is_accepted_whole(engine, models, plain):
     """memory = base: what it drafts is what the mixture says, so only the budget's end is left."""
@@ -190,11 +191,7 @@ def test_a_draft_model_beside_it_stays_one(engine, models):
         drafter = runner(llm).drafter
         assert type(drafter).__name__ == "DraftModelProposer"
         assert isinstance(drafter.model, torch.nn.Module)
-
-
-def test_what_vllm_does_not_apply_to_drafts_is_refused(engine, models):
-    block = {"model": models["bio"], "alpha": 0.5, "speculative_tokens": 1}
-    with engine(models["base"], block) as llm:
+        # What only the memory's own drafts are verified with.
         for options in ({"min_p": 0.1}, {"logit_bias": {5: 1.0}}):
             with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
                 answers(llm, [PROMPT], [PLAIN], temperature=1, **options)
@@ -206,11 +203,15 @@ SMALL = 6  # tokens of the vocabulary
 SAMPLES = 20_000
 
 
-def expected(models, temperature, top_p):
-    """Return the probability of every answer of three tokens."""
+def expected(models, temperature, top_p, min_p=0.0, bias=0.0):
+    """Return the probability of every answer of three tokens; bias: of token 4."""
 
     def following(ids):
-        p = (mixed(models, ids) / temperature).softmax(-1)
+        logits = mixed(models, ids).clone()
+        logits[4] += bias
+        p = (logits / temperature).softmax(-1)
+        p[p < min_p * p.max()] = 0
+        p = p / p.sum()
         order = p.argsort(descending=True)
         kept = p[order].cumsum(-1) - p[order] < top_p
         p[order[~kept]] = 0
@@ -244,11 +245,10 @@ def chi_square(counts, probabilities):
     return (statistic - freedom) / math.sqrt(2 * freedom), impossible
 
 
-def drawn(llm, temperature, top_p, samples=SAMPLES):
+def drawn(llm, temperature, top_p, samples=SAMPLES, **options):
     """Return how often each answer of three tokens was drawn."""
-    params = SamplingParams(
-        temperature=temperature, top_p=top_p, max_tokens=3, ignore_eos=True, detokenize=False, n=500
-    )
+    fixed = {"max_tokens": 3, "ignore_eos": True, "detokenize": False, "n": 500}
+    params = SamplingParams(temperature=temperature, top_p=top_p, **fixed, **options)
     prompts = [{"prompt_token_ids": START}] * (samples // 500)
     counts = {}
     for output in llm.generate(prompts, params, use_tqdm=False):
@@ -259,6 +259,9 @@ def drawn(llm, temperature, top_p, samples=SAMPLES):
     return counts
 
 
+@pytest.mark.drafts
+@pytest.mark.feature("min_p")
+@pytest.mark.feature("logit_bias")
 def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
     from vllm.v1.sample import rejection_sampler
 
@@ -268,6 +271,10 @@ def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
         for temperature, top_p in itertools.product((0.7, 1.0), (1.0, 0.8)):
             found = chi_square(drawn(llm, temperature, top_p), expected(models, temperature, top_p))
             assert found[0] < 4 and found[1] == 0, (temperature, top_p, found)
+        # min_p before top_p, and a bias, which the drafts know nothing of.
+        counts = drawn(llm, 0.7, 0.9, min_p=0.15, logit_bias={4: 1.0})
+        found = chi_square(counts, expected(models, 0.7, 0.9, min_p=0.15, bias=1.0))
+        assert found[0] < 4 and found[1] == 0, found
         # The same fails where the residual is another: the target without the draft, as if every
         # draft had been certain.
         original = rejection_sampler.sample_recovered_tokens

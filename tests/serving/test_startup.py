@@ -252,6 +252,29 @@ def test_multimodal_and_recurrent_models(start, pair, tmp_path):
         start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
 
 
+@pytest.mark.feature("encoder-decoder base", refused="only text decoders are mixed")
+def test_encoder_decoder(start, pair, tmp_path):
+    """Every encoder-decoder that vLLM has is multimodal too, and that comes first."""
+    import shutil
+
+    import transformers
+
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(f"{pair[0]}/{name}", tmp_path)
+    config = transformers.WhisperConfig(vocab_size=1000, d_model=64)
+    config.architectures = ["WhisperForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    for base, memory in ((str(tmp_path), pair[1]), (pair[0], str(tmp_path))):
+        with pytest.raises(ValueError, match="is multimodal, .* it mixes two text decoders"):
+            start(base, {"model": memory, "alpha": 0.5})
+
+
+@pytest.mark.feature("sleep and wake", refused="by vLLM itself on a CPU; not run on a GPU")
+def test_sleep(start, pair):
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform."):
+        start(pair[0], {"model": pair[1], "alpha": 0.5}, enable_sleep_mode=True)
+
+
 @pytest.mark.parametrize(
     ("hook", "sentence"),
     [

@@ -6,8 +6,17 @@ With rows as on CUDA: each head runs on all of them, and nothing waits for the d
 import shutil
 
 import pytest
+import torch
 from support import long_base, oracle, v2_process
-from support.choices import CHOICES, Choice, greedy, make_models, memdec_block
+from support.choices import (
+    CHOICES,
+    PROMPT,
+    Choice,
+    greedy,
+    make_models,
+    memdec_block,
+    penalised,
+)
 from support.gate_oracle import gate_weights, random_gate
 from support.long_base import BESIDE, LONG, SEEDED, request
 
@@ -71,6 +80,36 @@ def drafters(tiny_model):
     }
 
 
+BIAS = {5: 9.0, 7: 8.0}
+ENDS = [*range(0, VOCAB, 8)]  # as many as vLLM takes
+
+
+def biased(row_V, _):
+    row_V = row_V.clone()
+    row_V[[*BIAS]] += torch.tensor([*BIAS.values()])
+    return row_V
+
+
+def every_ninth(row_V, _):
+    return row_V.where(torch.arange(VOCAB) % 9 == 0, -torch.inf)
+
+
+def three_at_least(row_V, sampled):
+    return row_V.where((torch.arange(VOCAB) % 8 > 0) | (len(sampled) >= 3), -torch.inf)
+
+
+ROWS = [  # what is asked beside a greedy answer, and the key's function of logits and tokens so far
+    (Choice(), {"logit_bias": BIAS, "min_p": 0.5}, biased),  # which leaves the likeliest
+    (
+        Choice("bio"),
+        {"presence_penalty": 1.0, "frequency_penalty": 0.5, "repetition_penalty": 1.4},
+        penalised(PROMPT, 1.0, 0.5, 1.4),
+    ),
+    (Choice("law", 0.3), {"allowed_token_ids": [*range(0, VOCAB, 9)]}, every_ninth),
+    (Choice("bio", 1.0), {"stop_token_ids": ENDS, "min_tokens": 3}, three_at_least),
+]
+
+
 def asking(choices, seed=0, **more):
     prompts = oracle.prompts(len(choices), 2, 20, VOCAB, seed=seed)
     return [
@@ -115,7 +154,8 @@ def results(tiny_model, subprocess_env, mixed, drafters, stretched):
     models = make_models(tiny_model)
     block = memdec_block(models) | {"speculative_tokens": 2}
     block["memories"]["same"] = {"model": models["base"], "alpha": 0.5}
-    jobs["drafting"] = v2_process.job(models["base"], block, [asking(SAME)])
+    rows = [(PROMPT, GREEDY | {"extra_args": c.extra_args} | asked) for c, asked, _ in ROWS]
+    jobs["drafting"] = v2_process.job(models["base"], block, [asking(SAME), rows])
     for dtype, models in drafters.items():
         block = memdec_block(models) | {"speculative_tokens": 2}
         batches = [asking(choices, seed=1, logprobs=5) for choices in (NONE, [Choice()] * 3, MIXED)]
@@ -158,13 +198,15 @@ def test_mixture(results, mixed):
     assert v2_process.check_steps(result) == {"NONE"}
 
 
+@pytest.mark.drafts
 @pytest.mark.feature("speculation by the memory itself")
+@pytest.mark.feature("V2 model runner")
 def test_drafting(results, tiny_model):
     """Greedy answers are the mixture's, prompts in chunks; what agrees is accepted."""
     result = v2_process.answered(results, "drafting")
     models = make_models(tiny_model)
     folders = models | {"same": models["base"]}
-    for (prompt, sampled, *_), choice in zip(result["requests"], SAME, strict=True):
+    for (prompt, sampled, *_), choice in zip(result["requests"], SAME, strict=False):
         name, alpha = ("same", 0.5) if choice.memory == "same" else choice.resolved
         key = greedy(
             {"base": models["base"], "law": folders[name]}, Choice("law", alpha), prompt, 7
@@ -173,6 +215,11 @@ def test_drafting(results, tiny_model):
     # The two whose memory is the base have two rounds of two accepted drafts each.
     assert 8 <= result["accepted"] < result["drafted"]
     v2_process.check_steps(result, drafts=2)
+    rest = result["requests"][len(SAME) :]
+    for (choice, asked, adjust), (_, sampled, *_) in zip(ROWS, rest, strict=True):
+        key = greedy(models, choice, PROMPT, 7, adjust)
+        ends = [n for n in range(3, 7) if "min_tokens" in asked and key[n] in ENDS]
+        assert sampled == key[: ends[0] + 1 if ends else 7], (choice, asked)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

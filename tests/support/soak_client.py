@@ -47,16 +47,16 @@ def chosen(xargs):
 
 
 class Server:
-    """A running `vllm serve` with both memories."""
+    """A running `vllm serve` with both memories, which may draft."""
 
-    def __init__(self, models, env, log):
+    def __init__(self, models, env, log, drafts=0):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log, self.model = f"http://127.0.0.1:{port}", log, models["base"]
         # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
         env = env | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
-        block = json.dumps({"memdec": memdec_block(models)})
+        block = json.dumps({"memdec": memdec_block(models) | {"speculative_tokens": drafts}})
         given = ["--model-impl", "memdec", "--additional-config", block, "--port", str(port)]
         with log.open("w") as out:
             self.process = psutil.Popen(

@@ -22,6 +22,13 @@ def drafts(metrics):
     return metrics.num_draft_tokens, sum(n * count for n, count in enumerate(metrics.histogram))
 
 
+def sampling(params):
+    """Return SamplingParams of arguments that were JSON, whose keys are strings."""
+    if "logit_bias" in params:
+        params = params | {"logit_bias": {int(t): b for t, b in params["logit_bias"].items()}}
+    return SamplingParams(**params)
+
+
 def run(job, log):
     """Return what a job asks for, or the error that ended its engine."""
     recorded_graphs.begin(job["graphs"])
@@ -51,7 +58,7 @@ def generate(llm, job, log):
         for batch in job["batches"]:
             outputs = llm.generate(
                 [{"prompt_token_ids": ids} for ids, _ in batch],
-                [SamplingParams(**params) for _, params in batch],
+                [sampling(params) for _, params in batch],
                 use_tqdm=False,
             )
             found += [

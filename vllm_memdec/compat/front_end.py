@@ -1,10 +1,12 @@
-"""The front end: every start and every request pass through these four methods.
+"""The front end: every start and every request pass through these five methods.
 
 EngineArgs.create_model_config  The checks run before workers start, and where the settings
     model_impl and additional_config meet. It also swaps in the class to load.
 EngineArgs.create_engine_config  Refuses what depends on the runner that vLLM has chosen.
 InputProcessor._validate_params  Refuses a bad weight before the engine sees it. A logits processor
     could do the same, but vLLM refuses those beside a draft model.
+SamplingParams._validate_spec_decode  Lets min_p and logit_bias through where the memory drafts: the
+    V2 runner applies them to drafts, and on V1 we do (see v1_sampling.py).
 InputProcessor.process_inputs  The memory becomes part of the request's cache salt. Blocks of the KV
     cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
     those of requests with the same memory.
@@ -17,6 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_memdec import metrics, startup
@@ -28,6 +31,7 @@ SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self usage_context headless",
     "vllm.v1.engine.input_processor:InputProcessor._validate_params": "self params supported_tasks",
+    "vllm.sampling_params:SamplingParams._validate_spec_decode": "self speculative_config",
     "vllm.v1.engine.input_processor:InputProcessor.process_inputs": (
         "self request_id prompt params supported_tasks arrival_time lora_request "
         "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id "
@@ -43,6 +47,7 @@ ATTRIBUTES = {
         "spec_model"
     ),
     "vllm.v1.engine:EngineCoreRequest": "cache_salt",
+    "vllm.v1.engine.input_processor:InputProcessor": "speculative_config",
 }
 
 
@@ -51,6 +56,7 @@ def install() -> None:
     wrap(EngineArgs, "create_model_config", _checked_model_config)
     wrap(EngineArgs, "create_engine_config", _checked_engine_config)
     wrap(InputProcessor, "_validate_params", _checked_params)
+    wrap(SamplingParams, "_validate_spec_decode", _checked_speculation)
     wrap(InputProcessor, "process_inputs", _salted_inputs)
 
 
@@ -77,9 +83,19 @@ def _checked_params(original: Callable) -> Callable:
             check_extra_args(getattr(params, "extra_args", None), choices)
         except ValueError as error:
             raise RequestError(str(error)) from None
+        if choices and choices.drafts:
+            self.speculative_config.memdec_drafts = True
         return original(self, params, supported_tasks)
 
     return _validate_params
+
+
+def _checked_speculation(original: Callable) -> Callable:
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if not getattr(speculative_config, "memdec_drafts", False):
+            original(self, speculative_config)
+
+    return _validate_spec_decode
 
 
 def _salted_inputs(original: Callable) -> Callable:

@@ -5,7 +5,8 @@ GPUModelRunner._dummy_run  The batch takes over that there are none.
 GPUModelRunner._determine_batch_execution_and_padding  What is executed how decides which memories
     run; full graphs are chosen by them.
 GPUModelRunner._capture_cudagraphs  Full graphs are captured for several sets of memories.
-GPUModelRunner.initialize_kv_cache  The composite learns how many groups the KV cache has.
+GPUModelRunner.initialize_kv_cache  The composite learns how many groups the KV cache has, and the
+    sampler gets the logits processors that vLLM leaves out beside drafts.
 
 May go with the V1 runner: on V2 a class of the model's own has all this, see v2_runner.py.
 Relies on the runner's tables of requests, and on the dictionary of graphs in CUDAGraphWrapper.
@@ -18,6 +19,7 @@ import torch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_memdec.batch import Batch, Draft
+from vllm_memdec.compat import v1_sampling
 from vllm_memdec.compat.hooks import wrap
 
 SIGNATURES = {
@@ -39,10 +41,10 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        "_dummy_run input_batch max_model_len query_start_loc requests"
+        "_dummy_run device input_batch max_model_len query_start_loc requests vllm_config"
     ),
     "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "num_reqs req_ids",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": "logitsprocs num_reqs req_ids",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         "num_tokens output_token_ids sampling_params"
     ),
@@ -131,6 +133,8 @@ def _groups(original: Callable) -> Callable:
     def initialize_kv_cache(self: Any, kv_cache_config: Any, *args: Any, **kwargs: Any) -> Any:
         if _batch(self) is not None:
             self.get_model().log_groups(kv_cache_config)
+            if self.get_model().drafter is not None:
+                v1_sampling.complete(self.input_batch.logitsprocs, self.vllm_config, self.device)
         return original(self, kv_cache_config, *args, **kwargs)
 
     return initialize_kv_cache

@@ -1,0 +1,59 @@
+"""The engines of the feature matrix, how its tests ask them, and how they check the answers."""
+
+import pytest
+from support import oracle
+from support.choices import PLAIN, PROMPT, mixture
+from vllm import SamplingParams
+
+COMPACT = {"disable_any_whitespace": True}
+# By schedule: of 12 blocks and chunks of 32 tokens, or none that matters here.
+ENGINES = {
+    "usual": {"block_size": 32, "structured_outputs_config": {"backend": "xgrammar"} | COMPACT},
+    "tight": {
+        "block_size": 32,
+        "num_gpu_blocks_override": 12,
+        "enable_prefix_caching": False,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 32,
+        "scheduling_policy": "priority",
+        "structured_outputs_config": {"backend": "guidance"} | COMPACT,
+    },
+}
+
+
+def engines(*names):
+    """Parametrise a test over engines of these names, each without drafts and with them."""
+    params = [pytest.param((name, 0), id=name) for name in names]
+    params += [
+        pytest.param((name, tokens), id=f"{name}, {tokens} drafts", marks=pytest.mark.drafts)
+        for name in names
+        for tokens in (3, "auto")
+    ]
+    return pytest.mark.parametrize("llm", params, indirect=True)
+
+
+def generate(llm, prompts, choices, **options):
+    """Return vLLM's outputs; greedy, without end and log-probabilities unless asked otherwise."""
+    defaults = {"temperature": 0, "ignore_eos": True, "max_tokens": 8}
+    params = [SamplingParams(extra_args=c.extra_args, **defaults | options) for c in choices]
+    return llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+
+
+def one(llm, choice=PLAIN, prompt=PROMPT, **options):
+    """Return vLLM's only output for one prompt."""
+    [output] = generate(llm, [prompt], [choice], **options)
+    return output.outputs[0]
+
+
+def check_logprobs(models, choice, prompt, found):
+    """Every reported log-probability is the mixture's."""
+    key_TV = mixture(models, choice, [*prompt, *found.token_ids])
+    for row_V, row in zip(key_TV[len(prompt) - 1 : -1], found.logprobs, strict=True):
+        for token, entry in row.items():
+            wanted = row_V[token].item()
+            assert entry.logprob == pytest.approx(wanted, abs=oracle.TOLERANCE)
+
+
+def count(llm, name):
+    """Return one of vLLM's counters; 0 where nothing was counted yet."""
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == f"vllm:{name}")
