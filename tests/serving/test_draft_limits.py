@@ -3,9 +3,11 @@
 test_v2.py asks the same of the V2 runner.
 """
 
+import shutil
+
 import pytest
 from support import long_base, oracle
-from support.long_base import BESIDE, LONG, OPTIONS, SEEDED, YARN, request
+from support.long_base import BESIDE, LONG, NEAR, OPTIONS, SEEDED, YARN, request
 from vllm import EngineArgs, SamplingParams
 
 
@@ -74,6 +76,11 @@ def test_one_request_at_its_end_takes_no_drafts_from_others(llm, folders):
     assert drafts(outputs[3]) == drafts(alone[0])
     assert drafted(llm) - before == sum(drafts(output)[0] for output in [*outputs, *alone])
 
+    # No draft beyond its end was written into its first block, which the prefix cache keeps.
+    [again] = ask(llm, [request(NEAR, logprobs=5)])
+    assert again.num_cached_tokens >= NEAR - 2 * OPTIONS["block_size"]
+    assert oracle.gap(again, folders["same"], folders["same"], 0.4) < oracle.TOLERANCE
+
 
 @pytest.mark.parametrize("memory", ["law", "none"])
 def test_a_seed_repeats_an_answer(llm, memory):
@@ -105,16 +112,21 @@ def test_a_seed_is_nothing_to_greedy_requests(llm):
     assert drafts(output) == (6, 6)
 
 
-def test_the_draft_configuration_is_the_base_s(folders):
-    """With overrides, revision and length: vLLM would refuse a drafter of another vocabulary."""
+def test_the_draft_configuration_is_the_base_s(folders, tmp_path):
+    """With overrides, revision and length: vLLM would refuse a drafter of another vocabulary.
+
+    Of "eagle-" in a drafter's path vLLM makes another method.
+    """
+    folder = shutil.copytree(folders["base"], tmp_path / "beagle-1")
     made = EngineArgs(
-        folders["base"],
+        str(folder),
         revision="v1",
         model_impl="memdec",
         hf_overrides=YARN | {"vocab_size": 1024},
         additional_config={"memdec": long_base.block(folders)},
     ).create_engine_config()
     base, draft = made.model_config, made.speculative_config.draft_model_config
+    assert made.speculative_config.method == "draft_model"
     assert draft is not base and draft.hf_config is base.hf_config
     assert (draft.revision, draft.max_model_len) == ("v1", 256)
     assert (base.revision, base.max_model_len, base.get_vocab_size()) == ("v1", 256, 1024)

@@ -125,7 +125,8 @@ def test_drafts_over_http(drafting_server, models):
     test_chat_completions(client, models)
     for alpha in (None, 0, 0.3, 1.0):
         test_completions(alpha, client, models)
-    assert complete(client, models, max_tokens=8, logit_bias={"7": 100}).choices[0].text
+    [biased] = complete(client, models, max_tokens=8, logit_bias={"7": 100}).choices
+    assert token_ids(biased.logprobs.tokens) == [7] * 8
     assert drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
 
 

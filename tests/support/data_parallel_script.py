@@ -21,7 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.models import registry
 
-PATIENCE = 120  # seconds
+START, PATIENCE = 300, 120  # seconds for two engines to start, for a round of requests
 
 
 def all_gatherv(self, rows, dim=0, sizes=None):
@@ -72,7 +72,7 @@ def main(jobs):
     other = os.fork()  # vLLM is imported once, and nothing of it has begun
     rank = 0 if other else 1
     for number, (job, port) in enumerate(zip(jobs, ports, strict=True)):
-        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        faulthandler.dump_traceback_later(START, exit=True)
         os.environ |= {
             "VLLM_DP_RANK": str(rank),
             "VLLM_DP_SIZE": "2",
@@ -85,6 +85,7 @@ def main(jobs):
             found = answers(llm, requests[rank])
             line = json.dumps([rank, number, place, found, drafted(llm)])
             os.write(1, f"{line}\n".encode())  # whole, whatever the other rank writes
+        faulthandler.cancel_dump_traceback_later()
         llm.llm_engine.engine_core.shutdown()
         del llm
     if other:

@@ -80,7 +80,9 @@ def test_killed_in_every_stage(tiny_model, tmp_path, command, build, english, js
         said[stage] = kill_in_the_middle(broken, stage)
         assert_in_the_middle(broken.output, stage, undisturbed)
         if stage == "memory":
-            checkpoint = torch.load(broken.output / "memory.partial/checkpoint.pt")["step"]
+            # The kill may come while the files of checkpoints are being renamed.
+            written = (broken.output / "memory.partial").glob("checkpoint*.pt")
+            checkpoint = max(torch.load(path)["step"] for path in written)
     code, said["end"] = broken.run()
     assert code == 0, said["end"]
     stages = list(MIDDLE)

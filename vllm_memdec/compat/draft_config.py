@@ -43,9 +43,14 @@ def _configured(original: Callable) -> Callable:
             or not MemDecConfig.parse(settings).speculative_tokens
         ):
             return original(self, target_model_config, *args, **kw)
-        # A copy: vLLM writes the drafter's length into it. mypy sees a class exchanged.
+
+        def base_config(**_: Any) -> Any:
+            config = copy.copy(target_model_config)  # vLLM writes the drafter's length into it
+            config.model = "memories"  # of a path that has "eagle-" in it vLLM makes a method
+            return config
+
         made = speculative.ModelConfig
-        speculative.ModelConfig = lambda **_: copy.copy(target_model_config)  # type: ignore
+        speculative.ModelConfig = base_config  # type: ignore  # a class, exchanged for a function
         try:
             config = original(self, target_model_config, *args, **kw)
         finally:

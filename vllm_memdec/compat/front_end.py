@@ -9,7 +9,8 @@ SamplingParams._validate_spec_decode  Lets min_p and logit_bias through where th
     V2 runner applies them to drafts, and on V1 we do (see v1_sampling.py).
 InputProcessor.process_inputs  The memory becomes part of the request's cache salt. Blocks of the KV
     cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
-    those of requests with the same memory.
+    those of requests with the same memory. It also refuses what would end a worker of the V2
+    runner, whose lists of tokens have limits that only the worker checks.
 
 May go when vLLM has hooks for a plugin's own model_impl, request arguments and cache salt.
 Relies on the attributes of EngineArgs that startup.py checks, and on a request's cache_salt.
@@ -47,7 +48,10 @@ ATTRIBUTES = {
         "spec_model"
     ),
     "vllm.v1.engine:EngineCoreRequest": "cache_salt",
-    "vllm.v1.engine.input_processor:InputProcessor": "speculative_config",
+    "vllm.v1.engine.input_processor:InputProcessor": "speculative_config vllm_config",
+    "vllm.sampling_params:SamplingParams": (
+        "all_stop_token_ids allowed_token_ids logit_bias min_tokens"
+    ),
 }
 
 
@@ -98,10 +102,30 @@ def _checked_speculation(original: Callable) -> Callable:
     return _validate_spec_decode
 
 
+def _check_sizes(params: Any) -> None:
+    """Raise RequestError for lists longer than the V2 runner has room for: its worker would end."""
+    from vllm.v1.worker.gpu.sample import logit_bias as limits
+
+    sizes = {
+        "allowed_token_ids": (params.allowed_token_ids, limits.MAX_NUM_ALLOWED_TOKEN_IDS),
+        "logit_bias": (params.logit_bias, limits.MAX_NUM_LOGIT_BIAS_TOKENS),
+    }
+    if params.min_tokens:
+        stops = params.all_stop_token_ids, limits.MAX_NUM_STOP_TOKEN_IDS
+        sizes["stop_token_ids beside min_tokens"] = stops
+    for name, (tokens, most) in sizes.items():
+        if len(tokens or ()) > most:
+            raise RequestError(
+                f"{name}: vLLM's V2 model runner takes at most {most} tokens, got {len(tokens)}."
+            )
+
+
 def _salted_inputs(original: Callable) -> Callable:
     def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = original(self, *args, **kwargs)
         if (choices := choices_of(self)) and request.sampling_params is not None:
+            if self.vllm_config.use_v2_model_runner:
+                _check_sizes(request.sampling_params)
             name = choices.name(request.sampling_params.extra_args)
             # A name holds no NUL, so two pairs of name and salt never give the same text.
             request.cache_salt = f"{name}\0{request.cache_salt or ''}"

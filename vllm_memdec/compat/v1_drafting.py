@@ -214,11 +214,15 @@ class MemoryProposer(DraftModelProposer):
         probabilities: list[torch.Tensor] = []
         first: list[int] = []
         for number in range(K):
-            positions_B = self._update_positions_dependent_metadata(
+            clamped_B = self._update_positions_dependent_metadata(
                 positions_B, common, B, B, self.block_size
             )
+            # Beyond the context's end vLLM gives 0 and writes nothing; from 0 it would count on,
+            # and write into the request's first block, which others may share.
+            positions_B = positions_B + 1
             _, attention = self.build_per_group_and_layer_attn_metadata(common, draft_index=number)
-            first = first or positions_B.tolist()  # a list: vLLM writes into the tensor
+            if self.ragged and not first:
+                first = clamped_B.tolist()  # a list: vLLM writes into the tensor
             self.input_ids[:B] = drafts[-1].int()
             # Without graphs: the memory's own were captured on the runner's buffers, not on these.
             # With a memory's configuration: ranks that share experts would wait for one another.

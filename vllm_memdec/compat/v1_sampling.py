@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import PIN_MEMORY
+from vllm.utils.torch_utils import PIN_MEMORY, async_tensor_h2d
 from vllm.v1.sample import rejection_sampler
 from vllm.v1.sample.logits_processor.builtin import (
     LogitBiasLogitsProcessor,
@@ -41,6 +41,7 @@ SIGNATURES = {
     f"{BUILTIN}:MinTokensLogitsProcessor.apply_with_spec_decode": "self logits num_draft_tokens",
     f"{BUILTIN}:LogitBiasLogitsProcessor": "_ device is_pin_memory",
     f"{BUILTIN}:MinPLogitsProcessor": "vllm_config device is_pin_memory",
+    "vllm.utils.torch_utils:async_tensor_h2d": "data device dtype out",
 }
 ATTRIBUTES = {
     f"{BUILTIN}:MinTokensLogitsProcessor": "min_toks",
@@ -118,8 +119,9 @@ def add_biases(
     start = 0
     for number, count in enumerate(num_draft_tokens):
         if (bias := biases.get(number)) and count:
-            tokens = torch.tensor([*bias], device=logits_NV.device)
-            values = torch.tensor([*bias.values()], device=logits_NV.device)
+            # The host waits for no copy.
+            tokens = async_tensor_h2d([*bias], logits_NV.device, torch.int64)
+            values = async_tensor_h2d([*bias.values()], logits_NV.device, torch.float32)
             logits_NV[start : start + count, tokens] += values
         start += count
 
@@ -153,5 +155,6 @@ def limit(
     """
     # p / p_max < min_p, where p = softmax(logits / temperature).
     distance_B = temperature_B * min_p_B.log()
-    lowest_N1 = logits_NV.amax(-1, keepdim=True) + distance_B.repeat_interleave(lengths_B)[:, None]
+    distance_N = distance_B.repeat_interleave(lengths_B, output_size=len(logits_NV))
+    lowest_N1 = logits_NV.amax(-1, keepdim=True) + distance_N[:, None]
     logits_NV.masked_fill_(logits_NV < lowest_N1, -torch.inf)
