@@ -11,7 +11,7 @@ from support.tiny_models import tiny_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.gate import FILE, Gate, features, gate_path, read_gate
-from vllm_memdec.train.data.blocks import tokenise
+from vllm_memdec.train.data.blocks import tokenise, unmarked
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.evaluation import gate_training as gates
 from vllm_memdec.train.evaluation.explain import explain
@@ -149,15 +149,21 @@ def test_what_is_kept_is_trained_on_in_no_guise():
 
 
 def test_bos_is_not_within_a_request():
-    """Documents begin with it, passages of them stand in the middle of a request."""
+    """Documents begin with it, passages of them stand in the middle of a request.
+
+    In chats of which answers are predicted alone it is marked.
+    """
     bos = 7
     texts = {
-        kind: [Document(hash(n), np.r_[bos, np.arange(100 * n, 100 * n + 90)]) for n in numbers]
+        kind: [
+            Document(hash(n), np.r_[(bos, ~bos)[n % 2], np.arange(100 * n, 100 * n + 90)])
+            for n in numbers
+        ]
         for kind, numbers in (("domain", range(1, 60)), ("general", range(500, 600)))
     }
     for side in divide(texts, bos):
-        assert side["in turn"] and not any((ids == bos).any() for ids in side["in turn"])
-        assert all(ids[0] == bos for ids in side["domain"])
+        assert side["in turn"] and not any((unmarked(ids) == bos).any() for ids in side["in turn"])
+        assert all(unmarked(ids)[0] == bos for ids in side["domain"])
 
 
 def test_few_documents_are_divided_in_pieces(pipeline, tmp_path):

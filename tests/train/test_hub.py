@@ -157,6 +157,10 @@ def test_what_is_fetched(online, tmp_path):
     assert [p.name for p in corpus_files(folder.parent).files] == ["x.jsonl", "y.jsonl.gz"]
     with pytest.raises(MemdecError, match="some/other/nowhere is no text: convert it, or give"):
         hub.text_path(Path("hf://datasets/some/other/nowhere"), "--corpus", print)
+    online.commits.clear()
+    lines = []
+    hub.text_path(Path(CORPUS), "--corpus", lines.append)
+    assert lines[-1] == "--corpus: the hub was not asked if these 3 files of its cache are all"
 
 
 def test_most_of_a_dataset_would_be_left_out(online):

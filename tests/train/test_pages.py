@@ -8,6 +8,7 @@ from vllm_memdec.train.data.documents import documents
 
 BLOCKS = [
     "address", "article", "aside", "blockquote", "center", "dd", "div", "dl", "dt", "fieldset",
+    "figcaption", "figure",
     "footer", "h1", "h2", "header", "hr", "li", "main", "nav", "ol", "p", "section", "ul",
 ]  # fmt: skip
 
@@ -40,6 +41,8 @@ SHOWN = {
     # A table is read cell by cell, and not padded.
     "<table><tr><td>a</td><td>b</td></tr> <tr><td>c<td>d</table>e": "a\t\tb\nc\t\td\ne",
     "a<ul><li>b<ul><li>c</ul><li>d</ul>e": "a\n  • b\n    • c\n  • d\ne",
+    "<figure><pre><code>a  b</code></pre><figcaption>c</figcaption></figure>d": "a  b\nc\nd",
+    "<label>a</label><input value=x><textarea>x</textarea><p>b": "a\n\nb",
     # What a page does not show.
     "a<template>x</template><iframe><b>x</b></iframe><script>x</script><p hidden>x</p>b": "ab",
     "<title>x</title>a<p style='color:red;DISPLAY: none'>x<b>x</b></p><style>x</style>b": "ab",

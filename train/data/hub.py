@@ -40,7 +40,8 @@ ID = re.compile(
     r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.+-]+))?(?:/(?P<path>.+))?"
 )
 SNAPSHOT = re.compile(r"(?:models|datasets)--(.+)/snapshots/([0-9a-f]{40})(?:/|$)")
-MODEL = ("*.json", "*.jinja", "*.py", "*.txt", "*.model", "*.model.*", "*.tiktoken")
+MODEL = ("*.json", "*.jinja", "*.py", "*.model", "*.model.*", "*.tiktoken")
+MODEL += ("merges.txt", "*vocab*.txt")  # no licence, nor requirements of a repository
 SAFE, PICKLED = "*.safetensors", "pytorch_model*.bin"
 NOT_MODEL = ("*/*", "consolidated*")  # copies in other formats
 WITH_TEXT = tuple(f"*{kind}{packed}" for kind in FORMATS for packed in ("", *COMPRESSIONS))
@@ -82,11 +83,14 @@ def text_path(given: Path, option: str, say: Callable[[str], None]) -> Path:
     within = (match["path"] or "").strip("/")
     patterns = [f"{within}/{each}" for each in WITH_TEXT] + [within] if within else [*WITH_TEXT]
     announce(option, given, say)
-    check_listing(match, given, within, say)
+    asked = check_listing(match, given, within, say)
     folder = fetch(match, "dataset", option, patterns, NOT_TEXT)
     say(f"{option}: {origin(folder)}" + (f", {within}" if within else ""))
     if not (folder / within).exists():
         raise MemdecError(f"{given} of the hub holds no text that is read: check {option}.")
+    if not asked:
+        there = sum(format_of(path) in FORMATS for path in (folder / within).rglob("*"))
+        say(f"{option}: the hub was not asked if these {there} files of its cache are all")
     return folder / within
 
 
@@ -98,10 +102,10 @@ def announce(option: str, given: str | Path, say: Callable[[str], None]) -> None
 
 def check_listing(
     match: re.Match[str], given: Path, within: str, say: Callable[[str], None]
-) -> None:
+) -> bool:
     """Say what is left out of a dataset; MemdecError if that is most of it, before a download.
 
-    Where the hub cannot be asked nothing is compared: what its cache has was chosen before.
+    Returns whether the hub could be asked.
     """
     from huggingface_hub import HfApi
 
@@ -112,7 +116,7 @@ def check_listing(
             )
             listed = [(Path(e.path), e.size) for e in entries if hasattr(e, "size")]
     except Exception:  # whatever it is, fetch() has a sentence for it
-        return
+        return False
     files = [
         (path, size)
         for path, size in listed
@@ -121,6 +125,7 @@ def check_listing(
     ]
     if left_out := sorted_out(CorpusFiles(given), files).left_out():
         say(f"left out of {given}: {left_out} ({TABLE})")
+    return True
 
 
 def with_folders(settings: Settings, say: Callable[[str], None]) -> Settings:

@@ -39,9 +39,11 @@ KINDS = {  # what errors call a value
 }
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
 SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
-NOT_SHOWN = (  # selectors; the parser knows of scripts and forms by itself
+NOT_SHOWN = (  # selectors; the parser knows of scripts by itself
     "head, iframe, noembed, noframes, template, title",
     "[hidden], [style*='display:none' i], [style*='display: none' i]",
+    "area, audio, canvas, img, object, svg, video",
+    "button, datalist, input, select, textarea",
 )
 BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
@@ -191,8 +193,13 @@ def _html(piece: Piece) -> Iterator[tuple[str, str]]:
         page = decode(file.read(), str(piece.path))
     if "\0" in page:  # the parser drops it
         raise MemdecError(f"{piece.path} {BINARY}")
+    # Without alt_texts it leaves out figures, with all that is in them, without form_fields labels.
     text = extract_plain_text(
-        page, preserve_formatting=True, alt_texts=False, skip_elements=[*NOT_SHOWN]
+        page,
+        preserve_formatting=True,
+        alt_texts=True,
+        form_fields=True,
+        skip_elements=[*NOT_SHOWN],
     )
     yield str(piece.path), text.strip("\n")
 

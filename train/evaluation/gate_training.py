@@ -27,7 +27,7 @@ from vllm_memdec.checkpoint import read_block
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
-from vllm_memdec.train.data.blocks import bos_of, tokenise
+from vllm_memdec.train.data.blocks import bos_of, tokenise, unmarked
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.splits import digest
@@ -165,7 +165,7 @@ def divide(
             )
     for side in (trained, reported):
         first, second = (
-            passages([ids[int(ids[0] == bos) :] for ids in side[kind]], *PASSAGE)
+            passages([ids[int(unmarked(ids[:1])[0] == bos) :] for ids in side[kind]], *PASSAGE)
             for kind in ("domain", "general")
         )
         both = in_turn(first, second)

@@ -249,12 +249,13 @@ class TrainingProbe:
                 targets,
                 self.work,
             )
-            batches, spent = Batches(training.settings, corpus, targets), []
+            batches, spent, rows = Batches(training.settings, corpus, targets), [], []
             for step in range(1, STEPS + 2):
                 started = time.perf_counter()
-                rows = training.step(module, optimizer, batches, step, world)["rows"]
-                spent.append((time.perf_counter() - started) / rows)
-            measured[name] = statistics.median(spent[1:])
+                rows.append(training.step(module, optimizer, batches, step, world)["rows"])
+                spent.append(time.perf_counter() - started)
+            # Of chats a batch may have no row that is predicted.
+            measured[name] = statistics.median(spent[1:]) / max(statistics.mean(rows[1:]), 1)
         if world.rank:
             return
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}

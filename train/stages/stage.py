@@ -39,8 +39,10 @@ class Build:
         """Return the folder of a finished stage."""
         return self.done[stage].path
 
-    def source(self, name: str) -> str:
+    def source(self, stage: str, name: str) -> str:
         """Return the path of what the user gave for an input of a stage, "" for none."""
+        if (stage, name) == ("memory", "tokenizer"):
+            return self.settings.memory.tokenizer or self.base
         places = {
             "corpus": self.corpus,
             "validation": self.validation,
