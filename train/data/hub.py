@@ -40,8 +40,8 @@ ID = re.compile(
     r"(?:@(?P<revision>refs/(?:pr|convert)/[\w.-]+|[\w.+-]+))?(?:/(?P<path>.+))?"
 )
 SNAPSHOT = re.compile(r"(?:models|datasets)--(.+)/snapshots/([0-9a-f]{40})(?:/|$)")
-MODEL = ("*.json", "*.jinja", "*.py", "*.model", "*.model.*", "*.tiktoken")
-MODEL += ("merges.txt", "*vocab*.txt")  # no licence, nor requirements of a repository
+CODES = ("*.model", "*.model.*", "*.tiktoken", "merges.txt", "*vocab*.txt")
+MODEL = ("*.json", "*.jinja", "*.py", *CODES)  # no licence, nor requirements of a repository
 SAFE, PICKLED = "*.safetensors", "pytorch_model*.bin"
 NOT_MODEL = ("*/*", "consolidated*")  # copies in other formats
 WITH_TEXT = tuple(f"*{kind}{packed}" for kind in FORMATS for packed in ("", *COMPRESSIONS))

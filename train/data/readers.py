@@ -20,6 +20,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.chat import CHAT_FIELDS, read_chat
 from vllm_memdec.train.data.files import format_of
 from vllm_memdec.train.data.opening import PairsWhole, decode, opened, sentences, unpacked
+from vllm_memdec.train.data.pages import text_of_page
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
 PAGE_BYTES = 2**20  # bytes of a column that are read at once
@@ -39,12 +40,6 @@ KINDS = {  # what errors call a value
 }
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
 SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
-NOT_SHOWN = (  # selectors; the parser knows of scripts by itself
-    "head, iframe, noembed, noframes, template, title",
-    "[hidden], [style*='display:none' i], [style*='display: none' i]",
-    "area, audio, canvas, img, object, svg, video",
-    "button, datalist, input, select, textarea",
-)
 BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
 
@@ -187,21 +182,11 @@ def _txt(piece: Piece) -> Iterator[tuple[str, str]]:
 
 def _html(piece: Piece) -> Iterator[tuple[str, str]]:
     """Yield the text that a page shows."""
-    from resiliparse.extract.html2text import extract_plain_text
-
     with opened(piece.path) as file:
         page = decode(file.read(), str(piece.path))
     if "\0" in page:  # the parser drops it
         raise MemdecError(f"{piece.path} {BINARY}")
-    # Without alt_texts it leaves out figures, with all that is in them, without form_fields labels.
-    text = extract_plain_text(
-        page,
-        preserve_formatting=True,
-        alt_texts=True,
-        form_fields=True,
-        skip_elements=[*NOT_SHOWN],
-    )
-    yield str(piece.path), text.strip("\n")
+    yield str(piece.path), text_of_page(page)
 
 
 def _jsonl(piece: Piece, fields: Fields) -> Iterator[tuple[str, Any]]:
