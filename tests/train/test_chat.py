@@ -105,6 +105,49 @@ def test_every_kind_of_row_is_the_same_chat(tmp_path):
     assert list(documents(tmp_path / "mixed.parquet")) == ["plain", read[2]]
 
 
+def call(arguments):
+    return {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": arguments}}
+
+
+def test_messages_are_what_a_server_makes_of_them(tmp_path):
+    """vLLM gives a template the arguments of a call as an object, and no empty list of calls."""
+    given = {
+        '{"b": [1, null], "a": null, "c": "x\\r\\ny"}': {"b": [1, None], "a": None, "c": "x\ny"},
+        "not JSON": {}, "[1]": {}, "": {}, '"{}"': {},
+    }  # fmt: skip
+    answer = {"role": "assistant", "content": "ba"}
+    rows = [[answer | {"content": None, "tool_calls": [call(text)]}] for text in given]
+    rows += [[answer | {"tool_calls": [call({"a": 1})]}], [answer | {"tool_calls": []}]]
+    rows += [[answer | {"content": None, "tool_calls": []}]]
+    parts = [{"type": "text", "text": text} for text in ("ba", None, "bi")]
+    rows += [[{"role": "user", "content": parts}], [{"role": "user", "content": parts[1:2]}]]
+    said = [{"tool_calls": [call(value)]} for value in [*given.values(), {"a": 1}]]
+    expected = [answer | {"content": ""} | calls for calls in said[:-1]] + [answer | said[-1]]
+    expected += [answer, answer | {"content": ""}]
+    expected += [{"role": "user", "content": text} for text in ("ba\nbi", "")]
+    path = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+    assert [chat.messages for chat in documents(path)] == [[message] for message in expected]
+    nul = [answer | {"tool_calls": [call('"\\u0000"'), call('{"a": "\\u0000"}')]}]
+    with pytest.raises(MemdecError, match="line 1 is binary"):
+        list(documents(write(tmp_path / "nul.jsonl", [{"messages": nul}])))
+
+
+def test_nulls_of_a_table_are_no_fields(tmp_path):
+    """Parquet has one struct for all messages, and a null where a message lacks a field."""
+    row = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call('{"a": null}'), call("{}")]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "name": "x", "tool_calls": [call("{}") | {"index": 1}]},
+    ]
+    rows = [{"messages": row}, {"messages": row[1:]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    paths = write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"
+    lines, table = (list(documents(path)) for path in paths)
+    assert [chat.messages for chat in lines] == [chat.messages for chat in table]
+    assert text_hash(paths[0]) == text_hash(paths[1])
+
+
 @pytest.mark.parametrize("fields", [TEXT, ANSWERS], ids=["all", "assistant"])
 def test_control_tokens_in_a_message_are_text(chat_model, tmp_path, fields):
     tokenizer = AutoTokenizer.from_pretrained(chat_model)

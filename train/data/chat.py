@@ -46,14 +46,15 @@ def read_chat(turns: list[Any], where: str, assistant_only: bool) -> Chat:
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
-    given = turn if isinstance(turn, dict) else {}
-    given = {name: _clean(value, where) for name, value in given.items() if value is not None}
+    """Return a message as vLLM gives it to a template."""
+    given = dict(sorted(_clean(turn, where).items())) if isinstance(turn, dict) else {}
     role = given.pop("role", None) or given.pop("from", None)
+    role = ROLES.get(role, role) if isinstance(role, str) else role
     content = given.pop("content", None)
     if content is None:
         content = given.pop("value", None)
-    if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
-        content = "\n".join(str(part["text"]) for part in content)  # as vLLM joins them
+    if isinstance(content, list) and all(map(_is_text, content)):
+        content = "\n".join(str(part["text"]) for part in content if "text" in part)
     called = content is None and "tool_calls" in given
     if not isinstance(role, str) or not (isinstance(content, str) or called):
         raise MemdecError(
@@ -61,15 +62,46 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
             " and `value`: mend the row, or give the text's field with --text-field "
             "(corpus.text_field)."
         )
-    return {"role": ROLES.get(role, role), "content": content or "", **given}
+    calls = given.get("tool_calls")
+    if role == "assistant" and isinstance(calls, list):
+        given["tool_calls"] = [_with_arguments(call, where) for call in calls]
+        if not calls:  # a template may take an empty list for calls
+            del given["tool_calls"]
+    return {"role": role, "content": content or "", **given}
 
 
-def _clean(value: Any, where: str) -> Any:
-    """Return a field with the line ends of any other text."""
+def _is_text(part: Any) -> bool:
+    """Return whether a part of a content is text; a text that is null was left out of it."""
+    return isinstance(part, dict) and ("text" in part or part.get("type") == "text")
+
+
+def _with_arguments(call: Any, where: str) -> Any:
+    """Return a tool call whose arguments are an object; an empty one where they are none."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        arguments = _clean(arguments, where, nulls=True)
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _clean(value: Any, where: str, nulls: bool = False) -> Any:
+    """Return a field with the line ends of any other text.
+
+    Its fields that are null are left out, as a table has them for all that other rows have; nulls:
+    they stay.
+    """
     if isinstance(value, dict):
-        return {name: _clean(inner, where) for name, inner in value.items()}
+        kept = ((name, inner) for name, inner in value.items() if nulls or inner is not None)
+        return {name: _clean(inner, where, nulls) for name, inner in kept}
     if isinstance(value, list):
-        return [_clean(inner, where) for inner in value]
+        return [_clean(inner, where, nulls) for inner in value]
     if isinstance(value, str) and "\0" in value:
         raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
     return value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) else value
