@@ -23,15 +23,39 @@ CHATML = (
 )
 # What is said before the answer is left out of earlier turns, as Qwen3's template does.
 THINKING = "m['content'].split('</think>')[-1].lstrip('\n') if not loop.last else m['content']"
+# An answer after the last question has thoughts, empty ones if need be, as in Qwen3's template.
+THOUGHTFUL = (
+    "{% if loop.last %}<think>\n{% if '</think>' in m['content'] %}"
+    "{{ m['content'].split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+    "\n</think>\n\n{% endif %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
+)
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# As in Mistral's template: roles alternate where no tools are called, and what the system says
+# stands with a question at the end.
+STRICT = (
+    "{% set ns = namespace(n=0, system='') %}<s>{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% elif m.role != 'tool' and not m.tool_calls is defined %}"
+    "{% if (m.role == 'user') != (ns.n % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{% set ns.n = ns.n + 1 %}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ ns.system if loop.last else '' }}{{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined %}{% generation %}[TOOL_CALLS] {% for c in m.tool_calls %}"
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}</s>{% endgeneration %}"
+    "{% elif m.role == 'tool' %}<|im_start|>{{ m.content }}<|im_end|>"
+    "{% elif m.role == 'assistant' %} {% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
 TEMPLATES = {
     "verbatim": CHATML.replace("CONTENT", "m['content']"),
     "trimmed": "<s>" + CHATML.replace("CONTENT", "m['content'] | trim"),
     "without thoughts": CHATML.replace("CONTENT", THINKING),
+    "prompted": CHATML.replace("CONTENT", "m['content']") + PROMPT,
+    "thoughtful": CHATML.replace("{{ CONTENT }}", THOUGHTFUL, 1).replace("CONTENT", "m['content']")
+    + PROMPT,
 }
 CHATS = [
     [("system", "Be brief."), ("user", "ba be?"), ("assistant", "bi bo."), ("user", "bu\r\nbo"),
      ("assistant", " da di \n")],
-    [("user", "naïve café?"), ("assistant", "ba é ba ü")],
+    [("user", "naïve café?"), ("assistant", "<think>\nka be\n</think>\n\nba é ba ü")],
     [("user", "a"), ("assistant", "<think>ka</think>\nba"), ("user", "b"), ("assistant", "a")],
     [("user", "nobody answers")],
 ]  # fmt: skip
@@ -130,6 +154,46 @@ def test_messages_are_what_a_server_makes_of_them(tmp_path):
     nul = [answer | {"tool_calls": [call('"\\u0000"'), call('{"a": "\\u0000"}')]}]
     with pytest.raises(MemdecError, match="line 1 is binary"):
         list(documents(write(tmp_path / "nul.jsonl", [{"messages": nul}])))
+
+
+@pytest.mark.parametrize("last", ["assistant", "tool", "calls", "user"])
+def test_calls_of_tools_are_learnt_where_roles_alternate(chat_model, tmp_path, last):
+    """An answer in the place of a call would be refused, the chat is not."""
+    row = [
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": "ba?"},
+        {"role": "assistant", "content": "", "tool_calls": [call({"a": 1}), call({"a": "é</s>"})]},
+        {"role": "tool", "content": "bi</s>"},
+        {"role": "assistant", "content": "", "tool_calls": [call({})]},
+        {"role": "tool", "content": "bo"},
+        {"role": "assistant", "content": "da di"},
+        {"role": "user", "content": "and?"},
+    ]
+    row = row[: {"calls": 5, "tool": 6, "assistant": 7, "user": 8}[last]]
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = STRICT
+    path = write(tmp_path / "a.jsonl", [{"messages": row}])
+    [ids] = tokenise(tokenizer, documents(path))
+    [marked] = tokenise(tokenizer, documents(path, ANSWERS))
+    text = tokenizer.apply_chat_template(row, tokenize=False)
+    assert tokenizer.decode(ids) == text and np.array_equal(unmarked(marked), ids)
+    learnt = '[TOOL_CALLS] sum {"a": 1}sum {"a": "é</s>"}</s>[TOOL_CALLS] sum {}</s>'
+    learnt += " da di</s>" if last in ("assistant", "user") else ""
+    assert tokenizer.decode(ids[marked >= 0]) == learnt
+
+
+def test_a_chat_whose_answers_cannot_be_told_is_still_a_text(chat_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    short = "{% if messages | length < 4 %}{{ nothing.at.all }}{% endif %}"
+    row = [{"role": "user", "content": "ba?"},
+           {"role": "assistant", "content": "", "tool_calls": [call({})]},
+           {"role": "tool", "content": "bi"}, {"role": "assistant", "content": "bo"}]  # fmt: skip
+    path = write(tmp_path / "a.jsonl", [{"messages": row}])
+    tokenizer.chat_template = STRICT + short
+    [whole] = tokenise(tokenizer, documents(path))
+    assert tokenizer.decode(whole) == tokenizer.apply_chat_template(row, tokenize=False)
+    with pytest.raises(MemdecError, match="line 1: .* what the assistant says.*loss_on to all"):
+        list(tokenise(tokenizer, documents(path, ANSWERS)))
 
 
 def test_nulls_of_a_table_are_no_fields(tmp_path):

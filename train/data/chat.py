@@ -119,6 +119,11 @@ def chat_template(tokenizer: Any) -> str:
     return str(tokenizer.get_chat_template())
 
 
+def shared(text: str, other: str) -> str:
+    """Return what two texts begin with."""
+    return other if text.startswith(other) else os.path.commonprefix([text, other])
+
+
 class Renderer:
     """Turns chats into tokens with one tokenizer."""
 
@@ -129,6 +134,7 @@ class Renderer:
         longest_first = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.ends_turn = re.compile(f" *(?:{self.special.pattern})")
+        self.closed_turn = re.compile(rf"({self.special.pattern})\s*\Z")
 
     def __call__(self, chat: Chat) -> np.ndarray:
         """Return the tokens [T] int32 of a chat, ~id for those that are not predicted.
@@ -161,10 +167,10 @@ class Renderer:
             value = self.special.sub(lambda found: found[0][0] + DIVIDER + found[0][1:], value)
         return value
 
-    def render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
+    def render(self, messages: list[dict[str, Any]], chat: Chat, **options: bool) -> str:
         """Return messages as the template has them."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # templates raise what they like
             raise MemdecError(
                 f"{chat.where}: the base's chat template refuses the chat ({said_by(error)}): mend "
@@ -176,22 +182,51 @@ class Renderer:
     ) -> Iterator[tuple[int, int]]:
         """Yield where in the text an answer of the assistant begins, and where its turn ends.
 
-        An answer is what changes in the text if something else is said in its place.
+        An answer is what changes in the text if something else is said in its place, and what the
+        template lets the assistant say before it, as empty thoughts.
         """
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             other = {"role": "assistant", "content": STAND_IN}
-            changed = self.render([*messages[:n], other, *messages[n + 1 :]], chat)
+            try:
+                changed = self.render([*messages[:n], other, *messages[n + 1 :]], chat)
+            except MemdecError:  # an answer may not stand where tools are called
+                yield self.call(messages, n, text, chat)
+                continue
             before, _, after = changed.partition(STAND_IN)
-            if not text.startswith(before):
-                before = os.path.commonprefix([text, before])
-            rest = text[len(before) :]
-            if not rest.endswith(after):
-                after = os.path.commonprefix([rest[::-1], after[::-1]])
+            before = self.opening(messages[:n], shared(text, before), chat)
+            after = shared(text[len(before) :][::-1], after[::-1])
             last = len(text) - len(after)
             closed = self.ends_turn.match(text, last)
             yield len(before), closed.end() if closed else last
+
+    def call(
+        self, messages: list[dict[str, Any]], n: int, text: str, chat: Chat
+    ) -> tuple[int, int]:
+        """Return where in the text message n begins and ends, told by what is before it alone."""
+        other = {"role": "assistant", "content": STAND_IN}
+        try:
+            before = self.render([*messages[:n], other], chat).partition(STAND_IN)[0]
+            whole = shared(text, self.render(messages[: n + 1], chat))
+        except MemdecError:
+            raise MemdecError(
+                f"{chat.where}: the base's chat template does not tell what the assistant says in "
+                "this chat: set corpus.loss_on to all, or leave the row out."
+            ) from None
+        first = len(self.opening(messages[:n], shared(text, before), chat))
+        closed = self.closed_turn.search(text, first, len(whole))
+        return first, closed.end(1) if closed else len(whole)
+
+    def opening(self, messages: list[dict[str, Any]], before: str, chat: Chat) -> str:
+        """Return what of `before` a server gives the model before an answer to the messages."""
+        try:
+            asked = self.render(messages, chat, add_generation_prompt=True)
+            if not before.startswith(asked) or asked in (before, self.render(messages, chat)):
+                return before
+        except MemdecError:  # no messages, for one
+            return before
+        return asked
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [T] int32 of a rendered text, and where in it each begins and ends.
