@@ -212,6 +212,21 @@ def test_nulls_of_a_table_are_no_fields(tmp_path):
     assert text_hash(paths[0]) == text_hash(paths[1])
 
 
+def test_the_first_field_with_text_is_read(tmp_path):
+    [chat, other] = [messages(CHATS[n]) for n in (0, 1)]
+    told, empty = {"conversations": conversation(CHATS[1])}, [{"text": ""}, {"text": " \n"}]
+    rows = [{"text": "", "messages": chat}, {"text": " ", "messages": []} | told]
+    rows += [{"messages": []} | told, {"text": "plain", "messages": chat}, *empty]
+    rows += [{"text": "", "messages": None}, {"messages": [], "conversations": []}]
+    expected = list(documents(write(tmp_path / "b.jsonl", [{"messages": chat}, told, told])))
+    expected.append("plain")
+    paths = [write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"]
+    table = [{"text": None, "messages": None, "conversations": None} | row for row in rows]
+    pq.write_table(pa.Table.from_pylist(table), paths[1])
+    assert [list(documents(path)) for path in paths] == [expected] * 2
+    assert expected[1].messages == other
+
+
 @pytest.mark.parametrize("fields", [TEXT, ANSWERS], ids=["all", "assistant"])
 def test_control_tokens_in_a_message_are_text(chat_model, tmp_path, fields):
     tokenizer = AutoTokenizer.from_pretrained(chat_model)
