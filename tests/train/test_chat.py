@@ -1,6 +1,7 @@
 """Chat rows: rendered as a server renders them, the assistant's tokens told from the others."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from support.tiny_models import save_chat_model
 from transformers import AutoTokenizer
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.blocks import load_blocks, tokenise, unmarked, valid_rows
+from vllm_memdec.train.data.blocks import load_blocks, pack, tokenise, unmarked, valid_rows
 from vllm_memdec.train.data.documents import documents, text_hash
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.shards import shards
@@ -194,6 +195,16 @@ def test_a_chat_whose_answers_cannot_be_told_is_still_a_text(chat_model, tmp_pat
     assert tokenizer.decode(whole) == tokenizer.apply_chat_template(row, tokenize=False)
     with pytest.raises(MemdecError, match="line 1: .* what the assistant says.*loss_on to all"):
         list(tokenise(tokenizer, documents(path, ANSWERS)))
+
+
+def test_what_the_readme_says_of_dates_and_bos(chat_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    path = write(tmp_path / "a.jsonl", [{"messages": messages(CHATS[0])}])
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}"
+    [ids] = tokenise(tokenizer, documents(path))
+    assert re.fullmatch("2[0-9]{3}", tokenizer.decode(ids))
+    tokens, _ = pack([ids], 8, tokenizer.eos_token_id, bos=7)
+    assert tokens[0, : len(ids) + 1].tolist() == [7, *ids]
 
 
 def test_nulls_of_a_table_are_no_fields(tmp_path):
