@@ -150,6 +150,9 @@ def test_messages_are_what_a_server_makes_of_them(tmp_path):
     expected = [answer | {"content": ""} | calls for calls in said[:-1]] + [answer | said[-1]]
     expected += [answer, answer | {"content": ""}]
     expected += [{"role": "user", "content": text} for text in ("ba\nbi", "")]
+    thought = {"reasoning": "bo", "reasoning_content": "bo"}  # a template may read either
+    rows += [[answer | {name: "bo"}] for name in thought]
+    expected += [answer | thought] * 2
     path = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
     assert [chat.messages for chat in documents(path)] == [[message] for message in expected]
     nul = [answer | {"tool_calls": [call('"\\u0000"'), call('{"a": "\\u0000"}')]}]

@@ -67,6 +67,9 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         given["tool_calls"] = [_with_arguments(call, where) for call in calls]
         if not calls:  # a template may take an empty list for calls
             del given["tool_calls"]
+    thoughts = given.get("reasoning", given.get("reasoning_content"))
+    if role == "assistant" and thoughts is not None:  # a template reads one of both
+        given |= {"reasoning": thoughts, "reasoning_content": thoughts}
     return {"role": role, "content": content or "", **given}
 
 
