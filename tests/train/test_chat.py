@@ -1,6 +1,7 @@
 """Chat rows: rendered as a server renders them, the assistant's tokens told from the others."""
 
 import json
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -10,7 +11,7 @@ from support.tiny_models import save_chat_model
 from transformers import AutoTokenizer
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.blocks import load_blocks, tokenise, unmarked, valid_rows
+from vllm_memdec.train.data.blocks import load_blocks, pack, tokenise, unmarked, valid_rows
 from vllm_memdec.train.data.documents import documents, text_hash
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.shards import shards
@@ -23,15 +24,39 @@ CHATML = (
 )
 # What is said before the answer is left out of earlier turns, as Qwen3's template does.
 THINKING = "m['content'].split('</think>')[-1].lstrip('\n') if not loop.last else m['content']"
+# An answer after the last question has thoughts, empty ones if need be, as in Qwen3's template.
+THOUGHTFUL = (
+    "{% if loop.last %}<think>\n{% if '</think>' in m['content'] %}"
+    "{{ m['content'].split('</think>')[0].split('<think>')[-1].strip('\n') }}{% endif %}"
+    "\n</think>\n\n{% endif %}{{ m['content'].split('</think>')[-1].lstrip('\n') }}"
+)
+PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+# As in Mistral's template: roles alternate where no tools are called, and what the system says
+# stands with a question at the end.
+STRICT = (
+    "{% set ns = namespace(n=0, system='') %}<s>{% for m in messages %}{% if m.role == 'system' %}"
+    "{% set ns.system = m.content %}{% elif m.role != 'tool' and not m.tool_calls is defined %}"
+    "{% if (m.role == 'user') != (ns.n % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{% set ns.n = ns.n + 1 %}{% endif %}"
+    "{% if m.role == 'user' %}[INST] {{ ns.system if loop.last else '' }}{{ m.content }}[/INST]"
+    "{% elif m.tool_calls is defined %}{% generation %}[TOOL_CALLS] {% for c in m.tool_calls %}"
+    "{{ c.function.name }} {{ c.function.arguments | tojson }}{% endfor %}</s>{% endgeneration %}"
+    "{% elif m.role == 'tool' %}<|im_start|>{{ m.content }}<|im_end|>"
+    "{% elif m.role == 'assistant' %} {% generation %}{{ m.content }}</s>{% endgeneration %}"
+    "{% endif %}{% endfor %}"
+)
 TEMPLATES = {
     "verbatim": CHATML.replace("CONTENT", "m['content']"),
     "trimmed": "<s>" + CHATML.replace("CONTENT", "m['content'] | trim"),
     "without thoughts": CHATML.replace("CONTENT", THINKING),
+    "prompted": CHATML.replace("CONTENT", "m['content']") + PROMPT,
+    "thoughtful": CHATML.replace("{{ CONTENT }}", THOUGHTFUL, 1).replace("CONTENT", "m['content']")
+    + PROMPT,
 }
 CHATS = [
     [("system", "Be brief."), ("user", "ba be?"), ("assistant", "bi bo."), ("user", "bu\r\nbo"),
      ("assistant", " da di \n")],
-    [("user", "naïve café?"), ("assistant", "ba é ba ü")],
+    [("user", "naïve café?"), ("assistant", "<think>\nka be\n</think>\n\nba é ba ü")],
     [("user", "a"), ("assistant", "<think>ka</think>\nba"), ("user", "b"), ("assistant", "a")],
     [("user", "nobody answers")],
 ]  # fmt: skip
@@ -103,6 +128,117 @@ def test_every_kind_of_row_is_the_same_chat(tmp_path):
     rows = [{"text": None, "messages": None} | row for row in (mixed[0], made["messages.jsonl"][1])]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mixed.parquet")
     assert list(documents(tmp_path / "mixed.parquet")) == ["plain", read[2]]
+
+
+def call(arguments):
+    return {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": arguments}}
+
+
+def test_messages_are_what_a_server_makes_of_them(tmp_path):
+    """vLLM gives a template the arguments of a call as an object, and no empty list of calls."""
+    given = {
+        '{"b": [1, null], "a": null, "c": "x\\r\\ny"}': {"b": [1, None], "a": None, "c": "x\ny"},
+        "not JSON": {}, "[1]": {}, "": {}, '"{}"': {},
+    }  # fmt: skip
+    answer = {"role": "assistant", "content": "ba"}
+    rows = [[answer | {"content": None, "tool_calls": [call(text)]}] for text in given]
+    rows += [[answer | {"tool_calls": [call({"a": 1})]}], [answer | {"tool_calls": []}]]
+    rows += [[answer | {"content": None, "tool_calls": []}]]
+    parts = [{"type": "text", "text": text} for text in ("ba", None, "bi")]
+    rows += [[{"role": "user", "content": parts}], [{"role": "user", "content": parts[1:2]}]]
+    said = [{"tool_calls": [call(value)]} for value in [*given.values(), {"a": 1}]]
+    expected = [answer | {"content": ""} | calls for calls in said[:-1]] + [answer | said[-1]]
+    expected += [answer, answer | {"content": ""}]
+    expected += [{"role": "user", "content": text} for text in ("ba\nbi", "")]
+    thought = {"reasoning": "bo", "reasoning_content": "bo"}  # a template may read either
+    rows += [[answer | {name: "bo"}] for name in thought]
+    expected += [answer | thought] * 2
+    path = write(tmp_path / "a.jsonl", [{"messages": row} for row in rows])
+    assert [chat.messages for chat in documents(path)] == [[message] for message in expected]
+    nul = [answer | {"tool_calls": [call('"\\u0000"'), call('{"a": "\\u0000"}')]}]
+    with pytest.raises(MemdecError, match="line 1 is binary"):
+        list(documents(write(tmp_path / "nul.jsonl", [{"messages": nul}])))
+
+
+@pytest.mark.parametrize("last", ["assistant", "tool", "calls", "user"])
+def test_calls_of_tools_are_learnt_where_roles_alternate(chat_model, tmp_path, last):
+    """An answer in the place of a call would be refused, the chat is not."""
+    row = [
+        {"role": "system", "content": "Be brief. "},
+        {"role": "user", "content": "ba?"},
+        {"role": "assistant", "content": "", "tool_calls": [call({"a": 1}), call({"a": "é</s>"})]},
+        {"role": "tool", "content": "bi</s>"},
+        {"role": "assistant", "content": "", "tool_calls": [call({})]},
+        {"role": "tool", "content": "bo"},
+        {"role": "assistant", "content": "da di"},
+        {"role": "user", "content": "and?"},
+    ]
+    row = row[: {"calls": 5, "tool": 6, "assistant": 7, "user": 8}[last]]
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.chat_template = STRICT
+    path = write(tmp_path / "a.jsonl", [{"messages": row}])
+    [ids] = tokenise(tokenizer, documents(path))
+    [marked] = tokenise(tokenizer, documents(path, ANSWERS))
+    text = tokenizer.apply_chat_template(row, tokenize=False)
+    assert tokenizer.decode(ids) == text and np.array_equal(unmarked(marked), ids)
+    learnt = '[TOOL_CALLS] sum {"a": 1}sum {"a": "é</s>"}</s>[TOOL_CALLS] sum {}</s>'
+    learnt += " da di</s>" if last in ("assistant", "user") else ""
+    assert tokenizer.decode(ids[marked >= 0]) == learnt
+
+
+def test_a_chat_whose_answers_cannot_be_told_is_still_a_text(chat_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    short = "{% if messages | length < 4 %}{{ nothing.at.all }}{% endif %}"
+    row = [{"role": "user", "content": "ba?"},
+           {"role": "assistant", "content": "", "tool_calls": [call({})]},
+           {"role": "tool", "content": "bi"}, {"role": "assistant", "content": "bo"}]  # fmt: skip
+    path = write(tmp_path / "a.jsonl", [{"messages": row}])
+    tokenizer.chat_template = STRICT + short
+    [whole] = tokenise(tokenizer, documents(path))
+    assert tokenizer.decode(whole) == tokenizer.apply_chat_template(row, tokenize=False)
+    with pytest.raises(MemdecError, match="line 1: .* what the assistant says.*loss_on to all"):
+        list(tokenise(tokenizer, documents(path, ANSWERS)))
+
+
+def test_what_the_readme_says_of_dates_and_bos(chat_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    path = write(tmp_path / "a.jsonl", [{"messages": messages(CHATS[0])}])
+    tokenizer.chat_template = "{{ strftime_now('%Y') }}"
+    [ids] = tokenise(tokenizer, documents(path))
+    assert re.fullmatch("2[0-9]{3}", tokenizer.decode(ids))
+    tokens, _ = pack([ids], 8, tokenizer.eos_token_id, bos=7)
+    assert tokens[0, : len(ids) + 1].tolist() == [7, *ids]
+
+
+def test_nulls_of_a_table_are_no_fields(tmp_path):
+    """Parquet has one struct for all messages, and a null where a message lacks a field."""
+    row = [
+        {"role": "user", "content": [{"type": "text", "text": "a"}]},
+        {"role": "assistant", "content": None, "tool_calls": [call('{"a": null}'), call("{}")]},
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "b"}]},
+        {"role": "assistant", "name": "x", "tool_calls": [call("{}") | {"index": 1}]},
+    ]
+    rows = [{"messages": row}, {"messages": row[1:]}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    paths = write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"
+    lines, table = (list(documents(path)) for path in paths)
+    assert [chat.messages for chat in lines] == [chat.messages for chat in table]
+    assert text_hash(paths[0]) == text_hash(paths[1])
+
+
+def test_the_first_field_with_text_is_read(tmp_path):
+    [chat, other] = [messages(CHATS[n]) for n in (0, 1)]
+    told, empty = {"conversations": conversation(CHATS[1])}, [{"text": ""}, {"text": " \n"}]
+    rows = [{"text": "", "messages": chat}, {"text": " ", "messages": []} | told]
+    rows += [{"messages": []} | told, {"text": "plain", "messages": chat}, *empty]
+    rows += [{"text": "", "messages": None}, {"messages": [], "conversations": []}]
+    expected = list(documents(write(tmp_path / "b.jsonl", [{"messages": chat}, told, told])))
+    expected.append("plain")
+    paths = [write(tmp_path / "a.jsonl", rows), tmp_path / "a.parquet"]
+    table = [{"text": None, "messages": None, "conversations": None} | row for row in rows]
+    pq.write_table(pa.Table.from_pylist(table), paths[1])
+    assert [list(documents(path)) for path in paths] == [expected] * 2
+    assert expected[1].messages == other
 
 
 @pytest.mark.parametrize("fields", [TEXT, ANSWERS], ids=["all", "assistant"])

@@ -46,14 +46,15 @@ def read_chat(turns: list[Any], where: str, assistant_only: bool) -> Chat:
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:
-    given = turn if isinstance(turn, dict) else {}
-    given = {name: _clean(value, where) for name, value in given.items() if value is not None}
+    """Return a message as vLLM gives it to a template."""
+    given = dict(sorted(_clean(turn, where).items())) if isinstance(turn, dict) else {}
     role = given.pop("role", None) or given.pop("from", None)
+    role = ROLES.get(role, role) if isinstance(role, str) else role
     content = given.pop("content", None)
     if content is None:
         content = given.pop("value", None)
-    if isinstance(content, list) and all(isinstance(p, dict) and "text" in p for p in content):
-        content = "\n".join(str(part["text"]) for part in content)  # as vLLM joins them
+    if isinstance(content, list) and all(map(_is_text, content)):
+        content = "\n".join(str(part["text"]) for part in content if "text" in part)
     called = content is None and "tool_calls" in given
     if not isinstance(role, str) or not (isinstance(content, str) or called):
         raise MemdecError(
@@ -61,15 +62,49 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
             " and `value`: mend the row, or give the text's field with --text-field "
             "(corpus.text_field)."
         )
-    return {"role": ROLES.get(role, role), "content": content or "", **given}
+    calls = given.get("tool_calls")
+    if role == "assistant" and isinstance(calls, list):
+        given["tool_calls"] = [_with_arguments(call, where) for call in calls]
+        if not calls:  # a template may take an empty list for calls
+            del given["tool_calls"]
+    thoughts = given.get("reasoning", given.get("reasoning_content"))
+    if role == "assistant" and thoughts is not None:  # a template reads one of both
+        given |= {"reasoning": thoughts, "reasoning_content": thoughts}
+    return {"role": role, "content": content or "", **given}
 
 
-def _clean(value: Any, where: str) -> Any:
-    """Return a field with the line ends of any other text."""
+def _is_text(part: Any) -> bool:
+    """Return whether a part of a content is text; a text that is null was left out of it."""
+    return isinstance(part, dict) and ("text" in part or part.get("type") == "text")
+
+
+def _with_arguments(call: Any, where: str) -> Any:
+    """Return a tool call whose arguments are an object; an empty one where they are none."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+        arguments = _clean(arguments, where, nulls=True)
+    arguments = arguments if isinstance(arguments, dict) else {}
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _clean(value: Any, where: str, nulls: bool = False) -> Any:
+    """Return a field with the line ends of any other text.
+
+    Its fields that are null are left out, as a table has them for all that other rows have; nulls:
+    they stay.
+    """
     if isinstance(value, dict):
-        return {name: _clean(inner, where) for name, inner in value.items()}
+        kept = ((name, inner) for name, inner in value.items() if nulls or inner is not None)
+        return {name: _clean(inner, where, nulls) for name, inner in kept}
     if isinstance(value, list):
-        return [_clean(inner, where) for inner in value]
+        return [_clean(inner, where, nulls) for inner in value]
     if isinstance(value, str) and "\0" in value:
         raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
     return value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) else value
@@ -87,6 +122,11 @@ def chat_template(tokenizer: Any) -> str:
     return str(tokenizer.get_chat_template())
 
 
+def shared(text: str, other: str) -> str:
+    """Return what two texts begin with."""
+    return other if text.startswith(other) else os.path.commonprefix([text, other])
+
+
 class Renderer:
     """Turns chats into tokens with one tokenizer."""
 
@@ -97,6 +137,7 @@ class Renderer:
         longest_first = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self.ends_turn = re.compile(f" *(?:{self.special.pattern})")
+        self.closed_turn = re.compile(rf"({self.special.pattern})\s*\Z")
 
     def __call__(self, chat: Chat) -> np.ndarray:
         """Return the tokens [T] int32 of a chat, ~id for those that are not predicted.
@@ -129,10 +170,10 @@ class Renderer:
             value = self.special.sub(lambda found: found[0][0] + DIVIDER + found[0][1:], value)
         return value
 
-    def render(self, messages: list[dict[str, Any]], chat: Chat) -> str:
+    def render(self, messages: list[dict[str, Any]], chat: Chat, **options: bool) -> str:
         """Return messages as the template has them."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
         except Exception as error:  # templates raise what they like
             raise MemdecError(
                 f"{chat.where}: the base's chat template refuses the chat ({said_by(error)}): mend "
@@ -144,22 +185,51 @@ class Renderer:
     ) -> Iterator[tuple[int, int]]:
         """Yield where in the text an answer of the assistant begins, and where its turn ends.
 
-        An answer is what changes in the text if something else is said in its place.
+        An answer is what changes in the text if something else is said in its place, and what the
+        template lets the assistant say before it, as empty thoughts.
         """
         for n, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
             other = {"role": "assistant", "content": STAND_IN}
-            changed = self.render([*messages[:n], other, *messages[n + 1 :]], chat)
+            try:
+                changed = self.render([*messages[:n], other, *messages[n + 1 :]], chat)
+            except MemdecError:  # an answer may not stand where tools are called
+                yield self.call(messages, n, text, chat)
+                continue
             before, _, after = changed.partition(STAND_IN)
-            if not text.startswith(before):
-                before = os.path.commonprefix([text, before])
-            rest = text[len(before) :]
-            if not rest.endswith(after):
-                after = os.path.commonprefix([rest[::-1], after[::-1]])
+            before = self.opening(messages[:n], shared(text, before), chat)
+            after = shared(text[len(before) :][::-1], after[::-1])
             last = len(text) - len(after)
             closed = self.ends_turn.match(text, last)
             yield len(before), closed.end() if closed else last
+
+    def call(
+        self, messages: list[dict[str, Any]], n: int, text: str, chat: Chat
+    ) -> tuple[int, int]:
+        """Return where in the text message n begins and ends, told by what is before it alone."""
+        other = {"role": "assistant", "content": STAND_IN}
+        try:
+            before = self.render([*messages[:n], other], chat).partition(STAND_IN)[0]
+            whole = shared(text, self.render(messages[: n + 1], chat))
+        except MemdecError:
+            raise MemdecError(
+                f"{chat.where}: the base's chat template does not tell what the assistant says in "
+                "this chat: set corpus.loss_on to all, or leave the row out."
+            ) from None
+        first = len(self.opening(messages[:n], shared(text, before), chat))
+        closed = self.closed_turn.search(text, first, len(whole))
+        return first, closed.end(1) if closed else len(whole)
+
+    def opening(self, messages: list[dict[str, Any]], before: str, chat: Chat) -> str:
+        """Return what of `before` a server gives the model before an answer to the messages."""
+        try:
+            asked = self.render(messages, chat, add_generation_prompt=True)
+            if not before.startswith(asked) or asked in (before, self.render(messages, chat)):
+                return before
+        except MemdecError:  # no messages, for one
+            return before
+        return asked
 
     def encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [T] int32 of a rendered text, and where in it each begins and ends.

@@ -18,7 +18,7 @@ from vllm_memdec.train.data.files import compression, corpus_files, format_of
 from vllm_memdec.train.data.readers import TEXT, Fields, Piece
 from vllm_memdec.train.settings import CorpusSettings
 
-READER = 5  # raised whenever the same files give other documents
+READER = 6  # raised whenever the same files give other documents
 TEXT_FILES = (".txt", ".md")
 DIVIDED = (*TEXT_FILES, ".jsonl")  # files of lines, which can be read from anywhere
 

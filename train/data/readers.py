@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.data.chat import CHAT_FIELDS, read_chat
+from vllm_memdec.train.data.chat import CHAT_FIELDS, Chat, read_chat
 from vllm_memdec.train.data.files import format_of
 from vllm_memdec.train.data.opening import PairsWhole, decode, opened, sentences, unpacked
 from vllm_memdec.train.data.pages import text_of_page
@@ -63,7 +63,7 @@ class Fields:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """Return the names of the fields that may hold the text, the first one that does wins."""
+        """Return the names of the fields that may hold the text; the first with some is read."""
         return (self.text, *CHAT_FIELDS) if self.text == Fields.text else (self.text,)
 
     @property
@@ -98,14 +98,19 @@ def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
 
 
 def _text(row: Any, fields: Fields, where: str) -> str:
-    """Return the text of a row: a string, or a list of messages, which is a chat."""
+    """Return the text of a row, a string or a list of messages: the first that is not empty."""
+    empty = None
     for name in fields.texts:
         text = lookup(row, name)
-        if isinstance(text, str) and name == fields.text:
-            return text
         of_objects = isinstance(text, list) and text and all(isinstance(m, dict) for m in text)
         if of_objects or (isinstance(text, list) and name in CHAT_FIELDS):
-            return read_chat(text, where, fields.loss_on == "assistant")
+            text = read_chat(text, where, fields.loss_on == "assistant")
+        if isinstance(text, Chat) or (isinstance(text, str) and name == fields.text):
+            if text and not text.isspace():
+                return text
+            empty = text
+    if empty is not None:
+        return empty
     option, name = "--text-field (corpus.text_field)", fields.text
     if not isinstance(row, dict):
         what = f"and is {_kind(row)}, no object: write it as an object"
