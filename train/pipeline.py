@@ -207,7 +207,7 @@ def make_or_find(build: Build, name: str, stage: Stage, inputs: dict[str, str]) 
 
     earlier = {each: build.done[each].hash for each in stage.reads}
     path, say = build.output / name, build.context.progress.say
-    sources = {each: found for each in inputs if (found := origin(build.source(name, each)))}
+    sources = {each: place for each in inputs if (place := origin(build.source(name, each)))}
     return build_artifact(
         path, name, stage.settings, inputs | earlier, make, say, stage.files, sources
     )

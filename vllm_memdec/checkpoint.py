@@ -100,10 +100,10 @@ def model_file(model: str | Path, name: str, revision: str | None = None) -> Pat
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(str(model), name, revision=revision)
+        cached = cached_file(str(model), name, revision=revision)
     except (OSError, ValueError):
         return None
-    return Path(found) if found else None
+    return Path(cached) if cached else None
 
 
 def parse_block(block: Any, where: str) -> MemoryBlock | None:

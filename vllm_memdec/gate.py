@@ -112,8 +112,8 @@ def check_gate(path: Path, arrays: dict[str, np.ndarray]) -> str | None:
             f"{path} does not say which weights it was trained for: run memdec calibrate again if "
             "the memory has been trained since."
         )
-    found = weights_fingerprint(path.parent)
-    if found is not None and found != str(arrays[MEMORY]):
+    fingerprint = weights_fingerprint(path.parent)
+    if fingerprint is not None and fingerprint != str(arrays[MEMORY]):
         raise MemdecError(
             f"{path} was trained for other weights than those beside it: run memdec calibrate "
             f'again, or serve with "gate": false.'
@@ -161,10 +161,10 @@ def write_gate(folder: Path, arrays: dict[str, np.ndarray], name: str = FILE) ->
     """Write a gate into a memory's folder, with its weights' fingerprint, whole or not at all."""
     path = folder / name
     partial = path.with_suffix(".tmp")
-    found = weights_fingerprint(folder)
+    fingerprint = weights_fingerprint(folder)
     content: dict[str, Any] = dict(arrays)
-    if found is not None and MEMORY not in arrays:
-        content[MEMORY] = np.array(found)
+    if fingerprint is not None and MEMORY not in arrays:
+        content[MEMORY] = np.array(fingerprint)
     content["format_version"] = np.array(FORMAT_VERSION if CONTEXT[0] in arrays else 2)
     with open(partial, "wb") as file:
         np.savez(file, **content)

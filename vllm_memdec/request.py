@@ -160,6 +160,6 @@ def choices_of(holder: Any) -> Choices | None:
     """
     if not hasattr(holder, "memdec_choices"):
         settings = memdec_block(holder.vllm_config.additional_config)
-        found = None if settings is None else Choices.of(MemDecConfig.parse(settings))
-        holder.memdec_choices = found
+        choices = None if settings is None else Choices.of(MemDecConfig.parse(settings))
+        holder.memdec_choices = choices
     return holder.memdec_choices

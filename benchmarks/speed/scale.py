@@ -144,14 +144,14 @@ def measured(stage: str, folder: Path, kind: str, budget: int) -> dict[str, Any]
 
     threading.Thread(target=watch, daemon=True).start()
     began, wall = time.process_time(), time.perf_counter()
-    found = STAGES[stage](folder, kind, budget)
-    found |= {
+    measured = STAGES[stage](folder, kind, budget)
+    measured |= {
         f"{stage}_s": time.process_time() - began,
         f"{stage}_wall_s": time.perf_counter() - wall,
         f"{stage}_ram_mb": status_kb("VmHWM") / 1024,
         f"{stage}_files": files[0],
     }
-    return found | provenance(*PACKAGES)
+    return measured | provenance(*PACKAGES)
 
 
 def emptied(folder: Path) -> Path:
@@ -227,7 +227,7 @@ def do_quality(run: Path, kind: str, budget: int) -> dict[str, Any]:
     own = np.arange(RECALL_QUERIES) * (SHARD // RECALL_QUERIES)
     queries = np.asarray(keys(0))[own]
     stored_keys = shards(keys.datastore, "keys")
-    found = {
+    measured = {
         "lists": ivf.nlist,
         "parts": len(index.sizes),
         "kind": index.facts["kind"],
@@ -240,8 +240,8 @@ def do_quality(run: Path, kind: str, budget: int) -> dict[str, Any]:
         true = nearest(stored_keys, queries, 64, own)
         ids = index.search(queries, 65)[1]
         ids = np.stack([row[row != self][:64] for row, self in zip(ids, own, strict=True)])
-        found["recall_at_64"] = round(recall(stored_keys, queries, ids, *true), 4)
-    return found
+        measured["recall_at_64"] = round(recall(stored_keys, queries, ids, *true), 4)
+    return measured
 
 
 KINDS = ("auto", "sq8", "fp16", "pq")

@@ -167,7 +167,7 @@ class Renderer:
         if isinstance(value, list):
             return [self.divided(inner) for inner in value]
         while isinstance(value, str) and self.special.search(value):
-            value = self.special.sub(lambda found: found[0][0] + DIVIDER + found[0][1:], value)
+            value = self.special.sub(lambda match: match[0][0] + DIVIDER + match[0][1:], value)
         return value
 
     def render(self, messages: list[dict[str, Any]], chat: Chat, **options: bool) -> str:

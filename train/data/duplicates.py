@@ -75,9 +75,9 @@ def overlap(train: Iterable[np.ndarray], held_out: Iterable[np.ndarray]) -> Over
     equal: set[bytes] = set()
 
     def compare(batch: list[np.ndarray]) -> None:
-        found, document = _shingles(batch)
-        first = np.searchsorted(hashes, found)
-        hits = first < np.searchsorted(hashes, found, "right")
+        shingles, document = _shingles(batch)
+        first = np.searchsorted(hashes, shingles)
+        hits = first < np.searchsorted(hashes, shingles, "right")
         keys = np.unique(document[hits] * max(len(hashes), 1) + first[hits])  # once a document
         document, first = np.divmod(keys, max(len(hashes), 1))
         counts = np.searchsorted(hashes, hashes[first], "right") - first

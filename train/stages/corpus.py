@@ -192,12 +192,12 @@ def build_corpus(
 def say_near_copies(corpus: Path, progress: Progress) -> None:
     """Say how many held-out documents are nearly the same as one that is trained on."""
     with progress.task("corpus: comparing the splits", 1, "passes") as advance:
-        found = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
+        leak = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
         advance(1)
-    if found.near:
+    if leak.near:
         progress.say(
-            f"corpus: {found.near:,} of {found.compared:,} held-out documents compared "
-            f"({found.near / found.compared:.0%}) have a near copy in the training text, and alpha "
+            f"corpus: {leak.near:,} of {leak.compared:,} held-out documents compared "
+            f"({leak.near / leak.compared:.0%}) have a near copy in the training text, and alpha "
             "comes out too high: remove near copies, or keep what belongs together on one side "
             "with corpus.group"
         )

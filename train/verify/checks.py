@@ -62,11 +62,11 @@ def check_tokenizer(build: Build) -> Result:
 def check_held_out(build: Build) -> Result:
     """How many held-out documents are trained on too, word for word or nearly so?"""
     corpus = build.folder("corpus")
-    found = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
-    figures = asdict(found)
+    leak = overlap(stored_documents(corpus, "train"), stored_documents(corpus, "validation"))
+    figures = asdict(leak)
     said = (
-        f"of {found.documents:,} held-out documents {found.equal:,} are trained on word for word; "
-        f"{found.near:,} of {found.compared:,} have a near copy in the training text"
+        f"of {leak.documents:,} held-out documents {leak.equal:,} are trained on word for word; "
+        f"{leak.near:,} of {leak.compared:,} have a near copy in the training text"
     )
     return None, said, figures
 
