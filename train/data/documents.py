@@ -50,7 +50,7 @@ def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
     Raises MemdecError where a row lacks a field.
     """
     for where, text, value in readers.read(piece, fields):
-        if "\0" in text or not _encodable(text):
+        if "\0" in text or not (text.isascii() or _encodable(text)):
             raise MemdecError(f"{where} {readers.BINARY}")
         if "\r" in text:  # a memory of Windows line ends would never see them in a prompt
             text = text.replace("\r\n", "\n").replace("\r", "\n")

@@ -82,8 +82,13 @@ def read(piece: Piece, fields: Fields) -> Iterator[Document]:
         if kind in TEXTS:
             yield from ((where, text, None) for where, text in TEXTS[kind](piece))
             return
+        name, group = fields.text, fields.group
         for where, row in ROWS[kind](piece, fields):
-            yield where, _text(row, fields, where), lookup(row, fields.group)
+            # Nearly every row is such: it takes a tenth less time than by way of _text().
+            text = row.get(name) if type(row) is dict else None
+            if type(text) is not str or not text or text.isspace():
+                text = _text(row, fields, where)
+            yield where, text, None if group is None else lookup(row, group)
 
 
 def lookup(row: Any, name: str | None, missing: Any = None) -> Any:
