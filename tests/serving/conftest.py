@@ -118,13 +118,13 @@ def server(long_models, subprocess_env, tmp_path_factory):
         server.stop()
 
 
-@pytest.fixture(scope="session")
-def drafting_server(long_models, subprocess_env, tmp_path_factory):
+@pytest.fixture(scope="session", params=[3, "auto"])
+def drafting_server(request, long_models, subprocess_env, tmp_path_factory):
     """Yield a server whose memories draft."""
     from support import soak_client
 
     log = tmp_path_factory.mktemp("server") / "log"
-    server = soak_client.Server(long_models, subprocess_env, log, drafts=3)
+    server = soak_client.Server(long_models, subprocess_env, log, drafts=request.param)
     try:
         yield server.wait()
     finally:

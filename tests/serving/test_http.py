@@ -127,7 +127,8 @@ def test_drafts_over_http(drafting_server, models):
         test_completions(alpha, client, models)
     [biased] = complete(client, models, max_tokens=8, logit_bias={"7": 100}).choices
     assert token_ids(biased.logprobs.tokens) == [7] * 8
-    assert drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+    if drafting_server.drafts != "auto":  # which goes by time
+        assert drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
 
 
 @feature("beam search")

@@ -50,6 +50,7 @@ class Server:
     """A running `vllm serve` with both memories, which may draft."""
 
     def __init__(self, models, env, log, drafts=0):
+        self.drafts = drafts
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
