@@ -280,15 +280,13 @@ def build_artifact(
         content = plan | {"files": sealed}
         # Of the run that finished it; where and when it was made is no part of what it is.
         seconds = round(time.monotonic() - started, 1)
-        manifest = (
-            content
-            | {
-                "hash": json_sha256(content),
-                "versions": versions(),
-                "seconds": seconds,
-            }
-            | ({"sources": sources} if sources else {})
-        )
+        manifest = content | {
+            "hash": json_sha256(content),
+            "versions": versions(),
+            "seconds": seconds,
+        }
+        if sources:
+            manifest["sources"] = sources
         write_json(work / MANIFEST, manifest)
     shutil.rmtree(work / DIGESTS, ignore_errors=True)
     if path.exists():

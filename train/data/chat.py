@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from vllm_memdec.errors import MemdecError, said_by
+from vllm_memdec.train.data.opening import BINARY
 
 CHAT_FIELDS = ("messages", "conversations")
 # ShareGPT's names of roles.
@@ -106,7 +107,7 @@ def _clean(value: Any, where: str, nulls: bool = False) -> Any:
     if isinstance(value, list):
         return [_clean(inner, where, nulls) for inner in value]
     if isinstance(value, str) and "\0" in value:
-        raise MemdecError(f"{where} is binary, not text: convert it to UTF-8 or leave it out.")
+        raise MemdecError(f"{where} {BINARY}")
     return value.replace("\r\n", "\n").replace("\r", "\n") if isinstance(value, str) else value
 
 

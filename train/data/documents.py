@@ -15,6 +15,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.chat import Chat
 from vllm_memdec.train.data.files import compression, corpus_files, format_of
+from vllm_memdec.train.data.opening import BINARY
 from vllm_memdec.train.data.readers import TEXT, Fields, Piece
 from vllm_memdec.train.settings import CorpusSettings
 
@@ -51,7 +52,7 @@ def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
     """
     for where, text, value in readers.read(piece, fields):
         if "\0" in text or not (text.isascii() or _encodable(text)):
-            raise MemdecError(f"{where} {readers.BINARY}")
+            raise MemdecError(f"{where} {BINARY}")
         if "\r" in text:  # a memory of Windows line ends would never see them in a prompt
             text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text.strip():

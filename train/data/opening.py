@@ -20,6 +20,7 @@ from vllm_memdec.train.faults import reraise
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, UnicodeDecodeError)
 OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
+BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # of a surrogate pair, which are two escapes
 ESCAPE = re.compile(
     rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<half>u[dD][89a-fA-F]..)|.)", re.DOTALL

@@ -19,7 +19,7 @@ from typing import Any
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.chat import CHAT_FIELDS, Chat, read_chat
 from vllm_memdec.train.data.files import format_of
-from vllm_memdec.train.data.opening import PairsWhole, decode, opened, sentences, unpacked
+from vllm_memdec.train.data.opening import BINARY, PairsWhole, decode, opened, sentences, unpacked
 from vllm_memdec.train.data.pages import text_of_page
 
 TABLE_ROWS = 256  # rows of a table read at once; one may be a book
@@ -40,7 +40,6 @@ KINDS = {  # what errors call a value
 }
 # The end-of-text marker alone in its line, as TinyStories has it between documents.
 SEPARATOR = re.compile(r"(?<![^\r\n])[ \t]*<\|(?:endoftext|end_of_text)\|>[ \t]*(?![^\r\n])")
-BINARY = "is binary, not text: convert it to UTF-8 or leave it out."
 Document = tuple[str, str, Any]  # where it stands, its text, the value of another field
 
 
@@ -84,7 +83,7 @@ def read(piece: Piece, fields: Fields) -> Iterator[Document]:
             return
         name, group = fields.text, fields.group
         for where, row in ROWS[kind](piece, fields):
-            # Nearly every row is such: it takes a tenth less time than by way of _text().
+            # Of short rows the way through _text() is a good part of the time.
             text = row.get(name) if type(row) is dict else None
             if type(text) is not str or not text or text.isspace():
                 text = _text(row, fields, where)

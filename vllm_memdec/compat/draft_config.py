@@ -54,7 +54,7 @@ def _configured(original: Callable) -> Callable:
         try:
             config = original(self, target_model_config, *args, **kw)
         finally:
-            speculative.ModelConfig = made  # type: ignore
+            speculative.ModelConfig = made  # type: ignore  # the class again
         assert config.draft_model_config.hf_config is target_model_config.hf_config
         return config
 
