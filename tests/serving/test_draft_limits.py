@@ -143,3 +143,21 @@ def test_a_memory_too_short_is_refused_with_overrides(folders, tiny_model):
         EngineArgs(folders["base"], max_model_len=256, **args).create_engine_config()
     config = EngineArgs(folders["base"], **args).create_engine_config()
     assert config.model_config.max_model_len == 64
+
+
+def test_what_limits_a_sample_in_bfloat16(engine, folders):
+    """logit_bias and min_p in the rows that verify drafts."""
+    with engine(folders["base"], long_base.block(folders), dtype="bfloat16", **OPTIONS) as llm:
+        before = drafted(llm)
+        biased, likeliest = ask(
+            llm,
+            [
+                request(20, "law", logit_bias={7: 100.0}),
+                request(20, "law", temperature=1.0, min_p=1.0, logprobs=1),
+            ],
+        )
+        assert drafted(llm) > before
+    assert list(biased.outputs[0].token_ids) == [7] * 9
+    [sample] = likeliest.outputs
+    rows = zip(sample.token_ids, sample.logprobs, strict=True)
+    assert all(row[token].rank == 1 for token, row in rows)

@@ -116,7 +116,8 @@ def _check_sizes(params: Any) -> None:
     for name, (tokens, most) in sizes.items():
         if len(tokens or ()) > most:
             raise RequestError(
-                f"{name}: vLLM's V2 model runner takes at most {most} tokens, got {len(tokens)}."
+                f"{name}: vLLM's V2 model runner takes at most {most} tokens, got {len(tokens)}: "
+                "give fewer."
             )
 
 
