@@ -258,11 +258,11 @@ def check_speculation(
             )
     # After a step that rejects drafts its state has to be that of the last accepted token: on a CPU
     # vLLM answers wrong (Mamba) or stops (gated delta net, where drafts differ in number).
-    if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
+    base = vllm_config.model_config
+    if base.is_hybrid and current_platform.is_cpu():
         raise ValueError(
-            f"The base {vllm_config.model_config.model} keeps a state, which vLLM on a CPU does not "
-            f"take back where drafts are rejected: leave {SPECULATIVE!r} and --speculative-config "
-            "out."
+            f"The base {base.model} keeps a state, which vLLM on a CPU does not take back where "
+            f"drafts are rejected: leave {SPECULATIVE!r} and --speculative-config out."
         )
 
 
