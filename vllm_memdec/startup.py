@@ -125,18 +125,23 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) 
 
 def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
     """Return vLLM's ModelConfig of a memory, or one sentence that says why it has none."""
-    from pydantic import ValidationError
-
     try:
         return memory_model_config(memory, base)
     except (ValueError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ")
-            if first["loc"]:  # one setting, not the whole
-                reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
-        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason}") from error
+        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of vLLM's says, without what pydantic says around it."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["loc"]:  # one setting, not the whole
+        reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
+    return reason
 
 
 def check_kv_cache_dtype(memory: MemoryConfig) -> None:
