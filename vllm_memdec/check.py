@@ -75,7 +75,7 @@ def check(base: str, memory: str | None = None, trust_remote_code: bool = False)
     if row is None:
         reason = f"{architecture}: vLLM has it and no check refuses it, but no test covers it."
         return Answer(UNKNOWN, reason, drafts)
-    reason = f"{architecture} ({row['name']}): {row['kind']}"
+    reason = f"{architecture} ({row['name']}), {row['kind']}"
     return Answer(SUPPORTED, f"{reason}, {row['note']}" if row["note"] else reason, drafts)
 
 
