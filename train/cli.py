@@ -342,9 +342,10 @@ def check(
     with explained(progress):
         from vllm_memdec import check as serving
 
-        given = {"BASE": base} | ({} if memory is None else {"MEMORY": memory})
-        folders = [model_folder(v, n, progress.say, weights=False) for n, v in given.items()]
-        answer = serving.check(*folders, trust_remote_code=trust_remote_code)
+        base = model_folder(base, "BASE", progress.say, weights=False)
+        if memory is not None:
+            memory = model_folder(memory, "MEMORY", progress.say, weights=False)
+        answer = serving.check(base, memory, trust_remote_code)
     typer.echo(f"{answer.status}: {answer.reason}")
     if answer.status == serving.REFUSED:
         raise typer.Exit(1)
