@@ -59,8 +59,12 @@ def check(base: str, memory: str | None = None, trust_remote_code: bool = False)
     for folder in (base, memory):
         if folder is not None and not os.path.isdir(folder):
             raise MemdecError(f"{folder} is not a folder: check the path.")
-    with quiet(), tempfile.TemporaryDirectory(prefix="memdec-check-") as folder:
+    with quiet(), contextlib.ExitStack() as stack:
         need_vllm()
+        from vllm_memdec.compat import class_look
+
+        stack.enter_context(class_look.in_this_process())
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memdec-check-"))
         try:
             beside = memory or plain_memory(base, trust_remote_code, folder)
             architecture = start(base, beside, trust_remote_code)

@@ -28,10 +28,9 @@ os.environ.update(ENGINE_ENV)  # before vllm is imported
 @pytest.fixture(scope="session", autouse=True)
 def inspect_here():
     """Let vLLM look at a model class in this process: one of its own for each takes 10 s."""
-    from vllm.model_executor.models import registry
+    from vllm_memdec.compat import class_look
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+    with class_look.in_this_process():
         yield
 
 

@@ -140,3 +140,19 @@ def test_logging_is_as_before(bare):
 
     check.check(bare("llama"))
     assert logging.root.manager.disable == 0
+
+
+def test_no_process_is_started(bare, monkeypatch):
+    """vLLM would start one for each class that it has not seen on this machine: 10 s each."""
+    from vllm.model_executor.models import registry
+
+    def start(look):
+        raise AssertionError("a process was started")
+
+    monkeypatch.setattr(registry, "_run_in_subprocess", start)
+    monkeypatch.setattr(
+        registry._LazyRegisteredModel, "_load_modelinfo_from_cache", lambda *_: None
+    )
+    registry._try_inspect_model_cls.cache_clear()
+    assert check.check(bare("qwen3")).status == check.SUPPORTED
+    assert registry._run_in_subprocess is start
