@@ -184,7 +184,7 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
     # Compiled MoE layers find their weights by counting calls, so none may be left out of a step.
     refused = {
         "a mixture of experts": role == "The memory" and model_config.is_moe,
-        "multimodal": model_config.is_multimodal_model,
+        "multimodal": role == "The memory" and model_config.is_multimodal_model,
         "an encoder-decoder": model_config.is_encoder_decoder,
         "a state-space or hybrid model": model_config.is_hybrid
         or model_config.is_attention_free
@@ -236,6 +236,12 @@ def check_speculation(vllm_config: "VllmConfig", models: "list[ModelConfig]", ad
         raise ValueError(
             f"vllm-memdec does not support speculation by {speculation.method!r} yet: "
             "use the method draft_model."
+        )
+    drafter = speculation.draft_model_config if speculation.method == "draft_model" else None
+    if drafter is not None and drafter.uses_mrope and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "vLLM's V1 runner cannot draft beside positions of several dimensions (M-RoPE): set "
+            "VLLM_USE_V2_MODEL_RUNNER=1, or start without speculation."
         )
     # The V1 runner gives a draft model the block table of the first KV-cache group, and windows
     # make several groups.

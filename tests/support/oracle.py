@@ -45,6 +45,11 @@ def mixture(base, memory, alpha, ids):
 def worst_error(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
     """Return the largest error of the (token -> log-probability) rows of one request."""
     key_TV = mixture(base, memory, alpha, [*prompt, *sampled])
+    return worst_row(prompt, sampled, prompt_rows, sampled_rows, key_TV)
+
+
+def worst_row(prompt, sampled, prompt_rows, sampled_rows, key_TV):
+    """Return the largest error of rows against a key."""
     rows = list(enumerate(prompt_rows))[1:]  # nothing predicts the first token
     rows += enumerate(sampled_rows, start=len(prompt))
     errors = [

@@ -48,7 +48,7 @@ SIGNATURES = {
 ATTRIBUTES = {
     PROPOSER: (
         "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
-        "token_arange_np"
+        "supports_mm_inputs token_arange_np"
     ),
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "drafter",
 }
@@ -89,6 +89,7 @@ class MemoryProposer(DraftModelProposer):
         self.__class__ = MemoryProposer
         self.model = self.memory_model = target_model.drafter
         self._draft_attn_layer_names = set(target_model.memories.layer_names)
+        self.supports_mm_inputs = False  # memories read token ids
         # With asynchronous scheduling vLLM has planned the drafts before they are made.
         self.ragged = not self.vllm_config.scheduler_config.async_scheduling
         self.length: DraftLength | None = None

@@ -1,0 +1,112 @@
+"""Bases that see images: the base sees the image, the memory the token ids, placeholders included.
+
+Real engines with tiny random models; a real `vllm serve` with the real openai client. The answer
+key is support/multimodal.py's: Hugging Face's own multimodal models in float64.
+"""
+
+import openai
+import pytest
+import torch
+from support import multimodal, oracle, soak_client, v2_process
+from support.multimodal import image, url_of
+from support.tiny_models import tiny_config
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from vllm import SamplingParams
+
+feature = pytest.mark.feature
+GEMMA, QWEN = "gemma3", "qwen2_5_vl"
+PICTURES = [image(0), image(1, 56, 56), image(2, 112, 84)]
+WORDS = "bagi duto mela kipo " * 12  # more than a block of 32 tokens
+STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of one weight
+GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 7}
+# Prompt's text, numbers of its pictures among PICTURES, and weight.
+ASKED = [
+    ("bagi duto MARK mela", [0], 0.5),
+    ("kipo bagi", [], 0.5),
+    ("MARK lavi MARK tote duto", [1, 2], 0.9),
+    ("MARK mela", [2], 0.0),
+    (f"{WORDS} MARK {WORDS}", [0], 0.5),
+    ("MARK tote", [1], 1.0),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Return the bases by name."""
+    made = {}
+    for name, save in multimodal.SAVE.items():
+        torch.manual_seed(0)
+        made[name] = save(tmp_path_factory.mktemp(name))
+    return made
+
+
+@pytest.fixture(scope="module")
+def memories(bases, tmp_path_factory):
+    """Return a memory's folder for each base, which has no row for the tokens of images."""
+    made = {}
+    for name, base in bases.items():
+        folder = made[name] = tmp_path_factory.mktemp("memory")
+        torch.manual_seed(1)
+        config = tiny_config("llama", 1000, 96, 2, 256)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base.folder).save_pretrained(folder)
+    return {name: str(folder) for name, folder in made.items()}
+
+
+def prompt_of(base, text, pictures):
+    """Return what vLLM's LLM takes."""
+    given = {"prompt": text.replace("MARK", base.mark)}
+    if pictures:
+        given["multi_modal_data"] = {"image": [PICTURES[number] for number in pictures]}
+    return given
+
+
+def generate(llm, base, asked, **options):
+    params = [
+        SamplingParams(**GREEDY | options, extra_args={"memdec_alpha": alpha})
+        for *_, alpha in asked
+    ]
+    prompts = [prompt_of(base, text, pictures) for text, pictures, _ in asked]
+    return llm.generate(prompts, params, use_tqdm=False)
+
+
+def rows_of(rows):
+    return [{token: e.logprob for token, e in (row or {}).items()} for row in rows or []]
+
+
+def gap(found, base, memory, alpha, pictures):
+    """Return the largest error of log-probabilities; found: prompt, sampled and rows of both."""
+    prompt, sampled, prompt_rows, sampled_rows = found
+    pictures = [PICTURES[number] for number in pictures]
+    key_TV = multimodal.mixture(base, memory, alpha, [*prompt, *sampled], pictures)
+    return oracle.worst_row(prompt, sampled, prompt_rows, sampled_rows, key_TV)
+
+
+def gaps(outputs, base, memory, asked):
+    return [
+        gap(
+            (
+                output.prompt_token_ids,
+                output.outputs[0].token_ids,
+                rows_of(output.prompt_logprobs),
+                rows_of(output.outputs[0].logprobs),
+            ),
+            base,
+            memory,
+            alpha,
+            pictures,
+        )
+        for output, (_, pictures, alpha) in zip(outputs, asked, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("kind", [GEMMA, QWEN])
+def test_mixture(kind, engine, bases, memories):
+    """Texts and images, of all weights, in one batch; prompts read in chunks, too."""
+    base, memory = bases[kind], memories[kind]
+    options = {"block_size": 32, "max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": 2}}
+    with engine(base.folder, memory, 0.5, **options) as llm:
+        outputs = generate(llm, base, ASKED, logprobs=3, prompt_logprobs=2)
+        assert max(gaps(outputs, base, memory, ASKED)) < oracle.TOLERANCE
+        for output, (_, pictures, _) in zip(outputs, ASKED, strict=True):
+            assert (base.placeholder in output.prompt_token_ids) == bool(pictures)
