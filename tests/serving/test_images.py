@@ -110,3 +110,42 @@ def test_mixture(kind, engine, bases, memories):
         assert max(gaps(outputs, base, memory, ASKED)) < oracle.TOLERANCE
         for output, (_, pictures, _) in zip(outputs, ASKED, strict=True):
             assert (base.placeholder in output.prompt_token_ids) == bool(pictures)
+
+
+# -- The V2 runner --------------------------------------------------------------------------------
+
+RUNS = [(GEMMA, None, 0), (GEMMA, "full", 2), (QWEN, "piecewise", 2), (QWEN, "full", 0)]
+
+
+@pytest.fixture(scope="module")
+def v2_results(bases, memories, subprocess_env):
+    """Return the results of engines on the V2 runner: base, graphs, drafts."""
+    options = {"max_model_len": 256, "limit_mm_per_prompt": {"image": 2}}
+    jobs = {}
+    for kind, graphs, drafts in RUNS:
+        batches = []
+        for some in (ASKED[:3], ASKED[3:]):
+            batch = []
+            for text, pictures, alpha in some:
+                urls = [url_of(PICTURES[number]) for number in pictures]
+                text = text.replace("MARK", bases[kind].mark)
+                params = GREEDY | {"logprobs": 3, "extra_args": {"memdec_alpha": alpha}}
+                batch.append([{"text": text, "images": urls}, params])
+            batches.append(batch)
+        block = {"model": memories[kind], "alpha": 0.5, "speculative_tokens": drafts}
+        jobs[kind, graphs, drafts] = v2_process.job(
+            bases[kind].folder, block, batches, graphs, **options
+        )
+    return v2_process.run(jobs, subprocess_env)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=str)
+def test_v2(run, v2_results, bases, memories):
+    kind, _, drafts = run
+    result = v2_process.answered(v2_results, run)
+    for found, (_, pictures, alpha) in zip(result["requests"], ASKED, strict=True):
+        assert (
+            gap(found, bases[kind], memories[kind], alpha, pictures) < oracle.TOLERANCE
+        ), pictures
+    v2_process.check_steps(result, drafts)
+    assert bool(result["accepted"]) == bool(drafts)

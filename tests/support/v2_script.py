@@ -2,7 +2,7 @@
 
 V2 needs Triton, and the CPU wheel's Triton has no CPU back end. With an entry "cpu" among Triton's
 back ends, whose driver is never active, vLLM takes V2 and Triton runs its kernels interpreted.
-argv[1]: JSON of a list of jobs, each an engine, one after the other:
+Stdin: JSON of a list of jobs, each an engine, one after the other:
     "llm": arguments of LLM
     "batches": lists of [prompt, SamplingParams arguments] that run one after the other; a prompt is
         ids, or {"text": ..., "images": URLs}
@@ -69,4 +69,4 @@ InterpreterBuilder.create_masked_store = with_bool_mask(InterpreterBuilder.creat
 if __name__ == "__main__":
     from support.v2_engines import main  # imports vLLM, which now finds all of the above
 
-    main(sys.argv[1])
+    main(sys.stdin.read())
