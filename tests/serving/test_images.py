@@ -149,3 +149,96 @@ def test_v2(run, v2_results, bases, memories):
         ), pictures
     v2_process.check_steps(result, drafts)
     assert bool(result["accepted"]) == bool(drafts)
+
+
+# -- Over HTTP ------------------------------------------------------------------------------------
+
+SHOWN = [(), (0,), (1, 2)]  # pictures of a message
+
+
+def messages(shown):
+    """Return a chat with pictures, as a client sends it."""
+    parts = [{"type": "text", "text": "bagi duto"}]
+    for number in shown:
+        parts.append({"type": "image_url", "image_url": {"url": url_of(PICTURES[number])}})
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": "mela"}]}]
+
+
+@pytest.fixture(scope="module")
+def plain(engine, bases):
+    """Return plain vLLM's answers, by the pictures that it is shown."""
+    with engine(bases[GEMMA].folder, limit_mm_per_prompt={"image": 2}) as llm:
+        params = SamplingParams(**GREEDY, logprobs=0)
+        return {
+            shown: llm.chat(messages(shown), params, use_tqdm=False)[0].outputs[0]
+            for shown in SHOWN
+        }
+
+
+@pytest.fixture(scope="module")
+def server(bases, memories, subprocess_env, tmp_path_factory, plain):
+    """Yield a server with a memory that is on for requests with images, and one that is off."""
+    settings = {"model": memories[GEMMA], "alpha": 0.5}
+    block = {"memories": {"on": settings, "off": settings | {"with_images": False}}}
+    log = tmp_path_factory.mktemp("server") / "log"
+    server = soak_client.Server(
+        {"base": bases[GEMMA].folder},
+        subprocess_env,
+        log,
+        block=block | {"default": "on"},
+        options=["--limit-mm-per-prompt", '{"image": 2}', "--num-gpu-blocks-override", "400"],
+    )
+    try:
+        yield server.wait()
+    finally:
+        server.stop()
+
+
+def ask(server, shown, xargs=None):
+    """Return the answer of the openai client: prompt and sampled ids, log-probabilities."""
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    body = {"return_token_ids": True, "ignore_eos": True, "vllm_xargs": xargs or {}}
+    answer = client.chat.completions.create(
+        model=server.model,
+        messages=messages(shown),
+        max_tokens=GREEDY["max_tokens"],
+        temperature=0,
+        logprobs=True,
+        extra_body=body,
+    ).model_dump()
+    [found] = answer["choices"]
+    rows = [entry["logprob"] for entry in found["logprobs"]["content"]]
+    return answer["prompt_token_ids"], found["token_ids"], rows
+
+
+def check(server, shown, base, memory, alpha, xargs=None):
+    """The answer is the mixture's, on the ids that the server says it read."""
+    prompt, sampled, values = ask(server, shown, xargs)
+    rows = [{token: value} for token, value in zip(sampled, values, strict=True)]
+    assert gap((prompt, sampled, [], rows), base, memory, alpha, shown) < oracle.TOLERANCE
+    assert prompt.count(base.placeholder) == 4 * len(shown)
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=str)
+def test_http(shown, server, plain, bases, memories):
+    """At weight 0 the answer is plain vLLM's; elsewhere the mixture's."""
+    _, sampled, values = ask(server, shown, {"memdec_alpha": 0})
+    assert sampled == list(plain[shown].token_ids)
+    wanted = [row[token].logprob for row, token in zip(plain[shown].logprobs, sampled, strict=True)]
+    assert values == pytest.approx(wanted, abs=1e-6)
+    for alpha in (None, 0, 0.3, 1.0):
+        xargs = None if alpha is None else {"memdec_alpha": alpha}
+        weight = 0.5 if alpha is None else alpha
+        check(server, shown, bases[GEMMA], memories[GEMMA], weight, xargs)
+
+
+@pytest.mark.parametrize("shown", SHOWN, ids=str)
+def test_a_memory_that_is_off_for_images(shown, server, bases, memories):
+    """By the setting; a request that asks for it with an image is refused, not served without."""
+    off, base, memory = {"memdec_memory": "off"}, bases[GEMMA], memories[GEMMA]
+    if not shown:
+        return check(server, shown, base, memory, 0.5, off)
+    for xargs in (off, off | {"memdec_alpha": 1.0}):
+        with pytest.raises(openai.BadRequestError, match="The memory 'off' is off for requests"):
+            ask(server, shown, xargs)
+    check(server, shown, base, memory, 0.0, off | {"memdec_alpha": 0})
