@@ -144,9 +144,7 @@ def test_v2(run, v2_results, bases, memories):
     kind, _, drafts = run
     result = v2_process.answered(v2_results, run)
     for found, (_, pictures, alpha) in zip(result["requests"], ASKED, strict=True):
-        assert (
-            gap(found, bases[kind], memories[kind], alpha, pictures) < oracle.TOLERANCE
-        ), pictures
+        assert gap(found, bases[kind], memories[kind], alpha, pictures) < oracle.TOLERANCE, pictures
     v2_process.check_steps(result, drafts)
     assert bool(result["accepted"]) == bool(drafts)
 
