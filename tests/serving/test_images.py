@@ -4,14 +4,17 @@ Real engines with tiny random models; a real `vllm serve` with the real openai c
 key is support/multimodal.py's: Hugging Face's own multimodal models in float64.
 """
 
+from dataclasses import dataclass
+
 import openai
 import pytest
 import torch
 from support import multimodal, oracle, soak_client, v2_process
+from support.feature_engines import count
 from support.multimodal import image, url_of
 from support.tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
 feature = pytest.mark.feature
 GEMMA, QWEN = "gemma3", "qwen2_5_vl"
@@ -61,9 +64,11 @@ def prompt_of(base, text, pictures):
     return given
 
 
-def generate(llm, base, asked, **options):
+def generate(llm, base, asked, memory="on", **options):
     params = [
-        SamplingParams(**GREEDY | options, extra_args={"memdec_alpha": alpha})
+        SamplingParams(
+            **GREEDY | options, extra_args={"memdec_memory": memory, "memdec_alpha": alpha}
+        )
         for *_, alpha in asked
     ]
     prompts = [prompt_of(base, text, pictures) for text, pictures, _ in asked]
@@ -100,16 +105,76 @@ def gaps(outputs, base, memory, asked):
     ]
 
 
-@pytest.mark.parametrize("kind", [GEMMA, QWEN])
-def test_mixture(kind, engine, bases, memories):
-    """Texts and images, of all weights, in one batch; prompts read in chunks, too."""
-    base, memory = bases[kind], memories[kind]
+@dataclass
+class Running:
+    """An engine on the V1 runner, and what it serves."""
+
+    llm: LLM
+    base: multimodal.Base
+    memory: str
+    drafts: int
+
+    def gaps(self, asked, memory="on", **options):
+        """Return the errors of answers, one for each that was asked for."""
+        outputs = generate(self.llm, self.base, asked, memory, logprobs=3, **options)
+        return gaps(outputs, self.base, self.memory, asked)
+
+
+def settings(memory, drafts=0):
+    """Return the memdec block of a memory under three names."""
+    ways = {"on": {"alpha": 0.5}, "off": {"alpha": 0.5, "with_images": False}}
+    ways["steps"] = {"alpha_by_context": STEPS}
+    memories = {name: {"model": memory} | way for name, way in ways.items()}
+    return {"memories": memories, "default": "on", "speculative_tokens": drafts}
+
+
+@pytest.fixture(scope="module", params=[(GEMMA, 0), (QWEN, 0), (QWEN, 3)], ids=str)
+def running(request, engine, bases, memories):
+    kind, drafts = request.param
+    block = settings(memories[kind], drafts)
     options = {"block_size": 32, "max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": 2}}
-    with engine(base.folder, memory, 0.5, **options) as llm:
-        outputs = generate(llm, base, ASKED, logprobs=3, prompt_logprobs=2)
-        assert max(gaps(outputs, base, memory, ASKED)) < oracle.TOLERANCE
-        for output, (_, pictures, _) in zip(outputs, ASKED, strict=True):
-            assert (base.placeholder in output.prompt_token_ids) == bool(pictures)
+    options["disable_log_stats"] = False
+    with engine(bases[kind].folder, block, **options) as llm:
+        yield Running(llm, bases[kind], memories[kind], drafts)
+
+
+def test_mixture(running):
+    """Texts and images, of all weights, in one batch; prompts read in chunks, too."""
+    assert max(running.gaps(ASKED, prompt_logprobs=2)) < oracle.TOLERANCE
+    accepted = count(running.llm, "spec_decode_num_accepted_tokens")
+    assert bool(accepted) == bool(running.drafts)
+
+
+def test_weights_by_context(running):
+    """By a token's place in the request, also where the parts of images have other positions."""
+    asked = [(text, pictures, "auto") for text, pictures, _ in ASKED]
+    outputs = generate(running.llm, running.base, asked, "steps", logprobs=3, prompt_logprobs=2)
+    starts, alphas = (torch.tensor(column) for column in zip(*STEPS, strict=True))
+    for output, (text, pictures, _) in zip(outputs, asked, strict=True):
+        length = len(output.prompt_token_ids) + GREEDY["max_tokens"]
+        places_T = torch.arange(length)
+        alpha_T1 = alphas[torch.bucketize(places_T, starts[1:], right=True)][:, None].double()
+        [error] = gaps([output], running.base, running.memory, [(text, pictures, alpha_T1)])
+        assert error < oracle.TOLERANCE
+        [error] = gaps([output], running.base, running.memory, [(text, pictures, 0.4)])
+        assert error > 0.01, "no weight would be seen"
+
+
+def test_prefix_caching(running):
+    """Requests share blocks with those of the same memory, text and images, and with no others."""
+    text = f"lavi {WORDS} MARK {WORDS}"
+
+    def cached(pictures, memory):
+        asked = [(text, pictures, 0.5 if memory == "on" else 0.0)]
+        outputs = generate(running.llm, running.base, asked, memory, logprobs=3)
+        assert max(gaps(outputs, running.base, running.memory, asked)) < oracle.TOLERANCE
+        return outputs[0].num_cached_tokens, len(outputs[0].prompt_token_ids)
+
+    first, length = cached([0], "on")
+    again, _ = cached([0], "on")
+    other, _ = cached([1], "on")
+    alone, _ = cached([0], "none")
+    assert first == alone == 0 < other < again < length
 
 
 # -- The V2 runner --------------------------------------------------------------------------------
@@ -176,14 +241,12 @@ def plain(engine, bases):
 @pytest.fixture(scope="module")
 def server(bases, memories, subprocess_env, tmp_path_factory, plain):
     """Yield a server with a memory that is on for requests with images, and one that is off."""
-    settings = {"model": memories[GEMMA], "alpha": 0.5}
-    block = {"memories": {"on": settings, "off": settings | {"with_images": False}}}
     log = tmp_path_factory.mktemp("server") / "log"
     server = soak_client.Server(
         {"base": bases[GEMMA].folder},
         subprocess_env,
         log,
-        block=block | {"default": "on"},
+        block=settings(memories[GEMMA]),
         options=["--limit-mm-per-prompt", '{"image": 2}', "--num-gpu-blocks-override", "400"],
     )
     try:

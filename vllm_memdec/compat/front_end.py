@@ -9,9 +9,9 @@ SamplingParams._validate_spec_decode  Lets min_p and logit_bias through where th
     V2 runner applies them to drafts, and on V1 we do (see v1_sampling.py).
 InputProcessor.process_inputs  The memory becomes part of the request's cache salt. Blocks of the KV
     cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
-    those of requests with the same memory; the hashes of images are vLLM's. It also refuses to serve
-    a memory that is off for requests with images, and what would end a worker of the V2 runner,
-    whose lists of tokens have limits that only the worker checks.
+    those of requests with the same memory; vLLM itself tells images apart. It also refuses a memory
+    that is off for requests with images, and what would end a worker of the V2 runner, whose lists
+    of tokens have limits that only the worker checks.
 
 May go when vLLM has hooks for a plugin's own model_impl, request arguments and cache salt.
 Relies on the attributes of EngineArgs that startup.py checks, and on a request's cache_salt.
