@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
+from support.bases import BASES
 from support.tiny_models import VOCAB, save_tokenizer
 
 NEWLINES = ["\n" * count for count in range(1, 5)]  # vLLM looks for these around Gemma's images
@@ -136,7 +137,29 @@ def save_qwen2_5_vl(folder):
     return Base(str(folder), mark, VOCAB + 2)
 
 
-SAVE = {"gemma3": save_gemma3, "qwen2_5_vl": save_qwen2_5_vl}
+def save_qwen3_5(folder):
+    """Save a multimodal Qwen3.5, which keeps a state besides; bfloat16, as CPUs compute that."""
+    import transformers
+
+    start, end, picture, _ = QWEN
+    mark = f"{start}{picture}{end}"
+    tokenizer = save_tokens(folder, QWEN, mark)
+    config = BASES["Qwen3.5, multimodal"]()
+    config.text_config.vocab_size = TEXT["vocab_size"]
+    config.image_token_id, config.video_token_id = VOCAB + 2, VOCAB + 3
+    config.vision_start_token_id, config.vision_end_token_id = VOCAB, VOCAB + 1
+    size = {"shortest_edge": 32 * 32, "longest_edge": 32 * 32 * 12}
+    transformers.Qwen3VLProcessor(
+        transformers.Qwen2VLImageProcessor(size=size, patch_size=16),
+        tokenizer,
+        transformers.Qwen3VLVideoProcessor(size=size),
+    ).save_pretrained(folder)
+    model = transformers.Qwen3_5ForConditionalGeneration(config)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return Base(str(folder), mark, VOCAB + 2)
+
+
+SAVE = {"gemma3": save_gemma3, "qwen2_5_vl": save_qwen2_5_vl, "qwen3_5": save_qwen3_5}
 
 
 def image(seed, width=84, height=56):
@@ -155,39 +178,39 @@ def url_of(picture):
 
 
 @functools.cache
-def load(base):
-    """Return a base's model in float64, and its processor."""
+def load(base, dtype):
+    """Return a base's model, and its processor."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    model = AutoModelForImageTextToText.from_pretrained(base.folder, dtype=torch.float64)
+    model = AutoModelForImageTextToText.from_pretrained(base.folder, dtype=dtype)
     return model.eval(), AutoProcessor.from_pretrained(base.folder)
 
 
 @torch.no_grad()
-def log_probs(base, ids, pictures=()):
+def log_probs(base, ids, pictures=(), dtype=torch.float64):
     """Return log p(next | ids[:t+1], pictures) as float64 [T, V].
 
-    ids: as served, a placeholder for each part of a picture.
+    ids: as served, a placeholder for each part of a picture. dtype: in which the base computes.
     """
-    model, processor = load(base)
+    model, processor = load(base, dtype)
     inputs = {}
     if pictures:
         # The text is not used.
         both = processor(images=[[*pictures]], text=base.mark * len(pictures), return_tensors="pt")
         known = ("pixel_values", "image_grid_thw")
         inputs = {name: both[name] for name in known if name in both}
-        inputs["pixel_values"] = inputs["pixel_values"].double()
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     ids_1T = torch.tensor([ids])
     if "image_grid_thw" in inputs:
         inputs["mm_token_type_ids"] = (ids_1T == base.placeholder).int()
     # Without types of tokens: then Gemma's image tokens see none after them, as in vLLM on a CPU.
-    return model(ids_1T, **inputs).logits[0].log_softmax(-1)
+    return model(ids_1T, **inputs).logits[0].double().log_softmax(-1)
 
 
-def mixture(base, memory, alpha, ids, pictures=()):
+def mixture(base, memory, alpha, ids, pictures=(), dtype=torch.float64):
     """Return log((1 - alpha) p_base + alpha p_memory) as float64 [T, V]; a memory has ids alone."""
     from support import oracle
 
-    base_TV = log_probs(base, ids, pictures)
+    base_TV = log_probs(base, ids, pictures, dtype)
     memory_TV = oracle.log_probs(memory, ids, base_TV.shape[1])
     return ((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log()
