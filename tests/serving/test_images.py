@@ -16,10 +16,15 @@ from support.tiny_models import tiny_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
-feature = pytest.mark.feature
+from vllm_memdec.compat.attention import NarrowBuilder
+
+feature = pytest.mark.feature(
+    "multimodal base, with images", note="the base sees the image, the memory the token ids"
+)
 GEMMA, QWEN, HYBRID = "gemma3", "qwen2_5_vl", "qwen3_5"
 PICTURES = [image(0), image(1, 56, 56), image(2, 112, 84)]
 WORDS = "bagi duto mela kipo " * 12  # more than a block of 32 tokens
+NO_MEDIA = {"image": 0, "video": 0}
 STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of one weight
 GREEDY = {"temperature": 0, "ignore_eos": True, "max_tokens": 7}
 # Prompt's text, numbers of its pictures among PICTURES, and weight.
@@ -66,10 +71,9 @@ def prompt_of(base, text, pictures):
 
 
 def generate(llm, base, asked, memory="on", **options):
+    named = {"memdec_memory": memory} if memory else {}
     params = [
-        SamplingParams(
-            **GREEDY | options, extra_args={"memdec_memory": memory, "memdec_alpha": alpha}
-        )
+        SamplingParams(**GREEDY | options, extra_args=named | {"memdec_alpha": alpha})
         for *_, alpha in asked
     ]
     prompts = [prompt_of(base, text, pictures) for text, pictures, _ in asked]
@@ -132,10 +136,13 @@ def settings(memory, drafts=0):
     ways = {"on": {"alpha": 0.5}, "off": {"alpha": 0.5, "with_images": False}}
     ways["steps"] = {"alpha_by_context": STEPS}
     memories = {name: {"model": memory} | way for name, way in ways.items()}
-    return {"memories": memories, "default": "on", "speculative_tokens": drafts}
+    return {"memories": memories, "default": "off", "speculative_tokens": drafts}
 
 
-@pytest.fixture(scope="module", params=[(GEMMA, 0), (QWEN, 0), (QWEN, 3)], ids=str)
+RUNNING = [(GEMMA, 0), (QWEN, 0), pytest.param((QWEN, 3), marks=pytest.mark.drafts)]
+
+
+@pytest.fixture(scope="module", params=RUNNING, ids=str)
 def running(request, engine, bases, memories):
     kind, drafts = request.param
     block = settings(memories[kind], drafts)
@@ -145,6 +152,7 @@ def running(request, engine, bases, memories):
         yield Running(llm, kind, bases[kind], memories[kind], drafts)
 
 
+@feature
 def test_mixture(running):
     """Texts and images, of all weights, in one batch; prompts read in chunks, too."""
     assert max(running.gaps(ASKED, prompt_logprobs=2)) < oracle.TOLERANCE
@@ -187,6 +195,61 @@ def test_prefix_caching(running):
     assert bool(other) == (running.kind != GEMMA)
 
 
+def test_a_default_that_is_off_for_images(running):
+    """Such a request is one without a memory: its blocks, too, and nothing is drafted for it."""
+    text = f"kipo {WORDS} MARK mela"
+    alone = [(text, [0], 0.0)]
+    generate(running.llm, running.base, alone, "none")
+
+    def asked(pictures, alpha):
+        drafted = count(running.llm, "spec_decode_num_draft_tokens")
+        prompt = prompt_of(running.base, text if pictures else f"kipo {WORDS}", pictures)
+        outputs = running.llm.generate(
+            [prompt], SamplingParams(**GREEDY, logprobs=3), use_tqdm=False
+        )
+        wanted = [(text, pictures, alpha)]
+        assert max(gaps(outputs, running.base, running.memory, wanted)) < oracle.TOLERANCE
+        drafted = count(running.llm, "spec_decode_num_draft_tokens") - drafted
+        return outputs[0].num_cached_tokens, bool(drafted)
+
+    cached, drafted = asked([0], 0.0)
+    assert cached and not drafted
+    assert asked([], 0.5) == (0, bool(running.drafts))
+
+
+def test_a_memory_reads_from_left_to_right(engine, bases, memories, monkeypatch):
+    """Where a base's image tokens see those after them: the memory's are ids like all others."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+
+    seen = {True: [], False: []}
+    build = CPUAttentionMetadataBuilder.build
+
+    def watched(self, common_prefix_len, common, *args, **kwargs):
+        seen[isinstance(self, NarrowBuilder)].append(common.mm_req_doc_ranges)
+        return build(self, common_prefix_len, common, *args, **kwargs)
+
+    monkeypatch.setattr(CPUAttentionMetadataBuilder, "build", watched)
+    with engine(bases[GEMMA].folder, memories[GEMMA], 0.5) as llm:
+        generate(llm, bases[GEMMA], ASKED[:1], memory=None)
+    assert any(seen[False]) and seen[True] and not any(seen[True])
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [(GEMMA, {"language_model_only": True}), (QWEN, {"limit_mm_per_prompt": NO_MEDIA})],
+    ids=str,
+)
+def test_texts_alone(kind, way, engine, bases, memories):
+    """A server that takes no images, and has no room for them, is one of a text base."""
+    with engine(bases[kind].folder, memories[kind], 0.5, **way) as llm:
+        texts = [asked for asked in ASKED if not asked[1]]
+        outputs = generate(llm, bases[kind], texts, memory=None, logprobs=3, prompt_logprobs=2)
+        assert max(gaps(outputs, bases[kind], memories[kind], texts)) < oracle.TOLERANCE
+        with pytest.raises(ValueError, match="for text-only models"):
+            generate(llm, bases[kind], ASKED[:1], memory=None)
+
+
+@feature
 def test_a_hybrid(engine, bases, memories):
     """Qwen3.5: a state besides, and M-RoPE. In bfloat16, so beside what that dtype itself costs."""
     base, memory = bases[HYBRID], memories[HYBRID]
@@ -313,6 +376,7 @@ def check(server, shown, base, memory, alpha, xargs=None):
     assert prompt.count(base.placeholder) == 4 * len(shown)
 
 
+@feature
 @pytest.mark.parametrize("shown", SHOWN, ids=str)
 def test_http(shown, server, plain, bases, memories):
     """At weight 0 the answer is plain vLLM's; elsewhere the mixture's."""
@@ -321,7 +385,7 @@ def test_http(shown, server, plain, bases, memories):
     wanted = [row[token].logprob for row, token in zip(plain[shown].logprobs, sampled, strict=True)]
     assert values == pytest.approx(wanted, abs=1e-6)
     for alpha in (None, 0, 0.3, 1.0):
-        xargs = None if alpha is None else {"memdec_alpha": alpha}
+        xargs = {"memdec_memory": "on"} | ({} if alpha is None else {"memdec_alpha": alpha})
         weight = 0.5 if alpha is None else alpha
         check(server, shown, bases[GEMMA], memories[GEMMA], weight, xargs)
 
@@ -330,6 +394,7 @@ def test_http(shown, server, plain, bases, memories):
 def test_a_memory_that_is_off_for_images(shown, server, bases, memories):
     """By the setting; a request that asks for it with an image is refused, not served without."""
     off, base, memory = {"memdec_memory": "off"}, bases[GEMMA], memories[GEMMA]
+    check(server, shown, base, memory, 0.0 if shown else 0.5)  # the default
     if not shown:
         return check(server, shown, base, memory, 0.5, off)
     for xargs in (off, off | {"memdec_alpha": 1.0}):
