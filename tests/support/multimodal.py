@@ -15,7 +15,7 @@ from support.bases import BASES
 from support.tiny_models import VOCAB, save_tokenizer
 
 NEWLINES = ["\n" * count for count in range(1, 5)]  # vLLM looks for these around Gemma's images
-GEMMA = ["<start_of_image>", "<end_of_image>", "<image_soft_token>", *NEWLINES]
+GEMMA = ["<start_of_image>", "<end_of_image>", *NEWLINES, "<image_soft_token>"]
 QWEN = ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 # A message is a text, or parts of which some are images: MARK.
 TEMPLATE = """{% for m in messages %}{{ m['role'] }}: {% if m['content'] is string %}\
@@ -52,8 +52,10 @@ def save_tokens(folder, special, mark, **names):
     from transformers import PreTrainedTokenizerFast
 
     save_tokenizer(folder)
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=names)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, extra_special_tokens=names)
     assert tokenizer.convert_tokens_to_ids(special) == [*range(VOCAB, VOCAB + len(special))]
     tokenizer.chat_template = TEMPLATE.replace("MARK", mark)
     tokenizer.save_pretrained(folder)
@@ -61,13 +63,14 @@ def save_tokens(folder, special, mark, **names):
 
 
 def save_gemma3(folder):
-    """Save a multimodal Gemma 3, whose images are 4 tokens each."""
+    """Save a multimodal Gemma 3, whose images are 4 tokens each, of an id beyond its vocabulary."""
     import transformers
 
-    boi, eoi, soft = GEMMA[:3]
+    boi, eoi, *_, soft = GEMMA
     tokenizer = save_tokens(folder, GEMMA, boi, boi_token=boi, eoi_token=eoi, image_token=soft)
     text = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
     text |= {"query_pre_attn_scalar": 32, "initializer_range": 0.1}
+    text["vocab_size"] = VOCAB + len(GEMMA) - 1
     config = transformers.Gemma3Config(
         text_config=TEXT | text,
         vision_config={
@@ -82,7 +85,7 @@ def save_gemma3(folder):
         mm_tokens_per_image=4,
         boi_token_index=VOCAB,
         eoi_token_index=VOCAB + 1,
-        image_token_index=VOCAB + 2,
+        image_token_index=text["vocab_size"],
         initializer_range=0.1,
     )
     images = transformers.Gemma3ImageProcessor(size={"height": 64, "width": 64})
@@ -98,7 +101,7 @@ def save_gemma3(folder):
         for name, tensor in safetensors.torch.load_file(file).items()
     }
     safetensors.torch.save_file(tensors, file, {"format": "pt"})
-    return Base(str(folder), boi, VOCAB + 2)
+    return Base(str(folder), boi, text["vocab_size"])
 
 
 def save_qwen2_5_vl(folder):
