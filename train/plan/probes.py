@@ -32,7 +32,7 @@ from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.model.decoder import build_memory, memory_config
 from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device
-from vllm_memdec.train.model.hidden_states import check_isolation, embed
+from vllm_memdec.train.model.hidden_states import embed
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.model.windows import TOKENS_AT_ONCE
@@ -140,7 +140,6 @@ class StageProbe:
         settings = self.settings
         measured: dict[str, float] = {"process_bytes": peak_bytes()}
         model = load_model(self.base, settings.datastore.dtype)
-        check_isolation(model, settings.datastore.key_layer)
         measured["load"] = time.perf_counter() - began
         measured["reload"] = seconds(load_model, self.base, settings.datastore.dtype)
         keys, labels, blocks, measured["key"] = self.embed(model)
