@@ -49,6 +49,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         model_config = vllm_config.model_config
         assert ARCHITECTURE not in model_config.architectures, "the base would be the composite"
         self.loaded: set[str] = set()
+        self.vllm_config = vllm_config
 
         self.base = build_base(vllm_config, prefix)
         self.base_dtype, self.vocabulary = dtype_of(model_config), model_config.get_vocab_size()
@@ -75,12 +76,15 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.install_seams(vllm_config)
         self.log_start(vllm_config)
 
-    @staticmethod
-    def get_model_state_cls() -> type:
+    def get_model_state_cls(self) -> type:
         """Return the class through which the V2 runner tells us what its batch asks for."""
-        from vllm_memdec.compat.v2_runner import MemDecModelState
+        from vllm_memdec.compat.v2_runner import state_class
 
-        return MemDecModelState
+        return state_class(self.vllm_config, self.base)
+
+    def get_mamba_state_copy_funcs(self, mamba_types: set[Any]) -> Any:
+        """Return how vLLM copies the states that a hybrid base keeps: the base's own answer."""
+        return self.base.get_mamba_state_copy_funcs(mamba_types)
 
     def install_seams(self, vllm_config: VllmConfig) -> None:
         """Hook the runner that this worker has; the other one's modules are not imported."""

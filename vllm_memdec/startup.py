@@ -180,15 +180,17 @@ def check_arguments(args: "EngineArgs") -> None:
 
 
 def check_model(model_config: "ModelConfig", role: str) -> None:
-    """Refuse a model that is not a text decoder with attention."""
-    # Compiled MoE layers find their weights by counting calls, so none may be left out of a step.
+    """Refuse a model that is not a text decoder with attention; a memory has nothing else."""
+    is_memory = role == "The memory"
     refused = {
-        "a mixture of experts": role == "The memory" and model_config.is_moe,
+        # Compiled, their layers find their weights by counting calls: none may miss a step.
+        "a mixture of experts": is_memory and model_config.is_moe,
         "multimodal": model_config.is_multimodal_model,
         "an encoder-decoder": model_config.is_encoder_decoder,
-        "a state-space or hybrid model": model_config.is_hybrid
-        or model_config.is_attention_free
-        or model_config.has_inner_state,
+        # Whose state vLLM keeps for all requests of a batch, not for a memory's share of it.
+        "a state-space or hybrid model": is_memory
+        and (model_config.is_hybrid or model_config.has_inner_state),
+        "a model without attention": model_config.is_attention_free,
         "not a text-generation model": model_config.runner_type != "generate",
     }
     for what, is_so in refused.items():
@@ -220,14 +222,21 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     config = MemDecConfig.parse(settings)
     base = vllm_config.model_config
     memories = [memory_model_config(m, base, base.max_model_len) for m in config.memories]
-    check_speculation(vllm_config, [base, *memories], config.adapts)
+    check_speculation(vllm_config, [base, *memories], config)
 
 
-def check_speculation(vllm_config: "VllmConfig", models: "list[ModelConfig]", adapts: bool) -> None:
-    """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up."""
+def check_speculation(
+    vllm_config: "VllmConfig", models: "list[ModelConfig]", config: MemDecConfig
+) -> None:
+    """Refuse a drafter that reads hidden states, and one whose blocks vLLM would mix up.
+
+    models: the base, and those whose windows count.
+    """
+    from vllm.platforms import current_platform
+
     speculation = vllm_config.speculative_config
     assert speculation is not None, "see check_engine()"
-    if adapts and vllm_config.use_v2_model_runner:
+    if config.adapts and vllm_config.use_v2_model_runner:
         raise ValueError(
             "vLLM's V2 runner drafts a fixed number of tokens: give speculative_tokens a number, "
             "or set VLLM_USE_V2_MODEL_RUNNER=0."
@@ -238,14 +247,36 @@ def check_speculation(vllm_config: "VllmConfig", models: "list[ModelConfig]", ad
             "use the method draft_model."
         )
     # The V1 runner gives a draft model the block table of the first KV-cache group, and windows
-    # make several groups.
-    if speculation.method == "draft_model" and not vllm_config.use_v2_model_runner:
+    # make several groups. The memories read their own groups' tables.
+    draft_model = speculation.method == "draft_model" and not config.speculative_tokens
+    if draft_model and not vllm_config.use_v2_model_runner:
         models = [*models, speculation.draft_model_config]
         if any(model.get_sliding_window() for model in models):
             raise ValueError(
                 "vLLM's V1 runner cannot draft with a model beside sliding windows: "
                 "start without speculation."
             )
+    if vllm_config.model_config.is_hybrid and current_platform.is_cpu():
+        check_rollback(vllm_config)
+
+
+def check_rollback(vllm_config: "VllmConfig") -> None:
+    """Refuse drafts beside a base whose state vLLM's kernels for CPUs would leave at a wrong token.
+
+    After a step that rejects drafts a hybrid's state has to be that of the last accepted token.
+    """
+    base = vllm_config.model_config
+    kinds = getattr(base.hf_text_config, "layer_types", None) or ()
+    if "linear_attention" not in kinds:  # the gated delta net has such a kernel
+        raise ValueError(
+            f"The base {base.model} keeps a state, which vLLM on a CPU does not take back when "
+            f"drafts are rejected: leave {SPECULATIVE!r} and --speculative-config out."
+        )
+    if vllm_config.cache_config.enable_prefix_caching:
+        raise ValueError(
+            f"The base {base.model} keeps a state, which vLLM on a CPU cannot copy for its prefix "
+            "cache beside drafts: add --no-enable-prefix-caching, or leave drafts out."
+        )
 
 
 def check_heads(memory: "ModelConfig", own_size: int | None, base_size: int) -> None:

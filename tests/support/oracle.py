@@ -16,7 +16,7 @@ TOLERANCE = 1e-4
 @functools.cache
 def load(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    if getattr(model.config, "num_experts", 0):
+    if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the default one knows no float64
     return model.eval()
 

@@ -2,12 +2,14 @@
 
 DraftModelProposer.load_model is wrapped; the drafter of a composite becomes a subclass whose model
 is the composite's own memories. vLLM runs a draft model of its own weights and reads every token
-again. GPUModelRunner._input_fits_in_drafter is wrapped: vLLM drafts for no request of a batch while
-one of them is near the end of its context; here each has drafts up to its own end.
+again, and its layers must share one group of KV cache: the memories' may lie in several, as windows
+or a hybrid base make them. GPUModelRunner._input_fits_in_drafter is wrapped: vLLM drafts for no
+request of a batch while one of them is near the end of its context; here each has drafts up to its
+own end.
 
 May go with the V1 runner, or when vLLM lets a draft model share the target's weights.
-Relies on the proposer's buffers and on its private methods that make positions, attention metadata
-and slots of a pass.
+Relies on the proposer's buffers, and on the runner's groups of attention layers and their block
+tables.
 """
 
 import time
@@ -18,7 +20,9 @@ import torch
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import set_forward_context
 from vllm.v1.spec_decode.draft_model import DraftModelProposer
+from vllm.v1.spec_decode.utils import PADDING_SLOT_ID
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.utils import AttentionGroup
 
 from vllm_memdec.batch import MAX_REUSED, Draft
 from vllm_memdec.compat.hooks import wrap
@@ -33,14 +37,15 @@ SIGNATURES = {
         "next_token_ids token_indices_to_sample common_attn_metadata sampling_metadata "
         "mm_embed_inputs num_rejected_tokens_gpu slot_mappings"
     ),
-    f"{PROPOSER}._update_positions_dependent_metadata": (
-        "self positions common_attn_metadata batch_size input_batch_size block_size"
+    f"{PROPOSER}.initialize_attn_backend": "self kv_cache_config kernel_block_sizes",
+    f"{PROPOSER}._sample_draft_tokens": "self hidden_states sampling_metadata",
+    "vllm.v1.worker.utils:AttentionGroup.create_metadata_builders": (
+        "self vllm_config device kernel_block_size num_metadata_builders"
     ),
-    f"{PROPOSER}.build_per_group_and_layer_attn_metadata": (
+    "vllm.v1.worker.utils:AttentionGroup.build_metadata_for_drafting": (
         "self common_attn_metadata draft_index"
     ),
-    f"{PROPOSER}._sample_draft_tokens": "self hidden_states sampling_metadata",
-    f"{PROPOSER}._get_slot_mapping": "self num_tokens slot_mapping",
+    "vllm.v1.worker.block_table:BlockTable.get_device_tensor": "self num_reqs",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner._input_fits_in_drafter": (
         "self common_attn_metadata"
     ),
@@ -48,9 +53,10 @@ SIGNATURES = {
 ATTRIBUTES = {
     PROPOSER: (
         "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
-        "token_arange_np"
+        "kv_cache_gid token_arange_np"
     ),
-    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "drafter",
+    "vllm.v1.worker.block_table:BlockTable": "block_size",
+    "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "attn_groups drafter input_batch",
 }
 
 
@@ -83,6 +89,7 @@ class MemoryProposer(DraftModelProposer):
     """vLLM's drafter, with the composite's memories for a model."""
 
     memory_model: Drafter  # the model, by its own type
+    runner: GPUModelRunner  # from initialize_kv_cache() on, see v1_runner.py
 
     def adopt(self, target_model: Any) -> None:
         """Become this drafter: the runner makes its own before there is a model to ask."""
@@ -96,6 +103,33 @@ class MemoryProposer(DraftModelProposer):
             self.length = DraftLength(self.num_speculative_tokens)
         self.drafted: dict[str, int] = {}  # by request, in the last step
         self.ended = 0.0  # when that step's drafts were done, by time.perf_counter()
+
+    def initialize_attn_backend(
+        self, kv_cache_config: Any, kernel_block_sizes: list[int] | None = None
+    ) -> None:
+        """Keep builders of attention metadata of our own, for each group of the memories' layers.
+
+        Each memory has backends of its own, see attention.py, so a group of the runner's has one's.
+        """
+        names = self._draft_attn_layer_names
+        self.draft_attn_groups = []
+        for groups in self.runner.attn_groups:
+            for theirs in groups:
+                if not names.issuperset(theirs.layer_names):
+                    continue
+                number = theirs.kv_cache_group_id
+                group = AttentionGroup(
+                    theirs.backend, theirs.layer_names, theirs.kv_cache_spec, number
+                )
+                sizes = kernel_block_sizes or []
+                group.create_metadata_builders(
+                    self.vllm_config, self.device, sizes[number] if number < len(sizes) else None
+                )
+                self.draft_attn_groups.append(group)
+        assert {n for group in self.draft_attn_groups for n in group.layer_names} == names
+        # The group whose metadata the runner hands to propose().
+        self.kv_cache_gid = self.draft_attn_groups[0].kv_cache_group_id
+        self.block_size = self.draft_attn_groups[0].kv_cache_spec.block_size
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Run nothing: memories have run with the target already, and drafts use no graphs."""
@@ -198,7 +232,6 @@ class MemoryProposer(DraftModelProposer):
         common = common.replace(
             query_start_loc=self.arange[: B + 1],
             query_start_loc_cpu=torch.from_numpy(self.token_arange_np[: B + 1]).clone(),
-            seq_lens=(positions_B + 1).to(common.seq_lens.dtype),
             num_actual_tokens=B,
             max_query_len=1,
             positions=None,
@@ -212,18 +245,21 @@ class MemoryProposer(DraftModelProposer):
         kept_logits.clear()
         drafts, hidden = [newest_B], []
         probabilities: list[torch.Tensor] = []
-        first: list[int] = []
+        first: list[int] = []  # positions of the first drafts
+        positions_B = positions_B.long()
+        if self.ragged:
+            first = positions_B.add(1).tolist()
         for number in range(K):
-            clamped_B = self._update_positions_dependent_metadata(
-                positions_B, common, B, B, self.block_size
-            )
-            # Beyond the context's end vLLM gives 0 and writes nothing; from 0 it would count on,
-            # and write into the request's first block, which others may share.
             positions_B = positions_B + 1
-            _, attention = self.build_per_group_and_layer_attn_metadata(common, draft_index=number)
-            if self.ragged and not first:
-                first = clamped_B.tolist()  # a list: vLLM writes into the tensor
-            self.input_ids[:B] = drafts[-1].int()
+            # Beyond the context's end nothing is written: from 0 it would count on, and write into
+            # the request's first block, which others may share.
+            inside_B = positions_B < self.max_model_len
+            clamped_B = positions_B.where(inside_B, 0)
+            common.seq_lens = (clamped_B + 1).to(common.seq_lens.dtype)
+            common.max_seq_len = min(common.max_seq_len + 1, self.max_model_len)
+            if common.seq_lens_cpu_upper_bound is not None:
+                common.seq_lens_cpu_upper_bound = common.seq_lens_cpu_upper_bound + 1
+            attention, slots = self.prepare_pass(common, clamped_B, inside_B, number)
             # Without graphs: the memory's own were captured on the runner's buffers, not on these.
             # With a memory's configuration: ranks that share experts would wait for one another.
             with set_forward_context(
@@ -231,9 +267,9 @@ class MemoryProposer(DraftModelProposer):
                 self.memory_model.memories[0].config,
                 num_tokens=B,
                 cudagraph_runtime_mode=CUDAGraphMode.NONE,
-                slot_mapping=self._get_slot_mapping(B),
+                slot_mapping=slots,
             ):
-                h_BD = self.model(self.input_ids[:B], self._get_positions(B))
+                h_BD = self.model(drafts[-1].int(), clamped_B)
             tokens_B, p_BV = self._sample_draft_tokens(h_BD[:B], sampling_metadata)
             drafts.append(tokens_B)
             if p_BV is not None:
@@ -254,6 +290,28 @@ class MemoryProposer(DraftModelProposer):
             )
             batch.keep_draft(draft)
         return drafts_BK[:, 1:]
+
+    def prepare_pass(
+        self, common: Any, positions_B: torch.Tensor, inside_B: torch.Tensor, number: int
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Return attention metadata and slots of a draft, by layer; of one token a request.
+
+        inside_B: whether its keys and values are to be written.
+        """
+        attention: dict[str, Any] = {}
+        slots: dict[str, torch.Tensor] = {}
+        for group in self.draft_attn_groups:
+            table = self.runner.input_batch.block_table[group.kv_cache_group_id]
+            blocks_BK = table.get_device_tensor(len(positions_B))
+            index_B = positions_B // table.block_size
+            block_B = blocks_BK.gather(1, index_B[:, None]).squeeze(1).long()
+            slots_B = block_B * table.block_size + positions_B % table.block_size
+            slots_B = slots_B.where(inside_B, PADDING_SLOT_ID)
+            own = common.replace(block_table_tensor=blocks_BK, slot_mapping=slots_B)
+            metadata = group.build_metadata_for_drafting(own, draft_index=number)
+            attention |= dict.fromkeys(group.layer_names, metadata)
+            slots |= dict.fromkeys(group.layer_names, slots_B)
+        return attention, slots
 
     def _sample_from_logits(
         self, logits_BV: torch.Tensor, sampling_metadata: Any

@@ -5,8 +5,9 @@ GPUModelRunner._dummy_run  The batch takes over that there are none.
 GPUModelRunner._determine_batch_execution_and_padding  What is executed how decides which memories
     run; full graphs are chosen by them.
 GPUModelRunner._capture_cudagraphs  Full graphs are captured for several sets of memories.
-GPUModelRunner.initialize_kv_cache  The composite learns how many groups the KV cache has, and the
-    sampler gets the logits processors that vLLM leaves out beside drafts.
+GPUModelRunner.initialize_kv_cache  The composite learns how many groups the KV cache has, the
+    drafter whose runner it is, and the sampler gets the logits processors that vLLM leaves out
+    beside drafts.
 
 May go with the V1 runner: on V2 a class of the model's own has all this, see v2_runner.py.
 Relies on the runner's tables of requests, and on the dictionary of graphs in CUDAGraphWrapper.
@@ -41,7 +42,7 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        "_dummy_run device input_batch max_model_len query_start_loc requests vllm_config"
+        "_dummy_run device drafter input_batch max_model_len query_start_loc requests vllm_config"
     ),
     "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "logitsprocs num_reqs req_ids",
@@ -134,6 +135,7 @@ def _groups(original: Callable) -> Callable:
         if _batch(self) is not None:
             self.get_model().log_groups(kv_cache_config)
             if self.get_model().drafter is not None:
+                self.drafter.runner = self  # whose block tables it reads
                 v1_sampling.complete(self.input_batch.logitsprocs, self.vllm_config, self.device)
         return original(self, kv_cache_config, *args, **kwargs)
 

@@ -1,22 +1,26 @@
 """The V2 runner: a model's own class keeps memory and weight of each request.
 
-DefaultModelState is derived from; the composite names the subclass by get_model_state_cls(), which
-vLLM offers for this. Nothing is wrapped.
+The class that vLLM chooses for the base is derived from: DefaultModelState, or that of hybrids. The
+composite names the subclass by get_model_state_cls(), which vLLM offers for this. Nothing is
+wrapped.
 
 May go never: it is vLLM's own way. It is recorded because the methods are not documented.
 Relies on the order in which the runner calls the methods, which stands below.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
 from vllm_memdec.request import NO_MEMORY
 
 STATE = "vllm.v1.worker.gpu.model_states.default:DefaultModelState"
 SIGNATURES = {
+    "vllm.v1.worker.gpu.model_states:resolve_model_state_cls": "vllm_config model",
     STATE: "vllm_config model encoder_cache device",
     f"{STATE}.initialize_kv_cache": "self kv_cache_config block_tables",
     f"{STATE}.add_request": "self req_index new_req_data",
@@ -35,6 +39,18 @@ ATTRIBUTES = {
     "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np query_start_loc_np",
     "vllm.v1.core.sched.output:NewRequestData": "sampling_params",
 }
+
+
+def state_class(vllm_config: Any, base: Any) -> type:
+    """Return the class of the runner's state for a composite with this base, a module."""
+    return _derived(resolve_model_state_cls(vllm_config, base))
+
+
+@functools.cache
+def _derived(chosen: type) -> type:
+    if chosen is DefaultModelState:
+        return MemDecModelState
+    return type(f"MemDec{chosen.__name__}", (MemDecModelState, chosen), {})
 
 
 class MemDecModelState(DefaultModelState):

@@ -1,0 +1,309 @@
+"""The bases that people serve, tiny: BASES maps a name to a function that returns its config.
+
+Each has a vocabulary of VOCAB, random weights wide enough that answers differ, and head sizes that
+vLLM's attention on a CPU allows. `save` writes the folder of one, as transformers writes it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers
+from support.tiny_models import VOCAB, save_tokenizer
+from transformers import PreTrainedConfig
+
+SPREAD = 0.3  # of the weights; see tiny_models.tiny_config
+MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
+
+
+def decoder(name: str, **own: Any) -> PreTrainedConfig:
+    """Return a config of transformers by its name: 2 layers of 2 heads of 32, and what is `own`."""
+    common = {
+        "architectures": [f"{name}ForCausalLM"],
+        "vocab_size": VOCAB,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "max_position_embeddings": 256,
+        "initializer_range": SPREAD,
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 1,
+    }
+    return getattr(transformers, f"{name}Config")(**common | own)
+
+
+def llama3() -> PreTrainedConfig:
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return decoder("Llama", rope_parameters=rope)
+
+
+def mistral() -> PreTrainedConfig:
+    return decoder("Mistral", sliding_window=32)
+
+
+def mixtral() -> PreTrainedConfig:
+    return decoder("Mixtral", num_local_experts=4, num_experts_per_tok=2)
+
+
+def qwen2() -> PreTrainedConfig:
+    return decoder("Qwen2", tie_word_embeddings=True)
+
+
+def qwen3() -> PreTrainedConfig:
+    return decoder("Qwen3")
+
+
+def qwen3_moe() -> PreTrainedConfig:
+    return decoder("Qwen3Moe", **EXPERTS, norm_topk_prob=True)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+
+
+def qwen3_next() -> PreTrainedConfig:
+    return decoder("Qwen3Next", **EXPERTS, **DELTA, shared_expert_intermediate_size=64)
+
+
+def qwen3_5() -> PreTrainedConfig:
+    return decoder("Qwen3_5Text", **DELTA, architectures=["Qwen3_5ForCausalLM"])
+
+
+def qwen3_5_moe() -> PreTrainedConfig:
+    experts = EXPERTS | {"shared_expert_intermediate_size": 64}
+    return decoder("Qwen3_5MoeText", **DELTA, **experts, architectures=["Qwen3_5MoeForCausalLM"])
+
+
+def qwen3_5_multimodal() -> PreTrainedConfig:
+    text = qwen3_5().to_dict() | {"tie_word_embeddings": False}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
+    text["rope_parameters"] = rope | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    vision = {
+        "depth": 1,
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_heads": 2,
+        "out_hidden_size": 64,
+        "num_position_embeddings": 16,
+    }
+    return transformers.Qwen3_5Config(
+        architectures=["Qwen3_5ForConditionalGeneration"],
+        text_config=text,
+        vision_config=vision,
+        initializer_range=SPREAD,
+        image_token_id=VOCAB - 1,
+        video_token_id=VOCAB - 2,
+        vision_start_token_id=VOCAB - 3,
+        vision_end_token_id=VOCAB - 4,
+    )
+
+
+WINDOWS = {"sliding_window": 32, "layer_types": ["sliding_attention", "full_attention"]}
+# A tied head would find the token of an embedding that is wide and, as Gemma's, scaled by 8.
+GEMMA = WINDOWS | {"tie_word_embeddings": True, "initializer_range": 0.15}
+
+
+def gemma2() -> PreTrainedConfig:
+    return decoder("Gemma2", **GEMMA, query_pre_attn_scalar=32)
+
+
+def gemma3() -> PreTrainedConfig:
+    own = GEMMA | {"query_pre_attn_scalar": 32, "architectures": ["Gemma3ForCausalLM"]}
+    return decoder("Gemma3Text", **own)
+
+
+def gemma3_multimodal() -> PreTrainedConfig:
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 64,
+        "patch_size": 16,
+    }
+    return transformers.Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=gemma3().to_dict(),
+        vision_config=vision,
+        initializer_range=GEMMA["initializer_range"],
+        mm_tokens_per_image=4,
+        boi_token_index=VOCAB - 2,
+        eoi_token_index=VOCAB - 3,
+        image_token_index=VOCAB - 1,
+    )
+
+
+def gemma4() -> PreTrainedConfig:
+    own = GEMMA | {"global_head_dim": 64, "architectures": ["Gemma4ForCausalLM"]}
+    layers = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB}
+    return decoder("Gemma4Text", **own, **layers)
+
+
+def phi3() -> PreTrainedConfig:
+    return decoder("Phi3", original_max_position_embeddings=256)
+
+
+def olmo3() -> PreTrainedConfig:
+    return decoder("Olmo3", **WINDOWS)
+
+
+def smollm3() -> PreTrainedConfig:
+    return decoder("SmolLM3", no_rope_layers=[1, 0])
+
+
+def cohere2() -> PreTrainedConfig:
+    return decoder("Cohere2", **WINDOWS, tie_word_embeddings=True, logit_scale=1.0)
+
+
+def glm4_moe() -> PreTrainedConfig:
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    return decoder("Glm4Moe", **experts, first_k_dense_replace=1, use_qk_norm=True)
+
+
+def gpt_oss() -> PreTrainedConfig:
+    # Without its YaRN: that is made for 4096 positions.
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    own = {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": rope}
+    return decoder("GptOss", **own, **WINDOWS)
+
+
+def deepseek_v3() -> PreTrainedConfig:
+    return decoder(
+        "DeepseekV3",
+        num_key_value_heads=2,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_nope_head_dim=32,
+        qk_rope_head_dim=32,
+        v_head_dim=32,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        n_group=2,
+        topk_group=1,
+        first_k_dense_replace=1,
+    )
+
+
+def granite4() -> PreTrainedConfig:
+    return decoder(
+        "GraniteMoeHybrid",
+        **MAMBA_2,
+        layer_types=["linear_attention", "full_attention"],
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        shared_intermediate_size=64,
+        position_embedding_type="nope",
+        attention_multiplier=32**-0.5,
+    )
+
+
+def falcon_h1() -> PreTrainedConfig:
+    return decoder("FalconH1", **MAMBA_2, mamba_d_ssm=128)
+
+
+def nemotron_h() -> PreTrainedConfig:
+    return decoder(
+        "NemotronH",
+        num_hidden_layers=None,
+        layer_types=["linear_attention", "mlp", "full_attention", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=32,
+        ssm_state_size=16,
+        n_groups=1,
+    )
+
+
+def lfm2() -> PreTrainedConfig:
+    return decoder("Lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+
+
+def jamba() -> PreTrainedConfig:
+    return decoder(
+        "Jamba",
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=4,
+        num_experts_per_tok=2,
+        mamba_d_state=16,
+        mamba_dt_rank=8,
+        use_mamba_kernels=False,
+    )
+
+
+def gpt2() -> PreTrainedConfig:
+    return transformers.GPT2Config(
+        architectures=["GPT2LMHeadModel"],
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        n_positions=256,
+        initializer_range=SPREAD,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+
+
+def gpt_neox() -> PreTrainedConfig:
+    return decoder("GPTNeoX")
+
+
+BASES: dict[str, Callable[[], PreTrainedConfig]] = {
+    "Llama 3": llama3,
+    "Mistral": mistral,
+    "Mixtral": mixtral,
+    "Qwen2": qwen2,
+    "Qwen3": qwen3,
+    "Qwen3-MoE": qwen3_moe,
+    "Qwen3-Next": qwen3_next,
+    "Qwen3.5": qwen3_5,
+    "Qwen3.5, multimodal": qwen3_5_multimodal,
+    "Qwen3.5-MoE": qwen3_5_moe,
+    "Gemma 2": gemma2,
+    "Gemma 3": gemma3,
+    "Gemma 3, multimodal": gemma3_multimodal,
+    "Gemma 4": gemma4,
+    "Phi-3": phi3,
+    "OLMo 3": olmo3,
+    "SmolLM3": smollm3,
+    "Cohere 2": cohere2,
+    "GLM-4 MoE": glm4_moe,
+    "gpt-oss": gpt_oss,
+    "DeepSeek V3": deepseek_v3,
+    "Granite 4": granite4,
+    "Falcon-H1": falcon_h1,
+    "Nemotron-H": nemotron_h,
+    "LFM2": lfm2,
+    "Jamba": jamba,
+    "GPT-2": gpt2,
+    "GPT-NeoX": gpt_neox,
+}
+
+
+def save(name: str, folder: str, dtype: str = "float32") -> None:
+    """Write a base with random weights, always the same, and the tiny tokenizer."""
+    import torch
+
+    torch.manual_seed(0)
+    config = BASES[name]()
+    model = getattr(transformers, config.architectures[0])._from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    save_tokenizer(folder)
