@@ -17,12 +17,13 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.model.fresh import cut, fresh_config, fresh_memory
 from vllm_memdec.train.model.hidden_states import check_isolation
 from vllm_memdec.train.model.huggingface import (
-    auto_class,
     check_positions,
+    is_tied,
     load_config,
     load_model,
     load_text_config,
     load_tokenizer,
+    skeleton,
     text_config,
 )
 from vllm_memdec.train.model.kinds import why_not_its_layers
@@ -58,9 +59,8 @@ def starts_from(settings: MemorySettings, base: str) -> str:
     """Return in one sentence what a memory is before training."""
     config = memory_config(settings, base)
     shape = f"{config.num_hidden_layers} layers of width {config.hidden_size:,}"
-    with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=code_allowed())
-    shape += f", {sum(p.numel() for p in model.parameters()) / 1e6:,.4g} M weights"
+    weights = sum(p.numel() for p in skeleton(config).parameters())
+    shape += f", {weights / 1e6:,.4g} M weights"
     if settings.init != "base":
         return f"memory: starts from {settings.init}: {shape}"
     if why := why_not_its_layers(load_config(base)):
@@ -203,9 +203,8 @@ def first_layers(base: str, layers: int) -> Any:
     config = text_config(model.config)
     if config is model.config:
         return model
-    head = model.get_output_embeddings()
-    config.tie_word_embeddings = head.weight is model.get_input_embeddings().weight
+    config.tie_word_embeddings = is_tied(model)
     text: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     text.base_model.load_state_dict(model.get_decoder().state_dict())
-    text.get_output_embeddings().load_state_dict(head.state_dict())
+    text.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
     return text

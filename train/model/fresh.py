@@ -19,8 +19,13 @@ from typing import Any
 
 import torch
 
-from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.model.huggingface import load_config, read_model, text_config
+from vllm_memdec.train.model.huggingface import (
+    is_tied,
+    load_config,
+    read_model,
+    skeleton,
+    text_config,
+)
 
 MAX_WIDTH = 2048
 GROUP = 4  # query heads of a head of keys and values
@@ -30,7 +35,8 @@ def fresh_config(base: str, layers: int) -> Any:
     """Return the config of a fresh memory with so many layers; see the rule above."""
     from transformers import Qwen3Config
 
-    text = text_config(load_config(base))
+    whole = load_config(base)
+    text = text_config(whole)
     width = min(text.hidden_size, MAX_WIDTH)
     head = 128 if width >= 1024 else 64
     heads = -(-width // head // 8) * 8  # a multiple of 8 can be split over GPUs
@@ -44,7 +50,7 @@ def fresh_config(base: str, layers: int) -> Any:
         head_dim=head,
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=bool(text.tie_word_embeddings),
+        tie_word_embeddings=is_tied(skeleton(cut(whole, 0))),  # not all configs say it
     )
     for name in ("bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(text, name, None))
@@ -58,8 +64,6 @@ def fresh_memory(base: str, config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     memory: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     theirs = without_layers(base)
-    if theirs.get_output_embeddings() is None:
-        raise MemdecError(f"{base} has no output head: give a dense model with --init.")
     parts = [(memory.get_input_embeddings(), theirs.get_input_embeddings())]
     if not config.tie_word_embeddings:
         parts.append((memory.get_output_embeddings(), theirs.get_output_embeddings()))

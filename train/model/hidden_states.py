@@ -23,6 +23,7 @@ from vllm_memdec.train.data.shards import load_shard
 from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, to_device
 from vllm_memdec.train.model.huggingface import (
     layers_of,
+    load_config,
     load_model,
     load_text_config,
     skeleton,
@@ -51,7 +52,7 @@ def key_fallback(base: str, key: str | float) -> str | None:
 
     The input of the last MLP is the paper's choice, the final hidden state its successor's.
     """
-    if key != "last_mlp_input" or last_mlp(skeleton(base)) is not None:
+    if key != "last_mlp_input" or last_mlp(skeleton(load_config(base))) is not None:
         return None
     return (
         f"datastore: the last layer of {base} has no MLP that is known here, so keys are its final "

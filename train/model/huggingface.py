@@ -97,9 +97,8 @@ def auto_class(config: Any) -> Any:
     return AutoModelForMultimodalLM if multimodal and not known else AutoModelForCausalLM
 
 
-def skeleton(folder: str) -> Any:
-    """Return a model without its weights, which are not read."""
-    config = load_config(folder)
+def skeleton(config: Any) -> Any:
+    """Return the model of a config without weights."""
     with torch.device("meta"):
         return auto_class(config).from_config(config, trust_remote_code=code_allowed())
 
@@ -153,6 +152,12 @@ def load_model(
     model = model.to(device or default_device())
     check_head(model, folder)
     return model
+
+
+def is_tied(model: Any) -> bool:
+    """Return whether a model's head is its embedding."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
 
 
 def layers_of(model: Any) -> torch.nn.ModuleList:

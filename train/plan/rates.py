@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_memdec.train.model.huggingface import skeleton
+from vllm_memdec.train.model.huggingface import load_config, skeleton
 from vllm_memdec.train.stages.index import KMEANS_PASSES
 
 
@@ -107,4 +107,4 @@ def on_gpu(
 
 def base_parameters(base: str) -> int:
     """Return how many weights a model has, from its config alone."""
-    return sum(p.numel() for p in skeleton(base).parameters())
+    return sum(p.numel() for p in skeleton(load_config(base)).parameters())
