@@ -39,6 +39,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -86,13 +87,17 @@ def make_models(parent: Path) -> dict[str, str]:
     return folders | {"same": folders["base"]}
 
 
-def requests(count: int, max_prompt: int, vocabulary: int) -> list[tuple[list[int], str, float]]:
+def requests(
+    count: int, max_prompt: int, vocabulary: int, memories: Container[str] = ALPHAS
+) -> list[tuple[list[int], str, float]]:
     """Return (prompt, memory, its weight) of so many requests; every choice is among them."""
     rng = random.Random(0)
     made = []
-    for number, (memory, alpha) in zip(range(count), itertools.cycle(CHOICES), strict=False):
+    choices = [choice for choice in CHOICES if choice[0] in memories or choice[0] == "none"]
+    for number, (memory, alpha) in zip(range(count), itertools.cycle(choices), strict=False):
         length = max_prompt if number == count // 2 else int(2 ** rng.uniform(1, 8))
-        prompt = [rng.randrange(2, vocabulary) for _ in range(min(length, max_prompt))]
+        length = min(length, max_prompt)
+        prompt = [rng.randrange(2, vocabulary) for _ in range(length)]
         weight = 0.0 if memory == "none" else ALPHAS[memory] if alpha is None else alpha
         made.append((prompt, memory, weight))
     return made
@@ -106,20 +111,23 @@ class Key:
 
     @functools.cached_property
     def models(self) -> dict[str, Any]:
-        from transformers import AutoModelForCausalLM
+        import transformers
 
-        return {
-            name: AutoModelForCausalLM.from_pretrained(folder, dtype=self.dtype)
-            .to(self.device)
-            .eval()
-            for name, folder in self.folders.items()
-        }
+        models = {}
+        for name, folder in self.folders.items():
+            config = json.loads((Path(folder) / "config.json").read_text())
+            model_class = getattr(transformers, config["architectures"][0])
+            model = model_class.from_pretrained(folder, dtype=self.dtype)
+            model.set_experts_implementation("eager")  # others know no float64
+            models[name] = model.to(self.device).eval()
+        return models
 
     @torch.inference_mode()
     def log_probs(self, name: str, ids: list[int]) -> torch.Tensor:
         """Return log p(next | ids[:t+1]) of one model as float64 [T, its vocabulary]."""
         model = self.models[name]
-        given = torch.tensor([ids], device=self.device).clamp(max=model.config.vocab_size - 1)
+        rows = len(model.get_input_embeddings().weight)
+        given = torch.tensor([ids], device=self.device).clamp(max=rows - 1)
         return model(given).logits[0].double().log_softmax(-1)
 
     def mixture(self, memory: str, alpha: float, ids: list[int]) -> torch.Tensor:
@@ -210,7 +218,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     began = time.perf_counter()
     from vllm import LLM, SamplingParams
 
-    memories = {name: {"model": folders[name], "alpha": alpha} for name, alpha in ALPHAS.items()}
+    alphas = {name: alpha for name, alpha in ALPHAS.items() if name in folders}
+    memories = {name: {"model": folders[name], "alpha": alpha} for name, alpha in alphas.items()}
     options = STARTS[job["start"]] | {"enforce_eager": job["start"] == "eager"}
     if device == "cuda":
         options |= side_by_side(1 << 30)
@@ -223,16 +232,16 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
             "memdec": {"memories": memories, "default": "law", "speculative_tokens": drafts}
         },
         dtype=dtype,
-        max_model_len=MAX_CONTEXT,
+        max_model_len=job["context"],
         max_num_seqs=8,
-        max_num_batched_tokens=768,
+        max_num_batched_tokens=job["context"] * 3 // 4,
         max_logprobs=-1,
         seed=0,
         disable_log_stats=False,
         **options,
     )
     started = time.perf_counter() - began
-    asked = requests(job["requests"], job["longest"], 1024)  # more than "law" knows
+    asked = requests(job["requests"], job["longest"], job["vocabulary"], alphas)
     params = []
     for number, (_, memory, alpha) in enumerate(asked):
         extra = {"memdec_memory": memory} | ({} if memory == "none" else {"memdec_alpha": alpha})
@@ -241,6 +250,11 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         params.append(SamplingParams(**common | shown, extra_args=extra))
     prompts = [{"prompt_token_ids": prompt} for prompt, _, _ in asked]
     outputs = llm.generate(prompts, params, use_tqdm=False)
+    cached = 0
+    if job.get("again"):  # with what the prefix cache has kept
+        again = llm.generate(prompts, [p.clone() for p in params], use_tqdm=False)
+        cached = sum(output.num_cached_tokens or 0 for output in again)
+        outputs, asked = outputs + again, asked * 2
     metrics = {metric.name: metric for metric in llm.get_metrics()}
     counts = {
         kind: int(getattr(metrics.get(f"vllm:spec_decode_num_{kind}_tokens"), "value", 0))
@@ -248,7 +262,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     }
     row = compare(outputs, asked, folders, dtype, device)
     row |= {"drafted": counts["draft"], "accepted": counts["accepted"]}
-    row |= {"start_s": round(started, 1), "what": verdict(row, drafts)}
+    row |= {"cached": cached, "start_s": round(started, 1), "what": verdict(row, drafts)}
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}
 
 
@@ -305,6 +319,7 @@ def main() -> int:
         def measure(case: tuple[str, str, int]) -> tuple[tuple, dict[str, Any]]:
             job = dict(zip(("dtype", "start", "drafts"), case, strict=True), folders=folders)
             job |= {"requests": arguments.requests, "longest": arguments.longest}
+            job |= {"context": MAX_CONTEXT, "vocabulary": 1024}  # more than "law" knows
             log = Path(parent) / f"{'-'.join(map(str, case))}.log"
             left = max(1.0, ended - time.monotonic())
             row = run_one(job, log, left)
@@ -327,7 +342,8 @@ def main() -> int:
     return int(bool(bad))
 
 
-if __name__ == "__main__":
+def set_environment() -> None:
+    """Set what engines of this process and of its children need."""
     for name, value in {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -345,4 +361,8 @@ if __name__ == "__main__":
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_USE_V2_MODEL_RUNNER": "0",  # V2 needs a Triton that compiles
         }
+
+
+if __name__ == "__main__":
+    set_environment()
     sys.exit(main())

@@ -70,11 +70,14 @@ def qwen3_moe() -> PreTrainedConfig:
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 DELTA = {
+    # vLLM makes a block of the KV cache as large as a state: with these, 64 tokens.
+    "num_key_value_heads": 2,
+    "head_dim": 128,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_key_head_dim": 64,
     "linear_value_head_dim": 64,
     "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
+    "linear_num_value_heads": 2,
 }
 
 
@@ -94,7 +97,7 @@ def qwen3_5_moe() -> PreTrainedConfig:
 def qwen3_5_multimodal() -> PreTrainedConfig:
     text = qwen3_5().to_dict() | {"tie_word_embeddings": False}
     rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}
-    text["rope_parameters"] = rope | {"mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    text["rope_parameters"] = rope | {"mrope_section": [8, 4, 4], "mrope_interleaved": True}
     vision = {
         "depth": 1,
         "hidden_size": 64,
@@ -178,8 +181,15 @@ def glm4_moe() -> PreTrainedConfig:
 
 
 def gpt_oss() -> PreTrainedConfig:
-    # Without its YaRN: that is made for 4096 positions.
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": False,
+    }
     own = {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": rope}
     return decoder("GptOss", **own, **WINDOWS)
 
@@ -189,15 +199,17 @@ def deepseek_v3() -> PreTrainedConfig:
         "DeepseekV3",
         num_key_value_heads=2,
         q_lora_rank=32,
-        kv_lora_rank=32,
+        kv_lora_rank=512,  # with the next, 576: vLLM's kernel for a CPU knows no other size
+        qk_rope_head_dim=64,
+        head_dim=64,  # the same again
         qk_nope_head_dim=32,
-        qk_rope_head_dim=32,
         v_head_dim=32,
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
         n_group=2,
         topk_group=1,
+        topk_method="noaux_tc",  # in every checkpoint, but transformers does not know it
         first_k_dense_replace=1,
     )
 
@@ -232,7 +244,11 @@ def nemotron_h() -> PreTrainedConfig:
 
 
 def lfm2() -> PreTrainedConfig:
-    return decoder("Lfm2", layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False)
+    layers = ["conv", "full_attention"]
+    # The sizes of blocks are in every checkpoint, but transformers does not know them.
+    own = {"block_dim": 64, "conv_dim": 64, "block_auto_adjust_ff_dim": False}
+    own["tie_word_embeddings"] = True  # vLLM takes it for granted
+    return decoder("Lfm2", layer_types=layers, **own)
 
 
 def jamba() -> PreTrainedConfig:
@@ -263,7 +279,7 @@ def gpt2() -> PreTrainedConfig:
 
 
 def gpt_neox() -> PreTrainedConfig:
-    return decoder("GPTNeoX")
+    return decoder("GPTNeoX", num_key_value_heads=2)  # as many as heads: it knows no fewer
 
 
 BASES: dict[str, Callable[[], PreTrainedConfig]] = {
