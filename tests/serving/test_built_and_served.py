@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 from support import oracle
 from support.bases import save
@@ -28,18 +29,29 @@ def save_multimodal(name, folder):
     multimodal.SAVE[name](folder)
 
 
+def ask(llm, prompts):
+    """Return log-probabilities [T-1, V] of what follows each token of each prompt."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
+    return [
+        torch.tensor([[row[i].logprob for i in range(len(row))] for row in o.prompt_logprobs[1:]])
+        for o in outputs
+    ]
+
+
 @pytest.mark.parametrize(
-    ("write", "name", "memory_type"),
+    ("write", "name", "dtype", "memory_type"),
     [
-        (save, "Qwen3-MoE", "qwen3"),
-        (save, "Qwen3.5", "qwen3"),
-        (save_multimodal, "gemma3", "gemma3_text"),
+        (save, "Qwen3-MoE", "float32", "qwen3"),
+        (save, "Qwen3.5", "bfloat16", "qwen3"),  # vLLM has its recurrent layers in no other on CPUs
+        (save_multimodal, "gemma3", "float32", "gemma3_text"),
     ],
     ids=["Qwen3-MoE", "Qwen3.5", "Gemma 3, multimodal"],
 )
-def test_built_and_served(write, name, memory_type, tmp_path, engine, monkeypatch):
-    from vllm import SamplingParams
-
+def test_built_and_served(write, name, dtype, memory_type, tmp_path, engine, monkeypatch):
+    """The base is what vLLM serves alone, the memory what transformers has in float64."""
     from vllm_memdec.train.cli import app
 
     monkeypatch.setattr(sparse_kl, "INTERPRETED", False)  # as for users, who have no interpreter
@@ -57,11 +69,14 @@ def test_built_and_served(write, name, memory_type, tmp_path, engine, monkeypatc
     memory = tmp_path / "out" / "export"
     assert json.loads((memory / "config.json").read_text())["model_type"] == memory_type
 
-    params = SamplingParams(max_tokens=8, temperature=0, logprobs=5, prompt_logprobs=5)
     prompts = oracle.prompts(3, 5, 40, VOCAB)
-    with engine(str(base), {"model": str(memory), "alpha": ALPHA}) as llm:
-        outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params)
-        own = llm.generate([texts[0]], SamplingParams(max_tokens=4, temperature=0))
-    for output in outputs:
-        assert oracle.gap(output, str(base), str(memory), ALPHA) < oracle.TOLERANCE
-    assert own[0].outputs[0].token_ids
+    with engine(str(base), dtype=dtype) as llm:
+        base_rows = ask(llm, prompts)
+    block = {"model": str(memory), "alpha": ALPHA, "dtype": "float32"}
+    with engine(str(base), block, dtype=dtype) as llm:
+        mixed_rows = ask(llm, prompts)
+    for ids, base_TV, mixed_TV in zip(prompts, base_rows, mixed_rows, strict=True):
+        memory_TV = oracle.log_probs(str(memory), ids, base_TV.shape[1])[:-1]
+        expected_TV = ((1 - ALPHA) * base_TV.double().exp() + ALPHA * memory_TV.exp()).log()
+        assert (mixed_TV - expected_TV).abs().max() < oracle.TOLERANCE
+        assert (mixed_TV - base_TV).abs().max() > 0.1
