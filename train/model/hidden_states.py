@@ -34,6 +34,11 @@ from vllm_memdec.train.settings import DatastoreSettings
 APART: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()  # see keeps_apart()
 
 
+# Token blocks whose documents are sorted by length, where they are read one by one: of so many a
+# pass of 2,048 tokens has 5 to 9 % of filler, of 4 blocks 24 to 70 % (documents of 20 to 800).
+GATHERED = 64
+
+
 class _KeyReached(Exception):
     """Ends a forward pass at the key layer: what follows it is not needed."""
 
@@ -120,27 +125,44 @@ def check_isolation(model: Any) -> None:
         )
 
 
+def blocks_gathered(model: Any, batch: int) -> int:
+    """Return of how many token blocks states_of_rows() is asked at once, for passes of `batch`."""
+    return batch if keeps_apart(model) else max(batch, GATHERED)
+
+
 def states_of_rows(
-    model: Any, key: str | float, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray
+    model: Any,
+    key: str | float,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    rows: np.ndarray,
+    max_tokens: int | None = None,
 ) -> torch.Tensor:
     """Return hidden states [N, D] of some rows [B, T], a mask, of tokens and positions [B, T].
 
-    A row sees what stands before it, back to position 0. Positions are not marked.
+    A row sees what stands before it, back to position 0. Positions are not marked. max_tokens: of a
+    pass where documents are read one by one, if not as many as are given.
     """
     if not keeps_apart(model):
-        return _states_by_document(model, key, tokens, positions, rows)
+        at_once = max_tokens or tokens.size
+        return _states_by_document(model, key, tokens, positions, rows, at_once)
     device = model.device
     inputs = (to_device(x.astype(np.int64), device) for x in (tokens, positions))
     return hidden_states(model, key, *inputs)[to_device(rows, device)]
 
 
 def _states_by_document(
-    model: Any, key: str | float, tokens: np.ndarray, positions: np.ndarray, rows: np.ndarray
+    model: Any,
+    key: str | float,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    rows: np.ndarray,
+    max_tokens: int,
 ) -> torch.Tensor:
     """Return what states_of_rows() does, each document by itself, as long as its last row needs.
 
-    Documents of about one length pass together, in as many tokens as a batch of blocks has. What
-    stands after a short one is whatever comes next: no layer looks ahead.
+    Documents of about one length pass together. What stands after a shorter one is whatever comes
+    next: no layer looks ahead.
     """
     begins = positions == 0
     begins[:, 0] = True
@@ -154,7 +176,7 @@ def _states_by_document(
     stream, parts, read_N = tokens.ravel(), [], []
     while len(order_M):
         longest = length_M[order_M[0]]
-        chosen, order_M = np.split(order_M, [max(1, tokens.size // longest)])
+        chosen, order_M = np.split(order_M, [max(1, max_tokens // longest)])
         place_M[:] = -1
         place_M[chosen] = np.arange(len(chosen))
         column = np.arange(longest)
@@ -179,12 +201,13 @@ def embed(
     """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1]."""
     device = model.device
     batch = blocks_at_once(batch, tokens.shape[1] - 1, device, EMBEDDED)
-    for start in range(0, len(tokens), batch):
-        block = tokens[start : start + batch].astype(np.int64)
-        position = positions[start : start + batch].astype(np.int64)
+    each, max_tokens = blocks_gathered(model, batch), batch * (tokens.shape[1] - 1)
+    for start in range(0, len(tokens), each):
+        block = tokens[start : start + each].astype(np.int64)
+        position = positions[start : start + each].astype(np.int64)
         valid = valid_rows(position)
         inputs = block[:, :-1], unmarked(position)[:, :-1], valid
-        kept = states_of_rows(model, key, *inputs).to(torch.float16)
+        kept = states_of_rows(model, key, *inputs, max_tokens).to(torch.float16)
         host = kept.cpu().numpy()
         # An H100 has the keys of 1.5B sooner than one core has checked them, by arithmetic.
         if not (kept.isfinite() if kept.is_cuda else np.isfinite(host)).all():
