@@ -16,7 +16,13 @@ from support.tiny_models import VOCAB, save_tokenizer
 from transformers import PreTrainedConfig
 
 SPREAD = 0.3  # of the weights; see tiny_models.tiny_config
-MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
+MAMBA_2 = {
+    "mamba_chunk_size": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+}
 
 
 def decoder(name: str, **own: Any) -> PreTrainedConfig:
@@ -252,6 +258,7 @@ def nemotron_h() -> PreTrainedConfig:
         mamba_head_dim=32,
         ssm_state_size=16,
         n_groups=1,
+        chunk_size=32,
         oracle={"time_step_min": 0.0},  # by which transformers clips, and vLLM does not
     )
 
