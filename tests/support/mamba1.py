@@ -13,9 +13,10 @@ from torch.nn import functional as F
 def install(patch):
     """Put both in the place of vLLM's, through pytest's MonkeyPatch."""
     from vllm import _custom_ops
+    from vllm.model_executor.layers.mamba import mamba_mixer  # Mamba 2 has a file of its own
 
     patch.setattr(_custom_ops, "selective_scan_fwd", scan)
-    patch.setattr(_custom_ops, "selective_state_update_cpu", update)
+    patch.setattr(mamba_mixer, "selective_state_update", update)
     patch.setattr(_custom_ops, "_supports_onednn", False)  # it does not take the layer's output
 
 
@@ -48,11 +49,11 @@ def scan(
         states[slots[row]] = state_DN
 
 
-def update(state, x_RD, dt_RD, a_DN, b_RN, c_RN, d_D, z_RD, bias_D, softplus, slots, *rest):
+def update(states, x_RD, dt_RD, a_DN, b_RN, c_RN, d_D, bias_D, *, z, state_batch_indices, out, **_):
     """Write each request's output into `out`, and its state where it was."""
-    out_RD, slots = rest[2], slots.flatten()
-    assert softplus and len(slots) == len(x_RD)
+    slots = state_batch_indices.flatten()
+    assert len(slots) == len(x_RD)
     dt_RD1 = F.softplus(dt_RD + bias_D)[..., None]
-    state[slots] = state[slots] * (dt_RD1 * a_DN).exp() + dt_RD1 * x_RD[..., None] * b_RN[:, None]
-    y_RD = (state[slots] * c_RN[:, None]).sum(-1) + d_D * x_RD
-    out_RD.copy_(y_RD * F.silu(z_RD))
+    states[slots] = states[slots] * (dt_RD1 * a_DN).exp() + dt_RD1 * x_RD[..., None] * b_RN[:, None]
+    y_RD = (states[slots] * c_RN[:, None]).sum(-1) + d_D * x_RD
+    out.copy_(y_RD * F.silu(z))
