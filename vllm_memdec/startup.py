@@ -21,7 +21,7 @@ from vllm_memdec.config import (
     MemoryConfig,
     memdec_block,
 )
-from vllm_memdec.engine_config import memory_model_config
+from vllm_memdec.engine_config import memory_model_config, positions_of
 from vllm_memdec.gate import check_gate, read_gate
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def create_model_config(
             if warning := check_gate(memory.gate_file, gate):
                 warn(warning)
         check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
-        fit_positions(base, model.max_model_len, given=args.max_model_len)
+        fit_positions(base, model, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
@@ -130,18 +130,23 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) 
 
 def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
     """Return vLLM's ModelConfig of a memory, or one sentence that says why it has none."""
-    from pydantic import ValidationError
-
     try:
         return memory_model_config(memory, base)
     except (ValueError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ")
-            if first["loc"]:  # one setting, not the whole
-                reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
-        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason}") from error
+        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of vLLM's says, without what pydantic says around it."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["loc"]:  # one setting, not the whole
+        reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
+    return reason
 
 
 def check_kv_cache_dtype(memory: MemoryConfig) -> None:
@@ -315,11 +320,13 @@ def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str
     return tokenizer_fingerprint(tokenizer)
 
 
-def fit_positions(base: "ModelConfig", max_positions: int, given: int | None) -> None:
+def fit_positions(base: "ModelConfig", memory: "ModelConfig", given: int | None) -> None:
     """Keep requests within the memory's positions: lower a derived limit, refuse a given one."""
+    is_given = given is not None and given > 0
+    max_positions = positions_of(memory, is_given)
     if base.max_model_len <= max_positions:
         return
-    if given is not None and given > 0:
+    if is_given:
         raise ValueError(
             f"--max-model-len {given} is longer than the memory's {max_positions} positions: "
             f"use --max-model-len {max_positions}."
