@@ -6,6 +6,7 @@ key is support/multimodal.py's: Hugging Face's own multimodal models in float64.
 
 from dataclasses import dataclass
 
+import httpx
 import openai
 import pytest
 import torch
@@ -407,3 +408,6 @@ def test_a_memory_that_is_off_for_images(shown, server, bases, memories):
         with pytest.raises(openai.BadRequestError, match="The memory 'off' is off for requests"):
             ask(server, shown, xargs)
     check(server, shown, base, memory, 0.0, off | {"memdec_alpha": 0})
+    [card] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    settings = card["memdec"]["memories"]
+    assert [settings[name].get("with_images", True) for name in ("on", "off")] == [True, False]
