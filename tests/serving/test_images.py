@@ -6,6 +6,7 @@ key is support/multimodal.py's: Hugging Face's own multimodal models in float64.
 
 from dataclasses import dataclass
 
+import httpx
 import openai
 import pytest
 import torch
@@ -279,6 +280,7 @@ def test_a_hybrid(engine, bases, memories):
 
 # -- The V2 runner --------------------------------------------------------------------------------
 
+V2_ASKED = [*ASKED, ("MARK kipo", [0], None)]  # None: the default, which is off for images
 RUNS = [(GEMMA, None, 0), (GEMMA, "full", 2), (QWEN, "piecewise", 2), (QWEN, "full", 0)]
 
 
@@ -289,15 +291,16 @@ def v2_results(bases, memories, subprocess_env):
     jobs = {}
     for kind, graphs, drafts in RUNS:
         batches = []
-        for some in (ASKED[:3], ASKED[3:]):
+        for some in (V2_ASKED[:3], V2_ASKED[3:]):
             batch = []
             for text, pictures, alpha in some:
+                asked = {} if alpha is None else {"memdec_memory": "on", "memdec_alpha": alpha}
                 urls = [url_of(PICTURES[number]) for number in pictures]
                 text = text.replace("MARK", bases[kind].mark)
-                params = GREEDY | {"logprobs": 3, "extra_args": {"memdec_alpha": alpha}}
+                params = GREEDY | {"logprobs": 3, "extra_args": asked}
                 batch.append([{"text": text, "images": urls}, params])
             batches.append(batch)
-        block = {"model": memories[kind], "alpha": 0.5, "speculative_tokens": drafts}
+        block = settings(memories[kind], drafts)
         jobs[kind, graphs, drafts] = v2_process.job(
             bases[kind].folder, block, batches, graphs, **options
         )
@@ -308,8 +311,8 @@ def v2_results(bases, memories, subprocess_env):
 def test_v2(run, v2_results, bases, memories):
     kind, _, drafts = run
     result = v2_process.answered(v2_results, run)
-    for found, (_, pictures, alpha) in zip(result["requests"], ASKED, strict=True):
-        assert gap(found, bases[kind], memories[kind], alpha, pictures) < oracle.TOLERANCE, pictures
+    for found, (_, pictures, alpha) in zip(result["requests"], V2_ASKED, strict=True):
+        assert gap(found, bases[kind], memories[kind], alpha or 0.0, pictures) < oracle.TOLERANCE
     v2_process.check_steps(result, drafts)
     assert bool(result["accepted"]) == bool(drafts)
 
@@ -405,3 +408,6 @@ def test_a_memory_that_is_off_for_images(shown, server, bases, memories):
         with pytest.raises(openai.BadRequestError, match="The memory 'off' is off for requests"):
             ask(server, shown, xargs)
     check(server, shown, base, memory, 0.0, off | {"memdec_alpha": 0})
+    [card] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    settings = card["memdec"]["memories"]
+    assert [settings[name].get("with_images", True) for name in ("on", "off")] == [True, False]
