@@ -18,7 +18,7 @@ export VLLM_NO_USAGE_STATS := 1
 # Without compiled files every process compiles what it imports: each of vLLM's three for 14 s.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: setup test test-cuda-path setup-next test-next diff-next features demo lint clean gpu gpu-pack
+.PHONY: setup test test-cuda-path setup-next test-next diff-next features bases demo lint clean gpu gpu-pack
 
 setup: $(INSTALLED)
 
@@ -108,6 +108,11 @@ diff-next: setup-next
 # The table of features in vllm_memdec/README.md: only the tests of its rows.
 features: setup
 	$(BIN)/pytest tests/serving -m feature --features tests/serving/features.csv
+	$(BIN)/python -m benchmarks.tables --readme
+
+# The bases that `memdec check` calls supported: a start of each, tiny.
+bases: setup
+	$(BIN)/pytest tests/serving/test_bases.py --bases vllm_memdec/bases.csv
 	$(BIN)/python -m benchmarks.tables --readme
 
 demo: setup

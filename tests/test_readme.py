@@ -119,6 +119,13 @@ def test_explain_command(demo):
     assert "<title>memdec explain</title>" in (ROOT / "build/explain.html").read_text()
 
 
+def test_check_command(demo):
+    printed = run(block("memdec check")).splitlines()
+    assert len(printed) == 4 and printed[:2] == printed[2:]
+    assert printed[0].startswith("supported: LlamaForCausalLM")
+    assert printed[1] == "drafts by the memory: work"
+
+
 def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:
     """Run a server and a request as printed; return the answer's text and the server's log."""
     port = free_port()

@@ -1,4 +1,4 @@
-"""The `memdec` command: plan a build, build a memory, verify it, explain what it says."""
+"""The `memdec` command: plan a build, build a memory, verify it, check a base, explain a text."""
 
 import contextlib
 import os
@@ -17,9 +17,9 @@ try:
     import typer
     from rich.console import Console
 
+    from vllm_memdec.train.data.hub import model_folder
     from vllm_memdec.train.data.ownership import check_report
-    from vllm_memdec.train.executor.executor import Executor, LocalExecutor
-    from vllm_memdec.train.executor.ray_executor import RayExecutor
+    from vllm_memdec.train.executor.start import choose_cluster, joined
     from vllm_memdec.train.options import (
         Alpha,
         Assignments,
@@ -124,32 +124,6 @@ def build(
             base = made.manifest.get("sources", {}).get("base", base)
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
         progress.say(serve_command(base, {"model": str(made.path)}))
-
-
-def choose_cluster(address: str, shared: Path, option: str = "--output") -> Executor:
-    """Return where the work runs: in this process, on this machine's Ray, or on a cluster.
-
-    shared: the folder that all nodes must see; option: what it is given by.
-    """
-    if address == "none":
-        return LocalExecutor()
-    return RayExecutor(None if address == "local" else address, shared.resolve(), option)
-
-
-@contextlib.contextmanager
-def joined(address: str, output: Path) -> Iterator[Executor | None]:
-    """Yield where the work runs; None in a process of torchrun that has done what was its to do."""
-    from vllm_memdec.train.executor.torchrun import Torchrun, started
-
-    if not started():
-        yield choose_cluster(address, output)
-        return
-    if address != "none":
-        raise MemdecError("under torchrun the processes are there already: add --ray-address none.")
-    with contextlib.closing(Torchrun()) as processes:
-        if processes.world.rank:
-            processes.follow()
-        yield None if processes.world.rank else processes
 
 
 @app.command()
@@ -353,6 +327,29 @@ def explain(
         if html_file is not None:
             html_file.write_text(explaining.page(explanation), encoding="utf-8")
         write_report(json_file, explaining.report(explanation))
+
+
+@app.command()
+def check(
+    base: Annotated[str, typer.Argument(help="Base: folder, or ORG/NAME@REVISION.")],
+    memory: Annotated[
+        str | None, typer.Argument(help="Memory: the same; default: a plain one.")
+    ] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Tell if vLLM serves a base beside a memory, without weights. Exit code 1 if it refuses."""
+    progress = Progress()
+    with explained(progress):
+        from vllm_memdec import check as serving
+
+        base = model_folder(base, "BASE", progress.say, weights=False)
+        if memory is not None:
+            memory = model_folder(memory, "MEMORY", progress.say, weights=False)
+        answer = serving.check(base, memory, trust_remote_code)
+    typer.echo(f"{answer.status}: {answer.reason}")
+    if answer.status == serving.REFUSED:
+        raise typer.Exit(1)
+    typer.echo(f"drafts by the memory: {answer.drafts}")
 
 
 @contextlib.contextmanager

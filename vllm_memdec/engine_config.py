@@ -33,6 +33,18 @@ def memory_model_config(
     )
 
 
+def positions_of(memory: "ModelConfig", is_given: bool) -> int:
+    """Return how many positions a memory has; is_given: the user asked for a number of them."""
+    ropes = getattr(memory.hf_text_config, "rope_parameters", None) or {}
+    by_layer = [rope for rope in ropes.values() if isinstance(rope, dict)]
+    kinds = {rope.get("rope_type") for rope in (ropes, *by_layer)}
+    # vLLM derives a multiple of the positions that its table of a dynamic rope has, and the short
+    # range of a longrope, whose long one it takes where it is asked to.
+    if "dynamic" in kinds or (is_given and "longrope" in kinds):
+        return int(memory.model_arch_config.derived_max_model_len_and_key[0])
+    return memory.max_model_len
+
+
 def memory_vllm_config(
     vllm_config: "VllmConfig", memory: MemoryConfig, number: int
 ) -> "VllmConfig":

@@ -21,7 +21,7 @@ from vllm_memdec.config import (
     MemoryConfig,
     memdec_block,
 )
-from vllm_memdec.engine_config import memory_model_config
+from vllm_memdec.engine_config import memory_model_config, positions_of
 from vllm_memdec.gate import check_gate, read_gate
 
 if TYPE_CHECKING:
@@ -66,6 +66,11 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     check_state(base)
+    if args.enable_lora and base.supports_multimodal_inputs:
+        raise ValueError(
+            f"The base {base.model} sees images, beside which vllm-memdec does not support LoRA "
+            "yet: add --language-model-only, or start without LoRA."
+        )
     for memory in config.memories:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
@@ -76,7 +81,7 @@ def create_model_config(
             if warning := check_gate(memory.gate_file, gate):
                 warn(warning)
         check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
-        fit_positions(base, model.max_model_len, given=args.max_model_len)
+        fit_positions(base, model, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
@@ -125,18 +130,23 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) 
 
 def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
     """Return vLLM's ModelConfig of a memory, or one sentence that says why it has none."""
-    from pydantic import ValidationError
-
     try:
         return memory_model_config(memory, base)
     except (ValueError, OSError) as error:
-        reason = str(error)
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            reason = first["msg"].removeprefix("Value error, ")
-            if first["loc"]:  # one setting, not the whole
-                reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
-        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason}") from error
+        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason_of(error)}") from error
+
+
+def reason_of(error: Exception) -> str:
+    """Return what an error of vLLM's says, without what pydantic says around it."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["loc"]:  # one setting, not the whole
+        reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
+    return reason
 
 
 def check_kv_cache_dtype(memory: MemoryConfig) -> None:
@@ -166,6 +176,7 @@ def check_arguments(args: "EngineArgs") -> None:
         "decode context parallelism": args.decode_context_parallel_size > 1,
         "dual-batch overlap": args.enable_dbo or args.ubatch_size > 1,
         "prompt embeddings": args.enable_prompt_embeds,
+        "the encoder of images alone (mm_encoder_only)": args.mm_encoder_only,
         # Many a connector looks blocks up by their tokens alone: they may be another memory's.
         "an external KV cache (kv_transfer_config)": args.kv_transfer_config is not None,
         "KV offloading": args.kv_offloading_size is not None,
@@ -180,12 +191,12 @@ def check_arguments(args: "EngineArgs") -> None:
 
 
 def check_model(model_config: "ModelConfig", role: str) -> None:
-    """Refuse a model that is not a text decoder with attention; a memory has nothing else."""
+    """Refuse a base that is not a decoder with attention, a memory that has anything else."""
     is_memory = role == "The memory"
     refused = {
         # Compiled, their layers find their weights by counting calls: none may miss a step.
         "a mixture of experts": is_memory and model_config.is_moe,
-        "multimodal": model_config.is_multimodal_model,
+        "multimodal": is_memory and model_config.is_multimodal_model,
         "an encoder-decoder": model_config.is_encoder_decoder,
         # Whose state vLLM keeps for all requests of a batch, not for a memory's share of it.
         "a state-space or hybrid model": is_memory
@@ -193,11 +204,12 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
         "a model without attention": model_config.is_attention_free,
         "not a text-generation model": model_config.runner_type != "generate",
     }
+    reason = "it is a text decoder with attention" if is_memory else "it mixes decoders"
     for what, is_so in refused.items():
         if is_so:
             raise ValueError(
                 f"{role} {model_config.model} is {what}, which vllm-memdec does not support yet: "
-                "it mixes two text decoders."
+                f"{reason}."
             )
 
 
@@ -308,11 +320,13 @@ def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str
     return tokenizer_fingerprint(tokenizer)
 
 
-def fit_positions(base: "ModelConfig", max_positions: int, given: int | None) -> None:
+def fit_positions(base: "ModelConfig", memory: "ModelConfig", given: int | None) -> None:
     """Keep requests within the memory's positions: lower a derived limit, refuse a given one."""
+    is_given = given is not None and given > 0
+    max_positions = positions_of(memory, is_given)
     if base.max_model_len <= max_positions:
         return
-    if given is not None and given > 0:
+    if is_given:
         raise ValueError(
             f"--max-model-len {given} is longer than the memory's {max_positions} positions: "
             f"use --max-model-len {max_positions}."

@@ -1,6 +1,7 @@
 """Engines for the serving tests: real ones, small, in this process, one at a time.
 
 Also the table of features: `--features FILE` writes what the tests marked feature("name") showed.
+And the table of bases: `--bases FILE` writes what tests noted of each, see base_row().
 """
 
 import contextlib
@@ -10,6 +11,7 @@ import os
 import sys
 
 import pytest
+from support import base_rows
 
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -26,10 +28,9 @@ os.environ.update(ENGINE_ENV)  # before vllm is imported
 @pytest.fixture(scope="session", autouse=True)
 def inspect_here():
     """Let vLLM look at a model class in this process: one of its own for each takes 10 s."""
-    from vllm.model_executor.models import registry
+    from vllm_memdec.compat import class_look
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry, "_run_in_subprocess", lambda look: look())
+    with class_look.in_this_process():
         yield
 
 
@@ -135,14 +136,16 @@ def drafting_server(request, long_models, subprocess_env, tmp_path_factory):
 
 # name -> (arguments of its markers, outcomes of its tests without drafts, and with them)
 FEATURES = pytest.StashKey[dict]()
+NOTED = pytest.StashKey[dict]()  # name of a base -> what tests noted of it
 
 
 def pytest_addoption(parser):
     parser.addoption("--features", metavar="FILE", help="write what the marked tests showed: CSV")
+    parser.addoption("--bases", metavar="FILE", help="write what was noted of bases: CSV")
 
 
 def pytest_configure(config):
-    config.stash[FEATURES] = {}
+    config.stash[FEATURES], config.stash[NOTED] = {}, {}
 
 
 @pytest.hookimpl(wrapper=True)
@@ -159,6 +162,8 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_sessionfinish(session):
+    if bases := session.config.getoption("bases", None):
+        base_rows.write(bases, session.config.stash[NOTED])
     path = session.config.getoption("features", None)
     if not path:
         return
@@ -174,6 +179,22 @@ def pytest_sessionfinish(session):
                 status = without if outcomes[0] else drafting
                 drafting = arguments.get("drafts", drafting)
             writer.writerow([name, status, drafting, reason or arguments.get("note", "")])
+
+
+@pytest.fixture
+def base_row(request):
+    """Return a function that takes what a test showed of a base: base_row(name, column=value).
+
+    It is written where --bases asks for it; else it has to be what vllm_memdec/bases.csv says.
+    """
+
+    def note(name, **columns):
+        columns = {column: str(value) for column, value in columns.items()}
+        request.config.stash[NOTED].setdefault(name, {}).update(columns)
+        if request.config.getoption("bases", None) is None:
+            base_rows.compare(name, columns)
+
+    return note
 
 
 def shown(outcomes):

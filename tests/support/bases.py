@@ -1,10 +1,14 @@
 """The bases that people serve, tiny: BASES maps a name to a function that returns its config.
 
 Each has a vocabulary of VOCAB, random weights wide enough that answers differ, and head sizes that
-vLLM's attention on a CPU allows. `save` writes the folder of one, as transformers writes it.
+vLLM's attention on a CPU allows. `save` writes the folder of one, as transformers writes it; CASES
+says how one is run on a CPU where that is not in float32 and with vLLM's defaults. A config's own
+key "oracle" holds what oracle.py changes in it, where transformers and vLLM read it differently.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -12,7 +16,13 @@ from support.tiny_models import VOCAB, save_tokenizer
 from transformers import PreTrainedConfig
 
 SPREAD = 0.3  # of the weights; see tiny_models.tiny_config
-MAMBA_2 = {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_expand": 2}
+MAMBA_2 = {
+    "mamba_chunk_size": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 16,
+    "mamba_expand": 2,
+}
 
 
 def decoder(name: str, **own: Any) -> PreTrainedConfig:
@@ -70,6 +80,8 @@ def qwen3_moe() -> PreTrainedConfig:
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 DELTA = {
+    # In bfloat16, see CASES: with 0.05 its errors are 3e-3 on average, with 0.3 ten times that.
+    "initializer_range": 0.05,
     # vLLM makes a block of the KV cache as large as a state: with these, 64 tokens.
     "num_key_value_heads": 2,
     "head_dim": 128,
@@ -110,7 +122,7 @@ def qwen3_5_multimodal() -> PreTrainedConfig:
         architectures=["Qwen3_5ForConditionalGeneration"],
         text_config=text,
         vision_config=vision,
-        initializer_range=SPREAD,
+        initializer_range=DELTA["initializer_range"],
         image_token_id=VOCAB - 1,
         video_token_id=VOCAB - 2,
         vision_start_token_id=VOCAB - 3,
@@ -124,7 +136,8 @@ GEMMA = WINDOWS | {"tie_word_embeddings": True, "initializer_range": 0.15}
 
 
 def gemma2() -> PreTrainedConfig:
-    return decoder("Gemma2", **GEMMA, query_pre_attn_scalar=32)
+    oracle = {"attn_implementation": "eager"}  # the default one has no soft cap
+    return decoder("Gemma2", **GEMMA, query_pre_attn_scalar=32, oracle=oracle)
 
 
 def gemma3() -> PreTrainedConfig:
@@ -172,7 +185,9 @@ def smollm3() -> PreTrainedConfig:
 
 
 def cohere2() -> PreTrainedConfig:
-    return decoder("Cohere2", **WINDOWS, tie_word_embeddings=True, logit_scale=1.0)
+    oracle = {"sliding_window": 33}  # vLLM's sees the token itself and 32 before it
+    own = {"tie_word_embeddings": True, "logit_scale": 1.0, "oracle": oracle}
+    return decoder("Cohere2", **WINDOWS, **own)
 
 
 def glm4_moe() -> PreTrainedConfig:
@@ -204,12 +219,14 @@ def deepseek_v3() -> PreTrainedConfig:
         head_dim=64,  # the same again
         qk_nope_head_dim=32,
         v_head_dim=32,
+        initializer_range=0.15,  # its experts are scaled by 2.5: with 0.3 float32 is off by 1e-4
         n_routed_experts=4,
         num_experts_per_tok=2,
         moe_intermediate_size=64,
         n_group=2,
         topk_group=1,
-        topk_method="noaux_tc",  # in every checkpoint, but transformers does not know it
+        topk_method="noaux_tc",  # as the next in every checkpoint; transformers knows neither
+        scoring_func="sigmoid",
         first_k_dense_replace=1,
     )
 
@@ -228,7 +245,8 @@ def granite4() -> PreTrainedConfig:
 
 
 def falcon_h1() -> PreTrainedConfig:
-    return decoder("FalconH1", **MAMBA_2, mamba_d_ssm=128)
+    # Both branches of a layer add up: with 0.3 plain float32 is 7e-5 from float64.
+    return decoder("FalconH1", **MAMBA_2, mamba_d_ssm=128, initializer_range=0.15)
 
 
 def nemotron_h() -> PreTrainedConfig:
@@ -240,6 +258,8 @@ def nemotron_h() -> PreTrainedConfig:
         mamba_head_dim=32,
         ssm_state_size=16,
         n_groups=1,
+        chunk_size=32,
+        oracle={"time_step_min": 0.0},  # by which transformers clips, and vLLM does not
     )
 
 
@@ -314,12 +334,52 @@ BASES: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 
 
-def save(name: str, folder: str, dtype: str = "float32") -> None:
-    """Write a base with random weights, always the same, and the tiny tokenizer."""
+@dataclass(frozen=True)
+class Case:
+    """How a base is run on a CPU, and why not in float32 or with vLLM's defaults."""
+
+    why: str = ""
+    dtype: str = "float32"
+    options: dict[str, Any] = field(default_factory=dict)  # of LLM
+    env: dict[str, str] = field(default_factory=dict)
+    memory: dict[str, Any] = field(default_factory=dict)  # of its config
+    error: str = ""  # what vLLM says where it cannot run it at all
+
+
+DELTA_CASE = Case(
+    "vLLM's gated delta net on a CPU knows bfloat16 alone",
+    dtype="bfloat16",
+    # As wide as the base's KV: a narrower memory gets longer blocks, here of 512 tokens, and vLLM
+    # finds a prefix that is whole blocks of both.
+    memory={"num_key_value_heads": 2, "head_dim": 128, "initializer_range": 0.05},
+)
+ROTARY_CASE = Case(
+    "vLLM's rotary kernel for a CPU takes the heads of a 3-dimensional tensor for one",
+    options={"compilation_config": {"custom_ops": ["all", "-rotary_embedding"]}},
+)
+CASES = {
+    "Qwen3-Next": DELTA_CASE,
+    "Qwen3.5": DELTA_CASE,
+    "Qwen3.5, multimodal": DELTA_CASE,
+    "Qwen3.5-MoE": DELTA_CASE,
+    "DeepSeek V3": replace(
+        ROTARY_CASE,
+        why=f"{ROTARY_CASE.why}, and its MLA has no block size in common with other attention",
+        env={"VLLM_MLA_DISABLE": "1"},
+    ),
+    "LFM2": ROTARY_CASE,
+    "Jamba": Case("vLLM has no Mamba 1 for a CPU", error="no attribute 'selective_scan_fwd'"),
+}
+
+
+def save(
+    base: str | PreTrainedConfig, folder: str | Path, dtype: str = "float32", seed: int = 0
+) -> None:
+    """Write a base, by its name or config, with random weights and the tiny tokenizer."""
     import torch
 
-    torch.manual_seed(0)
-    config = BASES[name]()
+    torch.manual_seed(seed)
+    config = BASES[base]() if isinstance(base, str) else base
     model = getattr(transformers, config.architectures[0])._from_config(config)
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)

@@ -4,7 +4,9 @@ Shapes: T tokens of one sequence, V base vocabulary, W memory vocabulary.
 """
 
 import functools
+import json
 import random
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,7 +17,9 @@ TOLERANCE = 1e-4
 
 @functools.cache
 def load(folder):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    """Return a model in float64, with what its config says is to be changed for that."""
+    changes = json.loads((Path(folder) / "config.json").read_text()).get("oracle", {})
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **changes)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the default one knows no float64
     return model.eval()
@@ -45,27 +49,41 @@ def mixture(base, memory, alpha, ids):
 def worst_error(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
     """Return the largest error of the (token -> log-probability) rows of one request."""
     key_TV = mixture(base, memory, alpha, [*prompt, *sampled])
+    return worst_row(prompt, sampled, prompt_rows, sampled_rows, key_TV)
+
+
+def worst_row(*rows_and_key):
+    """Return the largest error of rows against a key."""
+    return max(errors(*rows_and_key))
+
+
+def errors(prompt, sampled, prompt_rows, sampled_rows, key_TV):
+    """Return all errors of rows against a key."""
     rows = list(enumerate(prompt_rows))[1:]  # nothing predicts the first token
     rows += enumerate(sampled_rows, start=len(prompt))
-    errors = [
+    found = [
         abs(value - key_TV[position - 1, int(token)].item())
         for position, row in rows
         for token, value in row.items()
     ]
-    assert len(errors) >= len(sampled)
-    return max(errors)
+    assert len(found) >= len(sampled)
+    return found
 
 
 def gap(output, base, memory, alpha):
     """Return the largest error of one vLLM output, prompt and sampled tokens."""
+    return max(gaps(output, base, memory, alpha))
+
+
+def gaps(output, base, memory, alpha):
+    """Return all errors of one vLLM output."""
     found = output.outputs[0]
     prompt_rows, sampled_rows = (
         [{token: entry.logprob for token, entry in (row or {}).items()} for row in rows or []]
         for rows in (output.prompt_logprobs, found.logprobs)
     )
-    return worst_error(
-        output.prompt_token_ids, found.token_ids, prompt_rows, sampled_rows, base, memory, alpha
-    )
+    key_TV = mixture(base, memory, alpha, [*output.prompt_token_ids, *found.token_ids])
+    return errors(output.prompt_token_ids, found.token_ids, prompt_rows, sampled_rows, key_TV)
 
 
 def prompts(count, low, high, vocab, prefix=(), seed=0):

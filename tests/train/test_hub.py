@@ -138,6 +138,8 @@ def test_what_is_fetched(online, tmp_path):
     assert {p.name for p in folder.iterdir()} == {"config.json", "model.safetensors"}
     del weights["model.safetensors"]
     online.push("models", "some/old", weights | others)
+    folder = Path(hub.model_folder("some/old@main", "--base", print, weights=False))
+    assert {p.name for p in folder.iterdir()} == {"config.json"}
     folder = Path(hub.model_folder("some/old@main", "--base", print))
     assert {p.name for p in folder.iterdir()} == {"config.json", "pytorch_model.bin"}
     row = b'{"text": "words"}\n'

@@ -48,10 +48,11 @@ WITH_TEXT = tuple(f"*{kind}{packed}" for kind in FORMATS for packed in ("", *COM
 NOT_TEXT = (*CARDS, ".*", "*/.*")
 
 
-def model_folder(given: str, option: str, say: Callable[[str], None]) -> str:
+def model_folder(given: str, option: str, say: Callable[[str], None], weights: bool = True) -> str:
     """Return the folder of a model: the path itself, or a hub repository's, downloaded if need be.
 
-    Raises MemdecError, in one sentence, for a repository that cannot be had.
+    weights: whether they are needed, too. Raises MemdecError, in one sentence, for a repository
+    that cannot be had.
     """
     place = os.path.expanduser(given)
     match = None if os.path.lexists(place) else ID.fullmatch(given)
@@ -60,8 +61,8 @@ def model_folder(given: str, option: str, say: Callable[[str], None]) -> str:
     if not match["uri"] and "/" not in match["id"]:
         return place  # a folder that is missed
     announce(option, given, say)
-    folder = fetch(match, "model", option, [*MODEL, SAFE], NOT_MODEL)
-    if not any(folder.glob(SAFE)):
+    folder = fetch(match, "model", option, [*MODEL, SAFE] if weights else [*MODEL], NOT_MODEL)
+    if weights and not any(folder.glob(SAFE)):
         folder = fetch(match, "model", option, [*MODEL, PICKLED], NOT_MODEL)
     say(f"{option}: {origin(folder)}")
     return str(folder)
