@@ -29,7 +29,7 @@ from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
 from vllm_memdec.batch import decode
 from vllm_memdec.compat import multimodal
-from vllm_memdec.compat.attention import is_attention, kv_bytes_per_token
+from vllm_memdec.compat.attention import is_attention, kept_states, kv_bytes_per_token
 from vllm_memdec.compat.inner_models import build_base, dtype_of
 from vllm_memdec.config import ARCHITECTURE, MemDecConfig
 from vllm_memdec.drafter import Drafter
@@ -71,6 +71,12 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             # The V2 runner keeps in this dtype what drafts were drawn from.
             self.drafter = Drafter(self.memories, self.vocabulary, model_config.head_dtype)
         layers = vllm_config.compilation_config.static_forward_context
+        if speculation and (kinds := kept_states(layers.values())):
+            raise ValueError(
+                f"The base {model_config.model} has layers of the kind {min(kinds)}, whose state "
+                "vLLM does not take back where drafts are rejected: leave 'speculative_tokens' and "
+                "--speculative-config out."
+            )
         self.beside = self.may_overlap(layers.values())
         self.secondary_weights = [memory.source for memory in self.memories]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors

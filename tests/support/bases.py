@@ -217,8 +217,8 @@ def deepseek_v3() -> PreTrainedConfig:
         kv_lora_rank=512,  # with the next, 576: vLLM's kernel for a CPU knows no other size
         qk_rope_head_dim=64,
         head_dim=64,  # the same again
-        qk_nope_head_dim=32,
-        v_head_dim=32,
+        qk_nope_head_dim=128,  # as in the released one: vLLM's MLA knows few others
+        v_head_dim=128,
         initializer_range=0.15,  # its experts are scaled by 2.5: with 0.3 float32 is off by 1e-4
         n_routed_experts=4,
         num_experts_per_tok=2,

@@ -81,6 +81,16 @@ def is_attention(layer: Any) -> bool:
     return hasattr(layer, "attn_backend")
 
 
+def kept_states(layers: Iterable[Any]) -> set[str]:
+    """Return the kinds of layers whose state vLLM does not take back where drafts are rejected.
+
+    Its attention metadata tells other kinds, but not these, how many drafts were accepted: they go
+    on from the state after all of them.
+    """
+    kinds = {getattr(getattr(layer, "mamba_type", None), "name", "") for layer in layers}
+    return kinds & {"MAMBA1", "LINEAR"}
+
+
 class NarrowBuilder(AttentionMetadataBuilder):
     """Stands before a backend's builder: metadata of one memory's requests."""
 
