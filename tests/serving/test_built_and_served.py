@@ -1,12 +1,14 @@
-"""`memdec build` from bases of kinds of their own, and vLLM serving them with what it made."""
+"""`memdec build` from bases of kinds of their own, and `vllm serve` with what it made."""
 
 import json
 
+import httpx
 import pytest
 import torch
 import yaml
-from support import oracle
+from support import oracle, soak_client
 from support.bases import save
+from support.multimodal import SAVE
 from support.tiny_models import VOCAB, tiny_text
 from typer.testing import CliRunner
 
@@ -24,12 +26,10 @@ SETTINGS = {
 
 def save_multimodal(name, folder):
     """Write a base that sees images, with its processors."""
-    from support import multimodal
-
-    multimodal.SAVE[name](folder)
+    SAVE[name](folder)
 
 
-def ask(llm, prompts):
+def alone(llm, prompts):
     """Return log-probabilities [T-1, V] of what follows each token of each prompt."""
     from vllm import SamplingParams
 
@@ -45,12 +45,15 @@ def ask(llm, prompts):
     ("write", "name", "dtype", "memory_type"),
     [
         (save, "Qwen3-MoE", "float32", "qwen3"),
-        (save, "Qwen3.5", "bfloat16", "qwen3"),  # vLLM has its recurrent layers in no other on CPUs
+        # vLLM has its recurrent layers in no other format on a CPU.
+        (save_multimodal, "qwen3_5", "bfloat16", "qwen3"),
         (save_multimodal, "gemma3", "float32", "gemma3_text"),
     ],
-    ids=["Qwen3-MoE", "Qwen3.5", "Gemma 3, multimodal"],
+    ids=["Qwen3-MoE", "Qwen3.5, multimodal", "Gemma 3, multimodal"],
 )
-def test_built_and_served(write, name, dtype, memory_type, tmp_path, engine, monkeypatch):
+def test_built_and_served(
+    write, name, dtype, memory_type, tmp_path, engine, subprocess_env, monkeypatch
+):
     """The base is what vLLM serves alone, the memory what transformers has in float64."""
     from vllm_memdec.train.cli import app
 
@@ -71,12 +74,34 @@ def test_built_and_served(write, name, dtype, memory_type, tmp_path, engine, mon
 
     prompts = oracle.prompts(3, 5, 40, VOCAB)
     with engine(str(base), dtype=dtype) as llm:
-        base_rows = ask(llm, prompts)
+        base_rows = alone(llm, prompts)
     block = {"model": str(memory), "alpha": ALPHA, "dtype": "float32"}
-    with engine(str(base), block, dtype=dtype) as llm:
-        mixed_rows = ask(llm, prompts)
-    for ids, base_TV, mixed_TV in zip(prompts, base_rows, mixed_rows, strict=True):
+    server = soak_client.Server(
+        {"base": str(base)},
+        subprocess_env,
+        tmp_path / "log",
+        block=block,
+        options=["--dtype", dtype, "--num-gpu-blocks-override", "400"],
+    )
+    try:
+        answer = httpx.post(
+            f"{server.wait().url}/v1/completions",
+            json={"model": str(base), "prompt": prompts, "max_tokens": 1, "prompt_logprobs": 5},
+            timeout=100,
+        ).json()
+    finally:
+        server.stop()
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    for ids, base_TV, choice in zip(prompts, base_rows, choices, strict=True):
         memory_TV = oracle.log_probs(str(memory), ids, base_TV.shape[1])[:-1]
         expected_TV = ((1 - ALPHA) * base_TV.double().exp() + ALPHA * memory_TV.exp()).log()
-        assert (mixed_TV - expected_TV).abs().max() < oracle.TOLERANCE
-        assert (mixed_TV - base_TV).abs().max() > 0.1
+        rows = choice["prompt_logprobs"][1:]
+        assert len(rows) == len(ids) - 1
+        apart = [
+            (abs(entry["logprob"] - expected_V[int(i)]), abs(entry["logprob"] - base_V[int(i)]))
+            for row, expected_V, base_V in zip(rows, expected_TV, base_TV, strict=True)
+            for i, entry in row.items()
+        ]
+        from_mixture, from_base = (max(values) for values in zip(*apart, strict=True))
+        assert from_mixture < oracle.TOLERANCE
+        assert from_base > 0.1

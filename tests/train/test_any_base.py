@@ -89,6 +89,7 @@ def test_keys_and_scores_are_those_of_each_document_alone(folder, blocks, name):
     final, mlp_input, logprobs = alone(folder(name), name, tokens, positions)
     model = load_model(folder(name))
     assert keeps_apart(model) == (name not in LEAKING)
+    assert keeps_apart(load_model(folder(name), "bfloat16")) == (name not in LEAKING)
     for key, expected in (("final_hidden", final), ("last_mlp_input", mlp_input)):
         keys, labels = zip(*embed(model, key, tokens, positions, 2), strict=True)
         assert apart(np.concatenate(keys).astype(np.float32), expected.numpy()) < 1e-3  # fp16
