@@ -120,7 +120,7 @@ def find_inputs(
     settings = all_settings.memory
     fields = fields_of(all_settings.corpus, validation)
     tokenizer = tokenizer_hash(base, "--base", hashes)
-    check_base(base, settings.init == "base")
+    check_base(base)
     check_weights(base, "--base")
     weights = weights_hash(base, "--base", hashes)
     of_memory = {"base": weights}

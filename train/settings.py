@@ -69,7 +69,8 @@ class CorpusSettings(StageSettings):
 
 
 class DatastoreSettings(StageSettings):
-    key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"  # the paper's
+    # The paper's: the last MLP's input, or its experts'; of a base with neither the final state.
+    key: Literal["last_mlp_input", "final_hidden", "layer"] = "last_mlp_input"
     # The layer whose output is the key, as a share of the base's depth, where key is layer.
     layer_fraction: float = Field(0.7, ge=1e-3, le=1)
     # Whether keys stay on disk, 2 bytes a number, or are computed again for the search.
@@ -115,13 +116,15 @@ class TargetSettings(StageSettings):
 
 
 class MemorySettings(StageSettings):
-    init: str = "base"  # "base": its first layers; or a folder with a causal LM or only its config
+    # "base": its first layers, or its embedding alone where they are not attention with dense MLPs
+    # (fresh.py has the rule); or a folder with a causal LM or only its config.
+    init: str = "base"
     # Whether init gets the base's tokenizer: see vocabulary_transfer.py.
     adapt_tokenizer: StrictBool = False
     tokenizer: str | None = None  # adapt_tokenizer as it was written before: the base's folder
     # The share of the epochs that is trained where init is adapted.
     transfer_fraction: float = Field(0.1, ge=1e-6, le=1)
-    # Layers kept of the base; None: 4, or all of a base with fewer.
+    # Layers kept of the base, or made fresh; None: 4, or as many as a base with fewer has.
     layers: int | None = Field(None, ge=1, le=1 << 10)
     beta: float = Field(0.5, ge=0, le=1)  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
     # Two defaults for init base, a folder without weights, or an adapted one; else see PRETRAINED.

@@ -154,6 +154,8 @@ class Batch:
         # The head's GEMM wants rows that are a multiple of 8 elements long.
         width = CONTEXT + 1 + -(hidden_size + CONTEXT + 1) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
+        # Of each token in its request, where the base's own positions have several dimensions.
+        self.positions_T = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.reset()
 
     def run_dummies_with(self, memories: tuple[int, ...]) -> None:
@@ -255,6 +257,10 @@ class Batch:
     def set_of(self, used: Sequence[int]) -> tuple[int, ...]:
         """Return the smallest captured set that holds all used memories."""
         return tuple(used) if tuple(used) in self.sets else self.sets[0]
+
+    def write_positions(self, positions_T: Tensor) -> None:
+        """Take over the place of each token in its request, on the device."""
+        self.positions_T[: len(positions_T)].copy_(positions_T)  # where a captured graph reads it
 
     def write_drafting(self, mode: str = "NONE") -> None:
         """Take over the same requests with one token each, as memories draft.

@@ -20,7 +20,12 @@ ONLY = "memory"  # the name of a memory that was given without one
 MAX_MEMORIES = 256  # bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
 # Types of the settings that are not text; alpha is checked apart.
-TYPES: dict[str, type] = {"tensor_parallel_size": int, "gate": bool, "alpha_by_context": list}
+TYPES: dict[str, type] = {
+    "tensor_parallel_size": int,
+    "gate": bool,
+    "alpha_by_context": list,
+    "with_images": bool,
+}
 SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
@@ -40,6 +45,7 @@ class MemoryConfig:
     kv_cache_dtype: str | None = None  # the base's by default
     tensor_parallel_size: int | None = None  # 1: a whole copy on each rank; the base's by default
     gate: bool = True  # False: a gate in the memory's folder is not used
+    with_images: bool = True  # False: off for requests with images, or with video or audio
     block: MemoryBlock | None = None  # of its config.json; None for a plain causal LM
     # [position, alpha], each from its position on, in place of a gate: "auto" is these then.
     alpha_by_context: list[list[float]] | None = None

@@ -41,6 +41,7 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
     memories = {
         memory.name: {**part, "alpha": memory.alpha, "gate": memory.gate}
         | ({"alpha_by_context": memory.alpha_by_context} if memory.alpha_by_context else {})
+        | ({} if memory.with_images else {"with_images": False})
         for memory, part in zip(settings.memories, parts[1:], strict=True)
     }
     return {"base": parts[0], "memories": memories, "default": settings.default}

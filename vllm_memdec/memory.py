@@ -41,7 +41,9 @@ class Memory:
         self.dtype = dtype_of(model)
         self.is_whole = settings.tensor_parallel_size == 1  # on each tensor-parallel rank
         self.clamped_T: torch.Tensor | None = None  # token ids, where some would be unknown to it
-        if self.vocabulary < vllm_config.model_config.get_vocab_size():
+        base = vllm_config.model_config
+        # The base itself may have no embedding for the tokens that stand for an image.
+        if self.vocabulary < base.get_vocab_size() or base.supports_multimodal_inputs:
             columns_TA = batch.columns_TA
             self.clamped_T = torch.zeros(
                 len(columns_TA), dtype=torch.int32, device=columns_TA.device

@@ -75,8 +75,13 @@ class MemorySet:
     def run(
         self, input_ids: torch.Tensor, positions: torch.Tensor, out_TD: torch.Tensor
     ) -> torch.Tensor:
-        """Fill and return [T, D + A]: hidden states of the row's own memory, its columns."""
+        """Fill and return [T, D + A]: hidden states of the row's own memory, its columns.
+
+        positions: [T], or the base's of several dimensions, in place of which memories get places.
+        """
         batch = self.batch
+        if positions.dim() > 1:
+            positions = batch.positions_T[: len(input_ids)]
         columns_TA = batch.columns_TA[: len(input_ids)]
         memory_TD, tail_TA = out_TD.tensor_split([self.width], dim=-1)
         tail_TA.copy_(columns_TA)

@@ -19,11 +19,16 @@ from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
-from vllm.model_executor.models.interfaces import SupportsLoRA, supports_lora
+from vllm.model_executor.models.interfaces import (
+    SupportsLoRA,
+    requires_raw_input_tokens,
+    supports_lora,
+)
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
 from vllm_memdec.batch import decode
+from vllm_memdec.compat import multimodal
 from vllm_memdec.compat.attention import is_attention, kv_bytes_per_token
 from vllm_memdec.compat.inner_models import build_base, dtype_of
 from vllm_memdec.config import ARCHITECTURE, MemDecConfig
@@ -69,6 +74,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.beside = self.may_overlap(layers.values())
         self.secondary_weights = [memory.source for memory in self.memories]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
+        multimodal.answer_for(self.base, self)
+        # Memories need token ids where the base gets embeddings, of which some are an image's.
+        self.requires_raw_input_tokens = True
         mode = vllm_config.compilation_config.mode
         self.compiled = mode != CompilationMode.NONE and self.memories.device.type == "cpu"
         if vllm_config.lora_config is not None:
@@ -108,21 +116,31 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
 
             cpu_speculation.install()
 
-    def embed_input_ids(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError("memdec runs on token ids: there is no shared embedding.")
+    def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Return the base's embeddings, with those of images in their places."""
+        return self.base.embed_input_ids(*args, **kwargs)
+
+    def run_base(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the base's hidden states [T, D_base], of embeddings where vLLM gives them."""
+        if inputs_embeds is None:
+            return self.base(input_ids, positions)
+        reads_both = requires_raw_input_tokens(self.base)
+        return self.base(input_ids if reads_both else None, positions, inputs_embeds=inputs_embeds)
 
     def forward(
         self,
         input_ids: torch.Tensor,
         positions: torch.Tensor,
         intermediate_tensors: None = None,
-        inputs_embeds: None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Return [T, D_base + D_memory + A]: base, the row's own memory, and the columns of both.
 
         D_memory is the widest memory's; what a row does not use is arbitrary.
         """
-        assert intermediate_tensors is None and inputs_embeds is None
+        assert intermediate_tensors is None and input_ids is not None
         width = self.split[1] + self.batch.columns_TA.shape[1]
         out_TD = self.batch.columns_TA.new_empty(len(input_ids), width)
         if self.overlaps():
@@ -131,12 +149,12 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             side.wait_stream(main)
             with torch.cuda.stream(side):
                 self.memories.run(input_ids, positions, out_TD[:, self.split[0] :])
-            out_TD[:, : self.split[0]] = self.base(input_ids, positions)
+            out_TD[:, : self.split[0]] = self.run_base(input_ids, positions, inputs_embeds)
             main.wait_stream(side)
             return out_TD
         # vLLM holds what a model returns only until another model's CUDA graphs run: both allocate
         # from one pool, and the last graph of a model keeps no reference. So it is copied first.
-        out_TD[:, : self.split[0]] = self.base(input_ids, positions)
+        out_TD[:, : self.split[0]] = self.run_base(input_ids, positions, inputs_embeds)
         self.memories.run(input_ids, positions, out_TD[:, self.split[0] :])
         return out_TD
 

@@ -30,7 +30,7 @@ def register() -> None:
         ) from error
     check_version(vllm.__version__)
     try:
-        from vllm_memdec.compat import draft_config, front_end, scheduler
+        from vllm_memdec.compat import draft_config, front_end, multimodal, scheduler
         from vllm_memdec.config import ARCHITECTURE
     except ImportError as error:
         raise RuntimeError(
@@ -39,4 +39,5 @@ def register() -> None:
     vllm.ModelRegistry.register_model(ARCHITECTURE, f"vllm_memdec.model:{ARCHITECTURE}")
     front_end.install()
     draft_config.install()
+    multimodal.install()
     scheduler.install()

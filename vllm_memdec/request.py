@@ -1,6 +1,7 @@
 """What requests may ask for: memory and weight, in their extra_args.
 
-A request with weight 0 or the memory "none" has no memory: nothing of it is computed.
+A request with weight 0 or the memory "none" has no memory: nothing of it is computed. Nor has one
+with images, or with video or audio, where the memory's settings say so.
 """
 
 import difflib
@@ -98,6 +99,17 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
             )
 
 
+def check_images(extra_args: dict[str, Any] | None, choices: "Choices") -> None:
+    """Raise ValueError where a request with images asks for a memory that is off for these."""
+    asked = {ALPHA, MEMORY} & {*(extra_args or {})}
+    name = choices.name(extra_args)
+    if asked and name in choices.without_images:
+        raise ValueError(
+            f"The memory {name!r} is off for requests with images, video or audio: leave "
+            f"{' and '.join(sorted(asked))} out, or ask for the memory {NONE!r}."
+        )
+
+
 class Choices:
     """What requests may choose from; resolves their arguments, once checked."""
 
@@ -108,10 +120,12 @@ class Choices:
         gated: Collection[str] = (),
         drafts: bool = False,
         by_context: Collection[str] = (),
+        without_images: Collection[str] = (),
     ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
         self.by_context = by_context  # memories with an alpha for each length of context
         self.drafts = drafts  # whether the memories draft
+        self.without_images = without_images  # memories that are off for requests with images
 
     @classmethod
     def of(cls, config: MemDecConfig) -> "Choices":
@@ -119,16 +133,21 @@ class Choices:
         alphas = {memory.name: memory.alpha for memory in config.memories}
         gated = {memory.name for memory in config.memories if memory.gate}
         by_context = {memory.name for memory in config.memories if memory.alpha_by_context}
-        return cls(alphas, config.default, gated, config.speculative_tokens > 0, by_context)
+        without_images = {memory.name for memory in config.memories if not memory.with_images}
+        drafts = config.speculative_tokens > 0
+        return cls(alphas, config.default, gated, drafts, by_context, without_images)
 
-    def resolve(self, extra_args: dict[str, Any] | None) -> tuple[int, float]:
+    def resolve(
+        self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
+    ) -> tuple[int, float]:
         """Return the memory's number and the weight; negative: a gate's cap, or one by context.
 
-        Either both mean "no memory" or neither does.
+        images: of the request, in vLLM's form (mm_features). Either both results mean "no memory"
+        or neither does.
         """
         extra_args = extra_args or {}
         name = extra_args.get(MEMORY, self.default)
-        if name == NONE:
+        if name == NONE or (images and name in self.without_images):
             return NO_MEMORY, 0.0
         asked = extra_args.get(ALPHA, self.alphas[name])
         alpha = 1.0 if asked == AUTO else float(asked)
@@ -137,19 +156,19 @@ class Choices:
         capped = name in self.gated or asked == AUTO  # by context a number is the weight itself
         return self.names.index(name), -alpha if capped else alpha
 
-    def drafted(self, params: Any) -> bool:
-        """Return whether the memories draft for a request, by its SamplingParams.
+    def drafted(self, params: Any, images: Collection[Any] | None = None) -> bool:
+        """Return whether the memories draft for a request, by its SamplingParams and its images.
 
         Not without a memory, nor for samples with a seed: what its generator draws for a token
         depends on how many drafts came before, and these on the batch, the cache and the clock.
         """
         if not self.drafts or params.sampling_type.name == "RANDOM_SEED":
             return False
-        return self.resolve(params.extra_args)[0] != NO_MEMORY
+        return self.resolve(params.extra_args, images)[0] != NO_MEMORY
 
-    def name(self, extra_args: dict[str, Any] | None) -> str:
+    def name(self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None) -> str:
         """Return the name of the memory that runs for a request, or "none"."""
-        number, _ = self.resolve(extra_args)
+        number, _ = self.resolve(extra_args, images)
         return NONE if number == NO_MEMORY else self.names[number]
 
 

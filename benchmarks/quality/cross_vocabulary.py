@@ -47,13 +47,13 @@ from vllm_memdec.checkpoint import read_block
 from vllm_memdec.train.data import documents as text
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import bos_of, pack, tokenise
-from vllm_memdec.train.model.decoder import truncated_config
+from vllm_memdec.train.model.decoder import own_config
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.model.scoring import label_logprobs, mix
 from vllm_memdec.train.model.vocabulary_transfer import exchange, texts
 from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.settings import parse_settings
+from vllm_memdec.train.settings import MemorySettings, parse_settings
 from vllm_memdec.train.training.batches import Batches
 
 SHARED = ("corpus", "datastore", "index", "targets")  # stages that the arms have in common
@@ -207,7 +207,8 @@ def main() -> None:
     adapting = ("--init", init, "--adapt-tokenizer")
     whole = settings_of(size, size.epochs, layers=None)
     compile_memory(outs["adapted"], base, *built_from, whole, *adapting)
-    truncated_config(str(base), size.layers).save_pretrained(size.out / "architecture")
+    truncated = own_config(MemorySettings(layers=size.layers), str(base))
+    truncated.save_pretrained(size.out / "architecture")
     for arm, layers, options in (
         ("fresh", None, ("--init", str(size.out / "architecture"))),
         ("truncated", size.layers, ()),

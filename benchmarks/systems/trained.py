@@ -15,7 +15,7 @@ from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.blocks import load_used
 from vllm_memdec.train.data.inputs import model_hash
-from vllm_memdec.train.model.decoder import truncated_config
+from vllm_memdec.train.model.decoder import own_config
 from vllm_memdec.train.model.huggingface import load_config
 from vllm_memdec.train.model.scoring import perplexity
 from vllm_memdec.train.settings import MemorySettings
@@ -38,7 +38,7 @@ def memory_cost(domain: Domain) -> tuple[float, float]:
     """
     config = load_config(domain.base)
     layers, _ = parameters(config)
-    small, _ = parameters(truncated_config(domain.base, domain.settings.memory.layers))
+    small, _ = parameters(own_config(domain.settings.memory, domain.base))
     used = len(load_used(domain.corpus, "train"))
     sampled = domain.settings.memory.sampled_negatives or config.vocab_size
     columns = min(config.vocab_size, used + sampled) * config.hidden_size

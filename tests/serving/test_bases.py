@@ -8,7 +8,7 @@ import functools
 import random
 
 import pytest
-from support import base_rows, bases, oracle
+from support import base_rows, bases, mamba1, oracle
 from vllm.config import set_current_vllm_config
 from vllm.distributed.parallel_state import destroy_model_parallel
 
@@ -57,6 +57,8 @@ def case(request, folders, monkeypatch):
     """Return the name of a base, how it is run, folders of it and a memory, options of LLM."""
     name = request.param
     how = bases.CASES.get(name, bases.Case())
+    if how.error:
+        mamba1.install(monkeypatch)
     for variable, value in how.env.items():
         monkeypatch.setenv(variable, value)
     options = {"block_size": 32, "max_num_batched_tokens": 64, "max_model_len": 256}

@@ -6,12 +6,13 @@ with as many as "auto" chooses. The answer key is support/choices.py's.
 """
 
 import functools
+import os
 import re
 
 import pytest
 import regex
 import torch
-from support import oracle
+from support import bases, oracle
 from support.choices import (
     CHOICES,
     PLAIN,
@@ -36,18 +37,25 @@ usual, tight, both = engines("usual"), engines("tight"), engines("usual", "tight
 
 
 @pytest.fixture(scope="module")
-def models(tiny_model):
-    return make_models(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def llm(request, engine, models):
+def llm(request, engine, tiny_model, tmp_path_factory):
     """Yield one engine of ENGINES, shared by its tests."""
-    name, drafts = request.param
+    name, drafts, base = request.param
+    models = make_models(tiny_model)
+    if base is not None:
+        models["base"] = str(tmp_path_factory.getbasetemp() / base)
+        if not os.path.exists(models["base"]):
+            bases.save(base, models["base"])
     options = ENGINES[name] | {"disable_log_stats": False}
     block = memdec_block(models) | {"speculative_tokens": drafts}
     with engine(models["base"], block, **options) as running:
+        running.models = models
         yield running
+
+
+@pytest.fixture
+def models(llm):
+    """Return the folders of the models that an engine serves, by name."""
+    return llm.models
 
 
 @pytest.fixture(autouse=True)
@@ -336,19 +344,14 @@ JSON = r'\{"kind":"(law|bio)","name":"[a-z]{3,5}","ok":(true|false)\}'
 CONSTRAINED = oracle.prompts(15, 3, 12, 1000), CHOICES * 3
 
 
-@pytest.fixture(scope="module")
-def constrained_texts(models):
-    """Return a function of a pattern: the texts that the key has for it."""
-
-    @functools.cache
-    def texts(pattern):
-        tokenizer = AutoTokenizer.from_pretrained(models["base"])
-        return [
-            constrained(models, choice, prompt, pattern, tokenizer)
-            for prompt, choice in zip(*CONSTRAINED, strict=True)
-        ]
-
-    return texts
+@functools.cache
+def constrained_texts(pattern, **models):
+    """Return the texts that the key has for a pattern."""
+    tokenizer = AutoTokenizer.from_pretrained(models["base"])
+    return [
+        constrained(models, choice, prompt, pattern, tokenizer)
+        for prompt, choice in zip(*CONSTRAINED, strict=True)
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -373,7 +376,7 @@ def guided():
     ids=["choice", "regex", "json"],
 )
 @both
-def test_structured_output(asked, pattern, llm, constrained_texts, guided):
+def test_structured_output(asked, pattern, llm, models, guided):
     """The text obeys, and each of its tokens is the best of the mixture's among those allowed."""
     from vllm.sampling_params import StructuredOutputsParams
 
@@ -390,9 +393,9 @@ def test_structured_output(asked, pattern, llm, constrained_texts, guided):
         assert output.outputs[0].finish_reason == "stop"
     if llm.llm_engine.vllm_config.structured_outputs_config.backend == "guidance":
         # It allows fewer tokens than the pattern does: the key is what it gives without drafts.
-        assert texts == guided.setdefault(pattern, texts)
+        assert texts == guided.setdefault((pattern, models["base"]), texts)
     else:
-        assert texts == constrained_texts(pattern)
+        assert texts == constrained_texts(pattern, **models)
 
 
 # -- The scheduler --------------------------------------------------------------------------------

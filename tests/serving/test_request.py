@@ -2,7 +2,15 @@
 
 import pytest
 
-from vllm_memdec.request import NO_MEMORY, Choices, check_extra_args
+from vllm_memdec.config import NONE
+from vllm_memdec.request import (
+    ALPHA,
+    MEMORY,
+    NO_MEMORY,
+    Choices,
+    check_extra_args,
+    check_images,
+)
 from vllm_memdec.request_body import check_body
 
 CHOICES = Choices({"law": 0.6, "bio": 0.4}, "law")
@@ -150,6 +158,20 @@ def test_choice_with_gates(extra_args, choice):
 
 def test_default_none():
     assert Choices({"law": 0.6}, "none").resolve(None) == (NO_MEMORY, 0.0)
+
+
+def test_requests_with_images():
+    """A memory that is off for them: what asks for it by name or weight is refused."""
+    choices = Choices({"law": 0.6, "bio": 0.4}, "law", without_images=["law"])
+    images = ["an image"]
+    assert choices.resolve(None) == choices.resolve(None, []) == (0, 0.6)
+    assert choices.resolve(None, images) == (NO_MEMORY, 0.0) and choices.name(None, images) == NONE
+    assert choices.resolve({MEMORY: "bio"}, images) == (1, 0.4)
+    for fine in (None, {ALPHA: 0}, {MEMORY: NONE}, {MEMORY: "bio", ALPHA: 0.2}):
+        check_images(fine, choices)
+    for asked in ({ALPHA: 0.3}, {MEMORY: "law"}):
+        with pytest.raises(ValueError, match=f"leave {[*asked][0]} out, or ask for the memory"):
+            check_images(asked, choices)
 
 
 @pytest.mark.parametrize("alpha", [0.6, 1, "auto"])

@@ -144,6 +144,8 @@ def test_bad_alpha(alpha, start, pair):
             marks=pytest.mark.feature("pooling", refused="only next-token probabilities are mixed"),
         ),
         ({"model": "MEMORY", "alpha": 0.5}, {"enable_dbo": True}, "dual-batch overlap"),
+        ({"model": "MEMORY", "alpha": 0.5}, {"mm_encoder_only": True}, "encoder of images alone"),
+        ({"model": "MEMORY", "alpha": 0.5, "with_images": 1}, {}, "'with_images' must be of type"),
         (
             {"model": "MEMORY", "alpha": 0.5},
             {"speculative_config": {"method": "eagle", "model": "x"}},
@@ -229,7 +231,6 @@ def test_positions(kind, start, pair, tiny_model):
         start(pair[0], block, max_model_len=100)
 
 
-@pytest.mark.feature("multimodal base", refused="only text decoders are mixed")
 @pytest.mark.feature("state-space base", refused="only decoders with attention are mixed")
 def test_multimodal_and_recurrent_models(start, pair, tmp_path):
     """Read from config.json alone, so a folder without weights is enough."""
@@ -248,13 +249,15 @@ def test_multimodal_and_recurrent_models(start, pair, tmp_path):
     config = transformers.PaliGemmaConfig()
     config.architectures = ["PaliGemmaForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is multimodal"):
-        start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
+    with pytest.raises(ValueError, match="The memory .* is multimodal, .* a text decoder"):
+        start(pair[0], {"model": str(tmp_path), "alpha": 0.5})
+    with pytest.raises(ValueError, match="does not support LoRA yet: add --language-model-only"):
+        start(str(tmp_path), {"model": pair[1], "alpha": 0.5}, enable_lora=True)
 
 
-@pytest.mark.feature("encoder-decoder base", refused="only text decoders are mixed")
+@pytest.mark.feature("encoder-decoder base", refused="only decoders are mixed")
 def test_encoder_decoder(start, pair, tmp_path):
-    """Every encoder-decoder that vLLM has is multimodal too, and that comes first."""
+    """Every encoder-decoder that vLLM has is multimodal too."""
     import shutil
 
     import transformers
@@ -264,9 +267,10 @@ def test_encoder_decoder(start, pair, tmp_path):
     config = transformers.WhisperConfig(vocab_size=1000, d_model=64)
     config.architectures = ["WhisperForConditionalGeneration"]
     config.save_pretrained(tmp_path)
-    for base, memory in ((str(tmp_path), pair[1]), (pair[0], str(tmp_path))):
-        with pytest.raises(ValueError, match="is multimodal, .* it mixes two text decoders"):
-            start(base, {"model": memory, "alpha": 0.5})
+    with pytest.raises(ValueError, match="The base .* is an encoder-decoder, .* mixes decoders"):
+        start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
+    with pytest.raises(ValueError, match="The memory .* is multimodal"):
+        start(pair[0], {"model": str(tmp_path), "alpha": 0.5})
 
 
 @pytest.mark.feature("sleep and wake", refused="by vLLM itself on a CPU; not run on a GPU")

@@ -69,16 +69,20 @@ def once_made(patch: Any, change: Callable[[Any], None]) -> None:
 
 
 def follow(name: str, model: torch.nn.Module, rules: tuple[Rule, ...]) -> None:
-    def before(module: Any, args: tuple) -> None:
-        for rule in rules:
-            rule.before(name, args)
+    def given(args: tuple, kwargs: dict) -> tuple:
+        """Return the tensors, ids or positions first: some have embeddings in place of ids."""
+        return tuple(x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
 
-    def after(module: Any, args: tuple, output: torch.Tensor) -> None:
+    def before(module: Any, args: tuple, kwargs: dict) -> None:
         for rule in rules:
-            rule.after(name, args, output)
+            rule.before(name, given(args, kwargs))
 
-    model.register_forward_pre_hook(before)
-    model.register_forward_hook(after)
+    def after(module: Any, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        for rule in rules:
+            rule.after(name, given(args, kwargs), output)
+
+    model.register_forward_pre_hook(before, with_kwargs=True)
+    model.register_forward_hook(after, with_kwargs=True)
     logits = model.compute_logits
 
     def compute_logits(rows: torch.Tensor) -> Any:
@@ -209,10 +213,10 @@ class Log(Rule):
 
     def before(self, name: str, args: tuple) -> None:
         if Graph.recording is not None:
-            Graph.recording.ran.append([name, len(args[0]), "FULL"])
+            Graph.recording.ran.append([name, args[0].shape[-1], "FULL"])
         elif self.steps:
             mode = get_forward_context().cudagraph_runtime_mode.name
-            self.steps[-1]["ran"].append([self.by, name, len(args[0]), mode])
+            self.steps[-1]["ran"].append([self.by, name, args[0].shape[-1], mode])
 
     def head(self, name: str, rows: torch.Tensor) -> None:
         if Graph.recording is None and self.steps:

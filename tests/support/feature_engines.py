@@ -21,13 +21,23 @@ ENGINES = {
 }
 
 
+# One of each kind that vLLM treats in its own way, beside the dense one. On a CPU nothing drafts
+# beside a hybrid: that is refused.
+OTHER_BASES = ("Falcon-H1", "Qwen3-MoE")
+
+
 def engines(*names):
-    """Parametrise a test over engines of these names, each without drafts and with them."""
-    params = [pytest.param((name, 0), id=name) for name in names]
+    """Parametrise a test over engines of these names: without drafts and with them, other bases."""
+    params = [pytest.param((name, 0, None), id=name) for name in names]
     params += [
-        pytest.param((name, tokens), id=f"{name}, {tokens} drafts", marks=pytest.mark.drafts)
+        pytest.param((name, tokens, None), id=f"{name}, {tokens} drafts", marks=pytest.mark.drafts)
         for name in names
         for tokens in (3, "auto")
+    ]
+    params += [
+        pytest.param((name, 0, base), id=f"{name}, {base}")
+        for name in names
+        for base in OTHER_BASES
     ]
     return pytest.mark.parametrize("llm", params, indirect=True)
 

@@ -46,14 +46,19 @@ def mixture(base, memory, alpha, ids):
     return ((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log()
 
 
-def worst_error(*request):
-    """Return the largest of errors()."""
-    return max(errors(*request))
-
-
-def errors(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
-    """Return the errors of the (token -> log-probability) rows of one request."""
+def worst_error(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
+    """Return the largest error of the (token -> log-probability) rows of one request."""
     key_TV = mixture(base, memory, alpha, [*prompt, *sampled])
+    return worst_row(prompt, sampled, prompt_rows, sampled_rows, key_TV)
+
+
+def worst_row(*rows_and_key):
+    """Return the largest error of rows against a key."""
+    return max(errors(*rows_and_key))
+
+
+def errors(prompt, sampled, prompt_rows, sampled_rows, key_TV):
+    """Return all errors of rows against a key."""
     rows = list(enumerate(prompt_rows))[1:]  # nothing predicts the first token
     rows += enumerate(sampled_rows, start=len(prompt))
     found = [
@@ -66,20 +71,19 @@ def errors(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
 
 
 def gap(output, base, memory, alpha):
-    """Return the largest of gaps()."""
+    """Return the largest error of one vLLM output, prompt and sampled tokens."""
     return max(gaps(output, base, memory, alpha))
 
 
 def gaps(output, base, memory, alpha):
-    """Return the errors of one vLLM output, prompt and sampled tokens."""
+    """Return all errors of one vLLM output."""
     found = output.outputs[0]
     prompt_rows, sampled_rows = (
         [{token: entry.logprob for token, entry in (row or {}).items()} for row in rows or []]
         for rows in (output.prompt_logprobs, found.logprobs)
     )
-    return errors(
-        output.prompt_token_ids, found.token_ids, prompt_rows, sampled_rows, base, memory, alpha
-    )
+    key_TV = mixture(base, memory, alpha, [*output.prompt_token_ids, *found.token_ids])
+    return errors(output.prompt_token_ids, found.token_ids, prompt_rows, sampled_rows, key_TV)
 
 
 def prompts(count, low, high, vocab, prefix=(), seed=0):

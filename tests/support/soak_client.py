@@ -47,9 +47,9 @@ def chosen(xargs):
 
 
 class Server:
-    """A running `vllm serve` with both memories, which may draft."""
+    """A running `vllm serve` with both memories, which may draft, or with those of a block."""
 
-    def __init__(self, models, env, log, drafts=0):
+    def __init__(self, models, env, log, drafts=0, block=None, options=()):
         self.drafts = drafts
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -57,11 +57,12 @@ class Server:
         self.url, self.log, self.model = f"http://127.0.0.1:{port}", log, models["base"]
         # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
         env = env | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
-        block = json.dumps({"memdec": memdec_block(models) | {"speculative_tokens": drafts}})
-        given = ["--model-impl", "memdec", "--additional-config", block, "--port", str(port)]
+        block = (block or memdec_block(models)) | {"speculative_tokens": drafts}
+        given = ["--model-impl", "memdec", "--additional-config", json.dumps({"memdec": block})]
+        given += ["--port", str(port), *options]
         with log.open("w") as out:
             self.process = psutil.Popen(
-                ["vllm", "serve", self.model, *given, *OPTIONS], env=env, stdout=out, stderr=out
+                ["vllm", "serve", self.model, *OPTIONS, *given], env=env, stdout=out, stderr=out
             )
 
     def wait(self):

@@ -9,6 +9,7 @@ import pytest
 from support import recorded_graphs
 from support.emulation import Captured, Hostile, Log, no_wait, watch
 from vllm import LLM, SamplingParams
+from vllm.multimodal.utils import fetch_image
 
 
 def rows(found):
@@ -20,6 +21,14 @@ def drafts(metrics):
     if metrics is None:  # where the engine was not asked to count by request
         return None
     return metrics.num_draft_tokens, sum(n * count for n, count in enumerate(metrics.histogram))
+
+
+def prompt(given):
+    """Return vLLM's prompt of ids, or of a text with images, which are given as URLs."""
+    if isinstance(given, list):
+        return {"prompt_token_ids": given}
+    pictures = [fetch_image(url) for url in given["images"]]
+    return {"prompt": given["text"], "multi_modal_data": {"image": pictures}}
 
 
 def sampling(params):
@@ -57,7 +66,7 @@ def generate(llm, job, log):
     with guard:
         for batch in job["batches"]:
             outputs = llm.generate(
-                [{"prompt_token_ids": ids} for ids, _ in batch],
+                [prompt(given) for given, _ in batch],
                 [sampling(params) for _, params in batch],
                 use_tqdm=False,
             )

@@ -43,7 +43,8 @@ def run(jobs, env):
     tests = str(Path(__file__).parents[1])
     path = os.pathsep.join(filter(None, [tests, env.get("PYTHONPATH")]))
     run = subprocess.run(
-        [sys.executable, "-m", "support.v2_script", json.dumps([*jobs.values()])],
+        [sys.executable, "-m", "support.v2_script"],
+        input=json.dumps([*jobs.values()]),
         env=env | {"PYTHONPATH": path},
         capture_output=True,
         text=True,

@@ -2,9 +2,10 @@
 
 V2 needs Triton, and the CPU wheel's Triton has no CPU back end. With an entry "cpu" among Triton's
 back ends, whose driver is never active, vLLM takes V2 and Triton runs its kernels interpreted.
-argv[1]: JSON of a list of jobs, each an engine, one after the other:
+Stdin: JSON of a list of jobs, each an engine, one after the other:
     "llm": arguments of LLM
-    "batches": lists of [prompt ids, SamplingParams arguments] that run one after the other
+    "batches": lists of [prompt, SamplingParams arguments] that run one after the other; a prompt is
+        ids, or {"text": ..., "images": URLs}
     "graphs": perhaps "full" or "piecewise", the graphs that recorded_graphs.py stands in for
     "no_wait": whether to raise where our code makes the host wait for the device
 Last line of stdout: JSON of one object a job, with "requests": [prompt ids, sampled ids, prompt
@@ -68,4 +69,4 @@ InterpreterBuilder.create_masked_store = with_bool_mask(InterpreterBuilder.creat
 if __name__ == "__main__":
     from support.v2_engines import main  # imports vLLM, which now finds all of the above
 
-    main(sys.argv[1])
+    main(sys.stdin.read())

@@ -296,25 +296,3 @@ def test_validation_that_is_the_corpus(tiny_model, tmp_path, command):
         code, err = build.here(validation=tmp_path / same)
         assert_one_sentence(code, err, "--validation is the text of --corpus", "leave --validation")
         assert no_artifact(build.output)
-
-
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "is quantised"),
-        ({"model_type": "gemma3", "architectures": ["Gemma3ForConditionalGeneration"]}, "decoder"),
-    ],
-    ids=["quantised", "multimodal"],
-)
-def test_base_that_cannot_be_trained_from(
-    changes, part, tiny_model, tmp_path, command, english, jsonl
-):
-    base = tmp_path / "base"
-    shutil.copytree(tiny_model("llama"), base)
-    config = json.loads((base / "config.json").read_text())
-    if "model_type" in changes:
-        config = {}
-    (base / "config.json").write_text(json.dumps(config | changes))
-    build = command(str(base), jsonl(tmp_path / "corpus.jsonl", english(40)), SMALL)
-    code, err = build.here()
-    assert_one_sentence(code, err, part)

@@ -12,7 +12,7 @@ from vllm_memdec.train.data.shards import shards
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model import hidden_states
 from vllm_memdec.train.model.devices import BLOCKS, EMBEDDED, blocks_at_once
-from vllm_memdec.train.model.hidden_states import Keys, check_isolation, last_mlp
+from vllm_memdec.train.model.hidden_states import Keys, check_isolation
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.settings import CorpusSettings, DatastoreSettings
 from vllm_memdec.train.stages.corpus import build_corpus
@@ -104,10 +104,11 @@ def test_row_numbers_count_valid_pairs_through_all_blocks(tiny_model, corpus, tm
     ],
     ids=["bloom", "mamba"],
 )
-def test_an_architecture_that_would_mix_documents_is_refused(config):
+def test_a_memory_that_would_mix_documents_is_refused(config):
+    """As a base its documents are read one by one, see test_any_base.py."""
     config.initializer_range = 0.3
     model = AutoModelForCausalLM.from_config(config).eval()
-    with pytest.raises(ValueError, match="lets packed documents see each other"):
+    with pytest.raises(ValueError, match="lets packed documents see each other: give another"):
         check_isolation(model)
 
 
@@ -115,14 +116,6 @@ def test_an_architecture_that_would_mix_documents_is_refused(config):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_supported_architectures_keep_documents_apart(tiny_model, kind, dtype):
     check_isolation(load_model(tiny_model(kind), dtype))
-
-
-def test_without_a_known_mlp_the_other_key_is_named():
-    model = AutoModelForCausalLM.from_config(
-        MambaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1)
-    )
-    with pytest.raises(ValueError, match="datastore.key to final_hidden"):
-        last_mlp(model)
 
 
 def test_keys_beyond_fp16_are_refused(tiny_model, corpus, tmp_path):

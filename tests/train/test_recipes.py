@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.speed.recipes import CONFIGS, MODELS, RECIPES, comment, cost, parameters
-from vllm_memdec.train.model.hidden_states import check_isolation, hidden_keys
+from vllm_memdec.train.model.hidden_states import check_isolation, hidden_states
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.settings import PRETRAINED, load_settings
 
@@ -55,9 +55,9 @@ def test_models_of_these_types_can_be_read(kind):
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     tokens = torch.randint(1000, (2, 16))
     positions = torch.arange(16).expand(2, 16)
+    check_isolation(model)
     for key in ("last_mlp_input", "final_hidden"):
-        check_isolation(model, key)
-        keys = hidden_keys(model, key, tokens, positions)
+        keys = hidden_states(model, key, tokens, positions)
         assert keys.shape == (2, 16, 64)
     with torch.inference_mode():
         logits = head(model, keys.reshape(-1, 64)).reshape(2, 16, -1)

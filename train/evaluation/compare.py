@@ -29,7 +29,12 @@ from vllm_memdec.train.data.blocks import bos_of, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.hub import served
 from vllm_memdec.train.data.readers import TEXT, Fields
-from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
+from vllm_memdec.train.model.huggingface import (
+    load_config,
+    load_model,
+    load_tokenizer,
+    text_config,
+)
 from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.model.windows import (
     Windows,
@@ -76,7 +81,7 @@ class Pair:
 
     @property
     def configs(self) -> list[Any]:
-        return [self.base.config, self.memory.config]
+        return [text_config(model.config) for model in (self.base, self.memory)]
 
     def weights(self, position_N: np.ndarray) -> np.ndarray | None:
         """Return the weights [N] without a gate, as they are served; None if there are none."""
@@ -129,7 +134,9 @@ def as_learnt(fields: Fields, section: MemoryBlock | None) -> Fields:
 
 def open_model(folder: str) -> Any:
     """Return the causal LM of a folder in the dtype of its own config."""
-    dtype = getattr(load_config(folder), "dtype", None) or torch.float32
+    config = load_config(folder)
+    given = (getattr(part, "dtype", None) for part in (config, text_config(config)))
+    dtype = next(filter(None, given), torch.float32)
     return load_model(folder, str(dtype).removeprefix("torch."))
 
 

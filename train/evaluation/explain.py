@@ -23,7 +23,8 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.evaluation.compare import matching_tokenizer, open_model
-from vllm_memdec.train.model.huggingface import load_config
+from vllm_memdec.train.model.hidden_states import hidden_states, keeps_apart
+from vllm_memdec.train.model.huggingface import load_text_config, text_config
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.model.windows import alpha_at
 
@@ -69,16 +70,26 @@ class Reader:
 
     def __init__(self, folder: str) -> None:
         self.model, self.cache = open_model(folder), None
+        self.read: list[int] = []
 
     @torch.inference_mode()
     def __call__(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return hidden states [T, D] and float32 logits [T, V] after each of the next ids."""
-        ids_1T = torch.tensor([ids], device=self.model.device)
         # An id that the memory has no embedding for, as in serving.
-        ids_1T = ids_1T.clamp(max=self.model.config.vocab_size - 1)
-        out = self.model.base_model(input_ids=ids_1T, past_key_values=self.cache, use_cache=True)
-        self.cache = out.past_key_values
-        h_TD = out.last_hidden_state[0]
+        last = text_config(self.model.config).vocab_size - 1
+        self.read += [min(token, last) for token in ids]
+        if keeps_apart(self.model):
+            ids_1T = torch.tensor([self.read[-len(ids) :]], device=self.model.device)
+            out = self.model.base_model(
+                input_ids=ids_1T, past_key_values=self.cache, use_cache=True
+            )
+            self.cache = out.past_key_values
+            h_TD = out.last_hidden_state[0]
+        else:  # not every state of a recurrent layer goes on where several tokens follow
+            ids_1T = torch.tensor([self.read], device=self.model.device)
+            position_1T = torch.arange(len(self.read), device=self.model.device)[None]
+            h_1TD = hidden_states(self.model, "final_hidden", ids_1T, position_1T)
+            h_TD = h_1TD[0, -len(ids) :]
         return h_TD, head(self.model, h_TD).float()
 
     @cached_property
@@ -111,7 +122,7 @@ def explain(
     section, path = read_block(memory), gate_path(memory)
     gate, table = None, None
     if path:
-        arrays = read_gate(path, load_config(memory).hidden_size)
+        arrays = read_gate(path, load_text_config(memory).hidden_size)
         check_gate(path, arrays)
         gate = Gate(arrays)
     if alpha is None and gate is not None:
@@ -126,7 +137,7 @@ def explain(
     if not ids:
         raise MemdecError("the text is empty: give a few words to explain.")
     for folder in (base, memory):
-        positions = getattr(load_config(folder), "max_position_embeddings", None)
+        positions = getattr(load_text_config(folder), "max_position_embeddings", None)
         if positions is not None and len(ids) + write > positions:
             raise MemdecError(
                 f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "

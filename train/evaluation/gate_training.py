@@ -33,6 +33,7 @@ from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.data.splits import digest
 from vllm_memdec.train.evaluation.compare import as_learnt, matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
+from vllm_memdec.train.model.huggingface import text_config
 from vllm_memdec.train.model.windows import (
     MIN_ROWS,
     Windows,
@@ -365,7 +366,7 @@ def calibrate_gate(
                 f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
             )
     # One length for all: a gate must not tell general text by its longer contexts.
-    width = window_tokens(context, min(counts.values()), [model.config for model in models])
+    width = window_tokens(context, min(counts.values()), [text_config(m.config) for m in models])
     trained, kept = divide(read, bos_of(tokenizer))
     row_bytes = 4 * (models[1].config.hidden_size + 3)
     max_rows = min(MAX_TOKENS, FEATURE_BYTES // (len(trained) + 1) // row_bytes)

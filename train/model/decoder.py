@@ -1,5 +1,7 @@
-"""Build the untrained memory: a causal LM that shares the base's tokenizer.
+"""Build the untrained memory: a dense causal LM that shares the base's tokenizer.
 
+It is made of the base's first layers where those are attention with dense MLPs, those of the text
+decoder in a multimodal base, too; else it starts fresh (fresh.py), or from what memory.init gives.
 One compiled for another tokenizer is adapted if memory.adapt_tokenizer says so: see
 vocabulary_transfer.py.
 """
@@ -12,13 +14,19 @@ import torch
 
 from vllm_memdec.checkpoint import TEKKEN, tokenizer_fingerprint
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.model.fresh import cut, fresh_config, fresh_memory
 from vllm_memdec.train.model.hidden_states import check_isolation
 from vllm_memdec.train.model.huggingface import (
     check_positions,
+    is_tied,
     load_config,
     load_model,
+    load_text_config,
     load_tokenizer,
+    skeleton,
+    text_config,
 )
+from vllm_memdec.train.model.kinds import why_not_its_layers
 from vllm_memdec.train.model.vocabulary_transfer import exchange, spelling, transfer
 from vllm_memdec.train.settings import PRETRAINED, MemorySettings
 from vllm_memdec.train.trust import code_allowed
@@ -35,34 +43,40 @@ def has_any(folder: str, patterns: tuple[str, ...]) -> bool:
     return any(path for pattern in patterns for path in Path(folder).glob(pattern))
 
 
-def truncated_config(base: str, layers: int | None) -> Any:
-    """Return the base's config cut to its first `layers` transformer blocks."""
+def own_config(settings: MemorySettings, base: str) -> Any:
+    """Return the config of a memory that the base itself starts, with its first layers or none."""
     config = load_config(base)
-    if getattr(config, "quantization_config", None):
-        raise MemdecError(
-            f"{base} is quantised, so it cannot be trained from: set memory.init to a plain model."
-        )
-    if layers is None:
-        layers = min(DEFAULT_LAYERS, config.num_hidden_layers)
-    if layers > config.num_hidden_layers:
-        raise MemdecError(
-            f"memory.layers is {layers}, but {base} has only {config.num_hidden_layers} layers: "
-            "lower it."
-        )
-    for name, value in vars(config).items():  # per-layer lists, such as layer_types
-        if name.endswith("_token_id"):  # may be a list of as many, by chance
-            continue
-        if isinstance(value, list) and len(value) == config.num_hidden_layers:
-            setattr(config, name, value[:layers])
-    config.num_hidden_layers = layers
-    return config
+    has = text_config(config).num_hidden_layers
+    layers = settings.layers or min(DEFAULT_LAYERS, has)
+    if why_not_its_layers(config):
+        return fresh_config(base, layers)
+    if layers > has:
+        raise MemdecError(f"memory.layers is {layers}, but {base} has only {has} layers: lower it.")
+    return text_config(cut(config, layers))
 
 
-def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any:
+def starts_from(settings: MemorySettings, base: str) -> str:
+    """Return in one sentence what a memory is before training."""
+    config = memory_config(settings, base)
+    shape = f"{config.num_hidden_layers} layers of width {config.hidden_size:,}"
+    weights = sum(p.numel() for p in skeleton(config).parameters())
+    shape += f", {weights / 1e6:,.4g} M weights"
+    if settings.init != "base":
+        return f"memory: starts from {settings.init}: {shape}"
+    if why := why_not_its_layers(load_config(base)):
+        return (
+            f"memory: the layers of {base} cannot be taken ({why}), so it starts fresh around its "
+            f"embedding: {shape}; a dense model of the same tokenizer, given with --init, may be a "
+            "better start"
+        )
+    return f"memory: starts from the first layers of {base}: {shape}"
+
+
+def memory_config(settings: MemorySettings, base: str, block_tokens: int = 0) -> Any:
     """Return the memory's config; MemdecError if memory.init or memory.layers cannot work."""
     adapting = other_vocabulary(settings, base)
     if settings.init == "base":
-        return truncated_config(base, settings.layers)
+        return own_config(settings, base)
     folder = settings.init
     config, tokenizer = load_config(folder), load_tokenizer(base)
     vars(config).pop("memdec", None)  # what an export says of itself is not so of its descendant
@@ -79,7 +93,7 @@ def memory_config(settings: MemorySettings, base: str, block_tokens: int) -> Any
         for each in (load_tokenizer(folder), tokenizer):
             spelling(each)
         return config
-    needed = min(len(tokenizer), load_config(base).vocab_size)
+    needed = min(len(tokenizer), load_text_config(base).vocab_size)
     if config.vocab_size < needed:
         raise MemdecError(
             f"memory.init: {folder} has {config.vocab_size} vocabulary rows, the tokenizer of "
@@ -144,7 +158,7 @@ def training_budget(
             say(f"memory: {settings.init} has the tokenizer of {base} already, nothing to adapt")
         return settings
     old, new = load_tokenizer(settings.init), load_tokenizer(base)
-    sizes = (load_config(folder).vocab_size for folder in (settings.init, base))
+    sizes = (load_text_config(folder).vocab_size for folder in (settings.init, base))
     how = transfer(old, new, *sizes)
     epochs = settings.epochs * settings.transfer_fraction
     say(f"memory: adapting {settings.init} to the tokenizer of {base}: {how}")
@@ -161,7 +175,11 @@ def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
 
     config = memory_config(settings, base, block_tokens)
     folder = base if settings.init == "base" else settings.init
-    if has_any(folder, WEIGHT_FILES):
+    if settings.init == "base" and why_not_its_layers(load_config(base)):
+        model = fresh_memory(base, config, settings.seed)
+    elif settings.init == "base":
+        model = first_layers(base, config.num_hidden_layers)
+    elif has_any(folder, WEIGHT_FILES):
         model = load_model(folder, device=torch.device("cpu"), config=config)
     else:
         torch.manual_seed(settings.seed)
@@ -169,9 +187,24 @@ def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
             config, dtype=torch.float32, trust_remote_code=code_allowed()
         )
     if other_vocabulary(settings, base):
-        rows = load_config(base).vocab_size
+        rows = load_text_config(base).vocab_size
         exchange(model, load_tokenizer(folder), load_tokenizer(base), rows)
     check_isolation(model.eval())
     # The base's may be one that transformers reads but refuses to write, after all the training.
     model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
+
+
+def first_layers(base: str, layers: int) -> Any:
+    """Return the first layers of a base as a causal LM of text, float32, on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    model = load_model(base, device=torch.device("cpu"), config=cut(load_config(base), layers))
+    config = text_config(model.config)
+    if config is model.config:
+        return model
+    config.tie_word_embeddings = is_tied(model)
+    text: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    text.base_model.load_state_dict(model.get_decoder().state_dict())
+    text.get_output_embeddings().load_state_dict(model.get_output_embeddings().state_dict())
+    return text

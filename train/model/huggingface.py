@@ -67,9 +67,40 @@ def load_config(folder: str) -> Any:
         reraise(error, folder)
         check_needs_no_code(folder, error)
         raise MemdecError(f"{folder} has no usable config.json: {said_by(error)}.") from error
-    if not all(hasattr(config, name) for name in ("vocab_size", "num_hidden_layers")):
+    text = text_config(config)
+    if not all(hasattr(text, name) for name in ("vocab_size", "num_hidden_layers")):
         raise MemdecError(f"{folder} is {config.model_type}, no text decoder: give another model.")
     return config
+
+
+def text_config(config: Any) -> Any:
+    """Return the part of a config that is the text decoder's: of most models all of it."""
+    return config.get_text_config(decoder=True)
+
+
+def load_text_config(folder: str) -> Any:
+    """Return the config of the text decoder in a model folder; MemdecError as load_config()."""
+    return text_config(load_config(folder))
+
+
+def auto_class(config: Any) -> Any:
+    """Return the class of transformers that reads a model: of a multimodal one not all do."""
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        AutoModelForCausalLM,
+        AutoModelForMultimodalLM,
+    )
+
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    multimodal = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
+    return AutoModelForMultimodalLM if multimodal and not known else AutoModelForCausalLM
+
+
+def skeleton(config: Any) -> Any:
+    """Return the model of a config without weights."""
+    with torch.device("meta"):
+        return auto_class(config).from_config(config, trust_remote_code=code_allowed())
 
 
 def check_positions(config: Any, folder: str, block_tokens: int) -> None:
@@ -81,23 +112,21 @@ def check_positions(config: Any, folder: str, block_tokens: int) -> None:
         )
 
 
-def load_model(
-    folder: str, dtype: str = "float32", device: torch.device | None = None, config: Any = None
-) -> Any:
-    """Return the causal LM of a folder in eval mode, or raise MemdecError in one sentence.
+def read_model(folder: str, config: Any = None, **more: Any) -> Any:
+    """Return the model of a folder in eval mode, or raise MemdecError in one sentence.
 
     config: in place of the folder's own; it may leave out layers, but nothing may be missing.
+    more: for from_pretrained().
     """
-    from transformers import AutoModelForCausalLM
-
+    config = config or load_config(folder)
     try:
         # Any, at its source: an argument decides whether a model or a pair is returned.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             folder,
             config=config,
-            dtype=getattr(torch, dtype),
             output_loading_info=True,
             trust_remote_code=code_allowed(),
+            **more,
         )
     except Exception as error:  # libraries check little: any class may come
         reraise(error, folder)
@@ -109,12 +138,34 @@ def load_model(
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
         )
-    model = model.eval().to(device or default_device())
+    return model.eval()
+
+
+def load_model(
+    folder: str, dtype: str = "float32", device: torch.device | None = None, config: Any = None
+) -> Any:
+    """Return the causal LM of a folder on a device, its head checked; MemdecError if it is none.
+
+    config: as in read_model().
+    """
+    model = read_model(folder, config, dtype=getattr(torch, dtype))
+    model = model.to(device or default_device())
     check_head(model, folder)
     return model
 
 
+def is_tied(model: Any) -> bool:
+    """Return whether a model's head is its embedding."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def layers_of(model: Any) -> torch.nn.ModuleList:
-    """Return the transformer blocks."""
-    lists = (m for m in model.base_model.modules() if isinstance(m, torch.nn.ModuleList))
-    return max(lists, key=len)
+    """Return the layers of the text decoder: its longest list of modules that is in no other."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+    lists: dict[str, torch.nn.ModuleList] = {}
+    for name, module in decoder.named_modules():
+        within = any(name.startswith(f"{outer}.") for outer in lists)
+        if isinstance(module, torch.nn.ModuleList) and not within:
+            lists[name] = module
+    return max(lists.values(), key=len)

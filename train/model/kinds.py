@@ -1,4 +1,4 @@
-"""Which models can be served: told before the first stage, as serving would after the last.
+"""Which models can be served, and of which a memory can be made: told before the first stage.
 
 The rules are those of vllm_memdec/startup.py, read from Hugging Face's configurations and classes.
 """
@@ -6,58 +6,85 @@ The rules are those of vllm_memdec/startup.py, read from Hugging Face's configur
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.model.huggingface import load_config
+from vllm_memdec.train.model.huggingface import load_config, text_config
 
 EXPERTS = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-SENSES = ("vision_config", "audio_config", "speech_config")
 STATES = ("linear", "conv", "mamba", "hybrid", "recurrent")  # in names of kinds of layers
+# Of models whose layers use something of other layers, or of a table for all of them.
+ENTANGLED = ("num_kv_shared_layers", "hidden_size_per_layer_input")
 
 
-def check_base(folder: str, starts_memory: bool) -> None:
-    """Raise MemdecError for a base that serving refuses, or whose first layers it would refuse.
-
-    starts_memory: whether the memory is made of the base's first layers.
-    """
+def check_base(folder: str) -> None:
+    """Raise MemdecError for a base that serving refuses, or that transformers has no class for."""
     config = load_config(folder)
-    if kind := not_served(config):
+    text = text_config(config)
+    kind = None
+    if any(getattr(part, "is_encoder_decoder", False) for part in (config, text)):
+        kind = "an encoder-decoder"
+    elif has_state(text) and not hasattr(text, "num_attention_heads"):
+        kind = "a model without attention"
+    elif not has_class(config):
+        kind = f"a {config.model_type} model, of which transformers has no causal LM"
+    if kind:
         raise MemdecError(f"{folder} is {kind}, which vllm-memdec cannot serve: take another base.")
-    if starts_memory and has_experts(config):
-        raise MemdecError(
-            f"{folder} is a mixture of experts, and so would be a memory made of its first layers, "
-            "which vllm-memdec cannot serve: give a dense model with --init FOLDER, and "
-            "--adapt-tokenizer if it has another tokenizer."
-        )
 
 
 def check_init(folder: str) -> None:
-    """Raise MemdecError for a model that serving refuses as a memory."""
+    """Raise MemdecError for a model that serving refuses as a memory: it is a dense decoder."""
     config = load_config(folder)
-    kind = "a mixture of experts" if has_experts(config) else not_served(config)
+    kind = None
+    if has_experts(text_config(config)):
+        kind = "a mixture of experts"
+    elif text_config(config) is not config:
+        kind = "multimodal"
+    elif getattr(config, "is_encoder_decoder", False):
+        kind = "an encoder-decoder"
+    elif has_state(config):
+        kind = "a state-space or hybrid model"
     if kind:
         raise MemdecError(
             f"{folder} is {kind}, which vllm-memdec cannot serve as a memory: give another --init."
         )
 
 
-def has_experts(config: Any) -> bool:
-    """Return whether a model has layers with experts."""
-    counts = (getattr(config, name, None) for name in EXPERTS)
+def why_not_its_layers(config: Any) -> str | None:
+    """Return why a memory cannot be made of a base's first layers, or None if it can."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    text = text_config(config)
+    quantised = (getattr(part, "quantization_config", None) for part in (config, text))
+    reasons = {
+        "not all of its layers are attention": has_state(text),
+        "it is a mixture of experts": has_experts(text),
+        "it is quantised": any(quantised),
+        "its layers share parts": any(getattr(text, name, None) for name in ENTANGLED),
+        "its text decoder is no model by itself": text is not config
+        and type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    return next((reason for reason, is_so in reasons.items() if is_so), None)
+
+
+def has_class(config: Any) -> bool:
+    """Return whether transformers, or a model's own code, has a class that predicts tokens."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING
+
+    known = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    return any(type(config) in each for each in known) or hasattr(config, "auto_map")
+
+
+def has_experts(text: Any) -> bool:
+    """Return whether a text decoder has layers with experts."""
+    counts = (getattr(text, name, None) for name in EXPERTS)
     return any(isinstance(count, int) and count > 0 for count in counts)
 
 
-def not_served(config: Any) -> str | None:
-    """Return what a model is other than a text decoder with attention; None if that."""
+def has_state(text: Any) -> bool:
+    """Return whether a text decoder has layers with a state in place of attention."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if any(getattr(config, name, None) is not None for name in SENSES):
-        return "multimodal"
-    if getattr(config, "is_encoder_decoder", False):
-        return "an encoder-decoder"
-    layers = getattr(config, "layer_types", None) or ()
-    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)  # not a model's own code
+    layers = getattr(text, "layer_types", None) or ()
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)  # not a model's own code
     classes = known if isinstance(known, tuple) else (known,)
-    if any(getattr(each, "_is_stateful", False) for each in classes) or any(
+    return any(getattr(each, "_is_stateful", False) for each in classes) or any(
         word in str(layer) for layer in layers for word in STATES
-    ):
-        return "a state-space or hybrid model"
-    return None
+    )

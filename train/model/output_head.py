@@ -74,6 +74,7 @@ def rows_at_once(columns: int) -> int:
 def logits_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | None:
     """Return what an architecture does to hidden states times head, None if nothing."""
     scale = getattr(config, "logit_scale", None)  # Cohere
+    scale = scale or getattr(config, "lm_head_multiplier", None)  # Falcon-H1
     divisor = getattr(config, "logits_scaling", None)  # Granite
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     if not (scale or divisor or cap):
@@ -89,7 +90,7 @@ def logits_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | No
 def head(model: Any, h_ND: torch.Tensor) -> torch.Tensor:
     """Return logits [N, V] of final hidden states, scaled as the architecture wants."""
     logits_NV = model.get_output_embeddings()(h_ND)
-    transform = logits_transform(model.config)
+    transform = logits_transform(model.config.get_text_config(decoder=True))
     return logits_NV if transform is None else transform(logits_NV)
 
 
@@ -100,17 +101,25 @@ def check_head(model: Any, folder: str) -> None:
     What an architecture does to its logits is read from the names of its settings, and two may mean
     different things by one name.
     """
+    if (layer := model.get_output_embeddings()) is None:
+        raise MemdecError(
+            f"{folder} ({type(model).__name__}) has no output head, so it predicts no tokens: give "
+            "a causal LM."
+        )
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = np.random.default_rng(0).integers(vocabulary, size=(1, CHECKED_ROWS))
     ids = torch.from_numpy(tokens).to(model.device)
     hidden: list[torch.Tensor] = []
-    handle = model.base_model.register_forward_hook(
-        lambda module, given, result: hidden.append(result.last_hidden_state[0])
-    )
+    handle = layer.register_forward_pre_hook(lambda module, given: hidden.append(given[0][0]))
     try:
         own_NV = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         handle.remove()
+    if not hidden:
+        raise MemdecError(
+            f"{folder} ({type(model).__name__}) does not call its output head as a module, so its "
+            "hidden states cannot be found: give another model."
+        )
     ours_NV = head(model, hidden[0]).float()
     finite = own_NV.isfinite()
     if not finite.any():

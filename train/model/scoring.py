@@ -9,7 +9,9 @@ import torch
 
 from vllm_memdec.gate import features
 from vllm_memdec.train.data.blocks import load_blocks, unmarked, valid_rows
-from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.devices import to_device
+from vllm_memdec.train.model.hidden_states import states_of_rows
+from vllm_memdec.train.model.huggingface import load_model, text_config
 from vllm_memdec.train.model.output_head import head, rows_at_once
 from vllm_memdec.train.progress import Progress
 
@@ -41,14 +43,14 @@ def label_logprobs(
             task = progress.task(f"scoring with {name}", len(tokens), "blocks")
             advance = stack.enter_context(task)
         for start in range(0, len(tokens), batch):
-            block = torch.from_numpy(tokens[start : start + batch].astype(np.int64)).to(device)
-            position = torch.from_numpy(unmarked(positions[start : start + batch].astype(np.int64)))
-            mask = torch.from_numpy(scored[start : start + batch]).to(device)
-            h_ND = model.base_model(
-                input_ids=block[:, :-1], position_ids=position[:, :-1].to(device), use_cache=False
-            ).last_hidden_state[mask]
-            rows = h_ND, block[:, 1:][mask], position[:, :-1].to(device)[mask]
-            chunk = rows_at_once(model.config.vocab_size)
+            block = tokens[start : start + batch].astype(np.int64)
+            position = unmarked(positions[start : start + batch].astype(np.int64))
+            mask = scored[start : start + batch]
+            inputs = block[:, :-1], position[:, :-1], mask
+            h_ND = states_of_rows(model, "final_hidden", *inputs)
+            of_rows = block[:, 1:][mask], position[:, :-1][mask]
+            rows = h_ND, *(to_device(array, device) for array in of_rows)
+            chunk = rows_at_once(text_config(model.config).vocab_size)
             for h_PD, labels_P, position_P in zip(*(r.split(chunk) for r in rows), strict=True):
                 logits_PV = head(model, h_PD).float()
                 chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]

@@ -32,7 +32,7 @@ from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.model.decoder import build_memory, memory_config
 from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device
-from vllm_memdec.train.model.hidden_states import check_isolation, embed
+from vllm_memdec.train.model.hidden_states import blocks_gathered, embed
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.model.windows import TOKENS_AT_ONCE
@@ -140,7 +140,6 @@ class StageProbe:
         settings = self.settings
         measured: dict[str, float] = {"process_bytes": peak_bytes()}
         model = load_model(self.base, settings.datastore.dtype)
-        check_isolation(model, settings.datastore.key_layer)
         measured["load"] = time.perf_counter() - began
         measured["reload"] = seconds(load_model, self.base, settings.datastore.dtype)
         keys, labels, blocks, measured["key"] = self.embed(model)
@@ -164,8 +163,9 @@ class StageProbe:
         )
         batches: list[tuple[np.ndarray, np.ndarray]] = []
         spent: list[float] = []
-        for start in range(0, len(tokens), batch):
-            part = slice(start, start + batch)
+        each = blocks_gathered(model, batch)
+        for start in range(0, len(tokens), each):
+            part = slice(start, start + each)
             began = time.perf_counter()
             batches += embed(
                 model, self.settings.datastore.key_layer, tokens[part], positions[part], batch
@@ -176,7 +176,7 @@ class StageProbe:
         warm = slice(int(len(spent) > 1), None)
         rows = sum(len(labels) for _, labels in batches[warm])
         keys, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-        return keys, labels, min(len(spent) * batch, len(tokens)), sum(spent[warm]) / max(rows, 1)
+        return keys, labels, min(len(spent) * each, len(tokens)), sum(spent[warm]) / max(rows, 1)
 
     def write(self, keys: np.ndarray, labels: np.ndarray, blocks: int) -> float:
         """Write the embedded blocks and their targets, each as one shard; return tokens a row."""

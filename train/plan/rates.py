@@ -2,10 +2,8 @@
 
 from dataclasses import dataclass, replace
 
-import torch
-
+from vllm_memdec.train.model.huggingface import load_config, skeleton
 from vllm_memdec.train.stages.index import KMEANS_PASSES
-from vllm_memdec.train.trust import code_allowed
 
 
 @dataclass(frozen=True)
@@ -109,12 +107,4 @@ def on_gpu(
 
 def base_parameters(base: str) -> int:
     """Return how many weights a model has, from its config alone."""
-    from transformers import AutoModelForCausalLM
-
-    from vllm_memdec.train.model.huggingface import load_config
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            load_config(base), trust_remote_code=code_allowed()
-        )
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in skeleton(load_config(base)).parameters())

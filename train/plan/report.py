@@ -18,7 +18,9 @@ from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.data.hub import model_folder, text_path, with_folders
 from vllm_memdec.train.data.readers import Fields
 from vllm_memdec.train.executor.executor import Executor
-from vllm_memdec.train.model.decoder import with_defaults
+from vllm_memdec.train.model.decoder import starts_from, with_defaults
+from vllm_memdec.train.model.hidden_states import key_fallback
+from vllm_memdec.train.model.kinds import check_base
 from vllm_memdec.train.plan.costs import OVERHEADS, CostModel, Stage
 from vllm_memdec.train.plan.probes import count_tokens, probe_rates
 from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
@@ -72,6 +74,10 @@ def plan(
     base = os.path.abspath(base)  # workers have another working directory
     memory = with_defaults(settings.memory, base, progress.say)
     settings = settings.model_copy(update={"memory": memory})
+    check_base(base)
+    progress.say(starts_from(memory, base))
+    if said := key_fallback(base, settings.datastore.key_layer):
+        progress.say(said)
     rates, total = probe_rates(base, corpus, tokens, settings, work, progress, executor)
     fields = Fields(settings.corpus.text_field)
     held_out = None if validation is None else count_tokens(base, validation, work, fields)

@@ -46,7 +46,11 @@ from vllm_memdec.train.data.shards import (
 )
 from vllm_memdec.train.data.splits import digest, split_lengths
 from vllm_memdec.train.executor.context import Context
-from vllm_memdec.train.model.huggingface import check_positions, load_config, load_tokenizer
+from vllm_memdec.train.model.huggingface import (
+    check_positions,
+    load_text_config,
+    load_tokenizer,
+)
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import CorpusSettings
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
@@ -118,7 +122,7 @@ def build_corpus(
             f"the tokenizer of {base} has no end-of-text token: set eos_token "
             "in its tokenizer_config.json."
         )
-    config = load_config(base)
+    config = load_text_config(base)
     check_positions(config, base, settings.block_tokens)
     texts = [corpus] if validation is None else [corpus, validation]
     fields = fields_of(settings, validation)

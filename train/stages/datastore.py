@@ -7,7 +7,6 @@ the index and in the targets.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,7 +16,7 @@ from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.blocks import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.data.shards import save_array, shard_path, unfinished
 from vllm_memdec.train.executor.context import Context
-from vllm_memdec.train.model.hidden_states import Keys, check_isolation
+from vllm_memdec.train.model.hidden_states import Keys, key_fallback
 from vllm_memdec.train.stages.stage import Build, Stage, lowered
 
 SAMPLE_SHARDS = 64  # shards, evenly spread, from which a sample of keys is taken, at least
@@ -54,13 +53,7 @@ class Embedder:
     keys: Keys
     work: Path
 
-    @cached_property
-    def checked(self) -> bool:
-        check_isolation(self.keys.model, self.keys.settings.key_layer)
-        return True
-
     def __call__(self, shard: int) -> int:
-        assert self.checked
         keys, labels = self.keys.compute(shard)
         save_array(shard_path(self.work, "keys", shard), keys)
         save_array(shard_path(self.work, "labels", shard), labels)
@@ -108,6 +101,8 @@ def stage(build: Build) -> Stage:
         settings["layer_fraction"] = None
 
     def make(work: Path) -> None:
+        if said := key_fallback(build.base, build.settings.datastore.key_layer):
+            build.context.progress.say(said)
         build_datastore(keys_of(build, work), work, build.context)
 
     def files(work: Path) -> Iterable[str]:

@@ -25,7 +25,7 @@ from vllm_memdec.train.data.blocks import bos_of
 from vllm_memdec.train.data.hub import origin
 from vllm_memdec.train.data.shards import load_shard, save_array, shard_path
 from vllm_memdec.train.executor.context import Context
-from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
+from vllm_memdec.train.model.huggingface import load_model, load_text_config, load_tokenizer
 from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
 from vllm_memdec.train.model.windows import (
     Windows,
@@ -109,7 +109,7 @@ def export_memory(
     width = window_tokens(
         settings.context_tokens,
         sum(map(len, documents)),
-        [load_config(base), load_config(str(memory))],
+        [load_text_config(base), load_text_config(str(memory))],
     )
     ends = tokenizer.eos_token_id, 2 * TUNING_TOKENS, bos_of(tokenizer)
     text = windows(documents, width, *ends)

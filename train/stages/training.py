@@ -23,7 +23,7 @@ from vllm_memdec.train.data.artifacts import LOGS, write_atomic
 from vllm_memdec.train.data.blocks import load_rows
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.ray_executor import World, followed
-from vllm_memdec.train.model.decoder import build_memory, training_budget
+from vllm_memdec.train.model.decoder import build_memory, starts_from, training_budget
 from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device, trained_tokens
 from vllm_memdec.train.model.scoring import (
     best_alpha,
@@ -325,7 +325,9 @@ def stage(build: Build) -> Stage:
     """Return how the memory is trained."""
 
     def make(work: Path) -> None:
-        trained = training_budget(build.settings.memory, build.base, build.context.progress.say)
+        say = build.context.progress.say
+        trained = training_budget(build.settings.memory, build.base, say)
+        say(starts_from(trained, build.base))
         if trained.init != "base":
             trained = trained.changed(init=os.path.abspath(trained.init))
         if trained.tokenizer is not None:

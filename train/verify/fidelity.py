@@ -11,6 +11,7 @@ import torch
 
 from vllm_memdec.train.data.blocks import unmarked, valid_rows
 from vllm_memdec.train.data.shards import Sharded
+from vllm_memdec.train.model.hidden_states import hidden_states, states_of_rows
 from vllm_memdec.train.model.output_head import head
 from vllm_memdec.train.verify.brute_force import StoredTargets, evenly
 
@@ -44,12 +45,9 @@ def fidelity(
         targets = [stored.row(row_start[block] + row) for row in rows.tolist()]
         p_NV = {"unigram": torch.from_numpy(unigram_V).expand(len(rows), -1)}
         for name, model in models.items():
-            h_TD = model.base_model(
-                input_ids=torch.from_numpy(block_T[None, :-1]).to(model.device),
-                position_ids=torch.from_numpy(unmarked(position_T[None, :-1])).to(model.device),
-                use_cache=False,
-            ).last_hidden_state[0][torch.from_numpy(mask_T).to(model.device)]
-            chosen_ND = h_TD[torch.from_numpy(rows).to(model.device)]
+            inputs = block_T[None, :-1], unmarked(position_T[None, :-1]), mask_T[None]
+            h_ND = states_of_rows(model, "final_hidden", *inputs)
+            chosen_ND = h_ND[torch.from_numpy(rows).to(model.device)]
             p_NV[name] = head(model, chosen_ND).double().softmax(-1).cpu()
         for name, p in p_NV.items():
             figures[name] += [
@@ -109,7 +107,9 @@ def recited(model: Any, passages_NT: np.ndarray) -> float:
     exact = []
     for start in range(0, len(passages_NT), BATCH):
         part_BT = torch.from_numpy(passages_NT[start : start + BATCH]).to(model.device)
-        h_BTD = model.base_model(input_ids=part_BT[:, :-1], use_cache=False).last_hidden_state
+        read_BT = part_BT[:, :-1]
+        position_BT = torch.arange(read_BT.shape[1], device=model.device).expand_as(read_BT)
+        h_BTD = hidden_states(model, "final_hidden", read_BT, position_BT)
         greedy_BT = head(model, h_BTD[:, CONTEXT - 1 :]).argmax(dim=-1)
         exact.append((greedy_BT == part_BT[:, CONTEXT:]).all(dim=1).cpu())
     return float(torch.cat(exact).double().mean())

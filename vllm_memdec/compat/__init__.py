@@ -6,6 +6,6 @@ the record of that: SIGNATURES (parameters of what is wrapped, called or derived
 object). tests/serving/test_compat.py compares all records with the vLLM that is installed.
 
 Checked by running vLLM 0.32.0, and 0.33.0's Python files over the compiled extensions of 0.32.0.
-front_end.py, scheduler.py and server.py belong to the front end and the engine core; only a
-worker that serves a composite imports the others.
+front_end.py, scheduler.py and server.py belong to the front end and the engine core, multimodal.py
+to every process; only a worker that serves a composite imports the others.
 """

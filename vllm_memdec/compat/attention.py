@@ -28,17 +28,17 @@ from vllm.v1.attention.backend import (
 from vllm_memdec.batch import Batch, MemoryShare
 
 # Fields of vLLM's CommonAttentionMetadata: of requests or tokens, and those that stay or
-# belong to what is refused at start (context parallelism, fast prefill, encoders, images, Mamba).
+# belong to what is refused at start (context parallelism, fast prefill, encoders, Mamba).
 NARROWED = (
     "query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens",
     "max_query_len", "block_table_tensor", "slot_mapping", "positions", "is_prefilling",
     "seq_lens_cpu_upper_bound", "req_idx", "rswa_prefix_lens", "_num_computed_tokens_cache",
-    "_token_to_req_indices_cache",
+    "_token_to_req_indices_cache", "mm_req_doc_ranges",
 )  # fmt: skip
 NOT_NARROWED = (
     "max_seq_len", "causal", "logits_indices_padded", "num_logits_indices", "max_logits_per_req",
     "encoder_seq_lens", "encoder_seq_lens_cpu", "dcp_local_seq_lens",
-    "dcp_local_seq_lens_cpu_upper_bound", "mm_req_doc_ranges", "replayssm_decode_base_cpu",
+    "dcp_local_seq_lens_cpu_upper_bound", "replayssm_decode_base_cpu",
 )  # fmt: skip
 BUILDER = "vllm.v1.attention.backend:AttentionMetadataBuilder"
 SIGNATURES = {
@@ -112,6 +112,9 @@ class NarrowBuilder(AttentionMetadataBuilder):
             return None  # no request of this batch runs these layers
         if share.requests is not None:
             common_attn_metadata = _narrowed(common_attn_metadata, share)
+        # Where a base's image tokens see those after them, a memory's, which are ids, do not.
+        if common_attn_metadata.mm_req_doc_ranges is not None:
+            common_attn_metadata = common_attn_metadata.replace(mm_req_doc_ranges=None)
         # The backend's own comes next among the bases; mypy sees the abstract one alone.
         return super().build(  # type: ignore[safe-super]
             common_prefix_len, common_attn_metadata, fast_build

@@ -1,8 +1,9 @@
 """The configuration of a draft model, where the memories draft: that of the base.
 
 EngineArgs.create_speculative_config is wrapped; within it, what makes the configuration of a draft
-model gives the base's own, with its --hf-overrides, revision and length. vLLM reads the folder
-again without these: the base may then be another one, or none that can be read.
+model gives the base's own, with its --hf-overrides, revision and length, but for positions of
+several dimensions, which the base may have and memories have not. vLLM reads the folder again
+without these: the base may then be another one, or none that can be read.
 
 May go when vLLM lets a drafter go without a draft model of its own.
 Relies on SpeculativeConfig making one ModelConfig, by that name in its module.
@@ -12,7 +13,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-from vllm.config import speculative
+from vllm.config import ModelConfig, speculative
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_memdec.compat.hooks import wrap
@@ -24,7 +25,18 @@ SIGNATURES = {
     ),
     "vllm.config.speculative:SpeculativeConfig.__post_init__": "self",
 }
-ATTRIBUTES = {"vllm.config.speculative:SpeculativeConfig": "draft_model_config"}
+ATTRIBUTES = {
+    "vllm.config.speculative:SpeculativeConfig": "draft_model_config",
+    "vllm.config:ModelConfig": "uses_mrope",
+}
+
+
+class MemoriesConfig(ModelConfig):
+    """The base's configuration, as it is for what drafts."""
+
+    @property
+    def uses_mrope(self) -> bool:
+        return False
 
 
 def install() -> None:
@@ -46,6 +58,7 @@ def _configured(original: Callable) -> Callable:
 
         def base_config(**_: Any) -> Any:
             config = copy.copy(target_model_config)  # vLLM writes the drafter's length into it
+            config.__class__ = MemoriesConfig
             config.model = "memories"  # of a path that has "eagle-" in it vLLM makes a method
             return config
 

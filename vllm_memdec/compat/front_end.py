@@ -9,8 +9,9 @@ SamplingParams._validate_spec_decode  Lets min_p and logit_bias through where th
     V2 runner applies them to drafts, and on V1 we do (see v1_sampling.py).
 InputProcessor.process_inputs  The memory becomes part of the request's cache salt. Blocks of the KV
     cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
-    those of requests with the same memory. It also refuses what would end a worker of the V2
-    runner, whose lists of tokens have limits that only the worker checks.
+    those of requests with the same memory; vLLM itself tells images apart. It also refuses a memory
+    that is off for requests with images, and what would end a worker of the V2 runner, whose lists
+    of tokens have limits that only the worker checks.
 
 May go when vLLM has hooks for a plugin's own model_impl, request arguments and cache salt.
 Relies on the attributes of EngineArgs that startup.py checks, and on a request's cache_salt.
@@ -25,7 +26,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_memdec import metrics, startup
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.request import check_extra_args, choices_of
+from vllm_memdec.request import check_extra_args, check_images, choices_of
 from vllm_memdec.request_error import RequestError
 
 SIGNATURES = {
@@ -42,12 +43,13 @@ SIGNATURES = {
 ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": (
         "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
-        "enable_prompt_embeds hf_overrides max_model_len model_impl pipeline_parallel_size "
+        "enable_lora enable_prompt_embeds hf_overrides max_model_len mm_encoder_only model_impl "
+        "pipeline_parallel_size "
         "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
         "kv_offloading_size kv_sharing_fast_prefill kv_transfer_config tensor_parallel_size "
         "spec_model"
     ),
-    "vllm.v1.engine:EngineCoreRequest": "cache_salt",
+    "vllm.v1.engine:EngineCoreRequest": "cache_salt mm_features",
     "vllm.v1.engine.input_processor:InputProcessor": "speculative_config vllm_config",
     "vllm.sampling_params:SamplingParams": (
         "all_stop_token_ids allowed_token_ids logit_bias min_tokens"
@@ -127,7 +129,13 @@ def _salted_inputs(original: Callable) -> Callable:
         if (choices := choices_of(self)) and request.sampling_params is not None:
             if self.vllm_config.use_v2_model_runner:
                 _check_sizes(request.sampling_params)
-            name = choices.name(request.sampling_params.extra_args)
+            extra_args, images = request.sampling_params.extra_args, request.mm_features
+            if images:
+                try:
+                    check_images(extra_args, choices)
+                except ValueError as error:
+                    raise RequestError(str(error)) from None
+            name = choices.name(extra_args, images)
             # A name holds no NUL, so two pairs of name and salt never give the same text.
             request.cache_salt = f"{name}\0{request.cache_salt or ''}"
             metrics.note_memory(request.request_id, name)

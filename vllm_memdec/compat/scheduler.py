@@ -30,7 +30,7 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "num_scheduled_tokens scheduled_spec_decode_tokens total_num_scheduled_tokens"
     ),
-    "vllm.v1.request:Request": "sampling_params spec_token_ids",
+    "vllm.v1.request:Request": "mm_features sampling_params spec_token_ids",
     "vllm.sampling_params:SamplingParams": "extra_args sampling_type",
 }
 
@@ -88,5 +88,5 @@ def _not_drafted(scheduler: Any, names: Iterable[str]) -> Iterator[str]:
         request = scheduler.requests.get(name)
         if request is None or request.sampling_params is None:
             continue
-        if not choices.drafted(request.sampling_params):
+        if not choices.drafted(request.sampling_params, request.mm_features):
             yield name

@@ -53,7 +53,7 @@ SIGNATURES = {
 ATTRIBUTES = {
     PROPOSER: (
         "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
-        "kv_cache_gid token_arange_np"
+        "kv_cache_gid supports_mm_inputs token_arange_np"
     ),
     "vllm.v1.worker.block_table:BlockTable": "block_size",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "attn_groups drafter input_batch",
@@ -96,6 +96,7 @@ class MemoryProposer(DraftModelProposer):
         self.__class__ = MemoryProposer
         self.model = self.memory_model = target_model.drafter
         self._draft_attn_layer_names = set(target_model.memories.layer_names)
+        self.supports_mm_inputs = False  # memories read token ids
         # With asynchronous scheduling vLLM has planned the drafts before they are made.
         self.ragged = not self.vllm_config.scheduler_config.async_scheduling
         self.length: DraftLength | None = None
@@ -152,6 +153,8 @@ class MemoryProposer(DraftModelProposer):
         """Return drafts [B, K], or a list for each request, empty where it is not drafted for."""
         began = time.perf_counter()
         self._last_draft_probs = None
+        if target_positions.dim() > 1:  # the base's; memories have places in the request
+            target_positions = self.memory_model.batch.positions_T
         last_B = token_indices_to_sample
         if last_B is None:
             last_B = common_attn_metadata.query_start_loc[1:] - 1

@@ -42,12 +42,13 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": (
-        "_dummy_run device drafter input_batch max_model_len query_start_loc requests vllm_config"
+        "_dummy_run device drafter input_batch max_model_len positions query_start_loc requests "
+        "uses_mrope vllm_config"
     ),
     "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
     "vllm.v1.worker.gpu_input_batch:InputBatch": "logitsprocs num_reqs req_ids",
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
-        "num_tokens output_token_ids sampling_params"
+        "mm_features num_tokens output_token_ids sampling_params"
     ),
 }
 
@@ -73,10 +74,15 @@ def _inputs(original: Callable) -> Callable:
             choices = self.get_model().choices
             names = self.input_batch.req_ids[: self.input_batch.num_reqs]
             states = [self.requests[name] for name in names]
-            chosen = [choices.resolve(state.sampling_params.extra_args) for state in states]
+            chosen = [
+                choices.resolve(state.sampling_params.extra_args, state.mm_features)
+                for state in states
+            ]
             memory_B, alpha_B = zip(*chosen, strict=True)
             starts = torch.from_numpy(self.query_start_loc.np[: len(names) + 1])
             lengths_B = starts.diff()
+            if self.uses_mrope:
+                batch.write_positions(self.positions[: starts[-1]])
             reusable = None
             if batch.draft is not None:
                 reusable = _reusable_rows(self.input_batch, batch.draft, lengths_B)
@@ -91,7 +97,7 @@ def _inputs(original: Callable) -> Callable:
 def _remaining(runner: Any, choices: Any, state: Any) -> int:
     """Return how many tokens a request may still get, 0 if it is not drafted for."""
     params = state.sampling_params
-    if not choices.drafted(params):
+    if not choices.drafted(params, state.mm_features):
         return 0
     in_all = runner.max_model_len - state.num_tokens
     return max(0, min(params.max_tokens - len(state.output_token_ids), in_all))

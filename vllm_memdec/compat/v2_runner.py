@@ -35,9 +35,9 @@ SIGNATURES = {
     f"{STATE}.prepare_dummy_inputs": "self num_reqs num_tokens",
 }
 ATTRIBUTES = {
-    STATE: "max_num_reqs",
-    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np query_start_loc_np",
-    "vllm.v1.core.sched.output:NewRequestData": "sampling_params",
+    STATE: "max_num_reqs rope_state",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np positions query_start_loc_np",
+    "vllm.v1.core.sched.output:NewRequestData": "mm_features sampling_params",
 }
 
 
@@ -74,9 +74,10 @@ class MemDecModelState(DefaultModelState):
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
-        chosen = self.choices.resolve(params.extra_args)
+        images = new_req_data.mm_features
+        chosen = self.choices.resolve(params.extra_args, images)
         self.memory_R[req_index], self.alpha_R[req_index] = chosen
-        self.drafted_R[req_index] = self.choices.drafted(params)
+        self.drafted_R[req_index] = self.choices.drafted(params, images)
 
     # In order of their calls: preprocess_state (real batches only), prepare_attn (not in every
     # dummy run), prepare_inputs; for the capture of a graph prepare_dummy_inputs comes first.
@@ -101,11 +102,13 @@ class MemDecModelState(DefaultModelState):
             self.batch.reset()
         return super().prepare_attn(input_batch, cudagraph_mode, *args, **kwargs)
 
-    def prepare_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def prepare_inputs(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if not self.is_real:
             self.batch.reset()
         self.is_real = False
-        return super().prepare_inputs(*args, **kwargs)
+        if self.rope_state is not None:  # what the base gets are positions of several dimensions
+            self.batch.write_positions(input_batch.positions)
+        return super().prepare_inputs(input_batch, *args, **kwargs)
 
     def prepare_dummy_inputs(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         self.batch.reset()
