@@ -83,16 +83,16 @@ def job_of(case: tuple[str, str, str, int], folders: dict[str, str]) -> dict[str
 
 def work(jobs: list[dict[str, Any]]) -> None:
     """Do jobs one after the other, and print a row of each as it is done."""
-    from vllm.model_executor.models import registry
+    from vllm_memdec.compat import class_look
 
-    registry._run_in_subprocess = lambda look: look()  # a process for each class takes long
-    for number, job in enumerate(jobs):
-        try:
-            row = one(job)
-        except Exception as error:
-            traceback.print_exc()
-            row = {"what": f"{type(error).__name__}: {str(error).strip()[-200:]}"}
-        print(json.dumps({"number": number, "row": row}), flush=True)
+    with class_look.in_this_process():
+        for number, job in enumerate(jobs):
+            try:
+                row = one(job)
+            except Exception as error:
+                traceback.print_exc()
+                row = {"what": f"{type(error).__name__}: {str(error).strip()[-200:]}"}
+            print(json.dumps({"number": number, "row": row}), flush=True)
 
 
 def rows_of(
