@@ -114,6 +114,8 @@ def test_base(case, engine, base_row):
         model = llm.llm_engine.model_config
     found, allowed = error(errors, how)
     assert found < allowed
+    if how.error:  # what vLLM runs with our help is no row
+        return
     base_row(
         name,
         architecture=model.architecture,
@@ -128,7 +130,8 @@ def test_drafts(case, engine, base_row):
     """Three drafts by the memory, where a start with them is not refused."""
     name, how, base, memory, options = case
     drafts = check(base, memory).drafts
-    base_row(name, drafts="works" if drafts == "work" else drafts.partition(":")[0])
+    if not how.error:
+        base_row(name, drafts="works" if drafts == "work" else drafts.partition(":")[0])
     if drafts != "work":
         return
     prompts = oracle.prompts(len(CHOICES), 3, 100, 990)
