@@ -1,6 +1,7 @@
-"""Mamba 1 for a CPU, for which vLLM 0.32 has no kernel: its scan over prompts, in PyTorch.
+"""Mamba 1 for a CPU, in PyTorch: vLLM 0.32 has no kernel, and for decoding one of Mamba 2 alone.
 
-Shapes: D channels, N numbers of state for each, T tokens of all requests of a step.
+Shapes: D channels, N numbers of state for each, T tokens of the prompts of a step,
+R requests that decode.
 """
 
 from itertools import pairwise
@@ -10,10 +11,11 @@ from torch.nn import functional as F
 
 
 def install(patch):
-    """Put the scan in the place of vLLM's, through pytest's MonkeyPatch."""
+    """Put both in the place of vLLM's, through pytest's MonkeyPatch."""
     from vllm import _custom_ops
 
     patch.setattr(_custom_ops, "selective_scan_fwd", scan)
+    patch.setattr(_custom_ops, "selective_state_update_cpu", update)
     patch.setattr(_custom_ops, "_supports_onednn", False)  # it does not take the layer's output
 
 
@@ -44,3 +46,13 @@ def scan(
             y_D = state_DN @ c_1NT[0, :, t] + d_D * u_D1[:, 0]
             z_DT[:, t] = y_D * F.silu(z_DT[:, t])
         states[slots[row]] = state_DN
+
+
+def update(state, x_RD, dt_RD, a_DN, b_RN, c_RN, d_D, z_RD, bias_D, softplus, slots, *rest):
+    """Write each request's output into `out`, and its state where it was."""
+    out_RD, slots = rest[2], slots.flatten()
+    assert softplus and len(slots) == len(x_RD)
+    dt_RD1 = F.softplus(dt_RD + bias_D)[..., None]
+    state[slots] = state[slots] * (dt_RD1 * a_DN).exp() + dt_RD1 * x_RD[..., None] * b_RN[:, None]
+    y_RD = (state[slots] * c_RN[:, None]).sum(-1) + d_D * x_RD
+    out_RD.copy_(y_RD * F.silu(z_RD))
