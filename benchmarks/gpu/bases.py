@@ -38,6 +38,8 @@ COMPILED = (
     "Qwen3-MoE", "gpt-oss", "DeepSeek V3", "Qwen3.5", "Qwen3.5, multimodal", "Falcon-H1",
     "Nemotron-H", "Granite 4", "LFM2", "Jamba", "Gemma 3, multimodal", "Gemma 4",
 )  # fmt: skip
+# By their names in tests/support/multimodal.py.
+MULTIMODAL = {"Gemma 3, multimodal": "gemma3", "Qwen3.5, multimodal": "qwen3_5"}
 CONTEXT, LONGEST = 256, 200  # tokens, of the bases' positions, of a prompt
 
 
@@ -127,7 +129,7 @@ def rows_of(
 
 def main() -> int:
     sys.path.insert(0, str(ROOT / "tests"))
-    from support import bases
+    from support import bases, multimodal
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--bases", nargs="+", choices=[*bases.BASES], default=[*bases.BASES])
@@ -156,7 +158,11 @@ def main() -> int:
         memories = make_memories(Path(temporary))
         folders = {name: str(Path(temporary) / name) for name in {case[0] for case in wanted}}
         for name, folder in folders.items():
-            bases.save(name, folder, "bfloat16")
+            if save := MULTIMODAL.get(name):
+                Path(folder).mkdir()
+                multimodal.SAVE[save](Path(folder))
+            else:
+                bases.save(name, folder, "bfloat16")
         eager = [case for case in wanted if case[2] == "eager"]
         lists = [eager[number :: arguments.jobs] for number in range(arguments.jobs)]
         lists += [[case] for case in wanted if case[2] != "eager"]

@@ -119,7 +119,8 @@ class Key:
         for name, folder in self.folders.items():
             config = json.loads((Path(folder) / "config.json").read_text())
             model_class = getattr(transformers, config["architectures"][0])
-            model = model_class.from_pretrained(folder, dtype=self.dtype)
+            own = config.get("oracle", {})  # where vLLM reads a config in another way
+            model = model_class.from_pretrained(folder, dtype=self.dtype, **own)
             model.set_experts_implementation("eager")  # others know no float64
             models[name] = model.to(self.device).eval()
         return models
