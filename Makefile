@@ -112,7 +112,7 @@ features: setup
 
 # The bases that `memdec check` calls supported: a start of each, tiny.
 bases: setup
-	$(BIN)/pytest tests/serving/test_bases.py --bases vllm_memdec/bases.csv
+	$(BIN)/pytest tests/serving/test_bases.py tests/serving/test_images.py --bases vllm_memdec/bases.csv
 	$(BIN)/python -m benchmarks.tables --readme
 
 demo: setup

@@ -36,7 +36,7 @@ def features() -> str:
 def bases() -> str:
     """Return what `make bases` found of each base."""
     return grid(
-        ["base", "architecture", "kind", "largest error", "drafts", "note"],
+        ["base", "architecture", "kind", "error", "drafts", "note"],
         [
             [
                 row["name"],

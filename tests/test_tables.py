@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from support import base_rows
-from support.bases import BASES
 
 from benchmarks import overview, tables
 from benchmarks.corpora import domains
@@ -75,11 +74,11 @@ def test_every_feature_was_run_and_holds():
 
 def test_every_base_was_run():
     rows = base_rows.rows()
-    assert list(rows) == [*BASES]
-    assert {row["drafts"] for row in rows.values()} <= {"works", "refused"}
+    assert [*rows] == base_rows.NAMES
+    assert {row["drafts"] for row in rows.values()} <= {"works", "refused", "not run"}
     for row in rows.values():
         assert row["architecture"] and row["kind"] and row["dtype"], row
-        assert float(row["error"]) < (1e-4 if row["dtype"] == "float32" else 0.2), row
+        assert float(row["error"]) < (1e-4 if row["dtype"] == "float32" else 5e-3), row
 
 
 def test_every_system_was_measured_in_every_domain():

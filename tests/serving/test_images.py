@@ -10,19 +10,22 @@ import httpx
 import openai
 import pytest
 import torch
-from support import multimodal, oracle, soak_client, v2_process
+from support import base_rows, multimodal, oracle, soak_client, v2_process
 from support.feature_engines import count
 from support.multimodal import image, url_of
 from support.tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
 
+from vllm_memdec import check as checking
 from vllm_memdec.compat.attention import NarrowBuilder
 
 feature = pytest.mark.feature(
     "multimodal base, with images", note="the base sees the image, the memory the token ids"
 )
 GEMMA, QWEN, HYBRID = "gemma3", "qwen2_5_vl", "qwen3_5"
+# In vllm_memdec/bases.csv.
+ROWS = {GEMMA: "Gemma 3, multimodal", QWEN: "Qwen2.5-VL", HYBRID: "Qwen3.5, multimodal"}
 PICTURES = [image(0), image(1, 56, 56), image(2, 112, 84)]
 WORDS = "bagi duto mela kipo " * 12  # more than a block of 32 tokens
 NO_MEDIA = {"image": 0, "video": 0}
@@ -156,13 +159,24 @@ def running(request, engine, bases, memories):
 
 
 @feature
-def test_mixture(running):
+def test_mixture(running, base_row):
     """Texts and images, of all weights, in one batch; prompts read in chunks, too."""
     # vLLM itself fails where a token beyond the vocabulary is to have a log-probability.
     rows = None if running.kind == GEMMA else 2
-    assert max(running.gaps(ASKED, prompt_logprobs=rows)) < oracle.TOLERANCE
+    error = max(running.gaps(ASKED, prompt_logprobs=rows))
+    assert error < oracle.TOLERANCE
     accepted = count(running.llm, "spec_decode_num_accepted_tokens")
     assert bool(accepted) == bool(running.drafts)
+    if running.drafts:
+        base_row(ROWS[running.kind], drafts="works")
+    else:
+        note_row(base_row, running.kind, running.llm, "float32", error)
+
+
+def note_row(base_row, kind, llm, dtype, error):
+    model = llm.llm_engine.model_config
+    said = {"architecture": model.architecture, "kind": base_rows.kind_of(model)}
+    base_row(ROWS[kind], **said, dtype=dtype, error=f"{error:.0e}", note="with images")
 
 
 def test_weights_by_context(running):
@@ -255,13 +269,13 @@ def test_texts_alone(kind, way, engine, bases, memories):
 
 
 @feature
-def test_a_hybrid(engine, bases, memories):
+def test_a_hybrid(engine, bases, memories, base_row):
     """Qwen3.5: a state besides, and M-RoPE. In bfloat16, so beside what that dtype itself costs."""
     base, memory = bases[HYBRID], memories[HYBRID]
     options = {"block_size": 32, "max_num_batched_tokens": 64, "limit_mm_per_prompt": {"image": 2}}
     with engine(base.folder, settings(memory), dtype="bfloat16", **options) as llm:
         outputs = generate(llm, base, ASKED, logprobs=3)
-    errors, roundings, unseen = [], [], []
+    errors, roundings, unseen, single = [], [], [], []
     for output, (_, pictures, alpha) in zip(outputs, ASKED, strict=True):
         prompt, sampled = output.prompt_token_ids, output.outputs[0].token_ids
         rows = rows_of(output.outputs[0].logprobs)
@@ -272,10 +286,13 @@ def test_a_hybrid(engine, bases, memories):
             for position, row in enumerate(rows, start=len(prompt) - 1)
         ]
         errors.append(gap((prompt, sampled, [], rows), *asked))
+        single += oracle.errors(prompt, sampled, [], rows, key(prompt, sampled, *asked))
         roundings.append(gap((prompt, sampled, [], rounded), *asked))
         if pictures and alpha < 1:
             unseen.append(gap((prompt, sampled, [], rows), base, memory, alpha, []))
     assert max(errors) < 2 * max(roundings) < max(unseen) / 4
+    note_row(base_row, HYBRID, llm, "bfloat16", sum(single) / len(single))
+    base_row(ROWS[HYBRID], drafts=checking.check(base.folder, memory).drafts.partition(":")[0])
 
 
 # -- The V2 runner --------------------------------------------------------------------------------

@@ -376,6 +376,9 @@ CASES = {
     ),
 }
 
+FAILING = [name for name, how in CASES.items() if how.error]
+MULTIMODAL = [name for name in BASES if name.endswith("multimodal")]
+
 
 def save(
     base: str | PreTrainedConfig, folder: str | Path, dtype: str = "float32", seed: int = 0
