@@ -19,6 +19,7 @@ import pytest
 HERE = Path(__file__).parent
 BUILD = HERE.parent.parent / "build/cuda_path"  # the library, models, and what was compiled
 TOKENS = 6  # of each answer
+LONGEST = 64  # tokens of a step
 LIMIT = 900  # seconds of one start; all ten took 7.5 minutes on two busy cores
 
 
@@ -30,14 +31,14 @@ class Start:
     memories: int = 2
     drafts: int = 0
     runner: str = "V2"
-    base: str = "base"  # or "wide": of 1024 tokens, and not 1000 as its memory
+    base: str = "base"  # "wide": of 1024 tokens, and not 1000 as its memory; "hybrid", "experts"
     overlap: bool = False  # memories on a stream of their own
 
     def __str__(self) -> str:
         drafts = ["drafts"] if self.drafts else []
-        wide = ["wide"] if self.base == "wide" else []
+        base = [self.base] if self.base != "base" else []
         overlap = ["overlap"] if self.overlap else []
-        return "-".join([self.runner, self.mode, f"{self.memories}", *wide, *drafts, *overlap])
+        return "-".join([self.runner, self.mode, f"{self.memories}", *base, *drafts, *overlap])
 
 
 STARTS = [
@@ -47,6 +48,8 @@ STARTS = [
     Start("default", drafts=2),
     Start("default", 1, base="wide"),
     Start("default", 1, base="wide", drafts=2),
+    Start("default", 1, base="hybrid", drafts=2),
+    Start("default", 1, base="experts", drafts=2),
     Start("full"),
     Start("full", 1, drafts=2),
     Start("full", overlap=True),
@@ -75,6 +78,7 @@ def llm_arguments(start: Start, models: dict[str, str]) -> dict:
         "skip_tokenizer_init": True,
         "max_model_len": 256,
         "max_num_seqs": 8,
+        "max_num_batched_tokens": LONGEST,
         "kv_cache_memory_bytes": 1 << 28,  # given, or graphs are captured twice to measure them
     }
     if start.mode == "eager":
@@ -88,20 +92,23 @@ def llm_arguments(start: Start, models: dict[str, str]) -> dict:
 def rounds(start: Start) -> dict[str, list]:
     """Return requests by round: a mixed batch, then one request of each kind alone."""
 
-    def ask(temperature=0.0, **extra):
+    def ask(temperature=0.0, length=4, **extra):
         params = {"max_tokens": TOKENS, "temperature": temperature, "ignore_eos": True}
-        return [[5, 6, 7, 8], params | {"detokenize": False, "extra_args": extra}]
+        prompt = [*range(5, 5 + length)]
+        return [prompt, params | {"detokenize": False, "extra_args": extra}]
 
     none, zero = ask(memdec_memory="none"), ask(memdec_alpha=0)
     mixed = [ask(), none, ask(0.8, memdec_alpha=0.3), zero]
     mixed += [ask(0.8, memdec_memory="bio")] if start.memories == 2 else [ask(0.8)]
-    return {"mixed": mixed, "memory": [ask()], "none": [none], "zero": [zero], "again": mixed}
+    alone = {"memory": [ask()], "none": [none], "zero": [zero], "long": [ask(length=LONGEST + 9)]}
+    return {"mixed": mixed} | alone | {"again": mixed}
 
 
 @pytest.fixture(scope="session")
 def models():
     """Make tiny models in the same folders every time: what was compiled for them is kept."""
     import torch
+    from support import bases
     from support.tiny_models import save_tokenizer, tiny_config
     from transformers import AutoModelForCausalLM
 
@@ -117,6 +124,9 @@ def models():
         model = AutoModelForCausalLM.from_config(tiny_config(kind, vocab, hidden, layers, 256))
         model.to(torch.bfloat16).save_pretrained(folders[name])
         save_tokenizer(folders[name])
+    for name, base in (("hybrid", "Falcon-H1"), ("experts", "Qwen3-MoE")):
+        folders[name] = str(BUILD / name)
+        bases.save(base, folders[name], "bfloat16")
     return folders
 
 

@@ -136,7 +136,7 @@ def _captured(original: Callable) -> Callable:
         batch = getattr(model, "batch", None)
         if isinstance(batch, Batch) and not isinstance(self, CompositeGraphs):
             self.__class__ = CompositeGraphs
-            # vLLM captures a hybrid's state for as many tokens as a step verifies, and for no fewer.
+            # Of a hybrid vLLM captures as many tokens as a step verifies, and no fewer.
             if model.drafter is not None and not self.vllm_config.model_config.is_hybrid:
                 self.add_single_tokens()
             self.adopt(batch, batch.sets)
