@@ -81,8 +81,8 @@ class DraftGraphs(SpeculatorCudaGraphManager, MemoryGraphs):
 class MemorySpeculator(StandaloneARSpeculator):
     """vLLM's speculator, with the composite's memories for a model."""
 
-    # vLLM's own reads one token more for each request: the profile run has so many fewer, and a step
-    # of few requests, which is longer, would outgrow the workspace of a mixture of experts.
+    # vLLM's own reads one token more for each request, so the profile run has so many fewer: a step
+    # of few requests, which may be longer, outgrew the workspace of a mixture of experts.
     num_extra_query_per_req = 0
     memory_model: Drafter  # the model, by its own type
     model_state: MemDecModelState  # the composite's, from set_attn() on
