@@ -26,7 +26,7 @@ feature = pytest.mark.feature(
 GEMMA, QWEN, HYBRID = "gemma3", "qwen2_5_vl", "qwen3_5"
 # In vllm_memdec/bases.csv.
 ROWS = {GEMMA: "Gemma 3, multimodal", QWEN: "Qwen2.5-VL", HYBRID: "Qwen3.5, multimodal"}
-PICTURES = [image(0), image(1, 56, 56), image(2, 112, 84)]
+PICTURES = [image(0), image(1, 56, 56), image(2, 112, 84), image(3)]
 WORDS = "bagi duto mela kipo " * 12  # more than a block of 32 tokens
 NO_MEDIA = {"image": 0, "video": 0}
 STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of one weight
@@ -428,3 +428,11 @@ def test_a_memory_that_is_off_for_images(shown, server, bases, memories):
     [card] = httpx.get(f"{server.url}/v1/models").json()["data"]
     settings = card["memdec"]["memories"]
     assert [settings[name].get("with_images", True) for name in ("on", "off")] == [True, False]
+
+
+def test_a_picture_of_a_refused_request(server, bases, memories):
+    """It was never sent to the engine: with the next request it has to be."""
+    for _ in range(2):
+        with pytest.raises(openai.BadRequestError):
+            ask(server, (3,), {"memdec_memory": "off"})
+    check(server, (3,), bases[GEMMA], memories[GEMMA], 0.5, {"memdec_memory": "on"})

@@ -11,10 +11,12 @@ InputProcessor.process_inputs  The memory becomes part of the request's cache sa
     cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
     those of requests with the same memory; vLLM itself tells images apart. It also refuses a memory
     that is off for requests with images, and what would end a worker of the V2 runner, whose lists
-    of tokens have limits that only the worker checks.
+    of tokens have limits that only the worker checks. Images of a refused request are forgotten:
+    vLLM has noted them as sent by then, and the next request with one would go without its data.
 
 May go when vLLM has hooks for a plugin's own model_impl, request arguments and cache salt.
-Relies on the attributes of EngineArgs that startup.py checks, and on a request's cache_salt.
+Relies on the attributes of EngineArgs that startup.py checks, on a request's cache_salt, and on the
+hashes of its images, by which vLLM notes them.
 """
 
 from collections.abc import Callable
@@ -26,7 +28,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_memdec import metrics, startup
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.request import check_extra_args, check_images, choices_of
+from vllm_memdec.request import Choices, check_extra_args, check_images, choices_of
 from vllm_memdec.request_error import RequestError
 
 SIGNATURES = {
@@ -39,6 +41,7 @@ SIGNATURES = {
         "tokenization_kwargs trace_headers priority data_parallel_rank resumable session_id "
         "kv_hints"
     ),
+    "vllm.multimodal.cache:BaseMultiModalProcessorCache.invalidate": "self mm_hash",
 }
 ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": (
@@ -50,7 +53,8 @@ ATTRIBUTES = {
         "spec_model"
     ),
     "vllm.v1.engine:EngineCoreRequest": "cache_salt mm_features",
-    "vllm.v1.engine.input_processor:InputProcessor": "speculative_config vllm_config",
+    "vllm.v1.engine.input_processor:InputProcessor": "renderer speculative_config vllm_config",
+    "vllm.renderers:BaseRenderer": "mm_processor_cache",
     "vllm.sampling_params:SamplingParams": (
         "all_stop_token_ids allowed_token_ids logit_bias min_tokens"
     ),
@@ -124,21 +128,40 @@ def _check_sizes(params: Any) -> None:
 
 
 def _salted_inputs(original: Callable) -> Callable:
-    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-        request = original(self, *args, **kwargs)
-        if (choices := choices_of(self)) and request.sampling_params is not None:
-            if self.vllm_config.use_v2_model_runner:
-                _check_sizes(request.sampling_params)
-            extra_args, images = request.sampling_params.extra_args, request.mm_features
-            if images:
-                try:
-                    check_images(extra_args, choices)
-                except ValueError as error:
-                    raise RequestError(str(error)) from None
-            name = choices.name(extra_args, images)
-            # A name holds no NUL, so two pairs of name and salt never give the same text.
-            request.cache_salt = f"{name}\0{request.cache_salt or ''}"
-            metrics.note_memory(request.request_id, name)
+    def process_inputs(self: Any, request_id: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            request = original(self, request_id, prompt, *args, **kwargs)
+            if (choices := choices_of(self)) and request.sampling_params is not None:
+                _salt(self, request, choices)
+        except Exception:
+            _forget_images(self, prompt)
+            raise
         return request
 
     return process_inputs
+
+
+def _salt(processor: Any, request: Any, choices: Choices) -> None:
+    """Make the memory part of a request's cache salt, or raise RequestError."""
+    if processor.vllm_config.use_v2_model_runner:
+        _check_sizes(request.sampling_params)
+    extra_args, images = request.sampling_params.extra_args, request.mm_features
+    if images:
+        try:
+            check_images(extra_args, choices)
+        except ValueError as error:
+            raise RequestError(str(error)) from None
+    name = choices.name(extra_args, images)
+    # A name holds no NUL, so two pairs of name and salt never give the same text.
+    request.cache_salt = f"{name}\0{request.cache_salt or ''}"
+    metrics.note_memory(request.request_id, name)
+
+
+def _forget_images(processor: Any, prompt: Any) -> None:
+    """Let the front end send the images of a refused prompt when it is given them again."""
+    cache = processor.renderer.mm_processor_cache
+    if cache is None or not isinstance(prompt, dict):
+        return
+    for hashes in (prompt.get("mm_hashes") or {}).values():
+        for mm_hash in hashes:
+            cache.invalidate(mm_hash)
