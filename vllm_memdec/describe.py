@@ -48,8 +48,11 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def kv_bytes_per_token(model: ModelConfig, vllm_config: VllmConfig, dtype: str) -> int | None:
-    """Return the bytes of keys and values of one token; None for compressed ones (MLA)."""
-    if model.use_mla:
+    """Return the bytes of keys and values of one token; None for compressed ones (MLA).
+
+    None for a hybrid, too: vLLM counts its layers with a state as layers of attention.
+    """
+    if model.use_mla or model.is_hybrid:
         return None
     parallel = vllm_config.parallel_config
     heads = model.get_total_num_kv_heads()  # of all ranks

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
+from support import bases
+from support.tiny_models import save_tokenizer
 from vllm import EngineArgs
 
 from vllm_memdec.describe import describe
@@ -45,3 +47,16 @@ def test_what_is_told_of_a_memory(tiny_model, tmp_path, layout):
     assert told["memories"]["one"]["alpha"] == 0.4
     assert {each["parameters"] for each in told["memories"].values()} == {expected}
     assert told["base"]["parameters"] == elements(Path(base))
+
+
+def test_a_hybrid_has_no_share_of_the_cache(tiny_model, tmp_path):
+    """Most of its layers keep a state for a request, nothing for a token."""
+    bases.granite4().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    memdec = {"model": tiny_model("llama", seed=1), "alpha": 0.5}
+    args = EngineArgs(
+        str(tmp_path), dtype="float32", model_impl="memdec", additional_config={"memdec": memdec}
+    )
+    told = describe(args.create_engine_config())
+    parts = [told["base"], *told["memories"].values()]
+    assert [part["kv_cache_share"] for part in parts] == [None, None]
