@@ -52,8 +52,8 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     PROPOSER: (
-        "_draft_attn_layer_names _last_draft_probs arange block_size dummy_run input_ids "
-        "kv_cache_gid supports_mm_inputs token_arange_np"
+        "_draft_attn_layer_names _last_draft_probs arange dummy_run supports_mm_inputs "
+        "token_arange_np"
     ),
     "vllm.v1.worker.block_table:BlockTable": "block_size",
     "vllm.v1.worker.gpu_model_runner:GPUModelRunner": "attn_groups drafter input_batch",
@@ -128,9 +128,6 @@ class MemoryProposer(DraftModelProposer):
                 )
                 self.draft_attn_groups.append(group)
         assert {n for group in self.draft_attn_groups for n in group.layer_names} == names
-        # The group whose metadata the runner hands to propose().
-        self.kv_cache_gid = self.draft_attn_groups[0].kv_cache_group_id
-        self.block_size = self.draft_attn_groups[0].kv_cache_spec.block_size
 
     def dummy_run(self, num_tokens: int, *args: Any, **kwargs: Any) -> None:
         """Run nothing: memories have run with the target already, and drafts use no graphs."""
