@@ -1,6 +1,7 @@
 """vLLM's own configurations of a memory, made from those of the base that it serves beside."""
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any
 
 from vllm_memdec.config import MemoryConfig
@@ -41,7 +42,9 @@ def positions_of(memory: "ModelConfig", is_given: bool) -> int:
     # vLLM derives a multiple of the positions that its table of a dynamic rope has, and the short
     # range of a longrope, whose long one it takes where it is asked to.
     if "dynamic" in kinds or (is_given and "longrope" in kinds):
-        return int(memory.model_arch_config.derived_max_model_len_and_key[0])
+        positions = memory.model_arch_config.derived_max_model_len_and_key[0]
+        if not math.isinf(positions):  # a config that names none: vLLM gives a number of its own
+            return int(positions)
     return memory.max_model_len
 
 

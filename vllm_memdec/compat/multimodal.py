@@ -71,6 +71,7 @@ def _architecture(original: Callable) -> Callable:
 
 def _class(original: Callable) -> Callable:
     def get_model_cls(model_config: Any) -> Any:
+        # As the original, which would call its own module's function: the loader's, for composites.
         return model_loader.get_model_architecture(model_config)[0]
 
     return get_model_cls
