@@ -37,6 +37,7 @@ from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolat
 from vllm_memdec.memory import SOURCE, source_of
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.request import Choices
+from vllm_memdec.startup import kept_state_sentence
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SLICE_BYTES = 1 << 28  # of logits of both models at once: 440 rows of a 152k vocabulary in bfloat16
@@ -72,11 +73,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             self.drafter = Drafter(self.memories, self.vocabulary, model_config.head_dtype)
         layers = vllm_config.compilation_config.static_forward_context
         if speculation and (kinds := kept_states(layers.values())):
-            raise ValueError(
-                f"The base {model_config.model} has layers of the kind {min(kinds)}, whose state "
-                "vLLM does not take back where drafts are rejected: leave 'speculative_tokens' and "
-                "--speculative-config out."
-            )
+            raise ValueError(kept_state_sentence(model_config.model, min(kinds)))
         self.beside = self.may_overlap(layers.values())
         self.secondary_weights = [memory.source for memory in self.memories]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors

@@ -25,7 +25,7 @@ from vllm_memdec.engine_config import memory_model_config, positions_of
 from vllm_memdec.gate import check_gate, read_gate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vllm.config import ModelConfig, VllmConfig
     from vllm.engine.arg_utils import EngineArgs
@@ -37,6 +37,10 @@ OWN_HOOKS = {
 }
 # A drafter outside this set reads the target's hidden states; ours are two models' side by side.
 SPECULATION = (None, "draft_model", "ngram", "ngram_gpu", "suffix")
+# Kinds of layers whose state vLLM does not take back where drafts are rejected, by the dimensions
+# of their states. Its attention metadata tells other kinds, but not these, how many drafts were
+# accepted: they go on from the state after all of them.
+KEPT_STATES = {(2, 2): "MAMBA1", (3,): "LINEAR"}
 
 
 def create_model_config(
@@ -244,6 +248,7 @@ def check_speculation(
 
     models: the base, and those whose windows count.
     """
+    from vllm import ModelRegistry
     from vllm.platforms import current_platform
 
     speculation = vllm_config.speculative_config
@@ -268,14 +273,32 @@ def check_speculation(
                 "vLLM's V1 runner cannot draft with a model beside sliding windows: "
                 "start without speculation."
             )
+    base = vllm_config.model_config
+    if not base.is_hybrid:
+        return
+    model_cls, _ = ModelRegistry.resolve_model_cls(base.architecture, base)
+    if kind := kept_state(model_cls.get_mamba_state_shape_from_config(vllm_config)):
+        raise ValueError(kept_state_sentence(base.model, kind))
     # After a step that rejects drafts its state has to be that of the last accepted token: on a CPU
     # vLLM answers wrong (Mamba) or stops (gated delta net, where drafts differ in number).
-    base = vllm_config.model_config
-    if base.is_hybrid and current_platform.is_cpu():
+    if current_platform.is_cpu():
         raise ValueError(
             f"The base {base.model} keeps a state, which vLLM on a CPU does not take back where "
             f"drafts are rejected: leave {SPECULATIVE!r} and --speculative-config out."
         )
+
+
+def kept_state(shapes: "Sequence[Sequence[int]]") -> str | None:
+    """Return the kind of KEPT_STATES that layers with states of these shapes are of, if any."""
+    return KEPT_STATES.get(tuple(len(shape) for shape in shapes))
+
+
+def kept_state_sentence(base: str, kind: str) -> str:
+    """Return why drafts beside a base are refused."""
+    return (
+        f"The base {base} has layers of the kind {kind}, whose state vLLM does not take back where "
+        f"drafts are rejected: leave {SPECULATIVE!r} and --speculative-config out."
+    )
 
 
 def check_heads(memory: "ModelConfig", own_size: int | None, base_size: int) -> None:
@@ -313,9 +336,12 @@ def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str
     try:
         tokenizer = read_tokenizer(name, revision, trust_remote_code)
     except Exception as error:  # tokenizers raises that very class
+        hint = "copy the tokenizer files into it"
+        if "trust_remote_code" in str(error):
+            hint = "it is custom code: read its .py files, then give --trust-remote-code"
         raise ValueError(
             f"{name} has no readable tokenizer, so nothing shows that base and memory share one "
-            f"({type(error).__name__}): copy the tokenizer files into it."
+            f"({type(error).__name__}): {hint}."
         ) from error
     return tokenizer_fingerprint(tokenizer)
 

@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+from support import bases
+from support.tiny_models import save_tokenizer
 
 from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
 from vllm_memdec.config import MemDecConfig
@@ -294,6 +296,44 @@ def test_a_base_with_hooks_of_its_own(hook, sentence, start, pair, monkeypatch):
     monkeypatch.setattr(LlamaForCausalLM, hook, classmethod, raising=False)
     with pytest.raises(ValueError, match=rf"LlamaForCausalLM\) {sentence}"):
         start(pair[0], {"model": pair[1], "alpha": 0.5})
+
+
+def test_drafts_beside_mamba_1(start, pair, tmp_path):
+    """On every device: vLLM does not take that state back where drafts are rejected."""
+    base = str(tmp_path)
+    bases.jamba().save_pretrained(base)
+    save_tokenizer(base)
+    block = {"model": pair[1], "alpha": 0.5}
+    start(base, block)
+    with pytest.raises(ValueError, match="has layers of the kind MAMBA1, whose state vLLM does"):
+        start(base, block | {"speculative_tokens": 3})
+
+
+def test_states_that_drafts_leave_behind():
+    """By the shapes of a class's states, which vLLM asks for without weights."""
+    from vllm.model_executor.layers.mamba.mamba_utils import MambaStateShapeCalculator as Shapes
+
+    from vllm_memdec.startup import kept_state
+
+    assert kept_state(Shapes.mamba1_state_shape(1, 64, 16, 4)) == "MAMBA1"
+    assert kept_state(Shapes.linear_attention_state_shape(4, 1, 16)) == "LINEAR"
+    assert kept_state(Shapes.mamba2_state_shape(1, 64, 1, 4, 16, 16, 4)) is None
+    assert kept_state(Shapes.short_conv_state_shape(1, 64, 3)) is None
+    assert kept_state(Shapes.gated_delta_net_state_shape(1, 2, 2, 16, 16, 4)) is None
+
+
+def test_positions_of_a_memory_that_names_none():
+    """vLLM then gives a number of its own."""
+    from types import SimpleNamespace
+
+    from vllm_memdec.engine_config import positions_of
+
+    memory = SimpleNamespace(
+        hf_text_config=SimpleNamespace(rope_parameters={"rope_type": "dynamic"}),
+        model_arch_config=SimpleNamespace(derived_max_model_len_and_key=(float("inf"), None)),
+        max_model_len=2048,
+    )
+    assert positions_of(memory, is_given=False) == 2048
 
 
 def test_a_memory_has_a_configuration_of_its_own(start, pair):

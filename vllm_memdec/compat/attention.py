@@ -26,6 +26,7 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_memdec.batch import Batch, MemoryShare
+from vllm_memdec.startup import KEPT_STATES
 
 # Fields of vLLM's CommonAttentionMetadata: of requests or tokens, and those that stay or
 # belong to what is refused at start (context parallelism, fast prefill, encoders, Mamba).
@@ -84,11 +85,10 @@ def is_attention(layer: Any) -> bool:
 def kept_states(layers: Iterable[Any]) -> set[str]:
     """Return the kinds of layers whose state vLLM does not take back where drafts are rejected.
 
-    Its attention metadata tells other kinds, but not these, how many drafts were accepted: they go
-    on from the state after all of them.
+    The front end asks the base's class, which tells of one kind alone; here are the layers.
     """
     kinds = {getattr(getattr(layer, "mamba_type", None), "name", "") for layer in layers}
-    return kinds & {"MAMBA1", "LINEAR"}
+    return kinds & {*KEPT_STATES.values()}
 
 
 class NarrowBuilder(AttentionMetadataBuilder):
