@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from vllm_memdec import plugin, startup
 from vllm_memdec.checkpoint import MemoryBlock, write_block
 from vllm_memdec.config import MODEL_IMPL, SPECULATIVE
@@ -29,6 +31,15 @@ TESTED = Path(__file__).with_name("bases.csv")
 DRAFTS = 3
 # As vLLM and the libraries that it reads a model with refuse one.
 REFUSALS = (ValueError, OSError, RuntimeError, ImportError)
+# What they end with where they take for granted what a config does not have.
+MALFORMED = (
+    AssertionError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
 # A memory as good as any, where none is given.
 PLAIN = {
     "architectures": ["LlamaForCausalLM"],
@@ -68,12 +79,12 @@ def check(base: str, memory: str | None = None, trust_remote_code: bool = False)
         try:
             beside = memory or plain_memory(base, trust_remote_code, folder)
             architecture = start(base, beside, trust_remote_code)
-        except REFUSALS as error:
+        except (*REFUSALS, *MALFORMED) as error:
             return Answer(REFUSED, sentence_of(error))
         try:
             start(base, beside, trust_remote_code, DRAFTS)
             drafts = "work"
-        except REFUSALS as error:
+        except (*REFUSALS, *MALFORMED) as error:
             drafts = f"refused: {sentence_of(error)}"
     row = tested().get(architecture)
     if row is None:
@@ -113,8 +124,12 @@ def need_vllm() -> None:
 
 def plain_memory(base: str, trust_remote_code: bool, folder: str) -> str:
     """Write the config of a plain memory for a base into a folder, and return that."""
+    from vllm import EngineArgs
+
     from vllm_memdec.checkpoint import read_tokenizer
 
+    # As a start does: what is wrong with a config is not to be said of the tokenizer.
+    EngineArgs(base, trust_remote_code=trust_remote_code).create_model_config()
     fingerprint = startup.fingerprint(base, None, trust_remote_code)
     rows = len(read_tokenizer(base, None, trust_remote_code))
     Path(folder, "config.json").write_text(json.dumps(PLAIN | {"vocab_size": rows}))
@@ -138,8 +153,12 @@ def start(base: str, memory: str, trust_remote_code: bool, drafts: int = 0) -> s
 
 def sentence_of(error: Exception) -> str:
     """Return the first sentence of an error of vLLM's or ours, which is one."""
+    if isinstance(error, MALFORMED):
+        name, said = type(error).__name__, " ".join(str(error).split())
+        return f"vLLM ends with {name} ({said}), as with a malformed config: check config.json."
     text = re.split(r"(?<=\.)\s", startup.reason_of(error).strip())[0]
-    if "custom code" in text or "trust_remote_code" in text:
+    told = "--trust-remote-code" in text
+    if not told and ("custom code" in text or "trust_remote_code" in text):
         text = f"{text.rstrip('.')}: read its .py files, then give --trust-remote-code."
     return text
 

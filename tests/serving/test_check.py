@@ -93,16 +93,36 @@ def test_refused_as_at_start(run, bare, tiny_model):
     [
         ({"architectures": ["OfNobodyForCausalLM"]}, "['OfNobodyForCausalLM'] are not supported"),
         ({"architectures": ["OfNobodyForCausalLM"], "model_type": "nobodys"}, "type `nobodys` but"),
-        (
-            {"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}},
-            "read its .py files, then give --trust-remote-code.",
-        ),
+        # Of a malformed config; transformers lets it through, or says no more than the key.
+        ({"rope_parameters": {"rope_type": "yarn"}}, "vLLM ends with KeyError ("),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": "two"}}, "with TypeError ("),
+        ({"hidden_size": "wide"}, "with StrictDataclassFieldValidationError ("),
     ],
 )
 def test_what_vllm_refuses_is_one_sentence(changed, sentence, run, bare):
     code, out, err = run(bare("llama", **changed))
     assert code == 1 and out.startswith("refused: ") and sentence in out
     assert out.count("\n") == 1 and len(out) < 400 and err == ""
+
+
+def test_custom_code(run, bare):
+    """Its tokenizer is code, too: a start reads the config first."""
+    base = bare("llama", model_type="own", auto_map={"AutoConfig": "own.Config"})
+    file = Path(base, "tokenizer_config.json")
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
+    code, out, err = run(base)
+    assert code == 1 and err == "" and out.count("\n") == 1
+    assert "contains custom code" in out
+    assert out.endswith("read its .py files, then give --trust-remote-code.\n")
+
+
+def test_a_tokenizer_of_custom_code(run, bare):
+    base = bare("llama")
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    Path(base, "tokenizer_config.json").write_text(json.dumps(own))
+    code, out, _ = run(base)
+    assert code == 1 and out.count("--trust-remote-code") == 1 and "copy the" not in out
 
 
 def test_no_tokenizer(run, bare):
