@@ -27,7 +27,7 @@ from support.choices import (
     mixture,
     penalised,
 )
-from support.feature_engines import ENGINES, check_logprobs, count, engines, generate, one
+from support.feature_engines import check_logprobs, count, engines, generate, one, options_of
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
@@ -45,9 +45,8 @@ def llm(request, engine, tiny_model, tmp_path_factory):
         models["base"] = str(tmp_path_factory.getbasetemp() / base)
         if not os.path.exists(models["base"]):
             bases.save(base, models["base"])
-    options = ENGINES[name] | {"disable_log_stats": False}
     block = memdec_block(models) | {"speculative_tokens": drafts}
-    with engine(models["base"], block, **options) as running:
+    with engine(models["base"], block, **options_of(name, base)) as running:
         running.models = models
         yield running
 

@@ -1,7 +1,7 @@
 """The engines of the feature matrix, how its tests ask them, and how they check the answers."""
 
 import pytest
-from support import oracle
+from support import bases, oracle
 from support.choices import PLAIN, PROMPT, mixture
 from vllm import SamplingParams
 
@@ -21,9 +21,19 @@ ENGINES = {
 }
 
 
-# One of each kind that vLLM treats in its own way, beside the dense one. On a CPU nothing drafts
-# beside a hybrid: that is refused.
-OTHER_BASES = ("Falcon-H1", "Qwen3-MoE")
+# One of each kind that vLLM treats in its own way, beside the dense one, and its groups of KV cache
+# beside two memories. On a CPU nothing drafts beside a hybrid: that is refused.
+OTHER_BASES = {"LFM2": 7, "Qwen3-MoE": 1, "Gemma 3, multimodal": 7}
+
+
+def options_of(name, base):
+    """Return the options of an engine of ENGINES with one of OTHER_BASES; None: with the dense."""
+    options = dict(ENGINES[name], disable_log_stats=False)
+    if base is not None:
+        options |= bases.CASES.get(base, bases.Case()).options
+        if "num_gpu_blocks_override" in options:
+            options["num_gpu_blocks_override"] *= OTHER_BASES[base]
+    return options
 
 
 def engines(*names):
