@@ -136,15 +136,12 @@ def test_n(llm, models):
 @usual
 def test_seeds_of_n(llm):
     """Each of n samples has the seed that vLLM gives it."""
-    options = {"temperature": 1.0}
-    [output] = generate(llm, [PROMPT], [PLAIN], n=4, seed=11, **options)
+    [output] = generate(llm, [PROMPT], [PLAIN], n=4, seed=11, temperature=1.0)
     found = [sample.token_ids for sample in output.outputs]
-    assert found == [one(llm, PLAIN, seed=11 + i, **options).token_ids for i in range(4)]
+    assert found == [one(llm, PLAIN, seed=11 + i, temperature=1.0).token_ids for i in range(4)]
 
 
-@feature(
-    "beam search", note="with the server's default memory and weight: a request's own is refused"
-)
+@feature("beam search", note="by the server's memory and weight: a request's own is refused")
 @usual
 def test_beam_search(llm, models):
     from vllm.sampling_params import BeamSearchParams
