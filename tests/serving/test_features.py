@@ -360,7 +360,15 @@ def guided():
     return {}
 
 
-@pytest.mark.parametrize(("asked", "pattern"), STRUCTURED)
+@pytest.mark.parametrize(
+    ("asked", "pattern"),
+    [
+        pytest.param(*STRUCTURED["choice"], marks=feature("structured output: choice")),
+        pytest.param(*STRUCTURED["regex"], marks=feature("structured output: regex")),
+        pytest.param(*STRUCTURED["json"], marks=feature("structured output: JSON schema")),
+    ],
+    ids=STRUCTURED,
+)
 @both
 def test_structured_output(asked, pattern, llm, models, guided):
     """The text obeys, and each of its tokens is the best of the mixture's among those allowed."""
