@@ -22,6 +22,7 @@ WRITTEN = {  # by a rehearsal: file -> rows
     "gpu_pool.csv": 1,
     "gpu_kernel_tests.csv": 1,
     "gpu_smoke.csv": 2,
+    "gpu_bases.csv": 2,
     "kernel.csv": None,
     "gpu_drafting.csv": len(shapes.ACCEPTANCES),
     "shapes.csv": 6,  # two batch sizes, three systems
@@ -95,6 +96,15 @@ def alive(pid: int) -> bool:
     """Return whether a process still runs; a zombie does not."""
     path = Path(f"/proc/{pid}/stat")
     return path.exists() and path.read_text().rsplit(")")[-1].split()[0] not in "ZX"
+
+
+def test_a_day_has_no_step_that_takes_half_of_it():
+    """What the others took on an H100 is at most a sixth more than the twelve minutes."""
+    day = gpu.chosen(None, dry=False)
+    assert {step.name for step in gpu.STEPS} - {step.name for step in day} == {"bases"}
+    assert sum(step.seconds for step in day) <= 12 * 60 * 7 / 6
+    assert gpu.chosen(None, dry=True) == list(gpu.STEPS)
+    assert [step.name for step in gpu.chosen(["bases", "pool"], dry=False)] == ["pool", "bases"]
 
 
 def test_the_next_step_goes_on(env, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
     make gpu MINUTES=12                                  # the machine's own python
     python -m benchmarks.gpu.gpu 12 --steps pool smoke   # some of it
+    python -m benchmarks.gpu.gpu 8 --steps bases         # what is no part of the whole: see `apart`
     python -m benchmarks.gpu.gpu --dry                   # a rehearsal on a CPU, 2 to 3 minutes
 
 Steps run one after the other, what matters most first, each in a process group of its own with a
@@ -54,6 +55,7 @@ class Step:
     options: tuple[str, ...] = ()  # options of the module; {limit} is in seconds
     rehearsal: tuple[str, ...] = ()  # options of a rehearsal
     needs_vllm: bool = False
+    apart: bool = False  # only where it is named: it would take the time of what comes after it
 
 
 def shapes_step(name: str, shape: str, seconds: float, *options: str) -> Step:
@@ -68,7 +70,8 @@ STEPS = (
     Step("pool", 15, "benchmarks.gpu.pool", (), DRY),
     Step("kernel_tests", 75, "benchmarks.gpu.kernel_tests", (), DRY),
     Step("smoke", 190, "benchmarks.gpu.smoke", ("--seconds", "{limit}"), DRY, needs_vllm=True),
-    Step("bases", 330, "benchmarks.gpu.bases", ("--seconds", "{limit}"), DRY, needs_vllm=True),
+    Step("bases", 330, "benchmarks.gpu.bases", ("--seconds", "{limit}"), DRY, needs_vllm=True,
+         apart=True),
     Step("kernel", 60, "benchmarks.speed.interpolate", (), ("--vocab", "1024", "--rows", "2")),
     Step("drafting", 15, "benchmarks.gpu.drafting", (), DRY),
     shapes_step("shapes_1.5B", "1.5B", 115),
@@ -84,6 +87,11 @@ STEPS = (
          ("--shapes", "tiny", "tiny memory", "--batch", "2", "--rounds", "1", "--plain-only"),
          needs_vllm=True),
 )  # fmt: skip
+
+
+def chosen(names: list[str] | None, dry: bool) -> list[Step]:
+    """Return the steps of these names; without names a whole day's, and all in a rehearsal."""
+    return [s for s in STEPS if (s.name in names if names else dry or not s.apart)]
 
 
 def plugin_metadata(folder: Path) -> Path:
@@ -240,7 +248,7 @@ def main() -> int:
     began = time.monotonic()
     env = environment(results, arguments.dry)
     vllm = bool(importlib.util.find_spec("vllm"))
-    steps = [s for s in STEPS if arguments.steps is None or s.name in arguments.steps]
+    steps = chosen(arguments.steps, arguments.dry)
     seconds = arguments.minutes * 60 - (time.monotonic() - began)
     rows = run_steps(steps, seconds, results, env, arguments.dry, vllm)
     print(f"\n{'step':<26}{'status':<15}{'s':>6}{'limit':>7}")

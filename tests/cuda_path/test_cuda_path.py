@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 BUILD = HERE.parent.parent / "build/cuda_path"  # the library, models, and what was compiled
 TOKENS = 6  # of each answer
 LONGEST = 64  # tokens of a step
-LIMIT = 900  # seconds of one start; all ten took 7.5 minutes on two busy cores
+LIMIT = 900  # seconds of one start; ten took 7.5 minutes on two busy cores
 
 
 @dataclass(frozen=True)

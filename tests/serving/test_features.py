@@ -27,7 +27,15 @@ from support.choices import (
     mixture,
     penalised,
 )
-from support.feature_engines import check_logprobs, count, engines, generate, one, options_of
+from support.feature_engines import (
+    STRUCTURED,
+    check_logprobs,
+    count,
+    engines,
+    generate,
+    one,
+    options_of,
+)
 from transformers import AutoTokenizer
 from vllm import SamplingParams
 
@@ -44,7 +52,7 @@ def llm(request, engine, tiny_model, tmp_path_factory):
     if base is not None:
         models["base"] = str(tmp_path_factory.getbasetemp() / base)
         if not os.path.exists(models["base"]):
-            bases.save(base, models["base"])
+            bases.save(base, models["base"], seed=5)  # by which Gemma's words differ, too
     block = memdec_block(models) | {"speculative_tokens": drafts}
     with engine(models["base"], block, **options_of(name, base)) as running:
         running.models = models
@@ -136,15 +144,12 @@ def test_n(llm, models):
 @usual
 def test_seeds_of_n(llm):
     """Each of n samples has the seed that vLLM gives it."""
-    options = {"temperature": 1.0}
-    [output] = generate(llm, [PROMPT], [PLAIN], n=4, seed=11, **options)
+    [output] = generate(llm, [PROMPT], [PLAIN], n=4, seed=11, temperature=1.0)
     found = [sample.token_ids for sample in output.outputs]
-    assert found == [one(llm, PLAIN, seed=11 + i, **options).token_ids for i in range(4)]
+    assert found == [one(llm, PLAIN, seed=11 + i, temperature=1.0).token_ids for i in range(4)]
 
 
-@feature(
-    "beam search", note="with the server's default memory and weight: a request's own is refused"
-)
+@feature("beam search", note="by the server's memory and weight: a request's own is refused")
 @usual
 def test_beam_search(llm, models):
     from vllm.sampling_params import BeamSearchParams
@@ -223,9 +228,13 @@ def test_bad_words(llm, models):
         if tokenizer.encode(tokenizer.decode([token])) == [token]
         and not tokenizer.decode([token])[0].isspace()
     }
+    tried = 0
     for choice in CHOICES:
         free = greedy(models, choice, PROMPT, 8)
-        banned = next(token for token in free if token in words)
+        banned = next((token for token in free if token in words), None)
+        if banned is None:
+            continue
+        tried += 1
         # vLLM bans the word behind a space too, if that is a single token as well.
         spaced = tokenizer.encode(" " + words[banned])
 
@@ -239,6 +248,7 @@ def test_bad_words(llm, models):
         found = one(llm, choice, bad_words=[words[banned]]).token_ids
         assert banned not in found
         assert found == greedy(models, choice, PROMPT, 8, adjust)
+    assert tried > 2
 
 
 @feature("allowed_token_ids")
@@ -289,11 +299,13 @@ def test_stop_strings(llm, models):
     tokenizer = llm.get_tokenizer()
     for choice in CHOICES:
         ids = greedy(models, choice, PROMPT, 16)
-        text = tokenizer.decode(ids)
+        text = tokenizer.decode(ids, skip_special_tokens=True)
         # A whole character in whichever way the text is cut.
         stop = next(s for s in regex.findall("[ -~]{3}", text[len(text) // 2 :]))
-        end, late = text.index(stop), text[-3:]
-        kept = [n for n in range(17) if stop not in tokenizer.decode(ids[:n])]
+        end = text.index(stop)
+        late = text[end + 1 :]
+        texts = [tokenizer.decode(ids[:n], skip_special_tokens=True) for n in range(17)]
+        kept = [text for text in texts if stop not in text]
         asked = {"stop": [late, stop], "max_tokens": 16, "logprobs": 0}
         found = one(llm, choice, **asked)
         assert (found.text, found.finish_reason, found.stop_reason) == (text[:end], "stop", stop)
@@ -314,7 +326,8 @@ def test_stop_token_ids(llm, models):
         for n, least in [(end, least) for end in ends[1:6] for least in (0, end)]:
             found = one(llm, choice, stop_token_ids=[free[n]], min_tokens=least, max_tokens=12)
             assert (found.token_ids, found.finish_reason) == (free[: n + 1], "stop"), (choice, n)
-        stop, least = free[ends[2]], ends[2] + 2
+        end = ends[:3][-1]
+        stop, least = free[end], end + 2
 
         def adjust(row_V, sampled, stop=stop, least=least):
             row_V = row_V.clone()
@@ -328,18 +341,6 @@ def test_stop_token_ids(llm, models):
 
 # -- Structured output ----------------------------------------------------------------------------
 
-WORDS = ["bagi", "duto", "duto mela", "fani", "gelu", "hibe", "kelo", "lupa", "mira", "nodi", "zzz"]
-SCHEMA = {
-    "type": "object",
-    "properties": {
-        "kind": {"enum": ["law", "bio"]},
-        "name": {"type": "string", "pattern": "^[a-z]{3,5}$"},
-        "ok": {"type": "boolean"},
-    },
-    "required": ["kind", "name", "ok"],
-    "additionalProperties": False,
-}
-JSON = r'\{"kind":"(law|bio)","name":"[a-z]{3,5}","ok":(true|false)\}'
 CONSTRAINED = oracle.prompts(15, 3, 12, 1000), CHOICES * 3
 
 
@@ -362,17 +363,11 @@ def guided():
 @pytest.mark.parametrize(
     ("asked", "pattern"),
     [
-        pytest.param(
-            {"choice": WORDS}, "|".join(WORDS), marks=feature("structured output: choice")
-        ),
-        pytest.param(
-            {"regex": "[a-f]{3,6}-[0-9]{2}"},
-            "[a-f]{3,6}-[0-9]{2}",
-            marks=feature("structured output: regex"),
-        ),
-        pytest.param({"json": SCHEMA}, JSON, marks=feature("structured output: JSON schema")),
+        pytest.param(*STRUCTURED["choice"], marks=feature("structured output: choice")),
+        pytest.param(*STRUCTURED["regex"], marks=feature("structured output: regex")),
+        pytest.param(*STRUCTURED["json"], marks=feature("structured output: JSON schema")),
     ],
-    ids=["choice", "regex", "json"],
+    ids=STRUCTURED,
 )
 @both
 def test_structured_output(asked, pattern, llm, models, guided):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from support import oracle
+from support import bases, oracle
 from support.choices import CHOICES, PLAIN, PROMPT, Choice, make_models, memdec_block
 from vllm import EngineArgs, SamplingParams
 from vllm.config import VllmConfig
@@ -195,6 +195,52 @@ def test_a_draft_model_beside_it_stays_one(engine, models):
         for options in ({"min_p": 0.1}, {"logit_bias": {5: 1.0}}):
             with pytest.raises(VLLMValidationError, match="not yet supported with speculative"):
                 answers(llm, [PROMPT], [PLAIN], temperature=1, **options)
+
+
+# -- Windows --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def windowed(tiny_model, tmp_path_factory):
+    """Return models with windows of 32 tokens in all layers, in none, and in one of two."""
+    half = str(tmp_path_factory.mktemp("half"))
+    bases.save("Gemma 3", half, seed=2)
+    return {"all": tiny_model("mistral"), "none": tiny_model("llama", seed=1), "half": half}
+
+
+@pytest.mark.drafts
+@pytest.mark.parametrize(
+    ("base", "memory"),
+    [("all", "none"), ("none", "all"), ("all", "half")],
+    ids=["base", "memory", "half of a memory"],
+)
+def test_memories_draft_beside_windows(base, memory, windowed, engine):
+    """Layers with windows and those without have block tables of their own."""
+    base, memory = windowed[base], windowed[memory]
+    alphas = [0.0, 0.5, 0.8, 1.0] * 2
+    prompts = oracle.prompts(len(alphas), 40, 110, 990)  # longer than a window
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=18, ignore_eos=True, extra_args={"memdec_alpha": alpha}
+        )
+        for alpha in alphas
+    ]
+    block = {"model": memory, "alpha": 0.5, "speculative_tokens": 3}
+    options = TIGHT | {
+        "num_gpu_blocks_override": None,
+        "per_request_spec_decode_metrics": "summary",
+    }
+    with engine(base, block, **options, max_model_len=256, disable_log_stats=False) as llm:
+        assert len(runner(llm).kv_cache_config.kv_cache_groups) > 1
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for prompt, alpha, output in zip(prompts, alphas, outputs, strict=True):
+        [sample] = output.outputs
+        key_TV = oracle.mixture(base, memory, alpha, [*prompt, *sample.token_ids])
+        assert key_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == list(sample.token_ids)
+        if alpha == 1:  # the mixture is the memory: it drafts what the mixture says
+            metrics = sample.spec_decode_metrics
+            accepted = sum(n * times for n, times in enumerate(metrics.histogram))
+            assert metrics.num_draft_tokens == accepted > 9
 
 
 # -- Sampling -------------------------------------------------------------------------------------

@@ -233,8 +233,8 @@ def test_positions(kind, start, pair, tiny_model):
         start(pair[0], block, max_model_len=100)
 
 
-@pytest.mark.feature("state-space base", refused="only decoders with attention are mixed")
-def test_multimodal_and_recurrent_models(start, pair, tmp_path):
+@pytest.mark.feature("base without attention", refused="only decoders with attention are mixed")
+def test_models_of_other_kinds(start, pair, tmp_path):
     """Read from config.json alone, so a folder without weights is enough."""
     import shutil
 
@@ -245,9 +245,10 @@ def test_multimodal_and_recurrent_models(start, pair, tmp_path):
     config = transformers.MambaConfig(vocab_size=1000, hidden_size=64, num_hidden_layers=2)
     config.architectures = ["MambaForCausalLM"]
     config.save_pretrained(tmp_path)
-    for base, memory in ((str(tmp_path), pair[1]), (pair[0], str(tmp_path))):
-        with pytest.raises(ValueError, match="is a state-space or|is a model without attention"):
-            start(base, {"model": memory, "alpha": 0.5})
+    with pytest.raises(ValueError, match="The base .* is a model without attention"):
+        start(str(tmp_path), {"model": pair[1], "alpha": 0.5})
+    with pytest.raises(ValueError, match="The memory .* is a state-space or hybrid model"):
+        start(pair[0], {"model": str(tmp_path), "alpha": 0.5})
     config = transformers.PaliGemmaConfig()
     config.architectures = ["PaliGemmaForConditionalGeneration"]
     config.save_pretrained(tmp_path)

@@ -21,6 +21,24 @@ ENGINES = {
 }
 
 
+# What structured output is asked for, and the pattern that its text has.
+WORDS = ["bagi", "duto", "duto mela", "fani", "gelu", "hibe", "kelo", "lupa", "mira", "nodi", "zzz"]
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "kind": {"enum": ["law", "bio"]},
+        "name": {"type": "string", "pattern": "^[a-z]{3,5}$"},
+        "ok": {"type": "boolean"},
+    },
+    "required": ["kind", "name", "ok"],
+    "additionalProperties": False,
+}
+JSON = r'\{"kind":"(law|bio)","name":"[a-z]{3,5}","ok":(true|false)\}'
+STRUCTURED = {
+    "choice": ({"choice": WORDS}, "|".join(WORDS)),
+    "regex": ({"regex": "[a-f]{3,6}-[0-9]{2}"}, "[a-f]{3,6}-[0-9]{2}"),
+    "json": ({"json": SCHEMA}, JSON),
+}
 # One of each kind that vLLM treats in its own way, beside the dense one, and its groups of KV cache
 # beside two memories. On a CPU nothing drafts beside a hybrid: that is refused.
 OTHER_BASES = {"LFM2": 7, "Qwen3-MoE": 1, "Gemma 3, multimodal": 7}
