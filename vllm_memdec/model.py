@@ -29,7 +29,7 @@ from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
 from vllm_memdec.batch import decode
 from vllm_memdec.compat import multimodal
-from vllm_memdec.compat.attention import is_attention, kept_states, kv_bytes_per_token
+from vllm_memdec.compat.attention import is_attention, kv_bytes_per_token
 from vllm_memdec.compat.inner_models import build_base, dtype_of
 from vllm_memdec.config import ARCHITECTURE, MemDecConfig
 from vllm_memdec.drafter import Drafter
@@ -37,7 +37,6 @@ from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolat
 from vllm_memdec.memory import SOURCE, source_of
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.request import Choices
-from vllm_memdec.startup import kept_state_sentence
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SLICE_BYTES = 1 << 28  # of logits of both models at once: 440 rows of a 152k vocabulary in bfloat16
@@ -72,8 +71,6 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             # The V2 runner keeps in this dtype what drafts were drawn from.
             self.drafter = Drafter(self.memories, self.vocabulary, model_config.head_dtype)
         layers = vllm_config.compilation_config.static_forward_context
-        if speculation and (kinds := kept_states(layers.values())):
-            raise ValueError(kept_state_sentence(model_config.model, min(kinds)))
         self.beside = self.may_overlap(layers.values())
         self.secondary_weights = [memory.source for memory in self.memories]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors

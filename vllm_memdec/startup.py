@@ -8,7 +8,7 @@ Only functions import vLLM here, so that a tokenizer can be checked without it.
 
 import copy
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_memdec.checkpoint import read_tokenizer, tokenizer_fingerprint
 from vllm_memdec.config import (
@@ -276,9 +276,13 @@ def check_speculation(
     base = vllm_config.model_config
     if not base.is_hybrid:
         return
+    model_cls: Any
     model_cls, _ = ModelRegistry.resolve_model_cls(base.architecture, base)
     if kind := kept_state(model_cls.get_mamba_state_shape_from_config(vllm_config)):
-        raise ValueError(kept_state_sentence(base.model, kind))
+        raise ValueError(
+            f"The base {base.model} has layers of the kind {kind}, whose state vLLM does not take "
+            f"back where drafts are rejected: leave {SPECULATIVE!r} and --speculative-config out."
+        )
     # After a step that rejects drafts its state has to be that of the last accepted token: on a CPU
     # vLLM answers wrong (Mamba) or stops (gated delta net, where drafts differ in number).
     if current_platform.is_cpu():
@@ -291,14 +295,6 @@ def check_speculation(
 def kept_state(shapes: "Sequence[Sequence[int]]") -> str | None:
     """Return the kind of KEPT_STATES that layers with states of these shapes are of, if any."""
     return KEPT_STATES.get(tuple(len(shape) for shape in shapes))
-
-
-def kept_state_sentence(base: str, kind: str) -> str:
-    """Return why drafts beside a base are refused."""
-    return (
-        f"The base {base} has layers of the kind {kind}, whose state vLLM does not take back where "
-        f"drafts are rejected: leave {SPECULATIVE!r} and --speculative-config out."
-    )
 
 
 def check_heads(memory: "ModelConfig", own_size: int | None, base_size: int) -> None:

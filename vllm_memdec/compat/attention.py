@@ -26,7 +26,6 @@ from vllm.v1.attention.backend import (
 )
 
 from vllm_memdec.batch import Batch, MemoryShare
-from vllm_memdec.startup import KEPT_STATES
 
 # Fields of vLLM's CommonAttentionMetadata: of requests or tokens, and those that stay or
 # belong to what is refused at start (context parallelism, fast prefill, encoders, Mamba).
@@ -80,15 +79,6 @@ def narrow_attention(layers: Iterable[Any], number: int, batch: Batch, memory: V
 def is_attention(layer: Any) -> bool:
     """Return whether a layer of vLLM's forward context has an attention backend."""
     return hasattr(layer, "attn_backend")
-
-
-def kept_states(layers: Iterable[Any]) -> set[str]:
-    """Return the kinds of layers whose state vLLM does not take back where drafts are rejected.
-
-    The front end asks the base's class, which tells of one kind alone; here are the layers.
-    """
-    kinds = {getattr(getattr(layer, "mamba_type", None), "name", "") for layer in layers}
-    return kinds & {*KEPT_STATES.values()}
 
 
 class NarrowBuilder(AttentionMetadataBuilder):
