@@ -36,7 +36,7 @@ def features() -> str:
 def bases() -> str:
     """Return what `make bases` found of each base."""
     return grid(
-        ["base", "architecture", "kind", "error", "drafts", "note"],
+        ["base", "architecture", "kind", "error", "drafts", "note", "on a CPU"],
         [
             [
                 row["name"],
@@ -45,6 +45,7 @@ def bases() -> str:
                 f"{float(row['error']):.0e} in {row['dtype']}",
                 row["drafts"],
                 row["note"],
+                row["on_cpu"],
             ]
             for row in read(BASES)
         ],

@@ -75,7 +75,7 @@ def test_every_feature_was_run_and_holds():
 def test_every_base_was_run():
     rows = base_rows.rows()
     assert [*rows] == base_rows.NAMES
-    assert {row["drafts"] for row in rows.values()} <= {"works", "refused", "not run"}
+    assert {row["drafts"] for row in rows.values()} <= {"works", "refused on a CPU"}
     for row in rows.values():
         assert row["architecture"] and row["kind"] and row["dtype"], row
         assert float(row["error"]) < (1e-4 if row["dtype"] == "float32" else 5e-3), row

@@ -90,8 +90,10 @@ def check(base: str, memory: str | None = None, trust_remote_code: bool = False)
     if row is None:
         reason = f"{architecture}: vLLM has it and no check refuses it, but no test covers it."
         return Answer(UNKNOWN, reason, drafts)
-    reason = f"{architecture} ({row['name']}), {row['kind']}"
-    return Answer(SUPPORTED, f"{reason}, {row['note']}" if row["note"] else reason, drafts)
+    parts = [f"{architecture} ({row['name']})", row["kind"], row["note"]]
+    if row["on_cpu"] and on_cpu():
+        parts.append(f"on a CPU with {row['on_cpu']}")
+    return Answer(SUPPORTED, ", ".join(filter(None, parts)), drafts)
 
 
 @contextlib.contextmanager
@@ -120,6 +122,13 @@ def need_vllm() -> None:
             "vLLM finds no device here that it serves on: check where it is to serve, or "
             "pip install 'vllm-memdec[cpu]'."
         )
+
+
+def on_cpu() -> bool:
+    """Return whether vLLM serves on a CPU here."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def plain_memory(base: str, trust_remote_code: bool, folder: str) -> str:

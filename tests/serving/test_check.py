@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import bases
+from support.tiny_models import save_tokenizer
 from typer.testing import CliRunner
 
 from vllm_memdec import check
@@ -58,6 +60,17 @@ def test_supported(run, bare, tiny_model):
     expected = "supported: Qwen3ForCausalLM (Qwen3), dense\ndrafts by the memory: work\n"
     assert run(base) == (0, expected, "")
     assert run(base, tiny_model("llama", seed=1)) == (0, expected, "")
+
+
+def test_what_a_base_needs_on_a_cpu(run, tmp_path, monkeypatch):
+    """A start without it is not refused, and answers wrong."""
+    bases.lfm2().save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    code, out, _ = run(str(tmp_path))
+    assert code == 0 and f"hybrid, on a CPU with {bases.CASES['LFM2'].needs}\n" in out
+    monkeypatch.setattr(check, "on_cpu", lambda: False)
+    _, out, _ = run(str(tmp_path))
+    assert "supported: Lfm2ForCausalLM (LFM2), hybrid\n" in out
 
 
 def test_unknown(run, bare, tmp_path, monkeypatch):

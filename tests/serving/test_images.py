@@ -11,6 +11,7 @@ import openai
 import pytest
 import torch
 from support import base_rows, multimodal, oracle, soak_client, v2_process
+from support.bases import CASES, Case
 from support.feature_engines import count
 from support.multimodal import image, url_of
 from support.tiny_models import tiny_config
@@ -176,7 +177,10 @@ def test_mixture(running, base_row):
 def note_row(base_row, kind, llm, dtype, error):
     model = llm.llm_engine.model_config
     said = {"architecture": model.architecture, "kind": base_rows.kind_of(model)}
-    base_row(ROWS[kind], **said, dtype=dtype, error=f"{error:.0e}", note="with images")
+    needs = CASES.get(ROWS[kind], Case()).needs
+    base_row(
+        ROWS[kind], **said, dtype=dtype, error=f"{error:.0e}", note="with images", on_cpu=needs
+    )
 
 
 def test_weights_by_context(running):
@@ -292,7 +296,8 @@ def test_a_hybrid(engine, bases, memories, base_row):
             unseen.append(gap((prompt, sampled, [], rows), base, memory, alpha, []))
     assert max(errors) < 2 * max(roundings) < max(unseen) / 4
     note_row(base_row, HYBRID, llm, "bfloat16", sum(single) / len(single))
-    base_row(ROWS[HYBRID], drafts=checking.check(base.folder, memory).drafts.partition(":")[0])
+    drafts = checking.check(base.folder, memory).drafts
+    base_row(ROWS[HYBRID], drafts=base_rows.drafts_of(drafts))
 
 
 # -- The V2 runner --------------------------------------------------------------------------------
@@ -325,13 +330,15 @@ def v2_results(bases, memories, subprocess_env):
 
 
 @pytest.mark.parametrize("run", RUNS, ids=str)
-def test_v2(run, v2_results, bases, memories):
+def test_v2(run, v2_results, bases, memories, base_row):
     kind, _, drafts = run
     result = v2_process.answered(v2_results, run)
     for found, (_, pictures, alpha) in zip(result["requests"], V2_ASKED, strict=True):
         assert gap(found, bases[kind], memories[kind], alpha or 0.0, pictures) < oracle.TOLERANCE
     v2_process.check_steps(result, drafts)
     assert bool(result["accepted"]) == bool(drafts)
+    if drafts:
+        base_row(ROWS[kind], drafts="works")
 
 
 # -- Over HTTP ------------------------------------------------------------------------------------

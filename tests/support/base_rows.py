@@ -8,7 +8,7 @@ from vllm_memdec.check import TESTED
 
 # The last is one of support/multimodal.py.
 NAMES = [*(name for name in BASES if name not in FAILING), "Qwen2.5-VL"]
-COLUMNS = ("architecture", "name", "kind", "dtype", "error", "drafts", "note")
+COLUMNS = ("architecture", "name", "kind", "dtype", "error", "drafts", "note", "on_cpu")
 
 
 def rows():
@@ -25,6 +25,13 @@ def kind_of(model):
         "mixture of experts": model.is_moe,
     }
     return ", ".join(kind for kind, is_so in kinds.items() if is_so) or "dense"
+
+
+def drafts_of(answer):
+    """Return what a row says of drafts, from what `memdec check` says of them."""
+    if answer == "work":
+        return "works"
+    return "refused on a CPU" if "vLLM on a CPU" in answer else answer.partition(":")[0]
 
 
 def compare(name, columns):

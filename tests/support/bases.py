@@ -6,6 +6,7 @@ says how one is run on a CPU where that is not in float32 and with vLLM's defaul
 key "oracle" holds what oracle.py changes in it, where transformers and vLLM read it differently.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -344,6 +345,16 @@ class Case:
     env: dict[str, str] = field(default_factory=dict)
     memory: dict[str, Any] = field(default_factory=dict)  # of its config
     error: str = ""  # what vLLM says where it cannot run it by itself
+
+    @property
+    def needs(self) -> str:
+        """What vLLM on a CPU is to be started with, and why."""
+        words = [f"{name}={value}" for name, value in self.env.items()]
+        if self.dtype != "float32":
+            words.append(f"--dtype {self.dtype}")
+        if config := self.options.get("compilation_config"):
+            words.append(f"--compilation-config '{json.dumps(config)}'")
+        return f"{' '.join(words)} ({self.why})" if words else ""
 
 
 TEXT_ONLY = {"limit_mm_per_prompt": {"image": 0, "video": 0}}
