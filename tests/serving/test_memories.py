@@ -151,7 +151,7 @@ def test_memory_profile_counts_drafts(base, folders, engine, monkeypatch):
         made.append((shape, options.get("dtype")))
         return original(self, *shape, **options)
 
-    memories = {name: folders[name] for name in ("law", "bio", "tax")}  # V1 drafts without windows
+    memories = {name: folders[name] for name in ("law", "bio", "tax")}
     with engine(base, block(memories) | {"speculative_tokens": 3}) as llm:
         mine = composite(llm)
         mine.memories.selects_rows = False
