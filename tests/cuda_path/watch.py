@@ -161,7 +161,8 @@ class Watch(TorchDispatchMode):
                 if self.in_pool(span):
                     self.writes.setdefault(event["user_metadata"], []).append(span)
         for name, span, storage in self.captured:
-            if storage.expired() and not self.in_pool(span):
+            is_read = span.start < span.end  # not of prefills, which a decode graph has none of
+            if is_read and storage.expired() and not self.in_pool(span):
                 self.dangling[f"{name} in a graph reads memory that was freed since"] += 1
         self.serving = True
 
