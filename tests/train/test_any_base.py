@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from support.bases import BASES, save
+from support.bases import BASES, decoder, save
 from support.tiny_models import VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -200,6 +200,22 @@ def test_the_shape_of_a_fresh_memory(folder, tmp_path):
     assert "4 layers of width 2,048, 722.5 M weights; a dense model of the same tokenizer" in said
     said = starts_from(MemorySettings(init=folder("Llama 3")), folder("Qwen3-MoE"))
     assert said.startswith(f"memory: starts from {folder('Llama 3')}: 2 layers of width 64")
+
+
+@pytest.mark.parametrize(("layers", "fresh"), [(4, True), (6, False)])
+def test_first_layers_that_are_no_model_are_not_taken(tmp_path, layers, fresh):
+    """Gemma 4 without a table a layer: its last layer has larger heads, wherever it is cut."""
+    sliding = ["sliding_attention"] * 5 + ["full_attention"]
+    own = {"layer_types": sliding, "num_hidden_layers": 6, "hidden_size_per_layer_input": 0}
+    own |= {"global_head_dim": 64, "architectures": ["Gemma4ForCausalLM"]}
+    base = str(tmp_path / "base")
+    save(decoder("Gemma4Text", **own), base)
+    settings = MemorySettings(layers=layers)
+    memory = build_memory(settings, base, BLOCK)
+    assert (memory.config.model_type == "qwen3") == fresh
+    assert ("(they are none by themselves), so it starts" in starts_from(settings, base)) == fresh
+    memory.save_pretrained(tmp_path / "memory")
+    assert load_model(str(tmp_path / "memory")).config.num_hidden_layers == layers
 
 
 def test_quantised_layers_are_not_taken(folder, tmp_path):
