@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.bases import BASES, decoder, save
 from support.tiny_models import VOCAB
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels import interpolate
@@ -16,8 +16,14 @@ from vllm_memdec.train.evaluation import explain as explaining
 from vllm_memdec.train.model import fresh
 from vllm_memdec.train.model.decoder import build_memory, memory_config, starts_from
 from vllm_memdec.train.model.fresh import principal, without_layers
-from vllm_memdec.train.model.hidden_states import embed, keeps_apart, key_fallback, states_of_rows
-from vllm_memdec.train.model.huggingface import load_model, load_text_config
+from vllm_memdec.train.model.hidden_states import (
+    embed,
+    keeps_apart,
+    key_fallback,
+    last_mlp,
+    states_of_rows,
+)
+from vllm_memdec.train.model.huggingface import load_model, load_text_config, skeleton
 from vllm_memdec.train.model.kinds import check_init, why_not_its_layers
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.settings import MemorySettings
@@ -120,6 +126,16 @@ def test_any_rows_are_given_in_their_order(folder):
         assert torch.allclose(state, expected, atol=1e-4)
     none = states_of_rows(model, "final_hidden", tokens, positions, np.zeros_like(rows))
     assert none.shape == (0, 64)
+    half, several = load_model(folder("Qwen3.5"), "bfloat16"), np.ones((3, BLOCK + 1), np.int64)
+    nothing = label_logprobs(half, several, several, 2, scored=np.zeros_like(rows))
+    assert nothing.shape == (0,)
+
+
+def test_the_last_mlp_by_whatever_name():
+    recurrent = {"num_hidden_layers": 3, "hidden_size": 64, "lru_width": 64, "vocab_size": VOCAB}
+    plain = decoder("GraniteMoeHybrid", layer_types=["full_attention"] * 2, num_local_experts=0)
+    for config in (RecurrentGemmaConfig(**recurrent, num_attention_heads=2), plain):
+        assert last_mlp(skeleton(config)) is not None
 
 
 def test_the_key_of_a_base_without_a_known_mlp_is_told(folder):

@@ -23,6 +23,8 @@ def check_base(folder: str) -> None:
         kind = "an encoder-decoder"
     elif has_state(text) and not hasattr(text, "num_attention_heads"):
         kind = "a model without attention"
+    elif any(str(name).endswith("ForMaskedLM") for name in config.architectures or ()):
+        kind = "a masked language model"
     elif not has_class(config):
         kind = f"a {config.model_type} model, of which transformers has no causal LM"
     if kind:
