@@ -1,13 +1,22 @@
 """Keys, scores and memories of every base that people serve, against transformers as it is."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from support.bases import BASES, decoder, save
-from support.tiny_models import VOCAB
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, RecurrentGemmaConfig
+from support.tiny_models import VOCAB, save_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    DbrxConfig,
+    Mistral3Config,
+    RecurrentGemmaConfig,
+)
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels import interpolate
@@ -200,6 +209,52 @@ def test_a_wide_bases_embedding_is_projected(folder, monkeypatch):
     assert apart(ours @ ours.T, best_VV) < 1e-4
     kept = memory.get_input_embeddings().weight.detach().numpy()
     assert np.corrcoef((kept @ kept.T).ravel(), best_VV.ravel())[0, 1] > 0.9999
+
+
+def test_directions_have_one_sign_whatever_the_machine(folder, monkeypatch):
+    rows_VD, eigh = torch.randn(50, 16), torch.linalg.eigh
+    ours = principal(rows_VD, 8)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (eigh(gram)[0], -eigh(gram)[1]))
+    assert torch.equal(ours, principal(rows_VD, 8))
+
+
+def test_what_a_checkpoint_replaces_is_not_computed(folder, monkeypatch):
+    monkeypatch.setattr(fresh, "principal", None)  # a call would raise
+    memory = build_memory(MemorySettings(), folder("DeepSeek V3"), BLOCK, restored=True)
+    assert memory.config.model_type == "qwen3"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_tied_as_in_the_checkpoint(tmp_path, tied):
+    """Of Mistral 3 the text decoder's config alone says it."""
+    text = decoder("Mixtral", tie_word_embeddings=tied, num_local_experts=2).to_dict()
+    vision = dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 32)
+    vision |= {"num_hidden_layers": 1, "num_attention_heads": 1, "model_type": "pixtral"}
+    model = AutoModelForMultimodalLM.from_config(
+        Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    )
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    memory = build_memory(MemorySettings(layers=1), str(tmp_path), BLOCK)
+    assert memory.config.tie_word_embeddings == tied
+    heads = [m.get_output_embeddings().weight.detach().ravel() for m in (memory, model)]
+    assert torch.cosine_similarity(*heads, dim=0) > 0.9999
+
+
+def test_an_embedding_of_another_shape_is_refused(folder, tmp_path):
+    base = shutil.copytree(folder("Mixtral"), tmp_path / "base")
+    written = json.loads((base / "config.json").read_text()) | {"vocab_size": VOCAB + 8}
+    (base / "config.json").write_text(json.dumps(written))
+    with pytest.raises(MemdecError, match="of another shape than its config.json says: copy"):
+        without_layers(str(base))
+
+
+def test_the_experts_of_dbrx_are_seen():
+    config = DbrxConfig(ffn_config={"moe_num_experts": 4}, n_layers=2)
+    assert why_not_its_layers(config) == "it is a mixture of experts"
 
 
 def test_the_shape_of_a_fresh_memory(folder, tmp_path):

@@ -191,14 +191,19 @@ def training_budget(
     return settings.changed(epochs=epochs)
 
 
-def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
-    """Return the memory before training, float32, on the CPU; MemdecError if init does not fit."""
+def build_memory(
+    settings: MemorySettings, base: str, block_tokens: int, restored: bool = False
+) -> Any:
+    """Return the memory before training, float32, on the CPU; MemdecError if init does not fit.
+
+    restored: its weights will be a checkpoint's, so a fresh one need not have the base's.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = memory_config(settings, base, block_tokens)
     folder = base if settings.init == "base" else settings.init
     if why_fresh(settings, base):
-        model = fresh_memory(base, config, settings.seed)
+        model = fresh_memory(base, config, settings.seed, restored)
     elif settings.init == "base":
         model = first_layers(base, config.num_hidden_layers)
     elif has_any(folder, WEIGHT_FILES):

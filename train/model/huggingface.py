@@ -138,6 +138,13 @@ def read_model(folder: str, config: Any = None, **more: Any) -> Any:
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
         )
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, *_ in report["mismatched_keys"]:  # of what has to do with layers some may be
+        if any(part is not None and model.get_parameter(name) is part.weight for part in ends):
+            raise MemdecError(
+                f"{folder} has a weight {name} of another shape than its config.json says: copy "
+                "the whole model again."
+            )
     return model.eval()
 
 

@@ -76,7 +76,8 @@ def has_class(config: Any) -> bool:
 
 def has_experts(text: Any) -> bool:
     """Return whether a text decoder has layers with experts."""
-    counts = (getattr(text, name, None) for name in EXPERTS)
+    parts = (text, getattr(text, "ffn_config", None))  # DBRX's
+    counts = (getattr(part, name, None) for part in parts for name in EXPERTS)
     return any(isinstance(count, int) and count > 0 for count in counts)
 
 
