@@ -11,8 +11,9 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels.head_loss import SparseRows
 from vllm_memdec.train.model import output_head
 from vllm_memdec.train.model.hidden_states import hidden_states, keeps_apart
-from vllm_memdec.train.model.huggingface import load_model
+from vllm_memdec.train.model.huggingface import load_model, skeleton
 from vllm_memdec.train.model.scoring import label_logprobs
+from vllm_memdec.train.plan.rates import base_parameters
 from vllm_memdec.train.settings import MemorySettings
 from vllm_memdec.train.training.steps import memory_loss
 
@@ -48,6 +49,8 @@ KINDS = {
     "is a masked language model, which": (
         lambda: transformers.BertConfig(vocab_size=VOCAB, architectures=["BertForMaskedLM"])
     ),
+    "is a model without an output head, which": transformers.Qwen2_5OmniConfig,
+    "is a model that needs pixel_values beside tokens, which": transformers.Blip2Config,
     "is vit, no text decoder": transformers.ViTConfig,
 }
 
@@ -74,6 +77,40 @@ def test_a_memory_that_serving_would_refuse(folder, pipeline, command, quick, ki
     code, said = command(pipeline.base, pipeline.corpus, settings).here()
     expected = f"is {kind.split(', by')[0]}, which vllm-memdec cannot serve as a memory: give"
     assert code == 1 and expected in said, said
+
+
+def test_a_memory_that_predicts_nothing(folder, pipeline, command, quick):
+    init = folder(transformers.DistilBertConfig(vocab_size=VOCAB))
+    code, said = command(pipeline.base, pipeline.corpus, quick({"memory": {"init": "x"}})).here(
+        init=init, until="corpus"
+    )
+    assert code == 1 and said.count("\n") == 1, said
+    assert "is a distilbert model, of which transformers has no causal LM, which vllm-mem" in said
+
+
+def test_a_config_that_transformers_makes_no_model_of():
+    with pytest.raises(MemdecError, match=r"makes no causal LM of the config of .* \(distilbert\)"):
+        skeleton(transformers.DistilBertConfig())
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "DeepSeek V3", "Granite 4", "Jamba", "Llama 3"])
+def test_weights_that_a_token_goes_through(folder, name):
+    """Two of four experts: as many as in a model of two."""
+    config = BASES[name]()
+    found = base_parameters(str(folder(config)))
+    half = BASES[name]()
+    for count in ("num_experts", "n_routed_experts", "num_local_experts"):
+        if getattr(half, count, None) == 4:
+            setattr(half, count, 2)
+    own = half.hidden_size  # of the router, for each expert of each layer
+    expected = sum(p.numel() for p in skeleton(half).parameters())
+    assert 0 <= found - expected <= 4 * own * half.num_hidden_layers
+
+
+def test_what_sees_is_not_counted(folder):
+    whole, text = (BASES[f"Gemma 3{part}"]() for part in (", multimodal", ""))
+    found, expected = (base_parameters(str(folder(config))) for config in (whole, text))
+    assert found == expected
 
 
 def test_a_base_with_experts_and_a_dense_memory(folder, pipeline, command, quick):

@@ -98,9 +98,16 @@ def auto_class(config: Any) -> Any:
 
 
 def skeleton(config: Any) -> Any:
-    """Return the model of a config without weights."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=code_allowed())
+    """Return the model of a config without weights, or raise MemdecError in one sentence."""
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=code_allowed())
+    except Exception as error:  # libraries check little: any class may come
+        reraise(error, config.name_or_path)
+        raise MemdecError(
+            f"transformers makes no causal LM of the config of {config.name_or_path} "
+            f"({config.model_type}): {said_by(error)}."
+        ) from error
 
 
 def check_positions(config: Any, folder: str, block_tokens: int) -> None:
