@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.bases import BASES, decoder, save
 from support.tiny_models import VOCAB, save_tokenizer
 from transformers import (
@@ -48,6 +49,10 @@ EXPERTS = {"Mixtral", "Qwen3-MoE", "GLM-4 MoE", "gpt-oss", "DeepSeek V3"}
 # What the last layer calls the module that the paper takes its keys before.
 MLP = {"Falcon-H1": "feed_forward", "LFM2": "feed_forward", "Jamba": "feed_forward",
        "Granite 4": "block_sparse_moe"}  # fmt: skip
+
+VISION = dict.fromkeys(("hidden_size", "intermediate_size", "image_size", "out_hidden_size"), 32)
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
+VISION |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "depth", "num_heads"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +233,7 @@ def test_what_a_checkpoint_replaces_is_not_computed(folder, monkeypatch):
 def test_a_head_is_tied_as_in_the_checkpoint(tmp_path, tied):
     """Of Mistral 3 the text decoder's config alone says it."""
     text = decoder("Mixtral", tie_word_embeddings=tied, num_local_experts=2).to_dict()
-    vision = dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 32)
-    vision |= {"num_hidden_layers": 1, "num_attention_heads": 1, "model_type": "pixtral"}
+    vision = VISION | {"model_type": "pixtral"}
     model = AutoModelForMultimodalLM.from_config(
         Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
     )
@@ -242,6 +246,36 @@ def test_a_head_is_tied_as_in_the_checkpoint(tmp_path, tied):
     assert memory.config.tie_word_embeddings == tied
     heads = [m.get_output_embeddings().weight.detach().ravel() for m in (memory, model)]
     assert torch.cosine_similarity(*heads, dim=0) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sees", "reason"),
+    [
+        ("Mistral3", "Mistral", "pixtral", None),
+        ("Llava", "Llama", "clip_vision_model", None),
+        ("Qwen2_5_VL", "Qwen2_5_VLText", None, "its text decoder is no model by itself"),
+    ],
+)
+def test_what_a_memory_of_another_multimodal_base_starts_from(tmp_path, name, text, sees, reason):
+    own = decoder(text, num_hidden_layers=3, rope_parameters=ROPE).to_dict()
+    vision = VISION | ({"model_type": sees} if sees else {})
+    config = getattr(transformers, f"{name}Config")(text_config=own, vision_config=vision)
+    config.tie_word_embeddings, config.initializer_range = False, 0.3
+    plain = AutoModelForMultimodalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    said = starts_from(MemorySettings(layers=2), str(tmp_path))
+    memory = build_memory(MemorySettings(layers=2), str(tmp_path), BLOCK)
+    assert memory.config.num_hidden_layers == 2
+    assert ("starts from the first layers of" in said) == (reason is None), said
+    assert keeps_apart(load_model(str(tmp_path))) == (reason is None)
+    if reason is not None:
+        assert f"({reason}), so it starts fresh" in said
+        return
+    del plain.get_decoder().layers[2:]
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.allclose(memory.eval()(ids).logits, plain(ids).logits, atol=1e-5)
 
 
 def test_an_embedding_of_another_shape_is_refused(folder, tmp_path):
