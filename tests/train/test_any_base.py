@@ -1,13 +1,23 @@
 """Keys, scores and memories of every base that people serve, against transformers as it is."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from support.bases import BASES, save
-from support.tiny_models import VOCAB
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import transformers
+from support.bases import BASES, decoder, save
+from support.tiny_models import VOCAB, save_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    DbrxConfig,
+    Mistral3Config,
+    RecurrentGemmaConfig,
+)
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.kernels import interpolate
@@ -16,8 +26,14 @@ from vllm_memdec.train.evaluation import explain as explaining
 from vllm_memdec.train.model import fresh
 from vllm_memdec.train.model.decoder import build_memory, memory_config, starts_from
 from vllm_memdec.train.model.fresh import principal, without_layers
-from vllm_memdec.train.model.hidden_states import embed, keeps_apart, key_fallback, states_of_rows
-from vllm_memdec.train.model.huggingface import load_model, load_text_config
+from vllm_memdec.train.model.hidden_states import (
+    embed,
+    keeps_apart,
+    key_fallback,
+    last_mlp,
+    states_of_rows,
+)
+from vllm_memdec.train.model.huggingface import load_model, load_text_config, skeleton
 from vllm_memdec.train.model.kinds import check_init, why_not_its_layers
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.settings import MemorySettings
@@ -33,6 +49,10 @@ EXPERTS = {"Mixtral", "Qwen3-MoE", "GLM-4 MoE", "gpt-oss", "DeepSeek V3"}
 # What the last layer calls the module that the paper takes its keys before.
 MLP = {"Falcon-H1": "feed_forward", "LFM2": "feed_forward", "Jamba": "feed_forward",
        "Granite 4": "block_sparse_moe"}  # fmt: skip
+
+VISION = dict.fromkeys(("hidden_size", "intermediate_size", "image_size", "out_hidden_size"), 32)
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 4, 4]}
+VISION |= dict.fromkeys(("num_hidden_layers", "num_attention_heads", "depth", "num_heads"), 1)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +140,16 @@ def test_any_rows_are_given_in_their_order(folder):
         assert torch.allclose(state, expected, atol=1e-4)
     none = states_of_rows(model, "final_hidden", tokens, positions, np.zeros_like(rows))
     assert none.shape == (0, 64)
+    half, several = load_model(folder("Qwen3.5"), "bfloat16"), np.ones((3, BLOCK + 1), np.int64)
+    nothing = label_logprobs(half, several, several, 2, scored=np.zeros_like(rows))
+    assert nothing.shape == (0,)
+
+
+def test_the_last_mlp_by_whatever_name():
+    recurrent = {"num_hidden_layers": 3, "hidden_size": 64, "lru_width": 64, "vocab_size": VOCAB}
+    plain = decoder("GraniteMoeHybrid", layer_types=["full_attention"] * 2, num_local_experts=0)
+    for config in (RecurrentGemmaConfig(**recurrent, num_attention_heads=2), plain):
+        assert last_mlp(skeleton(config)) is not None
 
 
 def test_the_key_of_a_base_without_a_known_mlp_is_told(folder):
@@ -186,6 +216,81 @@ def test_a_wide_bases_embedding_is_projected(folder, monkeypatch):
     assert np.corrcoef((kept @ kept.T).ravel(), best_VV.ravel())[0, 1] > 0.9999
 
 
+def test_directions_have_one_sign_whatever_the_machine(folder, monkeypatch):
+    rows_VD, eigh = torch.randn(50, 16), torch.linalg.eigh
+    ours = principal(rows_VD, 8)
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (eigh(gram)[0], -eigh(gram)[1]))
+    assert torch.equal(ours, principal(rows_VD, 8))
+
+
+def test_what_a_checkpoint_replaces_is_not_computed(folder, monkeypatch):
+    monkeypatch.setattr(fresh, "principal", None)  # a call would raise
+    memory = build_memory(MemorySettings(), folder("DeepSeek V3"), BLOCK, restored=True)
+    assert memory.config.model_type == "qwen3"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_is_tied_as_in_the_checkpoint(tmp_path, tied):
+    """Of Mistral 3 the text decoder's config alone says it."""
+    text = decoder("Mixtral", tie_word_embeddings=tied, num_local_experts=2).to_dict()
+    vision = VISION | {"model_type": "pixtral"}
+    model = AutoModelForMultimodalLM.from_config(
+        Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    )
+    model.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["tie_word_embeddings"]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    memory = build_memory(MemorySettings(layers=1), str(tmp_path), BLOCK)
+    assert memory.config.tie_word_embeddings == tied
+    heads = [m.get_output_embeddings().weight.detach().ravel() for m in (memory, model)]
+    assert torch.cosine_similarity(*heads, dim=0) > 0.9999
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "sees", "reason"),
+    [
+        ("Mistral3", "Mistral", "pixtral", None),
+        ("Llava", "Llama", "clip_vision_model", None),
+        ("Qwen2_5_VL", "Qwen2_5_VLText", None, "its text decoder is no model by itself"),
+    ],
+)
+def test_what_a_memory_of_another_multimodal_base_starts_from(tmp_path, name, text, sees, reason):
+    own = decoder(text, num_hidden_layers=3, rope_parameters=ROPE).to_dict()
+    vision = VISION | ({"model_type": sees} if sees else {})
+    config = getattr(transformers, f"{name}Config")(text_config=own, vision_config=vision)
+    config.tie_word_embeddings, config.initializer_range = False, 0.3
+    plain = AutoModelForMultimodalLM.from_config(config).eval()
+    plain.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    said = starts_from(MemorySettings(layers=2), str(tmp_path))
+    memory = build_memory(MemorySettings(layers=2), str(tmp_path), BLOCK)
+    assert memory.config.num_hidden_layers == 2
+    assert ("starts from the first layers of" in said) == (reason is None), said
+    assert keeps_apart(load_model(str(tmp_path))) == (reason is None)
+    if reason is not None:
+        assert f"({reason}), so it starts fresh" in said
+        return
+    del plain.get_decoder().layers[2:]
+    ids = torch.arange(20)[None]
+    with torch.inference_mode():
+        assert torch.allclose(memory.eval()(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+def test_an_embedding_of_another_shape_is_refused(folder, tmp_path):
+    base = shutil.copytree(folder("Mixtral"), tmp_path / "base")
+    written = json.loads((base / "config.json").read_text()) | {"vocab_size": VOCAB + 8}
+    (base / "config.json").write_text(json.dumps(written))
+    with pytest.raises(MemdecError, match="of another shape than its config.json says: copy"):
+        without_layers(str(base))
+
+
+def test_the_experts_of_dbrx_are_seen():
+    config = DbrxConfig(ffn_config={"moe_num_experts": 4}, n_layers=2)
+    assert why_not_its_layers(config) == "it is a mixture of experts"
+
+
 def test_the_shape_of_a_fresh_memory(folder, tmp_path):
     """The rule, for a base as wide as the largest, and what --init changes about it."""
     config = AutoConfig.from_pretrained(folder("DeepSeek V3"))
@@ -200,6 +305,22 @@ def test_the_shape_of_a_fresh_memory(folder, tmp_path):
     assert "4 layers of width 2,048, 722.5 M weights; a dense model of the same tokenizer" in said
     said = starts_from(MemorySettings(init=folder("Llama 3")), folder("Qwen3-MoE"))
     assert said.startswith(f"memory: starts from {folder('Llama 3')}: 2 layers of width 64")
+
+
+@pytest.mark.parametrize(("layers", "fresh"), [(4, True), (6, False)])
+def test_first_layers_that_are_no_model_are_not_taken(tmp_path, layers, fresh):
+    """Gemma 4 without a table a layer: its last layer has larger heads, wherever it is cut."""
+    sliding = ["sliding_attention"] * 5 + ["full_attention"]
+    own = {"layer_types": sliding, "num_hidden_layers": 6, "hidden_size_per_layer_input": 0}
+    own |= {"global_head_dim": 64, "architectures": ["Gemma4ForCausalLM"]}
+    base = str(tmp_path / "base")
+    save(decoder("Gemma4Text", **own), base)
+    settings = MemorySettings(layers=layers)
+    memory = build_memory(settings, base, BLOCK)
+    assert (memory.config.model_type == "qwen3") == fresh
+    assert ("(they are none by themselves), so it starts" in starts_from(settings, base)) == fresh
+    memory.save_pretrained(tmp_path / "memory")
+    assert load_model(str(tmp_path / "memory")).config.num_hidden_layers == layers
 
 
 def test_quantised_layers_are_not_taken(folder, tmp_path):

@@ -105,7 +105,7 @@ def test_row_numbers_count_valid_pairs_through_all_blocks(tiny_model, corpus, tm
     ids=["bloom", "mamba"],
 )
 def test_a_memory_that_would_mix_documents_is_refused(config):
-    """As a base its documents are read one by one, see test_any_base.py."""
+    """As a base a Mamba is refused, see test_kinds.py; BLOOM is not among those tried as bases."""
     config.initializer_range = 0.3
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ValueError, match="lets packed documents see each other: give another"):

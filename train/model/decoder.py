@@ -43,16 +43,38 @@ def has_any(folder: str, patterns: tuple[str, ...]) -> bool:
     return any(path for pattern in patterns for path in Path(folder).glob(pattern))
 
 
-def own_config(settings: MemorySettings, base: str) -> Any:
-    """Return the config of a memory that the base itself starts, with its first layers or none."""
+def layers_wanted(settings: MemorySettings, config: Any) -> int:
+    """Return how many layers a memory gets that a base with such a config starts."""
+    return settings.layers or min(DEFAULT_LAYERS, text_config(config).num_hidden_layers)
+
+
+def why_fresh(settings: MemorySettings, base: str) -> str | None:
+    """Return why a memory starts fresh; None if with the base's first layers, or memory.init's."""
+    if settings.init != "base":
+        return None
     config = load_config(base)
-    has = text_config(config).num_hidden_layers
-    layers = settings.layers or min(DEFAULT_LAYERS, has)
-    if why_not_its_layers(config):
-        return fresh_config(base, layers)
+    layers, has = layers_wanted(settings, config), text_config(config).num_hidden_layers
+    if why := why_not_its_layers(config):
+        return why
     if layers > has:
         raise MemdecError(f"memory.layers is {layers}, but {base} has only {has} layers: lower it.")
-    return text_config(cut(config, layers))
+    return None if can_be_read(text_config(cut(config, layers))) else "they are none by themselves"
+
+
+def can_be_read(config: Any) -> bool:
+    """Return whether a config is the same where it is written and read again."""
+    written = config.to_dict()
+    try:
+        return type(config).from_dict(written).to_dict() == written
+    except Exception:  # libraries check little: any class may come
+        return False
+
+
+def own_config(settings: MemorySettings, base: str) -> Any:
+    """Return the config of a memory that the base itself starts, with its first layers or none."""
+    fresh, config = why_fresh(settings, base), load_config(base)
+    layers = layers_wanted(settings, config)
+    return fresh_config(base, layers) if fresh else text_config(cut(config, layers))
 
 
 def starts_from(settings: MemorySettings, base: str) -> str:
@@ -63,7 +85,7 @@ def starts_from(settings: MemorySettings, base: str) -> str:
     shape += f", {weights / 1e6:,.4g} M weights"
     if settings.init != "base":
         return f"memory: starts from {settings.init}: {shape}"
-    if why := why_not_its_layers(load_config(base)):
+    if why := why_fresh(settings, base):
         return (
             f"memory: the layers of {base} cannot be taken ({why}), so it starts fresh around its "
             f"embedding: {shape}; a dense model of the same tokenizer, given with --init, may be a "
@@ -169,14 +191,19 @@ def training_budget(
     return settings.changed(epochs=epochs)
 
 
-def build_memory(settings: MemorySettings, base: str, block_tokens: int) -> Any:
-    """Return the memory before training, float32, on the CPU; MemdecError if init does not fit."""
+def build_memory(
+    settings: MemorySettings, base: str, block_tokens: int, restored: bool = False
+) -> Any:
+    """Return the memory before training, float32, on the CPU; MemdecError if init does not fit.
+
+    restored: its weights will be a checkpoint's, so a fresh one need not have the base's.
+    """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = memory_config(settings, base, block_tokens)
     folder = base if settings.init == "base" else settings.init
-    if settings.init == "base" and why_not_its_layers(load_config(base)):
-        model = fresh_memory(base, config, settings.seed)
+    if why_fresh(settings, base):
+        model = fresh_memory(base, config, settings.seed, restored)
     elif settings.init == "base":
         model = first_layers(base, config.num_hidden_layers)
     elif has_any(folder, WEIGHT_FILES):

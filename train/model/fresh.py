@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.model.huggingface import (
     is_tied,
     load_config,
@@ -50,19 +51,25 @@ def fresh_config(base: str, layers: int) -> Any:
         head_dim=head,
         max_position_embeddings=getattr(text, "max_position_embeddings", None) or 32768,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=is_tied(skeleton(cut(whole, 0))),  # not all configs say it
+        # Not all configs say it; of some, as Mistral 3's, one part says other than the weights.
+        tie_word_embeddings=is_tied(skeleton(cut(whole, 0))) and is_tied(without_layers(base)),
     )
     for name in ("bos_token_id", "eos_token_id"):
         setattr(config, name, getattr(text, name, None))
     return config
 
 
-def fresh_memory(base: str, config: Any, seed: int) -> Any:
-    """Return a memory of fresh_config() with the base's embedding and head, float32, on the CPU."""
+def fresh_memory(base: str, config: Any, seed: int, restored: bool = False) -> Any:
+    """Return a memory of fresh_config() with the base's embedding and head, float32, on the CPU.
+
+    restored: its weights will be a checkpoint's, so the base's are not read.
+    """
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
     memory: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if restored:
+        return memory
     theirs = without_layers(base)
     parts = [(memory.get_input_embeddings(), theirs.get_input_embeddings())]
     if not config.tie_word_embeddings:
@@ -79,8 +86,12 @@ def principal(rows_VD: torch.Tensor, width: int) -> torch.Tensor:
     """Return rows [V, width] in the directions in which they are largest; as they are if narrow."""
     if rows_VD.shape[1] <= width:
         return rows_VD
-    _, directions_DD = torch.linalg.eigh(rows_VD.T @ rows_VD)
-    return rows_VD @ directions_DD[:, -width:]
+    rows_VD = rows_VD.to(default_device())
+    directions_DW = torch.linalg.eigh(rows_VD.T @ rows_VD)[1][:, -width:]
+    # Either sign is right: machines, and the ranks of a training, are to choose the same.
+    largest_1W = directions_DW.abs().argmax(0, keepdim=True)
+    directions_DW = directions_DW * directions_DW.gather(0, largest_1W).sign()
+    return (rows_VD @ directions_DW).cpu()
 
 
 def without_layers(base: str) -> Any:

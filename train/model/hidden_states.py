@@ -1,8 +1,9 @@
 """Hidden states of a model on token blocks: the keys of the datastore, and what is scored.
 
-The final hidden state is whatever a model feeds its output head, so no architecture is named here.
-Where documents packed into a block would see each other, as in a recurrent layer, whose state does
-not restart with the positions, each is read by itself.
+The final hidden state is what a model puts out without its head, as in vLLM; check_head() sees to
+it that the logits are made of nothing else. So no architecture is named here. Where documents
+packed into a block would see each other, as in a recurrent layer, whose state does not restart with
+the positions, each is read by itself.
 """
 
 import contextlib
@@ -32,8 +33,10 @@ from vllm_memdec.train.model.huggingface import (
 from vllm_memdec.train.model.kinds import has_state
 from vllm_memdec.train.settings import DatastoreSettings
 
+# The last is of Granite 4, which has it beside its experts, or instead.
+MLPS = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "mlp_block", "shared_mlp")
 APART: WeakKeyDictionary[torch.nn.Module, bool] = WeakKeyDictionary()  # see keeps_apart()
-
+SEEN = 0.03  # of a state's norm: more than rounding changes it
 
 # Token blocks whose documents are sorted by length, where they are read one by one: of so many a
 # pass of 2,048 tokens has 5 to 9 % of filler, of 4 blocks 24 to 70 % (documents of 20 to 800).
@@ -47,7 +50,7 @@ class _KeyReached(Exception):
 def last_mlp(model: Any) -> torch.nn.Module | None:
     """Return the MLP of the last layer, or its experts; None if it has none that is known here."""
     last = layers_of(model)[-1]
-    for name in ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe"):
+    for name in MLPS:
         if getattr(last, name, None) is not None:
             return getattr(last, name)
     return None
@@ -72,6 +75,7 @@ def hidden_states(
     """Return hidden states [B, T, D] of tokens [B, T], the forward pass stopped where they are.
 
     key: the last MLP's input, the final hidden state, or what a share of the layers puts out.
+    MemdecError if that is not one state a token.
     """
     reached = []
 
@@ -80,22 +84,28 @@ def hidden_states(
         raise _KeyReached
 
     def stop_after(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        reached.append(output[0] if isinstance(output, tuple) else output)
+        reached.append(output if isinstance(output, torch.Tensor) else output[0])
         raise _KeyReached
 
     if isinstance(key, float):
         layers = layers_of(model)
         handle = layers[math.ceil(key * len(layers)) - 1].register_forward_hook(stop_after)
+    elif key == "last_mlp_input" and (mlp := last_mlp(model)) is not None:
+        handle = mlp.register_forward_pre_hook(stop_before, with_kwargs=True)
     else:
-        module = last_mlp(model) if key == "last_mlp_input" else None
-        module = module or model.get_output_embeddings()
-        handle = module.register_forward_pre_hook(stop_before, with_kwargs=True)
+        handle = model.base_model.register_forward_hook(stop_after)
     try:
         with contextlib.suppress(_KeyReached):
             model(input_ids=tokens, position_ids=positions, use_cache=False)
     finally:
         handle.remove()
-    return reached[0].reshape(*tokens.shape, -1)
+    found, shape = reached[0], tokens.shape
+    if found.shape[:-1] not in (shape, (shape.numel(),)):
+        raise MemdecError(
+            f"the {type(model).__name__} has {list(found.shape)} states of {list(shape)} tokens "
+            "where datastore.key is: set it to final_hidden."
+        )
+    return found.reshape(*shape, -1)
 
 
 @torch.inference_mode()
@@ -104,20 +114,30 @@ def keeps_apart(model: Any) -> bool:
 
     A state goes on across positions, and not every attention of transformers takes their restart
     for a boundary. Two blocks of one shape that differ in the first document are compared: all that
-    rounding can do is to send a token, or a few, to another expert.
+    rounding can do is to send a token, or a few, to another expert. So are two of one document that
+    differ in the last token: MemdecError if what stands before it sees that.
     """
     if model not in APART:
-        text, n = text_config(model.config), 16
-        tokens = torch.arange(2 * n, device=model.device).repeat(2, 1)
-        tokens[1, :n] += n
-        positions = torch.arange(2 * n, device=model.device)[None] % n
-        first_nD, second_nD = (
-            hidden_states(model, "final_hidden", row[None] % text.vocab_size, positions)[0, n:]
-            for row in tokens
-        )
-        difference_n = (first_nD - second_nD).float().norm(dim=-1)
-        apart_n = difference_n / first_nD.float().norm(dim=-1)
-        APART[model] = not has_state(text) and bool(apart_n.median() < 0.03)
+        text, n = text_config(model.config), 13  # with 19 more, on no kernel's boundary
+        place = torch.arange(32, device=model.device)
+        changed = place + n * (place < n), place + n * (place == 31)
+        packed = torch.where(place < n, place, place - n)
+
+        def median(other: torch.Tensor, positions: torch.Tensor) -> float:
+            """Return how far what stands between differs, as a share of its norm."""
+            one_nD, other_nD = (
+                hidden_states(model, "final_hidden", ids[None] % text.vocab_size, positions[None])
+                for ids in (place, other)
+            )
+            difference_n = (one_nD - other_nD)[0, n:-1].float().norm(dim=-1)
+            return float((difference_n / one_nD[0, n:-1].float().norm(dim=-1)).median())
+
+        if median(changed[1], place) >= SEEN:
+            raise MemdecError(
+                f"in a {type(model).__name__} a token sees those after it, so it predicts none: "
+                "give a causal LM."
+            )
+        APART[model] = not has_state(text) and median(changed[0], packed) < SEEN
     return APART[model]
 
 
@@ -194,7 +214,8 @@ def _states_by_document(
         parts.append(states[tuple(to_device(x, model.device) for x in at)])
         read_N.append(mine_N)
     if not parts:
-        return torch.empty(0, text_config(model.config).hidden_size, device=model.device)
+        width = text_config(model.config).hidden_size
+        return torch.empty(0, width, dtype=model.dtype, device=model.device)
     order = to_device(np.argsort(np.concatenate(read_N)), model.device)
     return torch.cat(parts)[order]
 

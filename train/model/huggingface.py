@@ -98,9 +98,16 @@ def auto_class(config: Any) -> Any:
 
 
 def skeleton(config: Any) -> Any:
-    """Return the model of a config without weights."""
-    with torch.device("meta"):
-        return auto_class(config).from_config(config, trust_remote_code=code_allowed())
+    """Return the model of a config without weights, or raise MemdecError in one sentence."""
+    try:
+        with torch.device("meta"):
+            return auto_class(config).from_config(config, trust_remote_code=code_allowed())
+    except Exception as error:  # libraries check little: any class may come
+        reraise(error, config.name_or_path)
+        raise MemdecError(
+            f"transformers makes no causal LM of the config of {config.name_or_path} "
+            f"({config.model_type}): {said_by(error)}."
+        ) from error
 
 
 def check_positions(config: Any, folder: str, block_tokens: int) -> None:
@@ -138,6 +145,13 @@ def read_model(folder: str, config: Any = None, **more: Any) -> Any:
         raise MemdecError(
             f"{folder} lacks the weight {min(report['missing_keys'])}: copy the whole model again."
         )
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    for name, *_ in report["mismatched_keys"]:  # of what has to do with layers some may be
+        if any(part is not None and model.get_parameter(name) is part.weight for part in ends):
+            raise MemdecError(
+                f"{folder} has a weight {name} of another shape than its config.json says: copy "
+                "the whole model again."
+            )
     return model.eval()
 
 

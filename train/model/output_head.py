@@ -75,7 +75,7 @@ def logits_transform(config: Any) -> Callable[[torch.Tensor], torch.Tensor] | No
     """Return what an architecture does to hidden states times head, None if nothing."""
     scale = getattr(config, "logit_scale", None)  # Cohere
     scale = scale or getattr(config, "lm_head_multiplier", None)  # Falcon-H1
-    divisor = getattr(config, "logits_scaling", None)  # Granite
+    divisor = getattr(config, "logits_scaling", None)  # Granite; MiniCPM3 divides hidden states
     cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
     if not (scale or divisor or cap):
         return None
@@ -101,7 +101,7 @@ def check_head(model: Any, folder: str) -> None:
     What an architecture does to its logits is read from the names of its settings, and two may mean
     different things by one name.
     """
-    if (layer := model.get_output_embeddings()) is None:
+    if model.get_output_embeddings() is None:
         raise MemdecError(
             f"{folder} ({type(model).__name__}) has no output head, so it predicts no tokens: give "
             "a causal LM."
@@ -109,18 +109,18 @@ def check_head(model: Any, folder: str) -> None:
     vocabulary = model.get_input_embeddings().num_embeddings
     tokens = np.random.default_rng(0).integers(vocabulary, size=(1, CHECKED_ROWS))
     ids = torch.from_numpy(tokens).to(model.device)
-    hidden: list[torch.Tensor] = []
-    handle = layer.register_forward_pre_hook(lambda module, given: hidden.append(given[0][0]))
+    trunk: list[Any] = []
+    handle = model.base_model.register_forward_hook(lambda module, given, out: trunk.append(out))
     try:
         own_NV = model(input_ids=ids, use_cache=False).logits[0].float()
     finally:
         handle.remove()
-    if not hidden:
+    if not trunk or not hasattr(trunk[0], "last_hidden_state"):
         raise MemdecError(
-            f"{folder} ({type(model).__name__}) does not call its output head as a module, so its "
+            f"{folder} ({type(model).__name__}) does not call a model without a head, so its "
             "hidden states cannot be found: give another model."
         )
-    ours_NV = head(model, hidden[0]).float()
+    ours_NV = head(model, trunk[0].last_hidden_state[0]).float()
     finite = own_NV.isfinite()
     if not finite.any():
         raise MemdecError(

@@ -31,6 +31,7 @@ def label_logprobs(
 ) -> np.ndarray:
     """Return log p(next token) [rows] float64 for every valid row of blocks [B, T+1].
 
+    Where documents are read one by one, those of a batch alone pass together, sorted by length.
     features_NF: if given, what a gate goes by is written into it, a row of D + 3 for each.
     scored: the rows [B, T] in place of the valid ones, where positions run on across documents.
     """

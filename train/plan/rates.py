@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from vllm_memdec.train.model.huggingface import load_config, skeleton
+import torch
+
+from vllm_memdec.train.model.huggingface import load_config, skeleton, text_config
+from vllm_memdec.train.model.kinds import share_of_experts
 from vllm_memdec.train.stages.index import KMEANS_PASSES
 
 
@@ -106,5 +109,16 @@ def on_gpu(
 
 
 def base_parameters(base: str) -> int:
-    """Return how many weights a model has, from its config alone."""
-    return sum(p.numel() for p in skeleton(load_config(base)).parameters())
+    """Return how many weights a token of text goes through in a model, from its config alone."""
+    config = load_config(base)
+    text, model = text_config(config), skeleton(config)
+    if text is not config:  # not what sees or hears
+        model = torch.nn.ModuleList([model.get_decoder(), model.get_output_embeddings()])
+    experts = {
+        parameter
+        for name, module in model.named_modules()
+        if name.endswith(".experts") or "Experts" in type(module).__name__
+        for parameter in module.parameters()
+    }
+    every, some = (sum(p.numel() for p in each) for each in (model.parameters(), experts))
+    return every - round(some * (1 - share_of_experts(text)))

@@ -99,11 +99,12 @@ class Training:
         settings, logs = self.settings, self.work / LOGS
         batches = Batches(settings, self.corpus, self.targets)
         base_N = self.base_logprobs(batches.block_tokens, world)
-        memory = build_memory(settings, self.base, batches.block_tokens)
+        path = agreed(newest(self.work), world)
+        memory = build_memory(settings, self.base, batches.block_tokens, path is not None)
         module = spread(memory.to(default_device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
         step, saved = 0, time.monotonic()
-        if path := agreed(newest(self.work), world):
+        if path:
             state = torch.load(path, weights_only=True, map_location="cpu")
             restore(module, optimizer, state)
             step = state["step"]
