@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import gpu, pack, smoke
+from benchmarks.gpu import gpu, pack, served_mixture
 from benchmarks.speed import shapes
 
 ROOT = Path(__file__).parent.parent
@@ -172,7 +172,7 @@ GOOD = {"fault": 2.0, "mean_allowed": 0.04, "largest_allowed": 0.5, "mean_error"
     ],
 )
 def test_the_smoke_fails(change, drafts, said):
-    assert smoke.verdict(GOOD | change, drafts) == said
+    assert served_mixture.verdict(GOOD | change, drafts) == said
 
 
 @pytest.mark.parametrize(

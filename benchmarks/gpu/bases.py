@@ -3,13 +3,13 @@
     python -m benchmarks.gpu.gpu --steps bases
 
 The tiny random bases of tests/support/bases.py (mixtures of experts, hybrids with state, windows,
-multimodal checkpoints asked for text), each with two dense memories, as smoke.py has them: its
-requests, its answer key of Hugging Face models in float64, its measured tolerance. Every request is
-asked twice, so that the second time the prefix cache has its blocks, where vLLM has such a cache
-for the base. Most starts are eager, one after the other in a few processes, since importing vLLM
-and compiling its kernels takes most of the time; those of vLLM's default, with compiled code and
-CUDA graphs, have a process for each base. Beside experts the largest error is not looked at: where
-two are all but equal, rounding decides which one a token has, there as in the yardstick.
+multimodal checkpoints asked for text), each with two dense memories; requests, answer key and
+tolerance are those of served_mixture.py. Every request is asked twice, so that the second time the
+prefix cache has its blocks, where vLLM has such a cache for the base. Most starts are eager, one
+after the other in a few processes, since importing vLLM and compiling its kernels takes most of the
+time; those of vLLM's default, with compiled code and CUDA graphs, have a process for each base.
+Beside experts the largest error is not looked at: where two are all but equal, rounding decides
+which one a token has, there as in the yardstick.
 
 Writes a row per start to results/gpu_bases.csv.
 """
@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import RESULTS, append_csv, provenance
-from benchmarks.gpu.smoke import COLUMNS, JOBS, ROOT, one, set_environment
+from benchmarks.gpu.served_mixture import COLUMNS, JOBS, ROOT, one, set_environment
 
 # Bases whose default start is tried too: one of each way in which vLLM keeps state or experts.
 COMPILED = (
