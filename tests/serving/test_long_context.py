@@ -2,6 +2,7 @@
 
 import pytest
 from support import oracle
+from support.bases import TINY
 from support.tiny_models import save_tokenizer
 
 ALPHAS = (0.0, 0.4, 1.0)
@@ -64,21 +65,8 @@ def model(tmp_path_factory):
         key = (name, seed, str(changed))
         if key not in made:
             kind, own = MODELS[name]
-            settings = {
-                "vocab_size": 1000,
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "head_dim": 32,
-                "max_position_embeddings": POSITIONS,
-                "initializer_range": 0.15,  # see tiny_config()
-                "tie_word_embeddings": False,
-                "bos_token_id": 0,
-                "eos_token_id": 1,
-                "pad_token_id": 1,
-            }
+            # The spread: see tiny_config().
+            settings = TINY | {"max_position_embeddings": POSITIONS, "initializer_range": 0.15}
             config = getattr(transformers, kind)(**settings | own | changed)
             folder = tmp_path_factory.mktemp("rope")
             torch.manual_seed(seed)

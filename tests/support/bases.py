@@ -17,6 +17,21 @@ from support.tiny_models import VOCAB, save_tokenizer
 from transformers import PreTrainedConfig
 
 SPREAD = 0.3  # of the weights; see tiny_models.tiny_config
+TINY = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "initializer_range": SPREAD,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
 MAMBA_2 = {
     "mamba_chunk_size": 32,
     "mamba_n_heads": 4,
@@ -28,22 +43,7 @@ MAMBA_2 = {
 
 def decoder(name: str, **own: Any) -> PreTrainedConfig:
     """Return a config of transformers by its name: 2 layers of 2 heads of 32, and what is `own`."""
-    common = {
-        "architectures": [f"{name}ForCausalLM"],
-        "vocab_size": VOCAB,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-        "max_position_embeddings": 256,
-        "initializer_range": SPREAD,
-        "tie_word_embeddings": False,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "pad_token_id": 1,
-    }
+    common = TINY | {"architectures": [f"{name}ForCausalLM"]}
     return getattr(transformers, f"{name}Config")(**common | own)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import safetensors.torch
 import torch
-from support.bases import BASES
+from support.bases import BASES, TINY
 from support.tiny_models import VOCAB, save_tokenizer
 
 NEWLINES = ["\n" * count for count in range(1, 5)]  # vLLM looks for these around Gemma's images
@@ -22,20 +22,8 @@ TEMPLATE = """{% for m in messages %}{{ m['role'] }}: {% if m['content'] is stri
 {{ m['content'] }}{% else %}{% for part in m['content'] %}{% if part['type'] == 'text' %}\
 {{ part['text'] }}{% else %}MARK{% endif %}{% endfor %}{% endif %}
 {% endfor %}"""
-TEXT = {
-    "vocab_size": VOCAB + 8,  # with all of these
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.3,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "pad_token_id": 1,
-}
+TEXT = {name: value for name, value in TINY.items() if name != "tie_word_embeddings"}
+TEXT["vocab_size"] = VOCAB + 8  # with all of these
 
 
 @dataclass(frozen=True)
