@@ -70,7 +70,7 @@ STEPS = (
     Step("pool", 15, "benchmarks.gpu.pool", (), DRY),
     Step("kernel_tests", 75, "benchmarks.gpu.kernel_tests", (), DRY),
     Step("smoke", 190, "benchmarks.gpu.smoke", ("--seconds", "{limit}"), DRY, needs_vllm=True),
-    Step("bases", 330, "benchmarks.gpu.bases", ("--seconds", "{limit}"), DRY, needs_vllm=True,
+    Step("bases", 600, "benchmarks.gpu.bases", ("--seconds", "{limit}"), DRY, needs_vllm=True,
          apart=True),
     Step("kernel", 60, "benchmarks.speed.interpolate", (), ("--vocab", "1024", "--rows", "2")),
     Step("drafting", 15, "benchmarks.gpu.drafting", (), DRY),
