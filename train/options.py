@@ -42,6 +42,11 @@ ContextTokens = Annotated[
         help="Tokens of the longest contexts; default: as many as the text fills, up to 4096.",
     ),
 ]
+Sources = Annotated[
+    Path | None,
+    typer.Option(metavar="BUILD", help="The memory's build: show where its tokens come from."),
+]
+KeysBase = Annotated[str | None, typer.Option(help="The base of that build, if --base is another.")]
 TextField = Annotated[
     str | None,
     typer.Option(
