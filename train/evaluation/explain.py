@@ -94,8 +94,8 @@ class Explanation:
 class Reader:
     """A model that reads a text piece by piece."""
 
-    def __init__(self, folder: str) -> None:
-        self.model, self.cache = open_model(folder), None
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
         self.read: list[int] = []
 
     @torch.inference_mode()
@@ -141,88 +141,104 @@ class TokenText:
         return text
 
 
+class Explainer:
+    """A base and a memory that explain one text after the other."""
+
+    def __init__(self, base: str, memory: str, alpha: float | None = None) -> None:
+        """alpha: a weight in place of the memory's own."""
+        self.base, self.memory = base, memory
+        section, path = read_block(memory), gate_path(memory)
+        self.gate, self.table = None, None
+        if path:
+            arrays = read_gate(path, load_text_config(memory).hidden_size)
+            check_gate(path, arrays)
+            self.gate = Gate(arrays)
+        if alpha is None and self.gate is not None:
+            alpha = 1.0
+        elif alpha is None:
+            if section is None:
+                raise MemdecError(
+                    f"{memory} has no memdec block, so no default weight: give --alpha."
+                )
+            alpha, self.table = section.alpha, section.alpha_by_context
+        self.alpha = check_alpha(alpha, "--alpha")
+        self.tokenizer = matching_tokenizer(base, memory)
+
+    @cached_property
+    def models(self) -> tuple[Any, Any]:
+        """Return base and memory, opened once."""
+        return open_model(self.base), open_model(self.memory)
+
+    def __call__(self, prompt: str, write: int = 16) -> Explanation:
+        """Return what both models thought of a prompt, and of `write` tokens after it."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise MemdecError("the text is empty: give a few words to explain.")
+        for folder in (self.base, self.memory):
+            positions = getattr(load_text_config(folder), "max_position_embeddings", None)
+            if positions is not None and len(ids) + write > positions:
+                raise MemdecError(
+                    f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
+                    f"{positions} positions: give less text, or a smaller --tokens."
+                )
+        first, tokens = self._read(ids, write)
+        gated = self.gate is not None
+        about = self.base, self.memory, self.alpha, gated, first, tokens, ids, self.table
+        return Explanation(*about)
+
+    def _read(self, ids: list[int], write: int) -> tuple[str, list[Token]]:
+        """Return the first token's text, and every other token; what is written joins the ids."""
+        tokenizer, text_of = self.tokenizer, TokenText(self.tokenizer)
+        base_reads, memory_reads = map(Reader, self.models)
+        known, done = len(ids), 0
+        tokens: list[Token] = []
+        first = text_of(ids[0])
+        while True:
+            part = ids[done : done + CHUNK]
+            _, base_TV = base_reads(part)
+            h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
+            memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond is nothing
+            alpha_T = self._weights(h_TD, memory_TW, done)
+            mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
+            base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
+            for row in range(len(part)):
+                done += 1
+                if done == len(ids):  # here the text ends, and the mixture goes on
+                    token = int(mixed_TV[row].argmax())
+                    if len(ids) == known + write or token in base_reads.stops:
+                        return first, tokens
+                    ids.append(token)
+                token = ids[done]
+                has_row = token < memory_TW.shape[1]
+                p_base, p_mixture = base_TV[row, token].exp(), mixed_TV[row, token].exp()
+                p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
+                weight = float(alpha_T[row])
+                parts = weight * p_memory, (1 - weight) * p_base
+                base_says, memory_says = (
+                    tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)
+                )
+                share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
+                numbers = float(p_base), float(p_memory), float(p_mixture)
+                said = text_of(token), weight, done >= known
+                tokens.append(Token(*said, *numbers, base_says, memory_says, share))
+
+    def _weights(self, h_TD: torch.Tensor, memory_TW: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the memory's weights [T] after some tokens, of which `start` stand before."""
+        position_T = torch.arange(start, start + len(h_TD))
+        alpha_T = torch.full((len(h_TD),), self.alpha)
+        if self.table is not None:
+            alpha_T = torch.from_numpy(alpha_at(self.table, position_T.numpy())).float()
+        if self.gate is not None:
+            seen_TF = features(h_TD, memory_TW, position_T)
+            alpha_T = alpha_T.minimum(self.gate(seen_TF.cpu()))
+        return alpha_T.to(h_TD.device)
+
+
 def explain(
     base: str, memory: str, prompt: str, alpha: float | None = None, write: int = 16
 ) -> Explanation:
     """Return what both models thought of a prompt, and of `write` tokens after it."""
-    section, path = read_block(memory), gate_path(memory)
-    gate, table = None, None
-    if path:
-        arrays = read_gate(path, load_text_config(memory).hidden_size)
-        check_gate(path, arrays)
-        gate = Gate(arrays)
-    if alpha is None and gate is not None:
-        alpha = 1.0
-    elif alpha is None:
-        if section is None:
-            raise MemdecError(f"{memory} has no memdec block, so no default weight: give --alpha.")
-        alpha, table = section.alpha, section.alpha_by_context
-    alpha = check_alpha(alpha, "--alpha")
-    tokenizer = matching_tokenizer(base, memory)
-    ids = tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise MemdecError("the text is empty: give a few words to explain.")
-    for folder in (base, memory):
-        positions = getattr(load_text_config(folder), "max_position_embeddings", None)
-        if positions is not None and len(ids) + write > positions:
-            raise MemdecError(
-                f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
-                f"{positions} positions: give less text, or a smaller --tokens."
-            )
-    read = _read(tokenizer, base, memory, ids, alpha, gate, table, write)
-    return Explanation(base, memory, alpha, gate is not None, *read, ids, table)
-
-
-def _read(
-    tokenizer: Any,
-    base: str,
-    memory: str,
-    ids: list[int],
-    alpha: float,
-    gate: Gate | None,
-    table: list[list[float]] | None,
-    write: int,
-) -> tuple[str, list[Token]]:
-    """Return the first token's text, and every other token."""
-    base_reads, memory_reads, text_of = Reader(base), Reader(memory), TokenText(tokenizer)
-    known, done = len(ids), 0
-    tokens: list[Token] = []
-    first = text_of(ids[0])
-    while True:
-        part = ids[done : done + CHUNK]
-        _, base_TV = base_reads(part)
-        h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
-        memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond does not count
-        position_T = torch.arange(done, done + len(part))
-        alpha_T = torch.full((len(part),), alpha, device=base_TV.device)
-        if table is not None:
-            by_position_T = torch.from_numpy(alpha_at(table, position_T.numpy())).float()
-            alpha_T = by_position_T.to(base_TV.device)
-        if gate is not None:
-            seen_TF = features(h_TD, memory_TW, position_T)
-            alpha_T = alpha_T.minimum(gate(seen_TF.cpu()).to(base_TV.device))
-        mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
-        base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
-        for row in range(len(part)):
-            done += 1
-            if done == len(ids):  # here the text ends, and the mixture goes on
-                token = int(mixed_TV[row].argmax())
-                if len(ids) == known + write or token in base_reads.stops:
-                    return first, tokens
-                ids.append(token)
-            token = ids[done]
-            has_row = token < memory_TW.shape[1]
-            p_base, p_mixture = base_TV[row, token].exp(), mixed_TV[row, token].exp()
-            p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
-            weight = float(alpha_T[row])
-            parts = weight * p_memory, (1 - weight) * p_base
-            base_says, memory_says = (
-                tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)
-            )
-            share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
-            numbers = float(p_base), float(p_memory), float(p_mixture)
-            says = base_says, memory_says
-            tokens.append(Token(text_of(token), weight, done >= known, *numbers, *says, share))
+    return Explainer(base, memory, alpha)(prompt, write)
 
 
 def report(explanation: Explanation) -> dict[str, Any]:

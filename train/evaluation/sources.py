@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -76,13 +77,16 @@ class Sources:
             tokens[n] = replace(tokens[n], sources=sources)
         return replace(explanation, tokens=tokens, build=str(self.build))
 
+    @cached_property
+    def model(self) -> Any:
+        return load_model(self.base, self.settings.dtype)
+
     def keys(self, ids: list[int]) -> np.ndarray:
         """Return the key after every token but the last [T-1, D], as the build made its own.
 
         Contexts are no longer than a block; the later half of one is read where the text goes on.
         """
-        model, n = load_model(self.base, self.settings.dtype), self.facts["block_tokens"]
-        bos = bos_of(self.tokenizer)
+        n, bos = self.facts["block_tokens"], bos_of(self.tokenizer)
         parts: list[np.ndarray] = []
         done = 0
         while done < len(ids) - 1:
@@ -90,7 +94,7 @@ class Sources:
             repeated = [bos] if start and bos is not None else []
             block = [*repeated, *ids[start : start + n + 1 - len(repeated)]]
             read = np.array([block]), np.arange(len(block))[None]
-            [(keys, _)] = embed(model, self.settings.key_layer, *read, 1)
+            [(keys, _)] = embed(self.model, self.settings.key_layer, *read, 1)
             parts.append(keys[len(repeated) + done - start :])
             done += len(parts[-1])
         return np.concatenate(parts)
