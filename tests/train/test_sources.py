@@ -106,7 +106,7 @@ def test_keys_that_are_not_kept_and_an_index_in_parts(
     context = Context(ram_budget=2**18)
     run(pipeline.base, pipeline.corpus, tmp_path, settings, None, context, "targets")
     assert not list(tmp_path.glob("datastore/keys-*"))
-    assert len(list(tmp_path.glob("index/index-*.faiss"))) > 3
+    assert len(list(tmp_path.glob("index/lists-*.faiss"))) > 3
     monkeypatch.setattr(finding, "RAM_BUDGET", 2**18)
     assert len(Sources(tmp_path, pipeline.base).index.passes) > 1
     assert compared(tmp_path, pipeline.base, text_ids) == expected

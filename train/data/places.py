@@ -111,7 +111,8 @@ class Places:
         start = starts[: np.searchsorted(starts, at, side="right")].max(initial=0)
         stop = starts[starts > at].min(initial=len(stream))
         first, last = max(start, at - before), min(stop, at + after + 1)
-        return Passage(stream[first:last].tolist(), at - first, first == start, last == stop)
+        ends = bool(first == start), bool(last == stop)
+        return Passage(stream[first:last].tolist(), int(at - first), *ends)
 
     @cached_property
     def files(self) -> tuple[list[str], np.ndarray] | None:
