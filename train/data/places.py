@@ -7,7 +7,7 @@ none of it, and its documents only have numbers.
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,24 +78,34 @@ class Places:
         """Return a mask [blocks, T+1] of the tokens with which a document begins, each once."""
         return (positions == 0) & unshared(positions, first)
 
+    def _by_block(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int, np.ndarray]]:
+        """Yield (which of the rows, their block, its positions), a shard opened once for all."""
+        block_N = np.searchsorted(self.first_rows, rows, side="right") - 1
+        order = np.argsort(block_N, kind="stable")
+        per_shard, opened = self.positions.per_shard, (-1, np.zeros(0))
+        for here in np.split(order, np.flatnonzero(np.diff(block_N[order])) + 1):
+            number, local = divmod(int(block_N[here[0]]), per_shard)
+            if opened[0] != number:
+                opened = number, self.positions.shard(number)
+            yield here, number * per_shard + local, opened[1][local]
+
     def places(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (block, column) [N] of the token that each row has before its label."""
-        block_N = np.searchsorted(self.first_rows, rows, side="right") - 1
-        column_N = np.empty(len(rows), np.int64)
-        for block in np.unique(block_N).tolist():
-            here = block_N == block
-            columns = np.flatnonzero(valid_rows(self.positions[block][None])[0])
+        block_N, column_N = np.empty((2, len(rows)), np.int64)
+        for here, block, position in self._by_block(rows):
+            block_N[here] = block
+            columns = np.flatnonzero(valid_rows(position[None])[0])
             column_N[here] = columns[rows[here] - self.first_rows[block]]
         return block_N, column_N
 
     def documents(self, rows: np.ndarray) -> np.ndarray:
         """Return the number of each row's document [N] in the training text, from 0."""
-        block_N, column_N = self.places(rows)
-        number_N = self.first_documents[block_N] - 1
-        for block in np.unique(block_N).tolist():
-            here = block_N == block
-            begun = np.cumsum(self._begins(self.positions[block][None], block == 0)[0])
-            number_N[here] += begun[column_N[here]]
+        number_N = np.empty(len(rows), np.int64)
+        for here, block, position in self._by_block(rows):
+            columns = np.flatnonzero(valid_rows(position[None])[0])
+            begun = np.cumsum(self._begins(position[None], block == 0)[0])
+            column = columns[rows[here] - self.first_rows[block]]
+            number_N[here] = self.first_documents[block] - 1 + begun[column]
         return number_N
 
     def passage(self, row: int, before: int, after: int) -> Passage:

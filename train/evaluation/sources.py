@@ -112,15 +112,23 @@ class Sources:
             for distances, rows in self.index.search_all(batches, k)
         ]
         weight_NK, row_NK = (np.concatenate(parts) for parts in zip(*near, strict=True))
-        return [self._sources(ids, *found) for found in zip(tokens, weight_NK, row_NK, strict=True)]
+        rows, of_NK = np.unique(row_NK, return_inverse=True)  # -1, where there is none, weighs 0
+        document_NK = self.places.documents(rows.clip(min=0))[of_NK].reshape(row_NK.shape)
+        found = zip(tokens, weight_NK, row_NK, document_NK, strict=True)
+        return [self._sources(ids, *of_token) for of_token in found]
 
     def _sources(
-        self, ids: list[int], at: int, weight_K: np.ndarray, row_K: np.ndarray
+        self,
+        ids: list[int],
+        at: int,
+        weight_K: np.ndarray,
+        row_K: np.ndarray,
+        document_K: np.ndarray,
     ) -> list[Source]:
         """Return the documents of a token's nearest keys, those that say the token first."""
-        weight_K, row_K = weight_K[row_K >= 0], row_K[row_K >= 0]
+        there = row_K >= 0
+        weight_K, row_K, document_K = weight_K[there], row_K[there], document_K[there]
         agrees_K = self.index.labels[row_K] == ids[at]
-        document_K = self.places.documents(row_K)
         ranked = []
         for document in np.unique(document_K).tolist():
             mine_K = document_K == document
