@@ -6,15 +6,13 @@ And the table of bases: `--bases FILE` writes what tests noted of each, see base
 
 import contextlib
 import csv
-import gc
 import os
 import sys
 
 import pytest
-from support import base_rows
+from support import base_rows, quick_engines
 
 ENGINE_ENV = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -35,7 +33,15 @@ def inspect_here():
 
 
 @pytest.fixture(scope="session")
-def engine():
+def quick_starts():
+    """Let the engines of this process share what only the first of them needs to do."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick_engines.install(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def engine(quick_starts):
     """Return a context manager that yields an LLM and frees it: engine(base, memory, alpha).
 
     In place of one memory's folder `memory` may be a whole memdec block.
@@ -57,7 +63,9 @@ def engine():
             "seed": 0,
             "enforce_eager": True,
             "disable_log_stats": True,
+            **quick_engines.KV_CACHE,
         }
+        quick_engines.settle()
         with pytest.MonkeyPatch.context() as patch:
             # Users without a GPU run the PyTorch path; the interpreter would take minutes here.
             patch.setattr(interpolate, "INTERPRETED", False)
@@ -67,8 +75,6 @@ def engine():
             finally:
                 # The process groups stay: vLLM reuses them for the next engine of a process.
                 llm.llm_engine.engine_core.shutdown()
-                del llm
-                gc.collect()
 
     return start
 
@@ -86,7 +92,7 @@ def hostile():
 @pytest.fixture(scope="session")
 def subprocess_env():
     """Return the environment of a user's shell: no interpreter, plugin from this checkout."""
-    env = {**os.environ, **ENGINE_ENV, "VLLM_LOGGING_LEVEL": "INFO"}
+    env = {**os.environ, **ENGINE_ENV, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_KVCACHE_SPACE": "1"}
     for name in (
         "TRITON_INTERPRET",
         "VLLM_ENABLE_V1_MULTIPROCESSING",

@@ -45,7 +45,7 @@ def run(jobs, env):
     run = subprocess.run(
         [sys.executable, "-m", "support.v2_script"],
         input=json.dumps([*jobs.values()]),
-        env=env | {"PYTHONPATH": path},
+        env={k: v for k, v in env.items() if k != "VLLM_CPU_KVCACHE_SPACE"} | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
