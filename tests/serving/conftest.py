@@ -13,6 +13,7 @@ import pytest
 from support import base_rows, quick_engines
 
 ENGINE_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -92,7 +93,7 @@ def hostile():
 @pytest.fixture(scope="session")
 def subprocess_env():
     """Return the environment of a user's shell: no interpreter, plugin from this checkout."""
-    env = {**os.environ, **ENGINE_ENV, "VLLM_LOGGING_LEVEL": "INFO", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {**os.environ, **ENGINE_ENV, "VLLM_LOGGING_LEVEL": "INFO"}
     for name in (
         "TRITON_INTERPRET",
         "VLLM_ENABLE_V1_MULTIPROCESSING",

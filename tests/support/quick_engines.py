@@ -20,6 +20,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
     platform = type(current_platform)
     once = functools.cache(platform.register_triton_kernel_overrides)
     patch.setattr(platform, "register_triton_kernel_overrides", staticmethod(once))
+    patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would go before KV_CACHE
     for name in ("freeze", "unfreeze"):
         patch.setattr(gc, name, lambda: None)
 

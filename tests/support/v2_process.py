@@ -45,7 +45,7 @@ def run(jobs, env):
     run = subprocess.run(
         [sys.executable, "-m", "support.v2_script"],
         input=json.dumps([*jobs.values()]),
-        env={k: v for k, v in env.items() if k != "VLLM_CPU_KVCACHE_SPACE"} | {"PYTHONPATH": path},
+        env=env | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
