@@ -10,7 +10,7 @@ import os
 import sys
 
 import pytest
-from support import base_rows, quick_engines
+from support import base_rows, forked_serve, quick_engines
 
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -113,13 +113,29 @@ def long_models(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def server(long_models, subprocess_env, tmp_path_factory):
+def server_env(subprocess_env):
+    """Return the environment of a server."""
+    # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
+    return subprocess_env | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+
+
+@pytest.fixture(scope="session")
+def forked(server_env):
+    """Yield a function that runs `vllm WORDS` in a fork, for servers of soak_client.py."""
+    launcher = forked_serve.Launcher(server_env)
+    try:
+        yield launcher.start
+    finally:
+        launcher.stop()
+
+
+@pytest.fixture(scope="session")
+def server(long_models, server_env, tmp_path_factory):
     """Yield the server that test_http.py asks and test_soak.py fills, and kills at its end."""
     from support import soak_client
 
-    server = soak_client.Server(
-        long_models, subprocess_env, tmp_path_factory.mktemp("server") / "log"
-    )
+    start, log = soak_client.start(server_env), tmp_path_factory.mktemp("server") / "log"
+    server = soak_client.Server(long_models, start, log)
     try:
         yield server.wait()
     finally:
@@ -127,12 +143,12 @@ def server(long_models, subprocess_env, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", params=[3, "auto"])
-def drafting_server(request, long_models, subprocess_env, tmp_path_factory):
+def drafting_server(request, long_models, forked, tmp_path_factory):
     """Yield a server whose memories draft."""
     from support import soak_client
 
     log = tmp_path_factory.mktemp("server") / "log"
-    server = soak_client.Server(long_models, subprocess_env, log, drafts=request.param)
+    server = soak_client.Server(long_models, forked, log, drafts=request.param)
     try:
         yield server.wait()
     finally:
