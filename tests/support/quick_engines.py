@@ -1,7 +1,7 @@
 """Engines one after the other in a process, without what only the first of them needs.
 
 Most of the seconds of a tiny engine's start were neither the engine nor its answers. vLLM collects
-garbage seven times a start and stop, each time among all objects of all imported modules, and writes
+garbage seven times a start and stop, each time among all objects of all imported modules; it writes
 zeros into the whole KV cache; and it looks through every module for kernels to replace.
 """
 
