@@ -317,9 +317,6 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.lora_skip_prefixes = self.base.lora_skip_prefixes  # type: ignore[misc]
         if hasattr(base, "get_mm_mapping"):
             self.get_mm_mapping = lambda: lora.parts_of(base)
-            self.supports_tower_connector_lora = base.supports_tower_connector_lora
-            if base.supports_tower_connector_lora:
-                self.get_mm_lora_token_counts = base.get_mm_lora_token_counts
         mapper = getattr(self.base, "hf_to_vllm_mapper", None) or WeightsMapper()
         self.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_prefix={"": "base."})
 
