@@ -1,8 +1,8 @@
 """Rows of the table of features that test_features.py has not, beside each of OTHER_BASES.
 
-One server of a base answers for the rows over HTTP, one engine for those of what models are stored
-as. What vLLM itself has not for a base on a CPU ends both engines alike. The V2 runner and drafts
-by the memory beside these bases are rows of test_bases.py and test_images.py.
+One server of a base answers for the rows over HTTP and for LoRA, one engine for those of what
+models are stored as. What vLLM on a CPU has not for a base ends an engine with a memory as it ends
+plain vLLM. test_bases.py and test_images.py have the V2 runner and drafts by the memory.
 """
 
 import json

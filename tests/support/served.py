@@ -76,3 +76,4 @@ class Served:
         self.server.should_exit = True
         await self.served
         await self.stack.aclose()
+        del self.engine  # or it ends with this process, after what it needs
