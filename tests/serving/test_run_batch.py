@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from support import choices, http_rows
+from support import choices, http_rows, quick_engines
 from support.choices import CHOICES
 
 MISPLACED = {
@@ -42,6 +42,7 @@ def test_each_line_is_obeyed_or_refused(models, tmp_path):
     http_rows.write_batch(tmp_path / "in.jsonl", models, asked, **refused)
     settings = {"memdec": choices.memdec_block(models)}
     options = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"]
+    options += ["--kv-cache-memory-bytes", str(quick_engines.KV_CACHE["kv_cache_memory_bytes"])]
     files = ["-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", models["base"]]
     given = ["--model-impl", "memdec", "--additional-config", json.dumps(settings)]
     parser = run_batch.make_arg_parser(FlexibleArgumentParser())
