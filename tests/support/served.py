@@ -12,6 +12,7 @@ import threading
 
 import uvicorn
 from pytest import MonkeyPatch
+from support.quick_engines import KV_CACHE
 from vllm.entrypoints.launchers import run_batch
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
 from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -28,6 +29,7 @@ class Served:
     def __init__(self, base, block, options=()):
         settings = json.dumps({"memdec": block})
         words = ["--model", base, "--model-impl", "memdec", "--additional-config", settings]
+        words += ["--kv-cache-memory-bytes", str(KV_CACHE["kv_cache_memory_bytes"])]
         self.words, self.base = [*words, *options], base
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
