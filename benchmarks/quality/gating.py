@@ -39,7 +39,8 @@ from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.client import SERVER_OPTIONS, Client
 from benchmarks.demo.client import recall as recalled
 from benchmarks.demo.texts import FULL, LEARNED, facts_of, recalled_facts
-from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts
+from benchmarks.quality.domain import SETTINGS, Domain, Sizes, general_texts, sizes_of
+from benchmarks.quality.pair import Pair
 from benchmarks.server import serve
 from benchmarks.speed.decode import Clock, decode_ms, engine
 from benchmarks.speed.engines import ENVIRONMENT
@@ -311,10 +312,10 @@ def main() -> None:
     if not options.no_demo and not (FULL.out / "export/config.json").exists():
         parser.error("build/demo is no finished demo: run `make demo` first, or give --no-demo.")
     base, progress = smollm2(), Progress()
-    settings = load_settings(SETTINGS)
+    settings, pair = load_settings(SETTINGS), Pair("smollm2", str(base))
 
     def domain(name: str) -> Domain:
-        return Domain(name, str(base), SIZES.get(name, Sizes()), settings, progress)
+        return Domain(name, pair, sizes_of(name), settings, progress)
 
     def other() -> str:
         return domain(OTHER).system(Dapt).folder
