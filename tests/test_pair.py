@@ -6,6 +6,7 @@ All of it on tiny models of one tokenizer but different width.
 import hashlib
 import zipfile
 from dataclasses import replace
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ import torch
 from support.tiny_domain import FACTS, tiny_domain
 from transformers import AutoModelForCausalLM
 
-from benchmarks.corpora import download, questions
+from benchmarks.corpora import choices, download, questions
 from benchmarks.corpora.factbook import Fact
-from benchmarks.quality import estimate, pair, plug_and_play, quality, recall_curve
+from benchmarks.quality import estimate, pair, plug_and_play, quality, recall_curve, tasks
 from benchmarks.quality.pair import Pair
 from benchmarks.systems import slim
 from benchmarks.systems.base import Base
@@ -179,6 +180,38 @@ def test_a_pair_is_measured_at_equal_flops(domain, models, monkeypatch):
     assert mixed["perplexity"] < alone["perplexity"]
     weights = [domain.system(kind).weights for kind in (Gated, plug_and_play.SmallGated)]
     assert all(np.array_equal(weights[0][text], weights[1][text]) for text in weights[0])
+
+    asked = tasks.questions_of(domain)
+    assert set(asked) == {"facts", "general"} and len(asked["facts"]) == domain.sizes.facts
+    values = {f"Question: {questions.question(fact)}\nAnswer:": fact.value for fact in FACTS}
+    for document in asked["facts"]:
+        assert document["choices"][document["answer"]] == values[document["text"]]
+        assert len(set(document["choices"])) == choices.CHOICES
+    assert len({document["answer"] for document in asked["facts"]}) == choices.CHOICES
+    answers = tasks.Answers(domain, [domain.system(kind) for kind in (Base, Gated)])
+    text, answer = asked["facts"][0]["text"], f" {asked['facts'][0]['choices'][0]}"
+    line = domain.tokenizer(text + answer, return_tensors="pt")["input_ids"]
+    labels = line.clone()
+    labels[:, : len(domain.tokenizer(text)["input_ids"])] = -100
+    model, count = load_model(domain.base, "bfloat16"), int((labels != -100).sum())
+    with torch.no_grad():
+        logits_TV = model(line).logits[0].double()
+    loss = torch.nn.functional.cross_entropy(logits_TV[:-1], labels[0, 1:], reduction="sum")
+    found = answers.ask(text, answer)
+    assert found["base"][0] == pytest.approx(-float(loss), abs=1e-2 * count)
+    assert found["gated"] != found["base"]
+
+    if find_spec("lm_eval") is not None:  # an extra of its own
+        kinds = (Base, Gated)
+        scored = {(row["task"], row["system"]): row for row in tasks.rows_of(domain, kinds)}
+        assert set(scored) == {(task, kind.title) for task in asked for kind in kinds}
+        for task, documents in asked.items():
+            ours = [
+                max(range(4), key=lambda n, d=d: answers.ask(d["text"], f" {d['choices'][n]}")
+                    ["base"][0]) == d["answer"]
+                for d in documents
+            ]  # fmt: skip
+            assert scored[task, "base"]["accuracy"] == pytest.approx(np.mean(ours))
 
 
 class Stopped(Exception):

@@ -11,7 +11,7 @@ from support.tiny_domain import tiny_domain
 from support.tiny_models import VOCAB, tiny_text
 from transformers import AutoTokenizer
 
-from benchmarks.corpora import domains
+from benchmarks.corpora import choices, domains
 from benchmarks.corpora.download import made
 from benchmarks.quality import domain as domain_module
 from benchmarks.quality import gating, quality
@@ -141,10 +141,10 @@ def gates_of(domain, dapt):
 def test_cloze_questions():
     texts = [f"{'filler words here ' * 20}the answer is surely number{'abcdefgh'[n]} and" +
              " more words" * 5 for n in range(8)]  # fmt: skip
-    found = gating.cloze(texts, 6)
+    found = choices.cloze(texts, 6)
     assert len(found) == 6
     for passage, words in found:
-        assert len(passage.split()) == gating.BEFORE and len(set(words)) == gating.CHOICES
+        assert len(passage.split()) == choices.BEFORE and len(set(words)) == choices.CHOICES
         assert any(f"{passage} {words[0]}" in text for text in texts)
 
 

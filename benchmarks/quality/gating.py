@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from transformers import AutoTokenizer
 
 from benchmarks.common import RESULTS, provenance, replace_rows
 from benchmarks.corpora import domains
+from benchmarks.corpora.choices import CHOICES, cloze
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.client import SERVER_OPTIONS, Client
@@ -60,30 +60,10 @@ from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "gating.csv"
 PASSAGE, LINE = 128, 200  # stream: tokens of a passage at most, characters of its line at least
-QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # questions of each text, answers to each, words before
+QUESTIONS = 150  # of each text
 OTHER = domains.CONTROL  # the domain that the other base was trained on
 SYSTEMS = ("base", "fixed", "gate")
 TEXTS = {"domain": "test"} | {name: name for name in domains.GENERAL}
-
-
-def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
-    """Return passages that lack their last word, and words that might end them, the right first."""
-    rng = random.Random(0)
-    cut = []
-    for text in texts:
-        words = text.split()
-        for start in range(0, len(words), 2 * BEFORE):
-            last = range(start + BEFORE, min(start + 2 * BEFORE, len(words)))
-            ends = [n for n in last if words[n].isalpha() and len(words[n]) > 4]
-            if ends:
-                end = rng.choice(ends)
-                cut.append((" ".join(words[end - BEFORE : end]), words[end]))
-    cut = rng.sample(cut, min(count, len(cut)))
-    others = sorted({word for _, word in cut})
-    return [
-        (passage, [right, *rng.sample([w for w in others if w != right], CHOICES - 1)])
-        for passage, right in cut
-    ]
 
 
 class Gating:
