@@ -53,8 +53,12 @@ def recall(
         return {}
 
     def make(work: Path) -> None:
-        recalled = list(ask(domain, systems, facts, phrasing))
-        shares = {name: statistics.mean(row[name] for row in recalled) for name in recalled[0]}
+        shares: dict[str, float] = {}
+        for group in groups(systems):
+            recalled = list(ask(domain, group, facts, phrasing))
+            shares |= {name: statistics.mean(row[name] for row in recalled) for name in recalled[0]}
+            if not group[0].beside_base:
+                group[0].release()
         write_json(work / "recall.json", shares | {"facts": len(facts)})
 
     settings: dict[str, Any] = {"facts": len(facts)}
@@ -72,6 +76,16 @@ def recall(
         name, settings["phrasing"] = f"{name}-{phrasing}", [questions.asked(f)[0] for f in facts]
     artifact = domain.artifact(name, settings, inputs, make)
     return json.loads((artifact.path / "recall.json").read_text())
+
+
+def groups(systems: Sequence[System]) -> list[list[System]]:
+    """Return the systems that share the base's reading of a line, then each of the others alone.
+
+    So RAM holds one fine-tuned base at a time.
+    """
+    sharing = [system for system in systems if system.beside_base]
+    alone = [[system] for system in systems if not system.beside_base]
+    return [sharing, *alone] if sharing else alone
 
 
 @torch.inference_mode()

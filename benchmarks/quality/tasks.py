@@ -11,6 +11,7 @@ results/tasks.csv; the last line is JSON.
 
 import argparse
 import json
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +24,7 @@ from benchmarks.corpora import domains
 from benchmarks.corpora.choices import CHOICES, cloze, of_facts
 from benchmarks.quality.domain import QUICK, SETTINGS, WORK, Domain, general_texts, sizes_of
 from benchmarks.quality.pair import add_options, chosen, columns
-from benchmarks.quality.recall import facts_of
+from benchmarks.quality.recall import facts_of, groups
 from benchmarks.systems.base import Base
 from benchmarks.systems.finetune import Dapt, Lora
 from benchmarks.systems.gated import Gated
@@ -59,26 +60,25 @@ def questions_of(domain: Domain) -> dict[str, list[dict[str, Any]]]:
 
 
 class Answers:
-    """The likelihoods that systems give to answers, all systems one question after the other."""
+    """The likelihoods that systems give to answers; those beside the base share its reading."""
 
     def __init__(self, domain: Domain, systems: Sequence[System]) -> None:
-        self.domain, self.systems = domain, systems
-        self.known: dict[tuple[str, str], dict[str, tuple[float, bool]]] = {}
+        self.domain, self.groups = domain, groups(systems)
+        self.known: dict[tuple[str, str], dict[str, tuple[float, bool]]] = defaultdict(dict)
 
     @torch.inference_mode()
-    def ask(self, context: str, answer: str) -> dict[str, tuple[float, bool]]:
-        """Return log p of an answer after a context, and whether it is greedy, by system."""
-        if (context, answer) not in self.known:
+    def ask(self, system: System, context: str, answer: str) -> tuple[float, bool]:
+        """Return log p of an answer after a context, and whether it is greedy."""
+        found = self.known[context, answer]
+        if system.name not in found:
             tokenizer = self.domain.tokenizer
             prompt, line = (tokenizer(text)["input_ids"] for text in (context, context + answer))
             wanted_n = torch.tensor(line[len(prompt) :])
-            found = {}
-            for system in self.systems:
-                p_nV = system.next_token(prompt, line)
+            for each in next(group for group in self.groups if system in group):
+                p_nV = each.next_token(prompt, line)
                 logp = float(p_nV.gather(1, wanted_n[:, None]).log().sum())
-                found[system.name] = logp, bool((p_nV.argmax(-1) == wanted_n).all())
-            self.known[context, answer] = found
-        return self.known[context, answer]
+                found[each.name] = logp, bool((p_nV.argmax(-1) == wanted_n).all())
+        return found[system.name]
 
 
 def accuracies(
@@ -93,7 +93,7 @@ def accuracies(
         """A system as a model of the harness."""
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return [answers.ask(*request.args)[system.name] for request in requests]
+            return [answers.ask(system, *request.args) for request in requests]
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             raise NotImplementedError("no task here asks for it")
@@ -128,7 +128,11 @@ def rows_of(domain: Domain, kinds: Sequence[type[System]] = SYSTEMS) -> list[dic
 
     def make(work: Path) -> None:
         answers = Answers(domain, systems)
-        found = {system.name: accuracies(answers, system, questions) for system in systems}
+        found = {}
+        for system in systems:
+            found[system.name] = accuracies(answers, system, questions)
+            if not system.beside_base:
+                system.release()
         write_json(work / "tasks.json", found)
 
     settings = {"tuned": tuned, "questions": json_sha256(questions)}

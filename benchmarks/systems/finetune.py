@@ -30,6 +30,8 @@ MODULES = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
 class FineTuned(Trained):
     """The base, trained further."""
 
+    beside_base = False
+
     def settings(self, rate: float, epochs: float) -> MemorySettings:
         settings = super().settings(rate, epochs)
         return settings.changed(init=self.domain.base, layers=None, sampled_negatives=None)
