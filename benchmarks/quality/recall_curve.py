@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--domains", nargs="+", default=list(domains.FACTS), metavar="NAME")
+    parser.add_argument("--domains", nargs="+", default=["finance", "factbook"], metavar="NAME")
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
     parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")

@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--domains", nargs="+", default=[domains.LESS, "factbook"], metavar="NAME")
+    parser.add_argument("--domains", nargs="+", default=["finance", "factbook"], metavar="NAME")
     parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
     parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
     add_options(parser)

@@ -13,7 +13,8 @@ RAG = 0.0  # the same share for the best retrieval of the same domains
 
 def recalled(epochs: float) -> float:
     """Return the share of facts that stick after so many epochs, between those measured."""
-    return float(np.interp(epochs, *zip((0.0, 0.0), *CURVE, strict=True)))
+    points = np.array([(0.0, 0.0), *CURVE])
+    return float(np.interp(epochs, points[:, 0], points[:, 1]))
 
 
 def epochs_until(share: float) -> float | None:
