@@ -4,9 +4,10 @@ What is read counts at the tokens/s of a forward pass, measured with a few hundr
 trained at the same FLOP/s, its activations computed twice where RAM is tight.
 """
 
-import json
 import time
 from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,6 @@ from benchmarks.systems.memory import Memory
 from benchmarks.systems.rag import CHOOSING_BLOCKS, PASSAGE, RagSystem
 from benchmarks.systems.system import System
 from benchmarks.systems.trained import Trained, parameters
-from vllm_memdec.train.data.artifacts import build_artifact, json_sha256
 from vllm_memdec.train.model.decoder import memory_config
 from vllm_memdec.train.model.huggingface import load_config, load_model
 
@@ -28,31 +28,25 @@ MEASURED = 512  # tokens
 FACT = 25  # tokens of a fact, its question included
 
 
-def rate(domain: Domain, folder: str) -> float:
-    """Return the tokens/s of a forward pass with the head, measured once a model and machine."""
-
-    def make(work: Any) -> None:
-        model = load_model(folder, "bfloat16")
-        ids = torch.arange(MEASURED, device=model.device)[None] + 100
-        times = []
-        with torch.inference_mode():
-            for _ in range(2):  # the first warms up
-                started = time.perf_counter()
-                model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()
-                times.append(time.perf_counter() - started)
-        (work / "rate.json").write_text(json.dumps(MEASURED / min(times)))
-
-    name = f"rate-{json_sha256([folder, torch.get_num_threads()])[:8]}"
-    path = domain.folder.parent / name
-    made = build_artifact(path, "rate", {"tokens": MEASURED}, {}, make, lambda said: None)
-    return float(json.loads((made.path / "rate.json").read_text()))
+@lru_cache
+@torch.inference_mode()
+def rate(folder: str) -> float:
+    """Return the tokens/s of a forward pass with the head, measured anew in every process."""
+    model, times = load_model(folder, "bfloat16"), []
+    ids = torch.arange(MEASURED, device=model.device)[None] + 100
+    for _ in range(2):  # the first warms up
+        started = time.perf_counter()
+        model(input_ids=ids, use_cache=False).logits[0, -1, 0].item()
+        times.append(time.perf_counter() - started)
+    print(f"{Path(folder).name}: {MEASURED / min(times):,.0f} tokens/s forward", flush=True)
+    return MEASURED / min(times)
 
 
 def seconds(domain: Domain, kinds: Sequence[type[System]]) -> dict[str, float]:
     """Return about how many seconds each system takes, all of it done for the first time."""
     sizes, pair, settings = domain.sizes, domain.pair, domain.settings.memory
-    base = rate(domain, domain.base)
-    key = rate(domain, pair.key_model)
+    base = rate(domain.base)
+    key = rate(pair.key_model)
     weights = sum(parameters(load_config(domain.base)))
     config = memory_config(settings, domain.base)
     small = sum(parameters(config))
