@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import overview
+from benchmarks import csv_rows, overview, pair_tables
 from benchmarks.csv_rows import RESULTS, ROOT, grid, read
 from benchmarks.speed import paper
 
@@ -53,8 +53,25 @@ def bases() -> str:
 
 
 def quality() -> str:
-    """Return perplexity by domain, what general text costs, and fact recall."""
+    """Return what the usual pair gives: perplexity by domain, general text, and fact recall."""
+    return of_pair(csv_rows.usual(read(RESULTS / "quality.csv")))
+
+
+def pairs() -> str:
+    """Return the same of each other pair and budget."""
     rows = read(RESULTS / "quality.csv")
+    kinds = dict.fromkeys((r["pair"], r["budget"]) for r in rows if r not in csv_rows.usual(rows))
+    return (
+        "\n".join(
+            of_pair([row for row in rows if (row["pair"], row["budget"]) == kind], f"{kind[0]}: ")
+            for kind in kinds
+        )
+        or "not measured\n"
+    )
+
+
+def of_pair(rows: list[dict[str, str]], title: str = "") -> str:
+    """Return the tables of the rows of one pair."""
     if not rows:
         return "not measured\n"
     domains = list(dict.fromkeys(row["domain"] for row in rows))
@@ -80,12 +97,18 @@ def quality() -> str:
     def recall(row: dict[str, str]) -> str:
         return f"{float(row['recall']):.0%}" if row["recall"] else "-"
 
+    def in_other_words(row: dict[str, str]) -> str:
+        cell = row["recall_question"]
+        return f"{float(cell):.0%}" if cell else "not measured"
+
     asked = [domain for domain in domains if base[domain]["facts"]]
     parts = [
-        ("perplexity on unseen text of the domain", domains, own),
-        ("change on general text, Wikipedia / Brown", domains, general),
-        ("fact recall, facts of the corpus", asked, recall),
+        (f"{title}perplexity on unseen text of the domain", domains, own),
+        (f"{title}change on general text, Wikipedia / Brown", domains, general),
+        (f"{title}fact recall, facts of the corpus", asked, recall),
     ]
+    if any(row["recall_question"] for row in rows):
+        parts.append((f"{title}the same facts, asked in other words", asked, in_other_words))
     return "\n".join(
         grid(
             [title, *chosen],
@@ -305,6 +328,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "bases": bases,
     "quality": quality,
+    "pairs": pairs,
+    "recall": pair_tables.recall,
+    "plug and play": pair_tables.plug_and_play,
+    "tasks": pair_tables.tasks,
     "gating": gating,
     "context": context,
     "latency": latency,
