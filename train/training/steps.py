@@ -59,6 +59,7 @@ def memory_loss(
     batch: tuple,
     candidates: Candidates,
     settings: MemorySettings,
+    beta: float,
     scale: float,
     alone: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +76,7 @@ def memory_loss(
         layer.weight,
         candidates.rank(labels),
         SparseRows(targets.offsets, candidates.rank(targets.token), targets.probability),
-        settings.beta,
+        beta,
         bias_V=getattr(layer, "bias", None),
         transform=logits_transform(memory.config),
         columns=candidates.columns,
@@ -100,7 +101,7 @@ def add_gradients(
     """
     batch = batches.load(blocks, default_device())
     batches.expect(following, default_device())
-    alone = type(module) is Spread
-    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone)
+    alone, beta = type(module) is Spread, batches.beta(blocks, settings.beta)
+    loss, sums = module(memory_loss, batch, candidates, settings, beta, scale, alone)
     loss.backward()
     return sums
