@@ -200,11 +200,13 @@ def build(quick):
         def say(self, line):
             self.lines.append(line)
 
-    def make(base, corpus, output, changes=None, validation=None, until="export") -> list[str]:
+    def make(
+        base, corpus, output, changes=None, validation=None, until="export", update=None
+    ) -> list[str]:
         progress = Listening()
         progress.lines = []
         settings = parse_settings(quick(changes))
-        run(base, corpus, output, settings, validation, Context(progress), until)
+        run(base, corpus, output, settings, validation, Context(progress), until, update)
         return progress.lines
 
     return make

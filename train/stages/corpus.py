@@ -146,6 +146,10 @@ def build_corpus(
             "to train on and one to hold out: give more text or lower corpus.block_tokens."
         )
     digests = train.digests("texts")
+    if old is not None and not np.isin(load_texts(old, "train")[:, 0], digests).any():
+        raise MemdecError(
+            f"no document of {old.parent} is in {corpus} any more: build afresh, without --update."
+        )
     if validation is None:
         taken = (
             split_lengths(
@@ -164,6 +168,11 @@ def build_corpus(
                 settings.validation_fraction,
             )
         )
+        if old is not None and (lengths - taken).sum() < settings.block_tokens + 1:
+            raise MemdecError(
+                f"of what {old.parent} held out too little is left to tune alpha on: build afresh, "
+                "without --update."
+            )
         if not taken.any():
             raise MemdecError(
                 f"{corpus} repeats itself: without its copies it is too short to train on and to "

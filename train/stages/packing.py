@@ -50,12 +50,8 @@ def write_changed(
     stays, added = compare(before[:, 0], texts[:, 0])
     if stays.all() and not added.any():
         raise MemdecError(
-            f"--corpus holds the documents that {old.parent} was built from, at most in another "
-            "order: there is nothing to update."
-        )
-    if not stays.any():
-        raise MemdecError(
-            f"no document of {old.parent} is in --corpus any more: build afresh, without --update."
+            f"no document that the memory of {old.parent} was trained on has changed, and none is "
+            "new: there is nothing to update."
         )
     # Neighbouring blocks share a token: the first new one begins with what an old one ends with.
     filling = np.array([filler if bos is None else bos], np.int32)
