@@ -53,12 +53,13 @@ ADDED, REMOVED = "updated, the tenth added", "updated, the tenth removed"
 class Sizes:
     """How much is built and asked."""
 
-    documents: int = 60
-    tokens: int = 300  # of a document, at most
-    held_out: int = 15  # documents for alpha, and as many that are scored
+    documents: int = 40
+    tokens: int = 90  # of a document, at most
+    held_out: int = 8  # documents for alpha, and as many that are scored
     facts: int = 150  # of each kind that are asked for, at most
     epochs: float = 20
-    block_tokens: int = 256
+    layers: int = 2
+    block_tokens: int = 128
 
 
 QUICK = Sizes(documents=20, tokens=60, held_out=4, facts=5, epochs=1, block_tokens=32)
@@ -98,8 +99,8 @@ class Pair:
     """A base and the memory of a build beside it, at the weights that the build has tuned."""
 
     def __init__(self, base: str, export: Path) -> None:
-        self.models = {"base": load_model(base, "bfloat16")}
-        self.models["memory"] = load_model(str(export), "bfloat16")
+        self.models = {"base": load_model(base, "float32")}
+        self.models["memory"] = load_model(str(export), "float32")
         block = read_block(export)
         assert block is not None, "an export says what it is"
         self.weights = block.alpha_by_context or [[0, block.alpha]]
@@ -167,8 +168,15 @@ def measure(
     parts = {"all": text.rest + text.tenth, "less": text.rest, "validation": text.validation}
     for name, documents in parts.items():
         write_jsonl(folder / f"{name}.jsonl", texts(documents))
-    changes = {"block_tokens": sizes.block_tokens}, {"epochs": sizes.epochs}
-    settings = settings.changed(dict(zip(("corpus", "memory"), changes, strict=True)))
+    exact = {"dtype": "float32"}  # a CPU without bfloat16 is slow in it
+    settings = settings.changed(
+        {
+            "corpus": {"block_tokens": sizes.block_tokens},
+            "datastore": exact,
+            "memory": {"epochs": sizes.epochs, "layers": sizes.layers} | exact,
+            "export": exact,
+        }
+    )
     blocks = pack(
         tokenise(tokenizer, texts(text.test)),
         settings.corpus.block_tokens,
