@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +14,8 @@ from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.settings import MemorySettings
 from vllm_memdec.train.training.replay import Replay, new_batches
 
-FACTS, GONE, NEW = 60, 6, 6
+FACTS, GONE, NEW = 40, 4, 4
+SPREAD = 0.1  # between two trainings: three facts of 36
 
 
 def stored(folder, blocks):
@@ -89,31 +89,44 @@ def recalled(folder, tokenizer, texts):
 
 @pytest.fixture(scope="module")
 def memories(tmp_path_factory, tiny_model, build, jsonl):
-    """Return shares of facts recalled by an old memory, its update, and one built afresh."""
+    """Return, of the old memory, two updates and one built afresh, how much each recalls."""
     folder = tmp_path_factory.mktemp("facts")
-    texts, base = facts(FACTS + NEW), tiny_model("llama")
+    texts, base = facts(FACTS + NEW), tiny_model("llama", spread=0.05)
     gone, kept, new = texts[:GONE], texts[GONE:FACTS], texts[FACTS:]
     held_out = jsonl(folder / "held_out.jsonl", facts(12, seed=9))
-    changes = {"memory": {"epochs": 60, "learning_rate": 3e-3}}
-    given = {"changes": changes, "validation": held_out, "until": "memory"}
-    old, updated, afresh = (folder / name for name in ("old", "updated", "afresh"))
-    build(base, jsonl(folder / "before.jsonl", gone + kept), old, **given | {"until": "export"})
+    changes = {
+        "corpus": {"block_tokens": 128},
+        "memory": {"epochs": 80, "learning_rate": 3e-3, "batch_blocks": 2},
+    }
+    given = {"changes": changes, "validation": held_out}
+    old, less, updated, afresh = (folder / name for name in ("old", "less", "updated", "afresh"))
+    build(base, jsonl(folder / "before.jsonl", gone + kept), old, **given)
     after = jsonl(folder / "after.jsonl", kept + new)
-    lines = build(base, after, updated, **given, update=old)
+    kept_alone, given["until"] = jsonl(folder / "kept.jsonl", kept), "memory"
+    build(base, kept_alone, less, **given, update=old)
+    build(base, after, updated, **given, update=old)
     build(base, after, afresh, **given)
     tokenizer = load_tokenizer(base)
-    shares = {
-        name: {kind: recalled(place, tokenizer, of)
-               for kind, of in (("gone", gone), ("kept", kept), ("new", new))}
-        for name, place in (("base", base), ("old", old / "memory"),
-                            ("updated", updated / "memory"), ("afresh", afresh / "memory"))
-    }  # fmt: skip
-    print(shares, lines)
-    return SimpleNamespace(**shares)
+    places = {"base": base} | {
+        place.name: place / "memory" for place in (old, less, updated, afresh)
+    }
+    kinds = {"gone": gone, "kept": kept, "new": new}
+    return {
+        name: {kind: recalled(place, tokenizer, of) for kind, of in kinds.items()}
+        for name, place in places.items()
+    }
 
 
-def test_what_is_gone_is_not_recalled_and_the_rest_is(memories):
-    assert memories.old["gone"] > 0.8 and memories.old["kept"] > 0.8
-    assert memories.updated["gone"] <= memories.base["gone"] == memories.afresh["gone"] == 0
-    assert memories.updated["kept"] >= memories.afresh["kept"] - 0.05
-    assert memories.updated["new"] >= memories.afresh["new"] - 0.05 and memories.old["new"] == 0
+def test_what_is_gone_is_not_recalled_above_the_bases_rate(memories):
+    assert memories["old"]["gone"] > 0.7
+    for update in ("less", "updated"):
+        assert memories[update]["gone"] <= memories["base"]["gone"] == memories["afresh"]["gone"]
+
+
+def test_what_stays_and_what_is_new_is_recalled(memories):
+    """Some facts lie across the end of a block: none is known whole."""
+    assert memories["old"]["kept"] > 0.7
+    for update in ("less", "updated"):
+        assert memories[update]["kept"] >= memories["old"]["kept"] - SPREAD
+    assert memories["updated"]["new"] >= memories["afresh"]["new"] - SPREAD
+    assert memories["updated"]["new"] > memories["old"]["new"] == 0
