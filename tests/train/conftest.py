@@ -59,7 +59,8 @@ def quick():
 
     def make(changes: dict | None = None) -> dict:
         made = {
-            s: values | (changes or {}).get(s, {}) for s, values in ({"index": {}} | QUICK).items()
+            s: values | (changes or {}).get(s, {})
+            for s, values in ({"index": {}, "update": {}} | QUICK).items()
         }
         if "init" in made["memory"]:  # a folder keeps its own layers
             del made["memory"]["layers"]
