@@ -346,7 +346,7 @@ def cost(build: Build) -> Iterator[str]:
     seconds = sum(artifact.manifest["seconds"] for artifact in build.done.values())
     whole = sum(build.old[stage].manifest["seconds"] for stage in build.done)
     before = load_rows(build.old["corpus"].path, "train").sum()
-    whole *= rows.sum() / before
+    whole = max(whole * float(rows.sum() / before), 0.1)  # of what takes no time
     yield (
         f"update: {human_seconds(seconds)} for the {human_seconds(whole)} of a fresh build, by the "
         f"old one's time a row ({seconds / whole:.0%})"
