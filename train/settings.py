@@ -213,7 +213,7 @@ class UpdateSettings(StageSettings):
     # Passes over the text that is new and over what is to be forgotten; None: memory.epochs.
     epochs: float | None = Field(None, ge=1e-6, le=1e6)
     replay: float = Field(0.5, ge=0, le=0.9)  # share of a step's blocks that are old ones
-    learning_rate: float = Field(0.3, ge=1e-6, le=10)  # times memory.learning_rate
+    learning_rate: float = Field(0.6, ge=1e-6, le=10)  # times memory.learning_rate
 
 
 class Settings(BaseModel):
