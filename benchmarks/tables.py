@@ -19,6 +19,7 @@ from benchmarks.speed import paper
 PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
 FEATURES = ROOT / "tests/serving/features.csv"
 BASES = ROOT / "vllm_memdec/bases.csv"
+WHO = ("base", "memory", "mixture")  # of whom update.csv has the recall
 # Names of rows in gating.csv, and the field's words for them.
 SHOWN = {
     "perplexity, both in turn": "perplexity, mixed stream",
@@ -256,6 +257,49 @@ def context() -> str:
     )
 
 
+def update() -> str:
+    """Return what an update costs and is worth beside a build of the same documents."""
+    rows = read(RESULTS / "update.csv")
+    if not rows:
+        return "not measured\n"
+    # An update, and a build from scratch of the same documents.
+    afresh = {row["documents"]: row for row in reversed(rows) if row["build"].startswith("built")}
+
+    def share(row: dict[str, str], name: str, spelled: str) -> str:
+        value, other = float(row[name]), float(afresh[row["documents"]][name])
+        return f"{value:{spelled}}" + (f" ({value / other:.0%})" if other != value else "")
+
+    def recall(row: dict[str, str], kind: str) -> str:
+        return " / ".join(f"{float(row[f'{kind}_{who}']):.0%}" for who in WHO)
+
+    own, others = rows[0]["tenth_facts"], rows[0]["rest_facts"]
+    return grid(
+        [
+            "",
+            "blocks embedded",
+            "blocks trained on",
+            "TFLOP",
+            "seconds",
+            "perplexity of the mixture",
+            f"{own} facts of the tenth: {', '.join(WHO)}",
+            f"{others} other facts",
+        ],
+        [
+            [
+                row["build"],
+                share(row, "embedded", ".0f"),
+                share(row, "trained", ".0f"),
+                share(row, "tflop", ".1f"),
+                share(row, "seconds", ".0f"),
+                share(row, "perplexity", ".2f"),
+                recall(row, "tenth"),
+                recall(row, "rest"),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def demo() -> str:
     """Return what the demo measured."""
     systems = ("base", "memory", "base + memory", "kNN-LM")
@@ -334,6 +378,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": pair_tables.tasks,
     "gating": gating,
     "context": context,
+    "update": update,
     "latency": latency,
     "speculation": speculation,
 }

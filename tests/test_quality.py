@@ -3,6 +3,7 @@
 import random
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from transformers import AutoTokenizer
 
 from benchmarks.corpora import choices, domains
 from benchmarks.corpora.download import made
+from benchmarks.corpora.factbook import Fact
 from benchmarks.quality import domain as domain_module
-from benchmarks.quality import gating, quality
+from benchmarks.quality import gating, quality, update
 from benchmarks.quality.domain import Domain
 from benchmarks.quality.pair import Pair
 from benchmarks.systems import finetune, knn_lm, memory, rag
@@ -27,6 +29,7 @@ from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.progress import Progress
+from vllm_memdec.train.settings import parse_settings
 
 
 @pytest.fixture(scope="module")
@@ -223,3 +226,24 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
         monkeypatch.setattr(module, name, again)
     same = Domain("tiny", domain.pair, domain.sizes, domain.settings, Progress())
     assert quality.rows_of(same) == rows
+
+
+def test_updates_are_measured_beside_builds_from_scratch(base, tmp_path):
+    rng, words = random.Random(2), tiny_text(3).split()
+    facts = [
+        Fact(country, f"field {n}", " ".join(rng.sample(words, 2)))
+        for country in rng.sample(sorted({*words}), 40)
+        for n in range(3)
+    ]
+    settings = parse_settings({"targets": {"neighbours": 8}, "memory": {"batch_blocks": 2}})
+    rows = update.measure(base, facts, replace(update.QUICK, layers=1), settings, tmp_path)
+    whole, less, added, removed = rows
+    assert [row["documents"] for row in rows] == [20, 18, 20, 18]
+    assert whole["embedded"] == whole["blocks"] > less["blocks"] == less["embedded"]
+    assert 0 < added["embedded"] < 0.3 * added["blocks"] and removed["embedded"] == 0
+    for after, afresh in ((added, whole), (removed, less)):
+        assert 0 < after["trained"] < afresh["trained"] and after["tflop"] < afresh["tflop"]
+        assert after["tenth_facts"] == afresh["tenth_facts"] > 1
+    assert len({row["perplexity"] for row in rows}) == 4 and len({row["base"] for row in rows}) == 1
+    for row in rows:
+        assert {row[f"{kind}_base"] for kind in ("tenth", "rest")} == {0.0}

@@ -95,6 +95,10 @@ def build(
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(hidden=True, help="Old spelling.")] = None,
+    update: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a build whose corpus became this one: what stays is kept."),
+    ] = None,
     text_field: TextField = None,
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
@@ -114,7 +118,7 @@ def build(
             if executor is None:  # the training of another process, to its end
                 return
             context = Context(progress, executor, budget)
-            made = run(base, corpus, output, settings, validation, context, until)
+            made = run(base, corpus, output, settings, validation, context, until, update)
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return
