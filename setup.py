@@ -56,6 +56,8 @@ setup(
             "peft>=0.17",
             "psutil>=6",
         ],
+        # Apart from bench: it brings thirty more packages, pandas and scikit-learn among them.
+        "tasks": ["lm-eval>=0.4.9"],
         "test": [
             "build>=1.2",
             "mypy>=1.18",

@@ -152,14 +152,19 @@ def append_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def replace_rows(path: Path, rows: list[dict[str, Any]], order: Sequence[str] = ()) -> None:
-    """Write rows to a CSV file in place of older ones of their domains, in the order of domains."""
+def replace_rows(
+    path: Path,
+    rows: list[dict[str, Any]],
+    order: Sequence[str] = (),
+    keys: Sequence[str] = ("domain",),
+) -> None:
+    """Write rows to a CSV file in place of older ones of the same keys, in the order of domains."""
     kept: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             kept = list(csv.DictReader(file))
-    new = {row["domain"] for row in rows}
-    merged = [row for row in kept if row["domain"] not in new] + rows
+    new = {tuple(row[key] for key in keys) for row in rows}
+    merged = [row for row in kept if tuple(row.get(key) for key in keys) not in new] + rows
     if order:
         merged.sort(key=lambda row: order.index(row["domain"]))
     with path.open("w", newline="") as file:

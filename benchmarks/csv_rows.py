@@ -4,6 +4,7 @@ import csv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+USUAL = ("smollm2", "today")
 RESULTS = ROOT / "benchmarks/results"
 
 
@@ -13,6 +14,11 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def usual(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """Return the rows of quality.csv of the pair and budget that the first table shows."""
+    return [row for row in rows if (row["pair"], row["budget"]) == USUAL]
 
 
 def grid(titles: list[str], rows: list[list[str]]) -> str:

@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from benchmarks.csv_rows import RESULTS, grid, read
+from benchmarks.csv_rows import RESULTS, grid, read, usual
 
 DOMAINS = ("biomedicine", "law", "finance", "factbook")  # each domain once
 GENERAL = ("wiki", "brown")
@@ -44,7 +44,7 @@ def means() -> dict[str, dict[str, float]]:
 
     The change is the geometric mean of the ratios to the base, less 1.
     """
-    rows = [row for row in read(RESULTS / "quality.csv") if row["domain"] in DOMAINS]
+    rows = [row for row in usual(read(RESULTS / "quality.csv")) if row["domain"] in DOMAINS]
     base = {row["domain"]: row for row in rows if row["system"] == "base"}
 
     def change(chosen: list[dict[str, str]], *texts: str) -> float:

@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import overview
+from benchmarks import csv_rows, overview, pair_tables
 from benchmarks.csv_rows import RESULTS, ROOT, grid, read
 from benchmarks.speed import paper
 
 PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
 FEATURES = ROOT / "tests/serving/features.csv"
 BASES = ROOT / "vllm_memdec/bases.csv"
+WHO = ("base", "memory", "mixture")  # of whom update.csv has the recall
 # Names of rows in gating.csv, and the field's words for them.
 SHOWN = {
     "perplexity, both in turn": "perplexity, mixed stream",
@@ -53,8 +54,25 @@ def bases() -> str:
 
 
 def quality() -> str:
-    """Return perplexity by domain, what general text costs, and fact recall."""
+    """Return what the usual pair gives: perplexity by domain, general text, and fact recall."""
+    return of_pair(csv_rows.usual(read(RESULTS / "quality.csv")))
+
+
+def pairs() -> str:
+    """Return the same of each other pair and budget."""
     rows = read(RESULTS / "quality.csv")
+    kinds = dict.fromkeys((r["pair"], r["budget"]) for r in rows if r not in csv_rows.usual(rows))
+    return (
+        "\n".join(
+            of_pair([row for row in rows if (row["pair"], row["budget"]) == kind], f"{kind[0]}: ")
+            for kind in kinds
+        )
+        or "not measured\n"
+    )
+
+
+def of_pair(rows: list[dict[str, str]], title: str = "") -> str:
+    """Return the tables of the rows of one pair."""
     if not rows:
         return "not measured\n"
     domains = list(dict.fromkeys(row["domain"] for row in rows))
@@ -80,12 +98,18 @@ def quality() -> str:
     def recall(row: dict[str, str]) -> str:
         return f"{float(row['recall']):.0%}" if row["recall"] else "-"
 
+    def in_other_words(row: dict[str, str]) -> str:
+        cell = row["recall_question"]
+        return f"{float(cell):.0%}" if cell else "not measured"
+
     asked = [domain for domain in domains if base[domain]["facts"]]
     parts = [
-        ("perplexity on unseen text of the domain", domains, own),
-        ("change on general text, Wikipedia / Brown", domains, general),
-        ("fact recall, facts of the corpus", asked, recall),
+        (f"{title}perplexity on unseen text of the domain", domains, own),
+        (f"{title}change on general text, Wikipedia / Brown", domains, general),
+        (f"{title}fact recall, facts of the corpus", asked, recall),
     ]
+    if any(row["recall_question"] for row in rows):
+        parts.append((f"{title}the same facts, asked in other words", asked, in_other_words))
     return "\n".join(
         grid(
             [title, *chosen],
@@ -258,6 +282,49 @@ def sources() -> str:
     )
 
 
+def update() -> str:
+    """Return what an update costs and is worth beside a build of the same documents."""
+    rows = read(RESULTS / "update.csv")
+    if not rows:
+        return "not measured\n"
+    # An update, and a build from scratch of the same documents.
+    afresh = {row["documents"]: row for row in reversed(rows) if row["build"].startswith("built")}
+
+    def share(row: dict[str, str], name: str, spelled: str) -> str:
+        value, other = float(row[name]), float(afresh[row["documents"]][name])
+        return f"{value:{spelled}}" + (f" ({value / other:.0%})" if other != value else "")
+
+    def recall(row: dict[str, str], kind: str) -> str:
+        return " / ".join(f"{float(row[f'{kind}_{who}']):.0%}" for who in WHO)
+
+    own, others = rows[0]["tenth_facts"], rows[0]["rest_facts"]
+    return grid(
+        [
+            "",
+            "blocks embedded",
+            "blocks trained on",
+            "TFLOP",
+            "seconds",
+            "perplexity of the mixture",
+            f"{own} facts of the tenth: {', '.join(WHO)}",
+            f"{others} other facts",
+        ],
+        [
+            [
+                row["build"],
+                share(row, "embedded", ".0f"),
+                share(row, "trained", ".0f"),
+                share(row, "tflop", ".1f"),
+                share(row, "seconds", ".0f"),
+                share(row, "perplexity", ".2f"),
+                recall(row, "tenth"),
+                recall(row, "rest"),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def demo() -> str:
     """Return what the demo measured."""
     systems = ("base", "memory", "base + memory", "kNN-LM")
@@ -330,9 +397,14 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "bases": bases,
     "quality": quality,
+    "pairs": pairs,
+    "recall": pair_tables.recall,
+    "plug and play": pair_tables.plug_and_play,
+    "tasks": pair_tables.tasks,
     "gating": gating,
     "context": context,
     "sources": sources,
+    "update": update,
     "latency": latency,
     "speculation": speculation,
 }

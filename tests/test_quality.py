@@ -8,21 +8,22 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.tiny_domain import tiny_domain
 from support.tiny_models import VOCAB, tiny_text
 from transformers import AutoTokenizer
 
-from benchmarks.corpora import domains
+from benchmarks.corpora import choices, domains
 from benchmarks.corpora.download import made
-from benchmarks.corpora.factbook import Fact, pages
+from benchmarks.corpora.factbook import Fact
 from benchmarks.quality import domain as domain_module
-from benchmarks.quality import gating, quality
-from benchmarks.quality.domain import QUICK, Domain
+from benchmarks.quality import gating, quality, update
+from benchmarks.quality.domain import Domain
+from benchmarks.quality.pair import Pair
 from benchmarks.systems import finetune, knn_lm, memory, rag
 from benchmarks.systems.finetune import Dapt
 from benchmarks.systems.registry import SYSTEMS
 from benchmarks.systems.system import System
 from benchmarks.systems.trained import Trained, budget
-from vllm_memdec.kernels import sparse_kl
 from vllm_memdec.train.data.blocks import pack, tokenise, valid_rows
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.model.huggingface import load_model
@@ -129,29 +130,9 @@ def test_without_passages_retrieval_changes_nothing(base, tokenizer, blocks):
     assert np.abs(found - label_logprobs(model, *blocks, 2)).max() < 1e-4
 
 
-SETTINGS = {
-    "corpus": {"block_tokens": 64},
-    "datastore": {"dtype": "float32"},
-    "targets": {"neighbours": 8},
-    "memory": {"layers": 1, "batch_blocks": 2, "dtype": "float32", "epochs": 4},
-}
-
-
 @pytest.fixture
 def domain(base, monkeypatch, tmp_path):
-    monkeypatch.setattr(sparse_kl, "INTERPRETED", False)  # Triton's interpreter takes minutes here
-    facts = [Fact(f"{tiny_text(n, 1)}{n}", "size", tiny_text(900 + n, 2)) for n in range(200)]
-    monkeypatch.setattr(domain_module, "WORK", tmp_path)
-    monkeypatch.setattr(domain_module, "ASKED", 4_000)
-    documents = pages(facts) + [tiny_text(seed, 60) for seed in range(60)]
-    monkeypatch.setattr(domains, "DOMAINS", {"tiny": lambda: documents})
-    texts = {name: [tiny_text(seed, 60) for seed in range(70, 130)] for name in domains.GENERAL}
-    monkeypatch.setattr(domains, "GENERAL", {n: lambda n=n: texts[n] for n in texts})
-    monkeypatch.setattr(domains, "FACTS", {"tiny": ()})
-    monkeypatch.setattr(domains, "facts", lambda sections: facts)
-    sizes = replace(QUICK, validation=300, test=300, general=200)
-    settings = parse_settings(SETTINGS)
-    return Domain("tiny", base, replace(sizes, epochs=None), settings, Progress())
+    return tiny_domain(Pair("tiny", base), monkeypatch, tmp_path)
 
 
 def gates_of(domain, dapt):
@@ -163,10 +144,10 @@ def gates_of(domain, dapt):
 def test_cloze_questions():
     texts = [f"{'filler words here ' * 20}the answer is surely number{'abcdefgh'[n]} and" +
              " more words" * 5 for n in range(8)]  # fmt: skip
-    found = gating.cloze(texts, 6)
+    found = choices.cloze(texts, 6)
     assert len(found) == 6
     for passage, words in found:
-        assert len(passage.split()) == gating.BEFORE and len(set(words)) == gating.CHOICES
+        assert len(passage.split()) == choices.BEFORE and len(set(words)) == choices.CHOICES
         assert any(f"{passage} {words[0]}" in text for text in texts)
 
 
@@ -243,5 +224,26 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
         (knn_lm, "find_neighbours"),
     ):
         monkeypatch.setattr(module, name, again)
-    same = Domain("tiny", domain.base, domain.sizes, domain.settings, Progress())
+    same = Domain("tiny", domain.pair, domain.sizes, domain.settings, Progress())
     assert quality.rows_of(same) == rows
+
+
+def test_updates_are_measured_beside_builds_from_scratch(base, tmp_path):
+    rng, words = random.Random(2), tiny_text(3).split()
+    facts = [
+        Fact(country, f"field {n}", " ".join(rng.sample(words, 2)))
+        for country in rng.sample(sorted({*words}), 40)
+        for n in range(3)
+    ]
+    settings = parse_settings({"targets": {"neighbours": 8}, "memory": {"batch_blocks": 2}})
+    rows = update.measure(base, facts, replace(update.QUICK, layers=1), settings, tmp_path)
+    whole, less, added, removed = rows
+    assert [row["documents"] for row in rows] == [20, 18, 20, 18]
+    assert whole["embedded"] == whole["blocks"] > less["blocks"] == less["embedded"]
+    assert 0 < added["embedded"] < 0.3 * added["blocks"] and removed["embedded"] == 0
+    for after, afresh in ((added, whole), (removed, less)):
+        assert 0 < after["trained"] < afresh["trained"] and after["tflop"] < afresh["tflop"]
+        assert after["tenth_facts"] == afresh["tenth_facts"] > 1
+    assert len({row["perplexity"] for row in rows}) == 4 and len({row["base"] for row in rows}) == 1
+    for row in rows:
+        assert {row[f"{kind}_base"] for kind in ("tenth", "rest")} == {0.0}

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from support import base_rows
 
-from benchmarks import overview, tables
+from benchmarks import csv_rows, overview, pair_tables, tables
 from benchmarks.corpora import domains
 from benchmarks.systems.registry import SYSTEMS
+from vllm_memdec.train.plan import recall
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,8 +82,43 @@ def test_every_base_was_run():
         assert float(row["error"]) < (1e-4 if row["dtype"] == "float32" else 5e-3), row
 
 
+def test_plan_has_the_curve_that_was_measured():
+    points, rag = pair_tables.curve(tables.read(tables.RESULTS / "recall.csv"))
+    assert ([*recall.CURVE], recall.RAG) == (points, rag)
+
+
+def test_tables_of_recall(tmp_path, monkeypatch):
+    """Rows of two domains: the curve is their mean, and RAG is passed between two budgets."""
+    names = ("domain", "pair", "budget", "system", "epochs", "tflop", "original", "question")
+    rows = [
+        dict(zip((*names, "timestamp"), (*row.split(";"), "2026"), strict=True))
+        for domain, shift in (("law", 0), ("factbook", 0.1))
+        for row in (
+            f"{domain};p;paper;base;0;0;0;0",
+            f"{domain};p;paper;RAG (BM25);0;0;{0.3 + shift};0.2",
+            f"{domain};p;paper;base + memory;2;1.5;{0.1 + shift};0",
+            f"{domain};p;paper;base + memory;6;4.5;{0.5 + shift};0.1",
+        )
+    ]
+    assert pair_tables.curve(rows) == ([(2.0, 0.15), (6.0, 0.55)], 0.35)
+    assert pair_tables.passes(rows[:4], "original") == "4 epochs"
+    assert pair_tables.passes(rows[:4], "question") == "not within 6 epochs"
+    monkeypatch.setattr(pair_tables, "read", lambda path: rows)
+    shown = pair_tables.recall()
+    assert "| law, p | base + memory | 6 | 4.5 | 50% | 10% |" in shown
+    assert "| law, p | the memory passes RAG at |  |  | 4 epochs | not within 6 epochs |" in shown
+    monkeypatch.setattr(recall, "CURVE", ((2.0, 0.15), (6.0, 0.55)))
+    monkeypatch.setattr(recall, "RAG", 0.35)
+    assert recall.epochs_until(0.35) == pytest.approx(4) and recall.epochs_until(0.6) is None
+    assert recall.recalled(1) == pytest.approx(0.075)
+    assert "35% stick after 4 epochs" in recall.sentence(4)
+    assert recall.sentence(20).endswith(
+        "(measured up to 6); retrieval's 35% is passed after 4 epochs"
+    )
+
+
 def test_every_system_was_measured_in_every_domain():
-    rows = tables.read(tables.RESULTS / "quality.csv")
+    rows = csv_rows.usual(tables.read(tables.RESULTS / "quality.csv"))
     titles = [system.title for system in SYSTEMS]
     found = {(row["domain"], row["system"]) for row in rows}
     assert len(rows) == len(found)

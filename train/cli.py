@@ -32,6 +32,7 @@ try:
         TextField,
         Texts,
         Trust,
+        Update,
         base_folder,
         fields,
         parse_bytes,
@@ -97,6 +98,7 @@ def build(
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(hidden=True, help="Old spelling.")] = None,
+    update: Update = None,
     text_field: TextField = None,
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
@@ -116,7 +118,7 @@ def build(
             if executor is None:  # the training of another process, to its end
                 return
             context = Context(progress, executor, budget)
-            made = run(base, corpus, output, settings, validation, context, until)
+            made = run(base, corpus, output, settings, validation, context, until, update)
         if until != "export":
             progress.say(f"The last stage made is {made.path}. Without --until the rest follows.")
             return

@@ -46,6 +46,10 @@ Sources = Annotated[
     Path | None,
     typer.Option(metavar="BUILD", help="The memory's build: show where its tokens come from."),
 ]
+Update = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a build whose corpus became this one: what stays is kept."),
+]
 KeysBase = Annotated[str | None, typer.Option(help="The base of that build, if --base is another.")]
 TextField = Annotated[
     str | None,

@@ -7,6 +7,7 @@ bound memory, paths, and files beside a base that no stage reads are in no manif
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
@@ -39,11 +40,13 @@ def build(
     validation: Path | None = None,
     context: Context | None = None,
     until: str = "export",
+    update: Path | None = None,
 ) -> Artifact:
     """Compile a corpus into a memory under output/; return the last stage's artifact.
 
     context: where the work runs, by default in this process, how progress is shown, and how much
-    ram a process may take; until: the last stage to make, one of STAGES.
+    ram a process may take; until: the last stage to make, one of STAGES; update: the folder of a
+    build whose corpus has become this one, from which all that stays is taken.
     Raises MemdecError, in one sentence, for input or settings that cannot work.
 
     >>> from pathlib import Path
@@ -63,8 +66,8 @@ def build(
     settings = with_folders(settings, say)
     # Workers have another working directory.
     base, corpus, output = os.path.abspath(base), corpus.absolute(), output.absolute()
-    validation = validation and validation.absolute()
-    check_inputs(base, corpus, validation, output, settings.memory)
+    validation, update = validation and validation.absolute(), update and update.absolute()
+    check_inputs(base, corpus, validation, output, settings.memory, update)
     with locked(output, context.progress.say):
         hashes = Hashes(output)
         try:
@@ -77,11 +80,25 @@ def build(
             memory = with_defaults(settings.memory, base, context.progress.say)
             settings = settings.model_copy(update={"memory": memory})
         made = Build(base, corpus, validation, output, settings, context)
-        return run(made, inputs, until)
+        if update is None:
+            return run(made, inputs, until)
+        from vllm_memdec.train.stages.updating import check_old, cost, open_old
+
+        made = replace(made, old=open_old(update, STAGES))
+        check_old(made, inputs, stages())
+        last = run(made, inputs, until)
+        for line in cost(made):
+            context.progress.say(line)
+        return last
 
 
 def check_inputs(
-    base: str, corpus: Path, validation: Path | None, output: Path, settings: MemorySettings
+    base: str,
+    corpus: Path,
+    validation: Path | None,
+    output: Path,
+    settings: MemorySettings,
+    update: Path | None = None,
 ) -> None:
     """Refuse an output that the build could harm something in, before anything is touched.
 
@@ -90,7 +107,7 @@ def check_inputs(
     files = corpus_files(corpus).files
     inputs = [("--corpus", corpus), ("--validation", validation), ("--base", base)]
     inputs.append(("--init", None if settings.init == "base" else settings.init))
-    inputs.append(("--tokenizer", settings.tokenizer))
+    inputs += [("--tokenizer", settings.tokenizer), ("--update", update)]
     check_places(inputs, output)
     for stage in STAGES:
         check_ours(output / stage, stage)
@@ -183,8 +200,10 @@ def stages() -> dict[str, Callable[[Build], Stage]]:
 
 def run(build: Build, inputs: dict[str, dict[str, str]], until: str) -> Artifact:
     """Make or find every stage up to one; return that one's artifact."""
+    from vllm_memdec.train.stages.updating import updated
+
     for name, describe in stages().items():
-        stage = describe(build)
+        stage = updated(build, name, describe(build))
         try:
             build.done[name] = make_or_find(build, name, stage, inputs.get(name, {}))
         except Exception as error:
@@ -206,6 +225,8 @@ def make_or_find(build: Build, name: str, stage: Stage, inputs: dict[str, str]) 
         stage.make(work)
 
     earlier = {each: build.done[each].hash for each in stage.reads}
+    if build.old is not None and name != "export":
+        earlier["old"] = build.old[name].hash
     path, say = build.output / name, build.context.progress.say
     sources = {each: place for each in inputs if (place := origin(build.source(name, each)))}
     return build_artifact(

@@ -207,6 +207,15 @@ class ExportSettings(StageSettings):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
 
 
+class UpdateSettings(StageSettings):
+    """What `memdec build --update` trains: see training/replay.py."""
+
+    # Passes over the text that is new and over what is to be forgotten; None: memory.epochs.
+    epochs: float | None = Field(None, ge=1e-6, le=1e6)
+    replay: float = Field(0.5, ge=0, le=0.9)  # share of a step's blocks that are old ones
+    learning_rate: float = Field(0.6, ge=1e-6, le=10)  # times memory.learning_rate
+
+
 class Settings(BaseModel):
     """The settings of all stages."""
 
@@ -218,6 +227,7 @@ class Settings(BaseModel):
     targets: TargetSettings = TargetSettings()
     memory: MemorySettings = MemorySettings()
     export: ExportSettings = ExportSettings()
+    update: UpdateSettings = UpdateSettings()
 
     def changed(self, changes: dict[str, dict[str, Any]]) -> "Settings":
         """Return a copy with {stage: {name: value}} changed; MemdecError if one is wrong."""

@@ -315,6 +315,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.config = self.base.config
         # vLLM declares it for a class; here it is the base's.
         self.lora_skip_prefixes = self.base.lora_skip_prefixes  # type: ignore[misc]
+        if hasattr(base, "get_mm_mapping"):
+            self.get_mm_mapping = lambda: lora.parts_of(base)
         mapper = getattr(self.base, "hf_to_vllm_mapper", None) or WeightsMapper()
         self.hf_to_vllm_mapper = mapper | WeightsMapper(orig_to_new_prefix={"": "base."})
 

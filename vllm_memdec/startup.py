@@ -70,11 +70,6 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     check_state(base)
-    if args.enable_lora and base.supports_multimodal_inputs:
-        raise ValueError(
-            f"The base {base.model} sees images, beside which vllm-memdec does not support LoRA "
-            "yet: add --language-model-only, or start without LoRA."
-        )
     for memory in config.memories:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)

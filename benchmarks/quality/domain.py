@@ -5,7 +5,7 @@ Each part is an artifact under the domain's folder in build/quality: what is the
 
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD
 from benchmarks.corpora.jsonl import write_jsonl
+from benchmarks.quality.pair import Pair
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact, write_json
 from vllm_memdec.train.data.blocks import bos_of, pack, tokenise
 from vllm_memdec.train.data.documents import documents
@@ -49,6 +50,7 @@ class Sizes:
     interval: int = 64  # tokens between retrievals
     trial: float = 0.1  # share of a training that tries a learning rate
     epochs: float | None = None  # epochs of the memory; None: the settings file's
+    level: str = "full"  # part of the folder of what is made with these sizes
 
 
 SIZES = {
@@ -57,7 +59,19 @@ SIZES = {
         train=400_000, epochs=2
     ),  # nearly all the text there is; finance-60k takes little of it
 }
-QUICK = Sizes(3_000, 600, 600, 400, 1_500, 1_000, 0, 8, 64, 0.5, 0.5)
+QUICK = Sizes(3_000, 600, 600, 400, 1_500, 1_000, 0, 8, 64, 0.5, 0.5, "quick")
+FEWER = {"validation": 2_000, "test": 4_000, "general": 1_500, "gate": 8_000, "learnt": 4_000}
+
+
+def sizes_of(name: str, train_tokens: int | None = None) -> Sizes:
+    """Return the sizes of a domain; with fewer tokens to train on, the rest in proportion."""
+    sizes = SIZES.get(name, Sizes())
+    if train_tokens is None:
+        return sizes
+    share = train_tokens / Sizes().train
+    rest = {n: max(least, round(share * getattr(sizes, n))) for n, least in FEWER.items()}
+    level = f"{train_tokens}-tokens"
+    return replace(sizes, train=train_tokens, facts=100, level=level, epochs=None, **rest)
 
 
 def general_texts(tokenizer: Any, sizes: Sizes, use: str) -> list[list[str]]:
@@ -70,10 +84,10 @@ def general_texts(tokenizer: Any, sizes: Sizes, use: str) -> list[list[str]]:
 
 @dataclass
 class Domain:
-    """A domain, the base that systems start from, and the systems themselves, each made once."""
+    """A domain, the models that systems start from, and the systems themselves, each made once."""
 
     name: str
-    base: str
+    pair: Pair
     sizes: Sizes
     settings: Settings
     progress: Progress
@@ -85,10 +99,17 @@ class Domain:
             self.systems[kind] = kind(self)
         return self.systems[kind]
 
+    def __post_init__(self) -> None:
+        self.settings = self.pair.settings(self.settings)
+
+    @property
+    def base(self) -> str:
+        return self.pair.base
+
     @cached_property
     def folder(self) -> Path:
         name = self.name + "-and-general" * bool(self.sizes.general_train)
-        return WORK / ("quick" if self.sizes == QUICK else "full") / name
+        return self.pair.place(WORK) / self.sizes.level / name
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -145,7 +166,7 @@ class Domain:
         """The kNN targets; corpus, datastore and index lie beside them."""
         text = self.text.path
         return build(
-            self.base,
+            self.pair.key_model,
             text / "train.jsonl",
             self.folder / "build",
             self.settings,

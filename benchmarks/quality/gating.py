@@ -20,7 +20,6 @@ import argparse
 import itertools
 import json
 import os
-import random
 import shutil
 import time
 from collections.abc import Callable
@@ -34,12 +33,14 @@ from transformers import AutoTokenizer
 
 from benchmarks.common import RESULTS, provenance, replace_rows
 from benchmarks.corpora import domains
+from benchmarks.corpora.choices import CHOICES, cloze
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.client import SERVER_OPTIONS, Client
 from benchmarks.demo.client import recall as recalled
 from benchmarks.demo.texts import FULL, LEARNED, facts_of, recalled_facts
-from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts
+from benchmarks.quality.domain import SETTINGS, Domain, Sizes, general_texts, sizes_of
+from benchmarks.quality.pair import Pair
 from benchmarks.server import serve
 from benchmarks.speed.decode import Clock, decode_ms, engine
 from benchmarks.speed.engines import ENVIRONMENT
@@ -59,30 +60,10 @@ from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "gating.csv"
 PASSAGE, LINE = 128, 200  # stream: tokens of a passage at most, characters of its line at least
-QUESTIONS, CHOICES, BEFORE = 150, 4, 40  # questions of each text, answers to each, words before
+QUESTIONS = 150  # of each text
 OTHER = domains.CONTROL  # the domain that the other base was trained on
 SYSTEMS = ("base", "fixed", "gate")
 TEXTS = {"domain": "test"} | {name: name for name in domains.GENERAL}
-
-
-def cloze(texts: list[str], count: int) -> list[tuple[str, list[str]]]:
-    """Return passages that lack their last word, and words that might end them, the right first."""
-    rng = random.Random(0)
-    cut = []
-    for text in texts:
-        words = text.split()
-        for start in range(0, len(words), 2 * BEFORE):
-            last = range(start + BEFORE, min(start + 2 * BEFORE, len(words)))
-            ends = [n for n in last if words[n].isalpha() and len(words[n]) > 4]
-            if ends:
-                end = rng.choice(ends)
-                cut.append((" ".join(words[end - BEFORE : end]), words[end]))
-    cut = rng.sample(cut, min(count, len(cut)))
-    others = sorted({word for _, word in cut})
-    return [
-        (passage, [right, *rng.sample([w for w in others if w != right], CHOICES - 1)])
-        for passage, right in cut
-    ]
 
 
 class Gating:
@@ -311,10 +292,10 @@ def main() -> None:
     if not options.no_demo and not (FULL.out / "export/config.json").exists():
         parser.error("build/demo is no finished demo: run `make demo` first, or give --no-demo.")
     base, progress = smollm2(), Progress()
-    settings = load_settings(SETTINGS)
+    settings, pair = load_settings(SETTINGS), Pair("smollm2", str(base))
 
     def domain(name: str) -> Domain:
-        return Domain(name, str(base), SIZES.get(name, Sizes()), settings, progress)
+        return Domain(name, pair, sizes_of(name), settings, progress)
 
     def other() -> str:
         return domain(OTHER).system(Dapt).folder

@@ -1,12 +1,18 @@
 """What a domain's text teaches memory, kNN-LM, RAG, DAPT and LoRA, and what they forget for it.
 
     python -m benchmarks.quality.quality   # two CPU cores: about seven hours; what is there is kept
+    python -m benchmarks.quality.quality --pair qwen2.5-coder --budget paper --train-tokens 15000
+    python -m benchmarks.quality.quality --pair qwen2.5-coder --estimate   # only says how long
 
 For each domain (see domains.py) every system gets the same text. What is trained gets the same
-training FLOPs: the memory's, its pass of the base over the corpus included. Learning rates, alpha,
+training FLOPs: the memory's, its pass of the base over the corpus included, or, with --budget
+paper, those of one epoch of the base over the corpus. Learning rates, alpha,
 lambda, the retriever's k and kNN-LM's temperature are tuned on validation text. Then, on text that
 none has seen and that is no near-duplicate of what they have: perplexity on the domain, and on
 general text (what was forgotten); and fact recall, the share of the corpus's facts each completes.
+
+The pairs of base and memory are in pair.py. A base whose AdamW does not fit is trained with
+Adafactor (systems/slim.py), and rows say so. How long it takes is printed first, estimate.py.
 
 Rows go to results/quality.csv, the curves over alpha to build/quality/alpha.png, and
 `python -m benchmarks.tables --readme` puts the table into the README.
@@ -19,12 +25,15 @@ from typing import Any
 
 from benchmarks.common import RESULTS, provenance, replace_rows
 from benchmarks.corpora import domains
-from benchmarks.corpora.download import smollm2
-from benchmarks.quality.domain import QUICK, SETTINGS, SIZES, TEXTS, WORK, Domain, Sizes
+from benchmarks.quality.domain import QUICK, SETTINGS, TEXTS, WORK, Domain, sizes_of
+from benchmarks.quality.estimate import show
+from benchmarks.quality.pair import add_options, chosen, columns
 from benchmarks.quality.recall import recall
 from benchmarks.systems.base import Base
+from benchmarks.systems.finetune import Dapt
 from benchmarks.systems.memory import Memory, TokenMemory
 from benchmarks.systems.registry import SYSTEMS
+from benchmarks.systems.system import System
 from benchmarks.systems.trained import budget
 from vllm_memdec.train.model.scoring import ALPHAS, perplexity
 from vllm_memdec.train.progress import Progress
@@ -47,6 +56,7 @@ def rows_of(domain: Domain) -> list[dict[str, Any]]:
         measured[system.name] = {text: perplexity(scored[text]) for text in scored}
         domain.progress.say(f"{domain.name}, {system.name}: {measured[system.name]['test']:.2f}")
     recalled = recall(domain, systems, tuned)
+    asked = recall(domain, systems, tuned, "question")
     counts = json.loads((domain.text.path / "counts.json").read_text())
     base, base_N = measured[systems[0].name]["test"], systems[0].logprobs("test")
     return [
@@ -58,14 +68,26 @@ def rows_of(domain: Domain) -> list[dict[str, Any]]:
             **{text: round(measured[system.name][text], 3) for text in domains.GENERAL},
             "recall": round(recalled[system.name], 4) if recalled else "",
             "facts": recalled.get("facts", ""),
+            "recall_question": round(asked[system.name], 4) if asked else "",
+            "questions": asked.get("facts", ""),
             **{name: tuned[system.name].get(name, "") for name in TUNED},
             "train_tokens": domain.corpus_tokens,
             "test_tokens": len(base_N),
             "duplicates": counts["duplicates"],
             "tflop": round(budget(domain) / 1e12, 1) if system.trained else "",
+            **columns(domain.pair),
+            "optimizer": optimizer(system),
         }
         for system in systems
     ]
+
+
+def optimizer(system: System) -> str:
+    """Return what trained a system, where it was trained."""
+    if not system.trained:
+        return ""
+    slim = isinstance(system, Dapt) and system.tight
+    return "Adafactor" if slim else "AdamW"
 
 
 def curves_of(domain: Domain) -> dict[tuple[str, str], list[float]]:
@@ -111,19 +133,32 @@ def main() -> None:
     )
     parser.add_argument("--domains", nargs="+", default=list(domains.DOMAINS), metavar="NAME")
     parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
+    parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
+    parser.add_argument("--estimate", action="store_true", help="only say how long it will take")
+    add_options(parser)
     options = parser.parse_args()
     if wrong := set(options.domains) - set(domains.DOMAINS):
         parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(domains.DOMAINS)}.")
-    base = str(smollm2())
-    settings = load_settings(SETTINGS)
-    progress = Progress()
+    pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
+    made = [
+        Domain(
+            name,
+            pair,
+            QUICK if options.quick else sizes_of(name, options.train_tokens),
+            settings,
+            progress,
+        )
+        for name in options.domains
+    ]
+    hours = sum(show(domain, SYSTEMS) for domain in made)
+    print(f"in all about {hours:.1f} hours, less what is there already", flush=True)
+    if options.estimate:
+        return
     curves, rows = {}, []
     origin = provenance("torch", "transformers")
-    for name in options.domains:
-        sizes = QUICK if options.quick else SIZES.get(name, Sizes())
-        domain = Domain(name, base, sizes, settings, progress)
+    for domain in made:
         measured = [row | origin for row in rows_of(domain)]
-        curves[name] = curves_of(domain)
+        curves[domain.name] = curves_of(domain)
         rows += measured
         for row in measured:
             print(
@@ -132,8 +167,8 @@ def main() -> None:
                 f"recall {row['recall']}"
             )
         table = WORK / "quick.csv" if options.quick else TABLE
-        replace_rows(table, rows, list(domains.DOMAINS))
-    draw(curves, WORK / "alpha.png")
+        replace_rows(table, rows, list(domains.DOMAINS), ("domain", "pair", "budget"))
+    draw(curves, pair.place(WORK) / "alpha.png")
     print(json.dumps({"rows": len(rows), "csv": str(TABLE)}))
 
 

@@ -32,9 +32,9 @@ class LineReader:
 
     def _read(self, line: list[int], count: int) -> tuple[torch.Tensor, torch.Tensor]:
         if self.line != (line, count):
-            ids_1T = torch.tensor([line[:-1]])
+            ids_1T = torch.tensor([line[:-1]], device=self.model.device)
             h_nD = self.model.base_model(input_ids=ids_1T).last_hidden_state[0, -count:]
-            self.read = h_nD, head(self.model, h_nD).float().softmax(-1)
+            self.read = h_nD.cpu(), head(self.model, h_nD).float().softmax(-1).cpu()
             self.line = line, count
         return self.read
 
@@ -44,13 +44,17 @@ class Base(System):
 
     name, title = "base", "base"
 
+    @property
+    def folder(self) -> str:
+        return self.domain.base
+
     @cached_property
     def reader(self) -> LineReader:
-        return LineReader(self.domain.base)
+        return LineReader(self.folder)
 
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
-        return self.domain.scores("base", self.domain.base)
+        return self.domain.scores(self.name, self.folder)
 
     def logprobs(self, text: str) -> np.ndarray:
         return self.scores[text]

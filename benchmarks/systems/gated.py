@@ -100,9 +100,13 @@ class Gated(System):
         return self.domain.system(Memory)
 
     @cached_property
+    def base(self) -> Base:
+        return self.domain.system(Base)
+
+    @cached_property
     def artifact(self) -> Artifact:
         """The memory's gate, and its weights [rows] of every text that is scored."""
-        domain, memory, base = self.domain, self.memory.folder, self.domain.system(Base)
+        domain, memory, base = self.domain, self.memory.folder, self.base
 
         def make(work: Path) -> None:
             models = {
@@ -126,7 +130,7 @@ class Gated(System):
         inputs = {"text": domain.text.hash, "memory": model_hash(memory, "the memory")}
         inputs |= {"base": domain.base_hash, "general": general(domain, "base", domain.base).hash}
         settings = {"learnt": domain.sizes.learnt, "gate": gates.SETTINGS, "window": WINDOW}
-        return domain.artifact("gate", settings, inputs, make)
+        return domain.artifact(domain.pair.budgeted("gate"), settings, inputs, make)
 
     @cached_property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -141,7 +145,7 @@ class Gated(System):
         return {}
 
     def logprobs(self, text: str) -> np.ndarray:
-        base_N = self.domain.system(Base).logprobs(text)
+        base_N = self.base.logprobs(text)
         return mix(base_N, self.memory.scores[text], self.weights[text])
 
     @cached_property
@@ -154,7 +158,7 @@ class Gated(System):
         memory_nV = reader.p(line, n)
         sure_nF = features(reader.hidden(line, n), memory_nV.log(), position_n)
         alpha_n1 = self.gate(sure_nF)[:, None]
-        base_nV = self.domain.system(Base).next_token(prompt, line)
+        base_nV = self.base.next_token(prompt, line)
         return alpha_n1 * memory_nV + (1 - alpha_n1) * base_nV
 
     def inputs(self) -> dict[str, str]:

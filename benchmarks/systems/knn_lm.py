@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.quality.domain import TEXTS
-from benchmarks.systems.base import Base
+from benchmarks.systems.base import Base, LineReader
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact, write_json
 from vllm_memdec.train.executor.context import RAM_BUDGET
@@ -83,7 +83,7 @@ class KnnLm(System):
         domain, base = self.domain, self.domain.system(Base)
 
         def make(work: Path) -> None:
-            model = load_model(domain.base, "bfloat16")
+            model = load_model(domain.pair.key_model, "bfloat16")
             build = domain.targets.path.parent
             near = {
                 text: find_neighbours(build, model, domain.settings, *domain.blocks(text))
@@ -115,6 +115,13 @@ class KnnLm(System):
         return mix(base_N, self.scores[text], self.tuned["lambda"])
 
     @cached_property
+    def reader(self) -> LineReader:
+        """The model whose states are the keys."""
+        base = self.domain.system(Base)
+        key_model = self.domain.pair.key_model
+        return base.reader if key_model == self.domain.base else LineReader(key_model)
+
+    @cached_property
     def index(self) -> Index:
         build = self.domain.targets.path.parent
         return Index(build / "index", self.domain.settings.index.probes, RAM_BUDGET)
@@ -123,7 +130,7 @@ class KnnLm(System):
         base, settings = self.domain.system(Base), self.domain.settings
         tokens, positions = np.array([line]), np.arange(len(line))[None]
         n, key = len(line) - len(prompt), settings.datastore.key_layer
-        keys = next(embed(base.reader.model, key, tokens, positions, 1))[0][-n:]
+        keys = next(embed(self.reader.model, key, tokens, positions, 1))[0][-n:]
         near = self.index.search(keys, min(settings.targets.neighbours, len(self.index.labels)))
         weights = torch.from_numpy(neighbour_weights(*near, self.tuned["temperature"]))
         labels = torch.from_numpy(self.index.labels[near[1]].astype(np.int64))

@@ -18,7 +18,7 @@ class Memory(Trained):
     """Base + memory."""
 
     name, title = "memory", "base + memory"
-    rates, beta = (1e-3, 3e-3), 0.5
+    usual_rates, beta = (1e-3, 3e-3), 0.5
 
     @cached_property
     def cost(self) -> tuple[float, float]:

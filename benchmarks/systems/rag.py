@@ -206,11 +206,11 @@ def label_logprobs(
             ids = torch.zeros(len(batch), max_length, dtype=torch.int64)
             for i, n in enumerate(batch):
                 ids[i, : len(inputs[n])] = torch.tensor(inputs[n])
-            h_BTD = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            h_BTD = model.base_model(input_ids=ids.to(model.device), use_cache=False)[0]
             for i, n in enumerate(batch):
                 b, _, row, end = jobs[n]
                 h_ND = h_BTD[i, len(inputs[n]) - (end - row) : len(inputs[n])]
-                logits_NV = head(model, h_ND).float()
+                logits_NV = head(model, h_ND).float().cpu()
                 labels_N = torch.from_numpy(tokens[b, row + 1 : end + 1].astype(np.int64))
                 chosen_N = logits_NV.gather(1, labels_N[:, None])[:, 0]
                 logprobs_BT[b, row:end] = (chosen_N - logits_NV.logsumexp(-1)).numpy()

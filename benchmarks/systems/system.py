@@ -17,6 +17,7 @@ class System(ABC):
     trained: ClassVar[bool] = (
         False  # whether it was trained on the FLOPs that every training may take
     )
+    beside_base: ClassVar[bool] = True  # whether next_token() asks the base, too
 
     def __init__(self, domain: Domain) -> None:
         self.domain = domain
@@ -32,6 +33,10 @@ class System(ABC):
     @abstractmethod
     def next_token(self, prompt: list[int], line: list[int]) -> torch.Tensor:
         """Return p [n, V] of the n tokens by which a line is longer than its prompt."""
+
+    def release(self) -> None:
+        """Let go of the model that next_token() loaded."""
+        vars(self).pop("reader", None)
 
     def inputs(self) -> dict[str, str]:
         """Return the hashes of what next_token() depends on beside the text and fit()."""

@@ -15,7 +15,7 @@ from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.blocks import load_used
 from vllm_memdec.train.data.inputs import model_hash
-from vllm_memdec.train.model.decoder import own_config
+from vllm_memdec.train.model.decoder import memory_config
 from vllm_memdec.train.model.huggingface import load_config
 from vllm_memdec.train.model.scoring import perplexity
 from vllm_memdec.train.settings import MemorySettings
@@ -31,14 +31,14 @@ def parameters(config: Any) -> tuple[int, int]:
 
 
 def memory_cost(domain: Domain) -> tuple[float, float]:
-    """Return the FLOPs of a memory's training: before it begins (keys of the base), and a token.
+    """Return the FLOPs of a memory's training: before it begins (the keys), and a token.
 
-    Two a weight and token forward, four backward; of a frozen weight two. Attention, the search
-    and the optimiser are not counted.
+    Two a weight and token forward, four backward; of a frozen weight two. Attention, the search,
+    the optimiser and what is computed twice to save RAM are not counted.
     """
-    config = load_config(domain.base)
-    layers, _ = parameters(config)
-    small, _ = parameters(own_config(domain.settings.memory, domain.base))
+    config = memory_config(domain.settings.memory, domain.base)
+    layers, _ = parameters(load_config(domain.pair.key_model))
+    small, _ = parameters(config)
     used = len(load_used(domain.corpus, "train"))
     sampled = domain.settings.memory.sampled_negatives or config.vocab_size
     columns = min(config.vocab_size, used + sampled) * config.hidden_size
@@ -46,7 +46,9 @@ def memory_cost(domain: Domain) -> tuple[float, float]:
 
 
 def budget(domain: Domain) -> float:
-    """Return the FLOPs that each training may take: the memory's."""
+    """Return the FLOPs that each training may take: the memory's, or an epoch of the base."""
+    if domain.pair.budget == "paper":
+        return 6 * sum(parameters(load_config(domain.base))) * domain.corpus_tokens
     before, token = memory_cost(domain)
     epochs = domain.sizes.epochs or domain.settings.memory.epochs
     return before + token * epochs * domain.corpus_tokens
@@ -55,9 +57,14 @@ def budget(domain: Domain) -> float:
 class Trained(System):
     """A system with weights of its own."""
 
-    rates: ClassVar[tuple[float, ...]]  # learning rates that are tried
+    usual_rates: ClassVar[tuple[float, ...]]  # learning rates that are tried, if the pair has none
     beta: ClassVar[float] = 0.0  # weight of the KL term of the loss
     trained = True
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """The learning rates that are tried."""
+        return self.domain.pair.rates.get(self.name, self.usual_rates)
 
     @property
     @abstractmethod
@@ -88,10 +95,13 @@ class Trained(System):
         before, token = self.cost
         epochs = share * (budget(self.domain) - before) / token / self.domain.corpus_tokens
         settings = self.settings(rate, round(epochs, 4))
+        inputs = {"targets": self.domain.targets.hash, "base": self.domain.base_hash}
+        if settings.init not in ("base", self.domain.base):
+            inputs["init"] = model_hash(settings.init, "the memory's start")
         return self.domain.artifact(
-            f"{self.name}-{rate:g}-{share:g}",
+            self.domain.pair.budgeted(f"{self.name}-{rate:g}-{share:g}"),
             self.plan(settings),
-            {"targets": self.domain.targets.hash, "base": self.domain.base_hash},
+            inputs,
             lambda work: self.write(settings, work),
         )
 
@@ -102,7 +112,9 @@ class Trained(System):
         for rate in self.rates:
             short = self.train(rate, self.domain.sizes.trial)
             name = f"{self.name}-{rate:g}-trial"
-            scores = self.domain.scores(name, str(short.path), ("validation",))
+            scores = self.domain.scores(
+                self.domain.pair.budgeted(name), str(short.path), ("validation",)
+            )
             tried[rate] = perplexity(self.served(scores, "validation"))
             self.domain.progress.say(
                 f"{self.name}: learning rate {rate:g}: perplexity {tried[rate]:.3f}"
@@ -117,7 +129,7 @@ class Trained(System):
     @cached_property
     def scores(self) -> dict[str, np.ndarray]:
         """The model's own log p of the texts."""
-        return self.domain.scores(self.name, self.folder)
+        return self.domain.scores(self.domain.pair.budgeted(self.name), self.folder)
 
     @cached_property
     def reader(self) -> LineReader:

@@ -22,7 +22,8 @@ PREFIX = 70  # tokens in common: two blocks of 32 or one of 64, and a rest
 # the base knows 10 tokens and no more 0.3.
 MEAN_TOLERANCE = 5e-3
 GREEDY = {"temperature": 0, "logprobs": 5, "ignore_eos": True}
-ON_V2 = ["Granite 4", "Qwen3.5"]  # Mamba 2 and experts, a gated delta net
+# Mamba 2 and experts, a gated delta net, short convolutions, experts; test_images.py has others.
+ON_V2 = ["Granite 4", "Qwen3.5", "LFM2", "Qwen3-MoE"]
 # Those that see images have their rows from test_images.py.
 ROWS = [name for name in bases.BASES if name in base_rows.NAMES and name not in bases.MULTIMODAL]
 CHOICES = [  # arguments of a request, and the weight that they stand for
@@ -139,6 +140,7 @@ def test_what_vllm_does_not_run_on_a_cpu(name, tmp_path, engine):
         llm.generate({"prompt_token_ids": [5, 6, 7]}, use_tqdm=False)
 
 
+@pytest.mark.feature("V2 model runner")
 def test_v2(tmp_path_factory, subprocess_env):
     """CUDA's default runner, interpreted, reads these prompts in chunks of 32 tokens."""
     made = {name: save(name, tmp_path_factory.mktemp("v2"), layers=1) for name in ON_V2}

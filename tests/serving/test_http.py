@@ -11,17 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-from support import oracle
-from support.choices import (
-    ALPHAS,
-    CHOICES,
-    PLAIN,
-    PROMPT,
-    Choice,
-    beams,
-    greedy,
-    mixture,
-)
+from support import http_rows, oracle
+from support.choices import ALPHAS, PROMPT, Choice, mixture
+from support.http_rows import complete, token_ids
 
 SENTENCE = "memdec_alpha must be a number between 0 and 1"
 feature = pytest.mark.feature
@@ -43,18 +35,6 @@ def client(api):
     return openai.OpenAI(base_url=api, api_key="none", max_retries=0)
 
 
-def complete(client, models, xargs=None, **options):
-    body = {"return_tokens_as_token_ids": True}
-    if xargs is not None:
-        body["vllm_xargs"] = xargs
-    defaults = {"prompt": PROMPT, "max_tokens": 4, "temperature": 0, "logprobs": 3}
-    return client.completions.create(model=models["base"], extra_body=body, **defaults | options)
-
-
-def token_ids(names):
-    return [int(name.removeprefix("token_id:")) for name in names]
-
-
 @pytest.mark.parametrize("alpha", [None, 0, 0.3, 1.0])
 def test_completions(alpha, client, models):
     """Echoed prompt and sampled tokens have the mixture's log-probabilities."""
@@ -70,48 +50,12 @@ def test_completions(alpha, client, models):
 
 @feature("streaming")
 def test_streaming(client, models):
-    for choice in CHOICES:
-        stream = client.completions.create(
-            model=models["base"],
-            prompt=PROMPT,
-            max_tokens=12,
-            temperature=0,
-            stream=True,
-            extra_body={
-                "vllm_xargs": choice.extra_args,
-                "return_token_ids": True,
-                "ignore_eos": True,
-            },
-        )
-        parts = [chunk.choices[0].token_ids for chunk in stream if chunk.choices]
-        assert len(parts) > 2
-        assert [token for part in parts for token in part or ()] == greedy(
-            models, choice, PROMPT, 12
-        )
+    http_rows.check_streaming(client, models)
 
 
 @feature("chat completions")
 def test_chat_completions(client, models):
-    for choice in CHOICES:
-        answer = client.chat.completions.create(
-            model=models["base"],
-            messages=[{"role": "user", "content": "bagi duto mela"}],
-            max_tokens=8,
-            temperature=0,
-            logprobs=True,
-            extra_body={
-                "vllm_xargs": choice.extra_args,
-                "return_token_ids": True,
-                "ignore_eos": True,
-            },
-        ).model_dump()
-        prompt, found = answer["prompt_token_ids"], answer["choices"][0]
-        assert found["token_ids"] == greedy(models, choice, prompt, 8)
-        key_TV = mixture(models, choice, [*prompt, *found["token_ids"]])[len(prompt) - 1 : -1]
-        for entry, token, row_V in zip(
-            found["logprobs"]["content"], found["token_ids"], key_TV, strict=True
-        ):
-            assert entry["logprob"] == pytest.approx(row_V[token].item(), abs=oracle.TOLERANCE)
+    http_rows.check_chat(client, models)
 
 
 @pytest.mark.drafts
@@ -135,16 +79,9 @@ def test_drafts_over_http(drafting_server, models):
 def test_beam_search_over_http(client, models):
     """vLLM drops the request's own memory and weight: it gets the server's, or HTTP 400."""
 
-    def search(**body):
-        body |= {"use_beam_search": True, "ignore_eos": True, "return_token_ids": True}
-        return client.completions.create(
-            model=models["base"], prompt=PROMPT, max_tokens=4, temperature=0, n=2, extra_body=body
-        )
-
-    found = [choice.token_ids for choice in search().choices]
-    assert found == [ids for _, ids in beams(models, PLAIN, PROMPT, 2, 4)]
+    http_rows.check_beams(client, models)
     with pytest.raises(openai.BadRequestError, match="Beam search has the server's memory"):
-        search(vllm_xargs=Choice("bio", 1.0).extra_args)
+        http_rows.search(client, models, vllm_xargs=Choice("bio", 1.0).extra_args)
 
 
 @feature("vllm bench serve")

@@ -4,19 +4,20 @@ Real engines with tiny random models; a real `vllm serve` with the real openai c
 key is support/multimodal.py's: Hugging Face's own multimodal models in float64.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import httpx
 import openai
 import pytest
 import torch
-from support import base_rows, multimodal, oracle, soak_client, v2_process
+from support import base_rows, multimodal, oracle, soak_client, v2_process, variants
 from support.bases import CASES, Case
 from support.feature_engines import count
 from support.multimodal import image, url_of
 from support.tiny_models import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
 
 from vllm_memdec import check as checking
 from vllm_memdec.compat.attention import NarrowBuilder
@@ -77,14 +78,14 @@ def prompt_of(base, text, pictures):
     return given
 
 
-def generate(llm, base, asked, memory="on", **options):
+def generate(llm, base, asked, memory="on", lora=None, **options):
     named = {"memdec_memory": memory} if memory else {}
     params = [
         SamplingParams(**GREEDY | options, extra_args=named | {"memdec_alpha": alpha})
         for *_, alpha in asked
     ]
     prompts = [prompt_of(base, text, pictures) for text, pictures, _ in asked]
-    return llm.generate(prompts, params, use_tqdm=False)
+    return llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
 
 
 def rows_of(rows):
@@ -300,6 +301,23 @@ def test_a_hybrid(engine, bases, memories, base_row):
     base_row(ROWS[HYBRID], drafts=base_rows.drafts_of(drafts))
 
 
+@pytest.mark.feature("LoRA on the base")
+def test_an_adapter_beside_images(engine, bases, memories, tmp_path):
+    """It is on the base's language model; neither the encoder of images nor the memory has one."""
+    base, memory = bases[GEMMA], memories[GEMMA]
+    adapter = variants.adapter(base.folder, tmp_path / "adapter")
+    adapted = replace(base, folder=variants.merged(base.folder, adapter, tmp_path / "merged"))
+    options = {"enable_lora": True, "limit_mm_per_prompt": {"image": 2}}
+    with engine(base.folder, memory, 0.5, **options) as llm:
+        asked = {"memory": None, "lora": LoRARequest("a", 1, adapter), "logprobs": 3}
+        outputs = generate(llm, base, ASKED, **asked)
+        runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        managed = runner.model_runner.lora_manager._adapter_manager.modules
+    assert managed and all(name.startswith("base.language_model.") for name in managed)
+    assert max(gaps(outputs, adapted, memory, ASKED)) < oracle.TOLERANCE
+    assert max(gaps(outputs, base, memory, ASKED)) > 0.1, "no adapter would be seen"
+
+
 # -- The V2 runner --------------------------------------------------------------------------------
 
 V2_ASKED = [*ASKED, ("MARK kipo", [0], None)]  # None: the default, which is off for images
@@ -366,12 +384,12 @@ def plain(engine, bases):
 
 
 @pytest.fixture(scope="module")
-def server(bases, memories, subprocess_env, tmp_path_factory, plain):
+def server(bases, memories, forked, tmp_path_factory, plain):
     """Yield a server with a memory that is on for requests with images, and one that is off."""
     log = tmp_path_factory.mktemp("server") / "log"
     server = soak_client.Server(
         {"base": bases[GEMMA].folder},
-        subprocess_env,
+        forked,
         log,
         block=settings(memories[GEMMA]),
         options=["--limit-mm-per-prompt", '{"image": 2}', "--num-gpu-blocks-override", "400"],

@@ -1,13 +1,11 @@
 """Several memories in one server: mixed batches, what is not run, memories unlike the base."""
 
-import json
 import math
 import random
-from pathlib import Path
 
 import pytest
 import torch
-from support import oracle
+from support import oracle, variants
 from vllm.forward_context import set_forward_context
 
 pytestmark = pytest.mark.usefixtures("hostile")
@@ -246,7 +244,8 @@ def prompt_rows(llm, extra=None, lora=None):
     """Return the rows of one prompt, every token of the vocabulary in them."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, extra_args=extra)
+    asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": -1, "detokenize": False}
+    sampling = SamplingParams(**asked, extra_args=extra)
     prompt = {"prompt_token_ids": list(range(5, 105))}
     [output] = llm.generate(prompt, sampling, use_tqdm=False, lora_request=lora)
     return rows(output)
@@ -257,7 +256,12 @@ def caches(llm):
     return {str(layer.kv_cache.dtype) for layer in context.values()}
 
 
+# vLLM: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
+FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+
+
 @pytest.mark.feature("memory with its own KV-cache dtype")
+@pytest.mark.skipif(not FP8, reason="vLLM has no fp8 KV cache on a CPU without AVX-512")
 def test_memory_with_its_own_kv_cache_dtype(base, folders, engine):
     """An fp8 KV cache for the memory alone: each is what it is by itself in plain vLLM."""
     with engine(base) as llm:
@@ -275,44 +279,12 @@ def test_memory_with_its_own_kv_cache_dtype(base, folders, engine):
         assert apart(prompt_rows(llm), memory_alone) > oracle.TOLERANCE, "8 bits show"
 
 
-def quantised(folder, target):
-    """Write a copy with int8 weights, one scale a row: W8A8 of compressed-tensors."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(folder, target)
-    tensors = load_file(target / "model.safetensors")
-    for name in [n for n in tensors if n.endswith("proj.weight")]:
-        weight = tensors[name]
-        scale = weight.abs().amax(1, keepdim=True) / 127
-        tensors[name] = (weight / scale).round().to(torch.int8)
-        tensors[f"{name}_scale"] = scale
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((target / "config.json").read_text())
-    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    activations = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token"}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": weights | {"dynamic": False},
-                "input_activations": activations | {"dynamic": True},
-            }
-        },
-    }
-    (target / "config.json").write_text(json.dumps(config))
-    return str(target)
-
-
 @pytest.fixture(scope="module")
 def int8(base, folders, tmp_path_factory):
     """Return the base and a memory with int8 weights."""
     folder = tmp_path_factory.mktemp("int8")
-    return quantised(base, folder / "base"), quantised(folders["law"], folder / "memory")
+    models = {"base": base, "memory": folders["law"]}
+    return tuple(variants.quantised(models[name], folder / name) for name in models)
 
 
 def has_scales(model):
@@ -359,10 +331,10 @@ def greedy_answers(llm, lora=None):
 @pytest.mark.feature("quantised memory")
 @pytest.mark.feature("memory with its own KV-cache dtype")
 def test_drafting_changes_no_quantised_answer(int8, engine):
-    """int8 weights on both sides, and an fp8 KV cache for the memory."""
-    answers = []
+    """int8 weights on both sides, and an fp8 KV cache for the memory where vLLM has one."""
+    answers, kv_cache_dtype = [], "fp8" if FP8 else "auto"
     for tokens in (0, 3, "auto"):
-        memory = {"model": int8[1], "alpha": 0.5, "kv_cache_dtype": "fp8"}
+        memory = {"model": int8[1], "alpha": 0.5, "kv_cache_dtype": kv_cache_dtype}
         block = memory | {"speculative_tokens": tokens}
         with engine(int8[0], block, disable_log_stats=False) as llm:
             assert has_scales(composite(llm).base) and has_scales(composite(llm).memory0)
@@ -374,28 +346,14 @@ def test_drafting_changes_no_quantised_answer(int8, engine):
 
 @pytest.fixture(scope="module")
 def adapter(base, tmp_path_factory):
-    """Return a folder with a LoRA adapter of the base, in PEFT's format, and random weights."""
-    from safetensors.torch import save_file
-
-    folder = tmp_path_factory.mktemp("lora")
-    config = json.loads(Path(base, "config.json").read_text())
-    hidden, inner, rank = config["hidden_size"], config["intermediate_size"], 4
-    torch.manual_seed(5)
-    shapes = {"self_attn.q_proj": (hidden, hidden), "mlp.down_proj": (hidden, inner)}
-    tensors = {}
-    for layer in range(config["num_hidden_layers"]):
-        for name, (out, into) in shapes.items():
-            key = f"base_model.model.model.layers.{layer}.{name}"
-            tensors[f"{key}.lora_A.weight"] = torch.randn(rank, into) * 0.2
-            tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank) * 0.2
-    save_file(tensors, folder / "adapter_model.safetensors")
-    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none"}
-    settings |= {"target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
-    (folder / "adapter_config.json").write_text(json.dumps(settings))
-    return str(folder)
+    """Return the folder of a LoRA adapter of the base."""
+    return variants.adapter(base, tmp_path_factory.mktemp("lora"))
 
 
-@pytest.mark.feature("LoRA on the base", note="adapters touch the base alone")
+@pytest.mark.feature(
+    "LoRA on the base",
+    note="adapters touch the base alone; vLLM on a CPU has none beside experts",
+)
 def test_lora_on_the_base(base, folders, adapter, engine):
     """alpha 0 is the base with its adapter, alpha 1 the memory without one."""
     from vllm.lora.request import LoRARequest

@@ -254,8 +254,6 @@ def test_models_of_other_kinds(start, pair, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="The memory .* is multimodal, .* a text decoder"):
         start(pair[0], {"model": str(tmp_path), "alpha": 0.5})
-    with pytest.raises(ValueError, match="does not support LoRA yet: add --language-model-only"):
-        start(str(tmp_path), {"model": pair[1], "alpha": 0.5}, enable_lora=True)
 
 
 @pytest.mark.feature("encoder-decoder base", refused="only decoders are mixed")

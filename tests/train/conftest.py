@@ -59,7 +59,8 @@ def quick():
 
     def make(changes: dict | None = None) -> dict:
         made = {
-            s: values | (changes or {}).get(s, {}) for s, values in ({"index": {}} | QUICK).items()
+            s: values | (changes or {}).get(s, {})
+            for s, values in ({"index": {}, "update": {}} | QUICK).items()
         }
         if "init" in made["memory"]:  # a folder keeps its own layers
             del made["memory"]["layers"]
@@ -200,11 +201,13 @@ def build(quick):
         def say(self, line):
             self.lines.append(line)
 
-    def make(base, corpus, output, changes=None, validation=None, until="export") -> list[str]:
+    def make(
+        base, corpus, output, changes=None, validation=None, until="export", update=None
+    ) -> list[str]:
         progress = Listening()
         progress.lines = []
         settings = parse_settings(quick(changes))
-        run(base, corpus, output, settings, validation, Context(progress), until)
+        run(base, corpus, output, settings, validation, Context(progress), until, update)
         return progress.lines
 
     return make

@@ -43,7 +43,7 @@ def test_facts_of_the_corpus_are_found(built):
     base, build = built
     places = Places(build / "corpus")
     rows = np.arange(places.first_rows[-1])
-    block_N, document_N = places.places(rows)[0], places.documents(rows)
+    block_N, document_N = places.labels(rows)[0], places.documents(rows)
     blocks = [len(set(block_N[document_N == n])) for n in range(60)]
     asked = [fact for fact, n in zip(facts(60), blocks, strict=True) if n == 1][::5]
     assert len(asked) > 5

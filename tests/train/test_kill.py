@@ -98,6 +98,27 @@ def test_killed_in_every_stage(tiny_model, tmp_path, command, build, english, js
     assert not list(broken.output.glob("*.partial")) and not list(broken.output.rglob("*.tmp"))
 
 
+def test_an_update_killed_in_its_stages(
+    tiny_model, tmp_path, command, build, english, jsonl, hashes
+):
+    """What is copied, filled, unlearnt and learnt goes on where it was."""
+    texts, base = english(60), tiny_model("gpt2")
+    old, undisturbed = tmp_path / "old", tmp_path / "undisturbed"
+    build(base, jsonl(tmp_path / "old.jsonl", texts), old, SETTINGS)
+    corpus = jsonl(tmp_path / "new.jsonl", texts[5:] + english(10, seed=3))
+    settings = SETTINGS | {"update": {"epochs": 4.0}}
+    build(base, corpus, undisturbed, settings, update=old)
+    broken = command(base, corpus, settings, "broken")
+    broken.options["--update"] = old
+    for stage in ("datastore", "targets", "memory"):
+        kill_in_the_middle(broken, stage)
+        assert_in_the_middle(broken.output, stage, undisturbed)
+    code, said = broken.run()
+    assert code == 0 and "memory: resuming at step" in said, said
+    assert hashes(broken.output) == hashes(undisturbed)
+    assert not list(broken.output.rglob("gone")) and not list(broken.output.rglob("*.tmp"))
+
+
 def test_ctrl_c_stops_with_a_word(tiny_model, tmp_path, command, english, jsonl):
     memdec = command(tiny_model("llama"), jsonl(tmp_path / "corpus.jsonl", english(60)), SETTINGS)
     err = kill_in_the_middle(memdec, "datastore", signal.SIGINT)

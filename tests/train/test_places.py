@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import readers
 from vllm_memdec.train.data.blocks import load_blocks, tokenise, valid_rows
 from vllm_memdec.train.data.places import Places
@@ -129,6 +131,10 @@ def test_names_change_no_hash_and_a_build_without_them_has_numbers(
     for path in (tmp_path / "one/corpus/logs").iterdir():
         path.unlink()
     assert Places(tmp_path / "one/corpus").name(0) is None
+    shutil.copytree(tmp_path / "one/corpus", tmp_path / "earlier")
+    (tmp_path / "earlier/texts-train.npy").unlink()
+    with pytest.raises(MemdecError, match="does not know its documents, an earlier release"):
+        Places(tmp_path / "earlier")
     lines = build(
         tiny_model("llama"), tmp_path / "one.jsonl", tmp_path / "one", BLOCKS, until="corpus"
     )

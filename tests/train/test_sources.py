@@ -28,12 +28,13 @@ UNSAFE = "Warranty <script>alert('1 & 2')</script> of [bold] any <b>kind</b>, ei
 def document_rows(places, least):
     """Return the rows of a document of some length, from its first on, that are in one block."""
     document_N = places.documents(np.arange(places.first_rows[-1]))
-    block_N, column_N = places.places(np.arange(len(document_N)))
+    block_N, column_N = places.labels(np.arange(len(document_N)))
     for document in range(1, document_N.max()):
         rows = np.flatnonzero(document_N == document)
         rows = rows[block_N[rows] == block_N[rows[0]]]
-        starts = places.positions[int(block_N[rows[0]])][column_N[rows[0]]] == 0
-        if starts and column_N[rows[0]] > 0 and len(rows) >= least:
+        before = column_N[rows[0]] - 1  # its first token, which is no label
+        starts = before > 0 and places.positions[int(block_N[rows[0]])][before] == 0
+        if starts and len(rows) >= least:
             return rows
     raise AssertionError("no document fits")
 

@@ -5,6 +5,8 @@ predicted once. Positions restart at 0 with every document. Where a tokenizer pu
 every text (BOS), a block that continues a document has it before the token that it shares: so a
 base reads it as it reads any request.
 
+Beside them stands the number of each token's document, and of each document a digest of its text.
+
 A token that is not predicted is marked: a document has ~id in its place, a block ~position. So a
 block that continues a document begins with BOS at ~0, the shared token at ~1.
 """
@@ -148,6 +150,40 @@ def pack(
     return np.concatenate(tokens), np.concatenate(positions)
 
 
+class Owners:
+    """Documents on their way into blocks, and then which of them each token of a block is of."""
+
+    def __init__(self, documents: Iterable[np.ndarray], bos: int | None) -> None:
+        self.documents, self.bos = documents, bos
+        self.ends: list[int] = []  # of the documents from `first` on, in the stream of their tokens
+        self.first = self.read = self.placed = 0
+        self.last = -1
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for document in self.documents:
+            self.read += len(begun(document, self.bos))
+            self.ends.append(self.read)
+            yield document
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """Return the number of each token's document [blocks, T+1] int32, of the next blocks.
+
+        -1 stands for what fills the last block.
+        """
+        own = unshared(positions, self.placed == 0)
+        place = np.arange(self.placed, self.placed + own.sum())
+        passed = np.searchsorted(np.array(self.ends, np.int64), place, side="right")
+        owner = np.empty(positions.shape, np.int32)
+        owner[own] = np.where(passed < len(self.ends), self.first + passed, -1)
+        before = np.r_[np.int32(self.last), owner[:-1, -1]]  # whose last token is shared
+        for column in (0, 1):
+            owner[:, column] = np.where(own[:, column], owner[:, column], before)
+        self.placed, self.last = self.placed + len(place), int(owner[-1, -1])
+        done = min(int(passed[-1]), len(self.ends) - 1)  # the last document is asked for again
+        self.first, self.ends = self.first + done, self.ends[done:]
+        return owner
+
+
 def valid_rows(positions: np.ndarray) -> np.ndarray:
     """Return a mask [blocks, T]: does (t, t+1) lie within one document, and is t+1 predicted?"""
     return positions[:, 1:] == unmarked(positions[:, :-1]) + 1
@@ -174,6 +210,11 @@ def load_blocks(corpus: Path, split: str) -> tuple[Sharded, Sharded]:
         for kind in ("tokens", "positions")
     )
     return tokens, positions
+
+
+def load_texts(corpus: Path, split: str) -> np.ndarray:
+    """Return digest and number of tokens of each document of a split [documents, 2] uint64."""
+    return load_array(corpus / f"texts-{split}.npy")
 
 
 def load_rows(corpus: Path, split: str) -> np.ndarray:

@@ -7,6 +7,8 @@ from pathlib import Path
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.ownership import read_object
 
+BLOCKS = ("tokens", "positions", "documents")  # arrays [blocks, T+1] of a corpus, in shards
+
 
 def numbered(names: Iterable[str], count: int) -> Iterator[str]:
     """Yield NAME-00000.npy, NAME-00001.npy, ... of each name."""
@@ -19,10 +21,10 @@ def corpus_files(work: Path) -> Iterator[str]:
     yield "corpus.json"
     facts = read_object(work / "corpus.json") or {}
     for split in ("train", "validation"):
-        yield from (f"rows-{split}.npy", f"used-{split}.npy")
+        yield from (f"rows-{split}.npy", f"used-{split}.npy", f"texts-{split}.npy")
         if split in facts:
             count = -(-facts[split]["blocks"] // facts["shard_blocks"])
-            yield from numbered((f"tokens-{split}", f"positions-{split}"), count)
+            yield from numbered((f"{kind}-{split}" for kind in BLOCKS), count)
 
 
 def n_shards(corpus: Path) -> int:

@@ -46,3 +46,22 @@ def split_lengths(
     taken = np.clip(cut - (np.cumsum(own) - own), 0, lengths)[first_ones][text]
     # One token alone predicts nothing: it goes with the rest of its document.
     return np.where(taken > 1, taken, 0)
+
+
+def split_as_before(
+    lengths: np.ndarray, texts: np.ndarray, train: np.ndarray, held_out: np.ndarray, fraction: float
+) -> np.ndarray:
+    """Return what split_lengths() does, for a corpus that changes one whose split is known.
+
+    train, held_out: digest and tokens of the documents before, [documents, 2] uint64. What was on
+    one side stays there: a memory has learnt it, or has not. Others are held out up to the highest
+    digest that was.
+    """
+    whole = held_out[~np.isin(held_out[:, 0], train[:, 0]), 0]
+    short = lengths <= min(LARGEST_SHARE * fraction, 0.6) * lengths.sum() / 2
+    low = texts <= whole.max() if len(whole) else np.zeros(len(texts), bool)
+    out = ~np.isin(texts, train[:, 0]) & (np.isin(texts, held_out[:, 0]) | (low & short))
+    taken = np.where(out, 0, lengths)
+    for digest_of, tokens in train[np.isin(train[:, 0], held_out[:, 0])].tolist():  # that are cut
+        taken[texts == digest_of] = tokens
+    return taken

@@ -267,9 +267,14 @@ class Keys:
             return load_shard(self.datastore, "keys", shard)
         return self.compute(shard)[0]
 
-    def compute(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (keys [rows, D] fp16, labels [rows] int32) of a shard, from the base."""
-        tokens, positions = (array.shard(shard) for array in load_blocks(self.corpus, "train"))
+    def compute(self, shard: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return (keys [rows, D] fp16, labels [rows] int32) of a shard, from the base.
+
+        first: the block of the shard to begin with.
+        """
+        tokens, positions = (
+            array.shard(shard)[first:] for array in load_blocks(self.corpus, "train")
+        )
         batches = embed(
             self.model, self.settings.key_layer, tokens, positions, self.settings.batch_blocks
         )

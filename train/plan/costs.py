@@ -157,7 +157,7 @@ class CostModel:
         # The command itself imports, too, what its workers do.
         seconds = rates.prepare + rates.start + 2 * rates.first + rates.map
         seconds += tokens * rates.tokenise / self.side_by_side
-        return self.stage("corpus", seconds, 8 * tokens, rates.process_bytes)
+        return self.stage("corpus", seconds, 12 * tokens, rates.process_bytes)
 
     def datastore(self) -> Stage:
         rates, kept = self.rates, self.settings.datastore.keep_keys

@@ -24,6 +24,7 @@ from vllm_memdec.train.model.kinds import check_base
 from vllm_memdec.train.plan.costs import OVERHEADS, CostModel, Stage
 from vllm_memdec.train.plan.probes import count_tokens, probe_rates
 from vllm_memdec.train.plan.rates import GPUS, UTILISATION, Rates, base_parameters, on_gpu
+from vllm_memdec.train.plan.recall import sentence
 from vllm_memdec.train.progress import Progress, human_seconds
 from vllm_memdec.train.settings import Settings
 
@@ -43,6 +44,7 @@ class Plan:
     stages: list[Stage]
     sizes: dict[int, list[Stage]]
     rates: Rates
+    facts: str = ""  # how many facts stick, in a sentence
 
 
 def plan(
@@ -100,7 +102,8 @@ def plan(
 
     sizes = {n: job(n, None).stages() for n in TABLE}
     mine = job(total, held_out)
-    return Plan(total, hardware, workers, gpus, mine.stages(), sizes, mine.rates)
+    facts = sentence(settings.memory.epochs)
+    return Plan(total, hardware, workers, gpus, mine.stages(), sizes, mine.rates, facts)
 
 
 def human_bytes(count: float) -> str:
@@ -148,6 +151,8 @@ def show(plan: Plan, console: Console) -> None:
         parts.add_row(f"{tokens:.0e}", *spent)
     console.print(sizes)
     console.print(parts)
+    if plan.facts:
+        console.print(plan.facts)
 
 
 def gpu_hours(stage: Stage, gpus: int) -> float:

@@ -14,7 +14,7 @@ block's content does not depend on how the text was divided.
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,10 +28,9 @@ from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.blocks import (
     SPLITS,
     bos_of,
-    packed,
+    load_texts,
     tokenise,
     unmarked,
-    valid_rows,
 )
 from vllm_memdec.train.data.completeness import check_there, numbered
 from vllm_memdec.train.data.documents import canonical, fields_of, pieces, read_rows
@@ -45,7 +44,7 @@ from vllm_memdec.train.data.shards import (
     shard_path,
     unfinished,
 )
-from vllm_memdec.train.data.splits import digest, split_lengths
+from vllm_memdec.train.data.splits import digest, split_as_before, split_lengths
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.huggingface import (
     check_positions,
@@ -54,6 +53,7 @@ from vllm_memdec.train.model.huggingface import (
 )
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import CorpusSettings
+from vllm_memdec.train.stages.packing import in_blocks, listing, write_blocks, write_changed
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
 TOKENISED = ("tokens", "texts", "groups", "places", "lengths")  # arrays of a piece
@@ -109,12 +109,15 @@ def build_corpus(
     validation: Path | None,
     work: Path,
     context: Context,
+    old: Path | None = None,
 ) -> None:
-    """Write tokens-SPLIT and positions-SPLIT in shards of blocks [blocks, T+1] int32.
+    """Write tokens-SPLIT, positions-SPLIT and documents-SPLIT in shards, [blocks, T+1] int32.
 
     Beside them rows-SPLIT.npy, the valid rows of each block, used-SPLIT.npy, the tokens that occur,
-    and corpus.json. Without a validation path documents are held out by a digest of their text, or
-    of the field that settings.group names; a corpus of too few documents gives its last blocks.
+    texts-SPLIT.npy, digest and tokens of each document, and corpus.json. Without a validation path
+    documents are held out by a digest of their text, or of the field that settings.group names; a
+    corpus of too few documents gives its last blocks. old: a corpus whose blocks stay where their
+    documents do, see changes.py; what was held out of it is held out again.
     """
     from vllm_memdec.checkpoint import tokenizer_fingerprint
 
@@ -147,14 +150,34 @@ def build_corpus(
             f"{corpus} has {lengths.sum()} tokens, less than one block of {settings.block_tokens} "
             "to train on and one to hold out: give more text or lower corpus.block_tokens."
         )
-    if validation is None:
-        taken = split_lengths(
-            lengths,
-            train.digests("texts"),
-            train.digests("groups"),
-            settings.validation_fraction,
-            settings.block_tokens,
+    digests = train.digests("texts")
+    if old is not None and not np.isin(load_texts(old, "train")[:, 0], digests).any():
+        raise MemdecError(
+            f"no document of {old.parent} is in {corpus} any more: build afresh, without --update."
         )
+    if validation is None:
+        taken = (
+            split_lengths(
+                lengths,
+                digests,
+                train.digests("groups"),
+                settings.validation_fraction,
+                settings.block_tokens,
+            )
+            if old is None
+            else split_as_before(
+                lengths,
+                digests,
+                load_texts(old, "train"),
+                load_texts(old, "validation"),
+                settings.validation_fraction,
+            )
+        )
+        if old is not None and (lengths - taken).sum() < settings.block_tokens + 1:
+            raise MemdecError(
+                f"of what {old.parent} held out too little is left to tune alpha on: build afresh, "
+                "without --update."
+            )
         if not taken.any():
             raise MemdecError(
                 f"{corpus} repeats itself: without its copies it is too short to train on and to "
@@ -169,9 +192,15 @@ def build_corpus(
             "train": train.parts(taken, first=True),
             "validation": train.parts(taken, first=False),
         }
+        texts_of = {"train": (digests, taken), "validation": (digests, lengths - taken)}
     else:
         taken = lengths
         documents = {"train": train.documents(), "validation": held_out.documents()}
+        others = np.concatenate([part.copy() for part in held_out.lengths()])
+        texts_of = {
+            "train": (digests, lengths),
+            "validation": (held_out.digests("texts"), others),
+        }
     counts: dict[str, Any] = {
         "block_tokens": settings.block_tokens,
         "shard_blocks": settings.shard_blocks,
@@ -179,7 +208,12 @@ def build_corpus(
     }
     ends = tokenizer.eos_token_id, bos_of(tokenizer)
     for name in SPLITS:
-        counts[name] = write_blocks(documents[name], settings, ends, name, work, context.progress)
+        listed = listing(*texts_of[name])
+        how = settings, ends, name, work, context.progress
+        if old is not None and name == "train":
+            counts |= write_changed(documents[name], listed, *how, old)
+        else:
+            counts[name] = write_blocks(in_blocks(documents[name], settings, ends), listed, *how)
     if validation is not None:
         equal = np.isin(held_out.digests("texts"), train.digests("texts"))
         counts["validation"]["equal_documents"] = int(equal.sum())
@@ -254,14 +288,15 @@ class Tokenised:
 
     def save_places(self, text: Path, chosen: np.ndarray, work: Path) -> None:
         """Write where the chosen documents, a mask, stood in the files of the text."""
-        chosen_by_piece = np.split(chosen, np.cumsum([len(part) for part in self.lengths()])[:-1])
-        counts: dict[str, int] = {}
-        for file, mask in zip(self.files, chosen_by_piece, strict=True):
-            name = os.path.relpath(file, text.parent)
-            counts[name] = counts.get(name, 0) + int(mask.sum())
-        places = (load_shard(self.folder, "places", number) for number in self.numbers)
-        masked = (part[mask] for part, mask in zip(places, chosen_by_piece, strict=True))
-        save_places(work, list(counts.items()), masked)
+        names = list(dict.fromkeys(os.path.relpath(file, text.parent) for file in self.files))
+        numbers = {name: number for number, name in enumerate(names)}
+        of_piece = [numbers[os.path.relpath(file, text.parent)] for file in self.files]
+        file = np.repeat(of_piece, [len(part) for part in self.lengths()])
+        places = np.concatenate(
+            [load_shard(self.folder, "places", number).copy() for number in self.numbers]
+        )
+        where = np.stack([file, places], axis=1)[chosen]
+        save_places(work, names, where, self.digests("texts")[chosen])
 
 
 def tokenise_pieces(
@@ -304,55 +339,6 @@ def read_layout(folder: Path) -> list[list[Any]] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def write_blocks(
-    documents: Iterable[np.ndarray],
-    settings: CorpusSettings,
-    ends: tuple[int, int | None],
-    name: str,
-    work: Path,
-    progress: Progress,
-) -> dict[str, int]:
-    """Pack documents into shards of blocks; return counts for corpus.json.
-
-    ends: the end-of-text token, which fills the last block, and what documents begin with, if any.
-    """
-    counts = {"tokens": 0, "documents": 0}
-
-    def counted() -> Iterator[np.ndarray]:
-        for document in documents:
-            counts["tokens"] += len(document)
-            counts["documents"] += 1
-            yield document
-
-    rows, used = [np.zeros(0, np.int32)], np.zeros(0, bool)  # used: does a token occur?
-    per_shard = settings.shard_blocks
-    for shard, (tokens, positions) in enumerate(
-        packed(counted(), settings.block_tokens, ends[0], per_shard, ends[1])
-    ):
-        rows.append(valid_rows(positions).sum(axis=1, dtype=np.int32))
-        used = np.pad(used, (0, max(0, int(tokens.max()) + 1 - len(used))))
-        used[tokens] = True
-        for kind, array in (("tokens", tokens), ("positions", positions)):
-            if not (path := shard_path(work, f"{kind}-{name}", shard)).exists():
-                save_array(path, array)
-    if counts["tokens"] < settings.block_tokens + 1:
-        raise MemdecError(
-            f"the {name} text has {counts['tokens']} tokens, less than one block of "
-            f"{settings.block_tokens}: give more text or lower corpus.block_tokens."
-        )
-    row_counts = np.concatenate(rows)
-    if not row_counts.any():
-        raise MemdecError(
-            f"nothing of the {name} text is predicted: give it chats in which the assistant "
-            "answers, or set corpus.loss_on to all."
-        )
-    save_array(work / f"rows-{name}.npy", row_counts)
-    save_array(work / f"used-{name}.npy", np.flatnonzero(used).astype(np.int32))
-    n_blocks = len(row_counts)
-    progress.say(f"corpus: {counts['tokens']:,} tokens of {name} text in {n_blocks:,} blocks")
-    return counts | {"blocks": n_blocks, "rows": int(row_counts.sum())}
-
-
 def stage(build: Build) -> Stage:
     """Return how the corpus is made."""
     settings = build.settings.corpus.model_dump()
@@ -366,7 +352,8 @@ def stage(build: Build) -> Stage:
 
     def make(work: Path) -> None:
         text = build.corpus, build.validation
-        build_corpus(build.settings.corpus, build.base, *text, work, build.context)
+        old = None if build.old is None else build.old["corpus"].path
+        build_corpus(build.settings.corpus, build.base, *text, work, build.context, old)
 
     remedy = f"{OTHERS}, or give --ray-address none, which takes one worker,"
     return Stage(settings, (), make, completeness.corpus_files, remedy)

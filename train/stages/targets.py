@@ -236,7 +236,7 @@ class Searcher:
         results = meanwhile(self.index.search_all(meanwhile(queries()), k))
         done, parts = 0, []
         for (shard, rows), (distances, ids) in zip(batches, results, strict=True):
-            own, threshold = np.arange(rows.start, rows.stop), self.settings.min_probability
+            own, threshold = self.own(rows), self.settings.min_probability
             neighbours = (distances, ids, own, self.index.labels)
             parts.append(sparse_targets(*neighbours, self.used, self.temperature, threshold))
             if rows.stop == self.starts[shard + 1]:
@@ -244,6 +244,10 @@ class Searcher:
                 parts = []
             done += len(rows)
         return done
+
+    def own(self, rows: range) -> np.ndarray:
+        """Return the id in the index of each row, which is no neighbour of itself."""
+        return np.arange(rows.start, rows.stop)
 
     def shard_keys(self, shard: int) -> np.ndarray:
         """Return the keys of a shard [rows, D] fp16; those of one are kept."""
@@ -300,10 +304,11 @@ def build_targets(
     index: Index,
     work: Path,
     context: Context,
+    kind: type[Searcher] = Searcher,
 ) -> None:
     """Write offsets-N.npy, ids-N.npy, probs-N.npy, labels-N.npy of each shard, and targets.json."""
     progress, executor = context.progress, context.executor
-    searcher = Searcher(settings, keys, index, work)
+    searcher = kind(settings, keys, index, work)
     check_width(searcher.neighbours, index.nprobe, executor)
     starts = searcher.starts
     if not (work / "targets.json").exists():  # else shards were made with its temperature

@@ -67,6 +67,7 @@ from vllm_memdec.train.training.parallel import (
     unreduced,
     whole,
 )
+from vllm_memdec.train.training.replay import Replay, new_batches
 from vllm_memdec.train.training.steps import (
     add_gradients,
     autocast_to,
@@ -93,11 +94,17 @@ class Training:
     corpus: Path
     targets: Path
     work: Path
+    replay: Replay | None = None  # of an update
+
+    @property
+    def batches(self) -> Batches:
+        """Return what the steps are made of."""
+        return new_batches(self.settings, self.corpus, self.targets, self.replay)
 
     def __call__(self, world: World) -> None:
         """Train from the last checkpoint to the end; rank 0 writes weights, config and logs/."""
         settings, logs = self.settings, self.work / LOGS
-        batches = Batches(settings, self.corpus, self.targets)
+        batches = self.batches
         base_N = self.base_logprobs(batches.block_tokens, world)
         path = agreed(newest(self.work), world)
         memory = build_memory(settings, self.base, batches.block_tokens, path is not None)
@@ -256,14 +263,16 @@ class Training:
 
         All processes have as many; of some the last is empty.
         """
-        blocks = batches.blocks(step)
-        mine = blocks[world.rank :: world.size]
         blocks_set = self.settings.micro_batch_blocks
         n = blocks_at_once(
             blocks_set, batches.block_tokens, default_device(), trained_tokens(default_device())
         )
-        passes = -(-len(blocks) // world.size)  # blocks of the process that has most
-        return [mine[start : start + n] for start in range(0, passes, n)]
+        micros = []
+        for blocks in batches.alike(batches.blocks(step)):
+            mine = blocks[world.rank :: world.size]
+            passes = -(-len(blocks) // world.size)  # blocks of the process that has most
+            micros += [mine[start : start + n] for start in range(0, passes, n)]
+        return micros
 
 
 def seconds_since(moment: float) -> float:
@@ -278,6 +287,7 @@ def train_memory(
     targets: Path,
     work: Path,
     context: Context,
+    replay: Replay | None = None,
 ) -> None:
     """Write the trained memory (weights and config), and logs/ with metrics and a loss curve."""
     progress, executor = context.progress, context.executor
@@ -287,7 +297,8 @@ def train_memory(
         for name in SCRATCH:
             (work / name).unlink(missing_ok=True)
         return
-    batches = Batches(settings, corpus, targets)
+    training = Training(settings, base, corpus, targets, work, replay)
+    batches = training.batches
     steps, fed = batches.steps, batches.size
     if fed < (workers := executor.workers()):
         progress.say(
@@ -303,7 +314,7 @@ def train_memory(
         advance(done, done_before=True)
         with stop_file(work) as stop:
             with followed(logs / METRICS, advance):
-                executor.train(Training(settings, base, corpus, targets, work), work)
+                executor.train(training, work)
             asked = stop.exists()
     stopped = asked and not (work / "config.json").exists()
     metrics = read_metrics(logs / METRICS)

@@ -96,6 +96,14 @@ class Batches:
         """Return the permutation of the blocks of an epoch."""
         return np.random.default_rng([self.seed, epoch]).permutation(len(self.tokens))
 
+    def alike(self, blocks: np.ndarray) -> list[np.ndarray]:
+        """Return the blocks of a step in parts, in each of which all are learnt in one way."""
+        return [blocks]
+
+    def beta(self, blocks: np.ndarray, beta: float) -> float:
+        """Return the weight of KL in the loss of some blocks; beta: as it is set."""
+        return beta
+
     def step_seed(self, step: int) -> int:
         """Return the seed of a step's random numbers, so that a resumed run draws the same."""
         return int(np.random.SeedSequence([self.seed, 2, step]).generate_state(1)[0])

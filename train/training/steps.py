@@ -61,10 +61,11 @@ def memory_loss(
     settings: MemorySettings,
     scale: float,
     alone: bool,
+    beta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy.
 
-    alone: no other process waits for the gradients.
+    alone: no other process waits for the gradients; beta: in place of the settings'.
     """
     tokens, positions, places, labels, targets = batch
     with autocast_to(settings.dtype, tokens.device):
@@ -75,7 +76,7 @@ def memory_loss(
         layer.weight,
         candidates.rank(labels),
         SparseRows(targets.offsets, candidates.rank(targets.token), targets.probability),
-        settings.beta,
+        settings.beta if beta is None else beta,
         bias_V=getattr(layer, "bias", None),
         transform=logits_transform(memory.config),
         columns=candidates.columns,
@@ -100,7 +101,7 @@ def add_gradients(
     """
     batch = batches.load(blocks, default_device())
     batches.expect(following, default_device())
-    alone = type(module) is Spread
-    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone)
+    alone, beta = type(module) is Spread, batches.beta(blocks, settings.beta)
+    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone, beta)
     loss.backward()
     return sums

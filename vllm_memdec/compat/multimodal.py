@@ -37,7 +37,7 @@ SIGNATURES = {
     f"{INTERFACES}:SupportsMRoPE.get_mrope_input_positions": "self input_tokens mm_features",
 }
 ATTRIBUTES = {
-    f"{INTERFACES}:SupportsMultiModal": "requires_raw_input_tokens",
+    f"{INTERFACES}:SupportsMultiModal": "requires_raw_input_tokens supports_tower_connector_lora",
     "vllm.config:ModelConfig": "architectures supports_multimodal_inputs uses_mrope",
 }
 # What runners call or read of a model that sees images, beside what they ask of every model.
@@ -45,6 +45,8 @@ ASKED = (
     "embed_multimodal",
     "mm_prefix_clamp_sliding_window",
     "requires_sequential_video_encoding",
+    "supports_tower_connector_lora",
+    "get_mm_lora_token_counts",
     *(
         name
         for interface in (SupportsMRoPE, SupportsMultiModalPruning, SupportsEncoderCudaGraph)
