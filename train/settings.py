@@ -29,6 +29,14 @@ Model = TypeVar("Model", bound=BaseModel)
 # The defaults where a memory starts from trained weights (arXiv 2508.09874).
 PRETRAINED: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 15.0}
 
+# Settings of a memory that are for one value of another setting; and those that came later.
+ONLY_FOR = {
+    "mixture_alpha": ("objective", "mixture"),
+    "mixture_ramp": ("objective", "mixture"),
+    "muon_learning_rate": ("optimizer", "muon"),
+}
+LATER = ("objective", "optimizer", "average_fraction")
+
 
 class StageSettings(BaseModel):
     """The settings of one stage; a subclass names each with its range."""
@@ -127,6 +135,18 @@ class MemorySettings(StageSettings):
     # Layers kept of the base, or made fresh; None: 4, or as many as a base with fewer has.
     layers: int | None = Field(None, ge=1, le=1 << 10)
     beta: float = Field(0.5, ge=0, le=1)  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
+    # What is learnt from a row's label: its likelihood in the memory, or in the mixture with the
+    # base, so that a row that the base predicts well counts less. The datastore keeps the base's.
+    objective: Literal["cross_entropy", "mixture"] = "cross_entropy"
+    # The memory's weight in that mixture, and the share of the steps over which it takes the place
+    # of cross-entropy, which an untrained memory needs.
+    mixture_alpha: float = Field(0.5, ge=0.01, le=0.99)
+    mixture_ramp: float = Field(0.5, ge=0, le=1)
+    # Muon for the matrices of the layers, AdamW for all else; or AdamW for all.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_learning_rate: float = Field(0.02, ge=1e-9, le=1)
+    # The share of the steps, at the end, whose weights are averaged and exported; 0: the last ones.
+    average_fraction: float = Field(0.0, ge=0, le=1)
     # Two defaults for init base, a folder without weights, or an adapted one; else see PRETRAINED.
     epochs: float = Field(20.0, ge=1e-6, le=1e6)
     learning_rate: float = Field(1e-3, ge=1e-9, le=1)
@@ -157,6 +177,22 @@ class MemorySettings(StageSettings):
     def _uses_what_it_is_given(self) -> Self:
         if self.early_stop and not self.evaluate_steps:
             raise ValueError("memory.early_stop needs memory.evaluate_steps: set that as well.")
+        for name, (other, value) in ONLY_FOR.items():
+            if self._given(name) and getattr(self, other) != value:
+                raise ValueError(
+                    f"memory.{name} is for memory.{other} {value}: set that as well, or leave it "
+                    "out."
+                )
+        if self.optimizer == "muon" and self.parallel == "shard":
+            raise ValueError(
+                "memory.optimizer muon needs whole matrices, and memory.parallel shard cuts them: "
+                "set memory.parallel to replicate, or memory.optimizer to adamw."
+            )
+        if self.average_fraction and self.early_stop:
+            raise ValueError(
+                "memory.average_fraction exports the mean of the last weights, memory.early_stop "
+                "the best: leave one of them out."
+            )
         if self.layers is not None and self.init != "base":
             raise ValueError(
                 f"memory.layers cuts the base, but memory.init {self.init} keeps all its layers: "
@@ -192,6 +228,15 @@ class MemorySettings(StageSettings):
         while size < 512 and blocks >= 2 * size * 1000:
             size *= 2
         return size
+
+    def recorded(self) -> dict[str, Any]:
+        """Return all settings but unused ones that came later: hashes stay as they were."""
+        settings = self.model_dump()
+        for name in LATER:
+            if settings[name] == type(self).model_fields[name].default:
+                for unused in (name, *(n for n, (other, _) in ONLY_FOR.items() if other == name)):
+                    settings.pop(unused)
+        return settings
 
     def pretrained(self) -> Self:
         """Return a copy with the defaults for a memory that starts from trained weights."""
