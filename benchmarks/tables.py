@@ -233,6 +233,31 @@ def context() -> str:
     )
 
 
+def ablation() -> str:
+    """Return what each arm gave at the same training FLOPs, and at half of them."""
+    rows = read(RESULTS / "ablation.csv")
+    if not rows:
+        return "not measured\n"
+    titles = ["domain, tokens", "arm", "training TFLOP", "epochs", "memory alone"]
+    return grid(
+        [*titles, "base + memory (alpha)", "hard tokens", "healed once, TFLOP", "wall"],
+        [
+            [
+                f"{row['domain']}, {int(row['train_tokens']):,} (base {float(row['base']):.1f})",
+                row["title"],
+                f"{float(row['tflop']):.1f}",
+                f"{float(row['epochs']):.1f}",
+                f"{float(row['memory']):.1f}",
+                f"{float(row['mixture']):.2f} ({float(row['alpha']):.2f})",
+                f"{float(row['hard']):.3f}",
+                f"{float(row['seed_tflop']):.0f}" if row["seed_tflop"] else "",
+                f"{float(row['seconds']):.0f} s",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def demo() -> str:
     """Return what the demo measured."""
     systems = ("base", "memory", "base + memory", "kNN-LM")
@@ -305,6 +330,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "features": features,
     "bases": bases,
     "quality": quality,
+    "ablation": ablation,
     "gating": gating,
     "context": context,
     "latency": latency,

@@ -46,7 +46,6 @@ from vllm_memdec.kernels.rows import (
 )
 
 TARGETS = 128  # targets of a row that a program reads at once
-FAR = tl.constexpr(80.0)  # e to it is a float32, and one by it is nothing
 NOTHING = -1e30  # the logarithm of a probability of 0, which may be taken from itself
 # Elements of one group of rows on the CPU: 4 MB in float32, far from too large for a cache. Smaller
 # groups lose more to calls and thread barriers than they win by a faster cache.
@@ -173,7 +172,8 @@ def _loss_kernel(
     tl.store(ce + n, entropy)
     weight = 1 - beta  # of the label
     if odds is not None:
-        weight *= 1 - share + share / (1 + tl.exp(tl.minimum(entropy + tl.load(odds + n), FAR)))
+        # e to 80 is a float32 still, and one by it is nothing.
+        weight *= 1 - share + share / (1 + tl.exp(tl.minimum(entropy + tl.load(odds + n), 80.0)))
     mass = 0.0
     divergence = 0.0
     for start in range(first, last, TARGETS):
@@ -234,7 +234,7 @@ def _sparse_kl_torch(
     mass_N = torch.zeros_like(kl_N).index_add_(0, row, p).mul_(beta)
 
     peak_N, total_N, weight_N = (torch.empty_like(kl_N) for _ in range(3))
-    odds_N = None if mixture is None else mixture.odds()
+    odds_N, share = (None, 0.0) if mixture is None else (mixture.odds(), mixture.share)
     step = max(1, GROUP // V)
     for part in (slice(start, start + step) for start in range(0, N, step)):
         z = logits_NV[part].to(torch.float32, copy=True)  # overwritten below
@@ -248,9 +248,8 @@ def _sparse_kl_torch(
         peak_N[part], total_N[part] = peak_P1[:, 0], total_P1[:, 0]
         ce_N[part] = total_N[part].log() - (label_logit_N[part] - peak_N[part])
         weight_N[part] = 1 - beta  # of the label
-        if mixture is not None:
-            own_P = torch.sigmoid(-ce_N[part] - odds_N[part])
-            weight_N[part] *= 1 - mixture.share + mixture.share * own_P
+        if odds_N is not None:
+            weight_N[part] *= 1 - share + share * torch.sigmoid(-ce_N[part] - odds_N[part])
         out_NV[part] = z.mul_((mass_N[part] + weight_N[part])[:, None] / total_P1)
 
     label_x_N, x = label_logit_N - peak_N, x - peak_N[row]

@@ -6,7 +6,7 @@ bound memory, paths, and files beside a base that no stage reads are in no manif
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vllm_memdec.errors import MemdecError
@@ -181,9 +181,14 @@ def stages() -> dict[str, Callable[[Build], Stage]]:
     return {name: module.stage for name, module in zip(STAGES, modules, strict=True)}
 
 
-def run(build: Build, inputs: dict[str, dict[str, str]], until: str) -> Artifact:
-    """Make or find every stage up to one; return that one's artifact."""
-    for name, describe in stages().items():
+def run(
+    build: Build,
+    inputs: dict[str, dict[str, str]],
+    until: str,
+    described: Mapping[str, Callable[[Build], Stage]] | None = None,
+) -> Artifact:
+    """Make or find every stage up to one, of `described` or of a build; return its artifact."""
+    for name, describe in (described or stages()).items():
         stage = describe(build)
         try:
             build.done[name] = make_or_find(build, name, stage, inputs.get(name, {}))

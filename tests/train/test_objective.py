@@ -175,3 +175,17 @@ def test_settings_that_do_not_go_together(memory, sentence):
     with pytest.raises(MemdecError) as error:
         parse_settings({"memory": memory})
     assert str(error.value).startswith(sentence)
+
+
+def test_a_plan_counts_what_is_kept(mixture, memdec_here, quick, tmp_path):
+    """And trains on it for some steps, as the build will."""
+    config, report = tmp_path / "settings.yaml", tmp_path / "plan.json"
+    config.write_text(json.dumps(quick({"memory": MIXTURE})))
+    words = ("--base", mixture.base, "--corpus", mixture.corpus, "--config", config)
+    code, _, said = memdec_here("plan", *words, "--ray-address", "none", "--json", report)
+    assert code == 0, said
+    stages = {stage["name"]: stage for stage in json.loads(report.read_text())["stages"]}
+    for name, within in (("datastore", 0.1), ("targets", 0.4)):  # headers are not planned
+        files = json.loads((mixture.output / name / "manifest.json").read_text())["files"]
+        kept = sum(entry["bytes"] for entry in files.values())
+        assert stages[name]["disk"] == pytest.approx(kept, rel=within), name
