@@ -14,7 +14,7 @@ from benchmarks.quality.ablation import ARMS, Ablation, Healing, write_rows
 from benchmarks.quality.domain import Sizes
 from benchmarks.systems.trained import budget
 from vllm_memdec.kernels import sparse_kl
-from vllm_memdec.train.data.blocks import valid_rows
+from vllm_memdec.train.data.blocks import unmarked, valid_rows
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import parse_settings
@@ -80,9 +80,9 @@ def test_hard_tokens_are_those_to_which_the_base_gives_little(make):
     for name, place in (("base", ours.domain.base), ("memory", folder)):
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
         ids = torch.from_numpy(tokens[:, :-1].astype(np.int64))
-        where = torch.from_numpy(np.where(mask, positions[:, :-1], 0).astype(np.int64))
+        where = torch.from_numpy(unmarked(positions.astype(np.int64))[:, :-1])
         with torch.no_grad():
-            logp = model(input_ids=ids, position_ids=where).logits.float().log_softmax(-1)
+            logp = model(input_ids=ids, position_ids=where, use_cache=False).logits.log_softmax(-1)
         labels = torch.from_numpy(tokens[:, 1:].astype(np.int64))
         p[name] = logp.gather(2, labels[..., None])[..., 0].exp().numpy()[mask]
     hard = p["base"] < 0.1
