@@ -316,6 +316,6 @@ class Keys:
             tokens,
             positions,
             self.settings.batch_blocks,
-            scored,
+            scored=scored,
         )
         return tuple(map(np.concatenate, zip(*batches, strict=True)))
