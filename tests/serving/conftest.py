@@ -6,12 +6,11 @@ And the table of bases: `--bases FILE` writes what tests noted of each, see base
 
 import contextlib
 import csv
-import gc
 import os
 import sys
 
 import pytest
-from support import base_rows
+from support import base_rows, forked_serve, quick_engines
 
 ENGINE_ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -35,7 +34,15 @@ def inspect_here():
 
 
 @pytest.fixture(scope="session")
-def engine():
+def quick_starts():
+    """Let the engines of this process share what only the first of them needs to do."""
+    with pytest.MonkeyPatch.context() as patch:
+        quick_engines.install(patch)
+        yield
+
+
+@pytest.fixture(scope="session")
+def engine(quick_starts):
     """Return a context manager that yields an LLM and frees it: engine(base, memory, alpha).
 
     In place of one memory's folder `memory` may be a whole memdec block.
@@ -57,7 +64,9 @@ def engine():
             "seed": 0,
             "enforce_eager": True,
             "disable_log_stats": True,
+            **quick_engines.KV_CACHE,
         }
+        quick_engines.settle()
         with pytest.MonkeyPatch.context() as patch:
             # Users without a GPU run the PyTorch path; the interpreter would take minutes here.
             patch.setattr(interpolate, "INTERPRETED", False)
@@ -67,8 +76,6 @@ def engine():
             finally:
                 # The process groups stay: vLLM reuses them for the next engine of a process.
                 llm.llm_engine.engine_core.shutdown()
-                del llm
-                gc.collect()
 
     return start
 
@@ -106,13 +113,29 @@ def long_models(tiny_model):
 
 
 @pytest.fixture(scope="session")
-def server(long_models, subprocess_env, tmp_path_factory):
+def server_env(subprocess_env):
+    """Return the environment of a server."""
+    # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
+    return subprocess_env | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+
+
+@pytest.fixture(scope="session")
+def forked(server_env):
+    """Yield a function that runs `vllm WORDS` in a fork, for servers of soak_client.py."""
+    launcher = forked_serve.Launcher(server_env)
+    try:
+        yield launcher.start
+    finally:
+        launcher.stop()
+
+
+@pytest.fixture(scope="session")
+def server(long_models, server_env, tmp_path_factory):
     """Yield the server that test_http.py asks and test_soak.py fills, and kills at its end."""
     from support import soak_client
 
-    server = soak_client.Server(
-        long_models, subprocess_env, tmp_path_factory.mktemp("server") / "log"
-    )
+    start, log = soak_client.start(server_env), tmp_path_factory.mktemp("server") / "log"
+    server = soak_client.Server(long_models, start, log)
     try:
         yield server.wait()
     finally:
@@ -120,12 +143,12 @@ def server(long_models, subprocess_env, tmp_path_factory):
 
 
 @pytest.fixture(scope="session", params=[3, "auto"])
-def drafting_server(request, long_models, subprocess_env, tmp_path_factory):
+def drafting_server(request, long_models, forked, tmp_path_factory):
     """Yield a server whose memories draft."""
     from support import soak_client
 
     log = tmp_path_factory.mktemp("server") / "log"
-    server = soak_client.Server(long_models, subprocess_env, log, drafts=request.param)
+    server = soak_client.Server(long_models, forked, log, drafts=request.param)
     try:
         yield server.wait()
     finally:

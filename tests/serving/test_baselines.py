@@ -110,7 +110,8 @@ def test_knn_lm_equals_brute_force(tiny_model, engine, compiled, kind, datastore
     prompts = [tokenizer(text)["input_ids"][:30] for text in texts]
     prompts += oracle.prompts(3, 3, 30, 1000)
     knn = knn_engine.KNN(str(build), LAMBDA, WIDE, NEIGHBOURS, probes=1)
-    params = SamplingParams(max_tokens=4, temperature=0, logprobs=-1, prompt_logprobs=-1)
+    asked = {"logprobs": -1, "prompt_logprobs": -1, "detokenize": False}
+    params = SamplingParams(max_tokens=4, temperature=0, **asked)
     with engine(base, **knn.options(base)) as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     moved = worst = 0.0

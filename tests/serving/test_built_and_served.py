@@ -33,7 +33,7 @@ def alone(llm, prompts):
     """Return log-probabilities [T-1, V] of what follows each token of each prompt."""
     from vllm import SamplingParams
 
-    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1)
+    params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
     return [
         torch.tensor([[row[i].logprob for i in range(len(row))] for row in o.prompt_logprobs[1:]])
@@ -51,9 +51,7 @@ def alone(llm, prompts):
     ],
     ids=["Qwen3-MoE", "Qwen3.5, multimodal", "Gemma 3, multimodal"],
 )
-def test_built_and_served(
-    write, name, dtype, memory_type, tmp_path, engine, subprocess_env, monkeypatch
-):
+def test_built_and_served(write, name, dtype, memory_type, tmp_path, engine, forked, monkeypatch):
     """The base is what vLLM serves alone, the memory what transformers has in float64."""
     from vllm_memdec.train.cli import app
 
@@ -78,7 +76,7 @@ def test_built_and_served(
     block = {"model": str(memory), "alpha": ALPHA, "dtype": "float32"}
     server = soak_client.Server(
         {"base": str(base)},
-        subprocess_env,
+        forked,
         tmp_path / "log",
         block=block,
         options=["--dtype", dtype, "--num-gpu-blocks-override", "400"],

@@ -52,6 +52,7 @@ def test_each_rank_answers_for_itself(models, subprocess_env):
         "dtype": "float32",
         "enforce_eager": True,
         "max_num_seqs": 8,
+        "num_gpu_blocks_override": 100,
         "disable_log_stats": False,
         "seed": 0,
     }

@@ -1,8 +1,9 @@
 """Bases with a state beside attention: exactness, a cache that is too small, and what is refused.
 
-test_bases.py asks every hybrid for its mixtures; here two of them are compared with plain vLLM.
+test_bases.py asks every hybrid for its mixtures; here three of them are compared with plain vLLM.
 """
 
+import functools
 import random
 
 import pytest
@@ -15,7 +16,8 @@ from vllm.distributed.parallel_state import destroy_model_parallel
 
 from vllm_memdec.startup import kept_state
 
-EXACT = ["Falcon-H1", "LFM2"]  # Mamba 2 beside attention in a layer, short convolutions
+# Mamba 2 beside attention in a layer, short convolutions, a gated delta net: only in bfloat16.
+EXACT = ["Falcon-H1", "LFM2", "Qwen3.5"]
 SHORT = {"block_size": 32, "max_model_len": 256, "max_num_batched_tokens": 64}
 
 
@@ -42,16 +44,15 @@ def saved(tmp_path_factory):
             folders[name] = str(tmp_path_factory.mktemp("hybrid"))
             bases.save(name, folders[name])
         how = bases.CASES.get(name, bases.Case())
-        assert how.dtype == "float32"
-        return folders[name], SHORT | how.options
+        return folders[name], {"dtype": how.dtype} | SHORT | how.options
 
     return save
 
 
 # -- Exactness ------------------------------------------------------------------------------------
 
-# Weight 0 and no memory are the base, weight 1 is the memory.
-ENDS = [Choice("law", 0.0), Choice("law", 1.0), Choice("none"), Choice("bio", 0.0)]
+# Weight 0 and no memory are the base, weight 1 is the memory, and 0.3 lies between the two.
+ENDS = [Choice("law", 0.0), Choice("law", 1.0), Choice("none"), Choice("law", 0.3)]
 PROMPTS = oracle.prompts(len(ENDS), 20, 90, 990)  # in chunks of up to 64 tokens of a batch
 
 
@@ -73,17 +74,28 @@ def everything(llm, choices=None):
 
 @pytest.fixture(scope="module")
 def memory_alone(models, engine):
-    """Return what plain vLLM answers with the memory."""
-    with engine(models["law"], **SHORT) as llm:
-        return everything(llm)
+    """Return a function that asks plain vLLM with the memory in a dtype, once."""
+
+    @functools.cache
+    def ask(dtype):
+        with engine(models["law"], dtype=dtype, **SHORT) as llm:
+            return everything(llm)
+
+    return ask
+
+
+def prompt_rows(tables, number):
+    """Return the log-probabilities [T, V] of a prompt's rows, which all models were asked for."""
+    return tables[number][1][: len(PROMPTS[number]) - 1]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_the_ends_are_base_and_memory(name, saved, models, engine, memory_alone):
+def test_a_mixture_is_that_of_what_plain_vllm_gives(name, saved, models, engine, memory_alone):
     """Without a memory's weight plain vLLM of the base bit for bit, at 1 the memory alone."""
     base, options = saved(name)
     with engine(base, **options) as llm:
         plain, size = everything(llm), llm.llm_engine.vllm_config.cache_config.block_size
+    memory = memory_alone(options["dtype"])
     with engine(base, memdec_block(models), **options) as llm:
         config = llm.llm_engine.vllm_config
         assert config.cache_config.block_size == size, "prompts would be read in other chunks"
@@ -94,14 +106,21 @@ def test_the_ends_are_base_and_memory(name, saved, models, engine, memory_alone)
         mixed = everything(llm, ENDS)
     for number, choice in enumerate(ENDS):
         tokens, rows_TV = mixed[number]
-        same_tokens, same_TV = (memory_alone if choice.alpha == 1 else plain)[number]
-        assert tokens == same_tokens
         if choice.alpha == 1:
-            key_TV = oracle.log_probs(models["law"], tokens)[:-1]
-            for wanted_TV in (same_TV, key_TV):
-                assert (rows_TV - wanted_TV).abs().max() < oracle.TOLERANCE
+            assert tokens == memory[number][0]
+            assert (rows_TV - memory[number][1]).abs().max() < oracle.TOLERANCE
+            if options["dtype"] == "float32":
+                key_TV = oracle.log_probs(models["law"], tokens)[:-1]
+                assert (rows_TV - key_TV).abs().max() < oracle.TOLERANCE
+        elif choice.alpha:
+            own_TV, base_TV = prompt_rows(memory, number), prompt_rows(plain, number)
+            share = torch.tensor(choice.alpha, dtype=torch.float64)
+            key_TV = torch.logaddexp(own_TV + share.log(), base_TV + (1 - share).log())
+            error = (prompt_rows(mixed, number) - key_TV).abs().max()
+            assert error < oracle.TOLERANCE
         else:
-            assert torch.equal(rows_TV, same_TV), choice
+            assert tokens == plain[number][0]
+            assert torch.equal(rows_TV, plain[number][1]), choice
 
 
 # -- A cache that is too small --------------------------------------------------------------------

@@ -366,12 +366,12 @@ def plain(engine, bases):
 
 
 @pytest.fixture(scope="module")
-def server(bases, memories, subprocess_env, tmp_path_factory, plain):
+def server(bases, memories, forked, tmp_path_factory, plain):
     """Yield a server with a memory that is on for requests with images, and one that is off."""
     log = tmp_path_factory.mktemp("server") / "log"
     server = soak_client.Server(
         {"base": bases[GEMMA].folder},
-        subprocess_env,
+        forked,
         log,
         block=settings(memories[GEMMA]),
         options=["--limit-mm-per-prompt", '{"image": 2}', "--num-gpu-blocks-override", "400"],

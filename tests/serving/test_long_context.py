@@ -185,7 +185,7 @@ def test_128k(model, engine):
     memory = model("plain", seed=1, **long)
     [prompt] = oracle.prompts(1, 40_000, 40_000, 1000)
     asked = {"temperature": 0, "max_tokens": 3, "ignore_eos": True, "detokenize": False}
-    with engine(base, memory) as llm:
+    with engine(base, memory, kv_cache_memory_bytes=1 << 27) as llm:
         assert llm.llm_engine.model_config.max_model_len == 4 * native
         [output] = llm.generate(
             [{"prompt_token_ids": prompt}], SamplingParams(logprobs=5, **asked), use_tqdm=False

@@ -246,7 +246,8 @@ def prompt_rows(llm, extra=None, lora=None):
     """Return the rows of one prompt, every token of the vocabulary in them."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=-1, extra_args=extra)
+    asked = {"max_tokens": 1, "temperature": 0, "prompt_logprobs": -1, "detokenize": False}
+    sampling = SamplingParams(**asked, extra_args=extra)
     prompt = {"prompt_token_ids": list(range(5, 105))}
     [output] = llm.generate(prompt, sampling, use_tqdm=False, lora_request=lora)
     return rows(output)

@@ -30,7 +30,7 @@ def test_alpha_zero_is_the_base_bit_for_bit(kind, dtype, tiny_model, engine):
     base, memory = tiny_model(kind), tiny_model("llama", seed=1, hidden=96, layers=3)
     prompts = oracle.prompts(4, 1, 8, 1000)
     options = {"dtype": dtype, "logprobs_mode": "raw_logits"}
-    asked = {"max_tokens": 3, "logprobs": -1, "prompt_logprobs": -1}
+    asked = {"max_tokens": 3, "logprobs": -1, "prompt_logprobs": -1, "detokenize": False}
     with engine(base, **options) as llm:
         plain = generate(llm, prompts, **asked)
     with engine(base, memory, **options) as llm:
@@ -61,7 +61,7 @@ def test_the_weight_survives_half_precision(dtype, tiny_model, engine):
     import torch
 
     base, memory = tiny_model("llama"), tiny_model("llama", seed=1, hidden=96, layers=3)
-    asked = {"max_tokens": 1, "logprobs": -1, "prompt_logprobs": -1}
+    asked = {"max_tokens": 1, "logprobs": -1, "prompt_logprobs": -1, "detokenize": False}
     with engine(base, memory, dtype=dtype, logprobs_mode="raw_logits") as llm:
         values = {}
         for alpha in (0.0, 0.3, 1.0):

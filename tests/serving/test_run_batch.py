@@ -4,7 +4,7 @@ import asyncio
 import json
 
 import pytest
-from support import choices
+from support import choices, quick_engines
 from support.choices import CHOICES
 
 MISPLACED = {
@@ -55,6 +55,7 @@ def test_each_line_is_obeyed_or_refused(models, tmp_path):
     )
     settings = {"memdec": choices.memdec_block(models)}
     options = ["--dtype", "float32", "--enforce-eager", "--max-num-seqs", "16"]
+    options += ["--kv-cache-memory-bytes", str(quick_engines.KV_CACHE["kv_cache_memory_bytes"])]
     files = ["-i", tmp_path / "in.jsonl", "-o", tmp_path / "out.jsonl", "--model", models["base"]]
     given = ["--model-impl", "memdec", "--additional-config", json.dumps(settings)]
     parser = run_batch.make_arg_parser(FlexibleArgumentParser())

@@ -370,6 +370,7 @@ def test_killed_while_compiling(tiny_model, subprocess_env, tmp_path):
     block = {"model": memory, "alpha": 0.5}
     engine = {"model": base, "model_impl": "memdec", "additional_config": {"memdec": block}}
     engine |= {"dtype": "float32", "max_num_seqs": 4, "max_model_len": 256}
+    engine |= {"num_gpu_blocks_override": 100}
     job = {"llm": engine, "alphas": alphas, "prompt": prompt}
     command = [sys.executable, "-c", GENERATE, json.dumps(job)]
 

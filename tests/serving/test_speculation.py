@@ -313,7 +313,7 @@ def test_samples_follow_the_mixture(engine, tiny_model, monkeypatch):
 
     models = tuple(tiny_model("llama", seed=s, vocab=SMALL, spread=0.6) for s in (3, 4))
     block = {"model": models[1], "alpha": 0.5, "speculative_tokens": 2}
-    with engine(models[0], block, max_num_seqs=512) as llm:
+    with engine(models[0], block, max_num_seqs=512, kv_cache_memory_bytes=1 << 28) as llm:
         for temperature, top_p in itertools.product((0.7, 1.0), (1.0, 0.8)):
             found = chi_square(drawn(llm, temperature, top_p), expected(models, temperature, top_p))
             assert found[0] < 4 and found[1] == 0, (temperature, top_p, found)

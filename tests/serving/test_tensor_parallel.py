@@ -65,6 +65,7 @@ def test_two_ranks_answer_like_one(tiny_model, engine, subprocess_env):
             "dtype": "float32",
             "enforce_eager": True,
             "max_num_seqs": 16,
+            "num_gpu_blocks_override": 100,
             "disable_log_stats": True,
         },
         "sampling": SAMPLING,

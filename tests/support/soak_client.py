@@ -46,24 +46,32 @@ def chosen(xargs):
     return name, xargs.get("memdec_alpha", ALPHAS[name])
 
 
-class Server:
-    """A running `vllm serve` with both memories, which may draft, or with those of a block."""
+def start(env):
+    """Return a function that runs `vllm WORDS` as a user does, in an environment."""
 
-    def __init__(self, models, env, log, drafts=0, block=None, options=()):
+    def run(words, log):
+        with log.open("w") as out:
+            return psutil.Popen(["vllm", *words], env=env, stdout=out, stderr=out)
+
+    return run
+
+
+class Server:
+    """A running `vllm serve` with both memories, which may draft, or with those of a block.
+
+    start: a function that runs `vllm WORDS` with a log, and returns the process.
+    """
+
+    def __init__(self, models, start, log, drafts=0, block=None, options=()):
         self.drafts = drafts
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url, self.log, self.model = f"http://127.0.0.1:{port}", log, models["base"]
-        # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
-        env = env | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
         block = (block or memdec_block(models)) | {"speculative_tokens": drafts}
         given = ["--model-impl", "memdec", "--additional-config", json.dumps({"memdec": block})]
         given += ["--port", str(port), *options]
-        with log.open("w") as out:
-            self.process = psutil.Popen(
-                ["vllm", "serve", self.model, *OPTIONS, *given], env=env, stdout=out, stderr=out
-            )
+        self.process = start(["serve", self.model, *OPTIONS, *given], log)
 
     def wait(self):
         """Wait until it answers; fail if it ends instead."""

@@ -1,12 +1,11 @@
 """Engines on the V2 runner, one after the other, in the process that v2_script.py made ready."""
 
-import gc
 import json
 import traceback
 from contextlib import nullcontext
 
 import pytest
-from support import recorded_graphs
+from support import quick_engines, recorded_graphs
 from support.emulation import Captured, Hostile, Log, no_wait, watch
 from vllm import LLM, SamplingParams
 from vllm.multimodal.utils import fetch_image
@@ -42,17 +41,16 @@ def run(job, log):
     """Return what a job asks for, or the error that ended its engine."""
     recorded_graphs.begin(job["graphs"])
     log.steps = []
+    quick_engines.settle()
     llm = None
     try:
-        llm = LLM(**job["llm"])
+        llm = LLM(**quick_engines.KV_CACHE | job["llm"])
         return generate(llm, job, log)
     except Exception:
         return {"error": traceback.format_exc()}
     finally:
         if llm is not None:
             llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
 
 
 def generate(llm, job, log):
@@ -96,5 +94,6 @@ def main(jobs):
     recorded_graphs.install()
     log = Log()
     with pytest.MonkeyPatch.context() as patch:
+        quick_engines.install(patch)
         watch(patch, Hostile(), Captured(), log)
         print(json.dumps([run(job, log) for job in json.loads(jobs)]))

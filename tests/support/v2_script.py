@@ -22,6 +22,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
 import triton.language as tl
+from support import interpreter
 from triton.backends import Backend, backends
 from triton.backends.driver import DriverBase
 from triton.language.extra import libdevice
@@ -65,6 +66,7 @@ def with_bool_mask(function):
 # Of CUDA's library the interpreter knows the names alone; samples of refused drafts need this one.
 libdevice.log1p = lambda x: tl.log(1 + x)
 InterpreterBuilder.create_masked_store = with_bool_mask(InterpreterBuilder.create_masked_store)
+interpreter.install()
 
 if __name__ == "__main__":
     from support.v2_engines import main  # imports vLLM, which now finds all of the above

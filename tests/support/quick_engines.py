@@ -1,0 +1,31 @@
+"""Engines one after the other in a process, without what only the first of them needs.
+
+Most of the seconds of a tiny engine's start were neither the engine nor its answers. vLLM collects
+garbage seven times a start and stop, each time among all objects of all imported modules; it writes
+zeros into the whole KV cache; and it looks through every module for kernels to replace.
+"""
+
+import functools
+import gc
+
+import pytest
+
+KV_CACHE = {"kv_cache_memory_bytes": 1 << 26}  # of LLM: thousands of tokens of a tiny model
+
+
+def install(patch: pytest.MonkeyPatch) -> None:
+    """Let engines of this process keep what settle() froze, and replace vLLM's kernels once."""
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    once = functools.cache(platform.register_triton_kernel_overrides)
+    patch.setattr(platform, "register_triton_kernel_overrides", staticmethod(once))
+    patch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # it would go before KV_CACHE
+    for name in ("freeze", "unfreeze"):
+        patch.setattr(gc, name, lambda: None)
+
+
+def settle(freeze=gc.freeze) -> None:
+    """Before an engine: what is alive, modules above all, no collection looks at again."""
+    gc.collect()
+    freeze()
