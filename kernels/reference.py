@@ -94,8 +94,9 @@ def sparse_kl_reference(
         label = ce
         if mixture is not None:
             base_N, alpha, share = mixture
-            likelihood = (1 - alpha) * base_N[n].double().exp() + alpha * (-ce).exp()
-            label = (1 - share) * ce - share * likelihood.log()
+            # In log space, because probabilities below 1e-308 would be lost.
+            parts = base_N[n].double() + math.log(1 - alpha), math.log(alpha) - ce
+            label = (1 - share) * ce - share * torch.logaddexp(*parts)
         grad_NV[n] = torch.autograd.grad(beta * kl + (1 - beta) * label, logits_V)[0]
         kl_N[n], ce_N[n] = kl.detach(), ce.detach()
     return kl_N, ce_N, grad_NV
