@@ -39,7 +39,7 @@ def test_defaults_are_within_their_ranges_and_every_number_has_one():
                 low, high = limits(field)
                 assert field.default is None or low <= field.default <= high, name
                 numbers += 1
-    assert numbers == 27
+    assert numbers == 31
 
 
 @pytest.mark.parametrize(
