@@ -263,6 +263,8 @@ def test_the_old_quantiser_is_kept(corpora, done, build, tmp_path):
         ("nothing left", "no document of .* is in .* any more: build afresh"),
         ("held out", "held out too little is left to tune alpha on: build afresh"),
         ("group", "--update cannot be used with corpus.group: build afresh"),
+        ("keys", "--update cannot be used with datastore.keep_keys false: build afresh"),
+        ("mixture", "--update cannot be used with memory.objective mixture: build afresh"),
         ("inside", "lies inside --update .*: choose a folder outside"),
     ],
 )
@@ -275,12 +277,14 @@ def test_what_cannot_be_updated_is_refused(
         shutil.rmtree(old / "memory")
     if what == "base":
         base = tiny_model("llama", seed=3)
-    if what in ("settings", "neighbours", "epochs", "group"):
+    if what in ("settings", "neighbours", "epochs", "group", "keys", "mixture"):
         changes = {
             "settings": {"corpus": {"block_tokens": 16}},
             "neighbours": {"targets": {"neighbours": 8}},
             "epochs": {"memory": {"epochs": 3}},
             "group": {"corpus": {"group": "text"}},
+            "keys": {"datastore": {"keep_keys": False}},
+            "mixture": {"memory": {"objective": "mixture"}},
         }[what]
     if what == "schema":
         path = old / "index/manifest.json"
