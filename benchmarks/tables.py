@@ -12,19 +12,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import csv_rows, overview, pair_tables
+from benchmarks import csv_rows, memory_tables, overview, pair_tables
 from benchmarks.csv_rows import RESULTS, ROOT, grid, read
 from benchmarks.speed import paper
 
 PAGES = ("README.md", "benchmarks/README.md", "vllm_memdec/README.md", "train/README.md")
 FEATURES = ROOT / "tests/serving/features.csv"
 BASES = ROOT / "vllm_memdec/bases.csv"
-WHO = ("base", "memory", "mixture")  # of whom update.csv has the recall
-# Names of rows in gating.csv, and the field's words for them.
-SHOWN = {
-    "perplexity, both in turn": "perplexity, mixed stream",
-    "facts said by heart": "fact recall",
-}
 
 
 def features() -> str:
@@ -200,131 +194,6 @@ def speculation() -> str:
     return "\n".join(lines)
 
 
-def gating() -> str:
-    """Return what gates give beside fixed weights, by what was measured."""
-    rows = read(RESULTS / "gating.csv")
-    if not rows:
-        return "not measured\n"
-
-    def cell(row: dict[str, str], system: str) -> str:
-        if not row[system]:
-            return ""
-        value, base = float(row[system]), float(row["base"] or 0)
-        if not row["what"].startswith("perplexity"):
-            return f"{value:.1%}"
-        return f"{value:.2f}" + (f" ({value / base - 1:+.1%})" if system != "base" else "")
-
-    return grid(
-        ["", "", "of", "base", "fixed alpha", "gate", "gate trained with that base"],
-        [
-            [
-                row["domain"],
-                SHOWN.get(row["what"], row["what"]),
-                row["count"],
-                cell(row, "base"),
-                f"{cell(row, 'fixed')} at {float(row['alpha']):.2f}" if row["alpha"] else "",
-                cell(row, "gate"),
-                cell(row, "own_gate"),
-            ]
-            for row in rows
-        ],
-    )
-
-
-def context() -> str:
-    """Return what base, mixture and gate give by the length of the context."""
-    rows = read(RESULTS / "context.csv")
-    if not rows:
-        return "not measured\n"
-
-    def cell(row: dict[str, str], system: str) -> str:
-        value, base = float(row[system]), float(row["base"])
-        return f"{value:.2f}" + (f" ({value / base - 1:+.1%})" if system != "base" else "")
-
-    titles = ["", "context", "tokens", "base", "one alpha", "alpha by context", "gate"]
-    return grid(
-        [*titles, "best alpha"],
-        [
-            [
-                f"{row['domain']}, {row['text']}",
-                f"{row['from']}-{row['to']}",
-                row["tokens"],
-                *(cell(row, system) for system in ("base", "fixed", "mixture", "gate")),
-                f"{float(row['best_alpha']):.2f}",
-            ]
-            for row in rows
-        ],
-    )
-
-
-def sources() -> str:
-    """Return how often the document that states a fact is among its sources, by run."""
-
-    def share(row: dict[str, str], part: str, whole: str) -> str:
-        return f"{int(row[part]) / int(row[whole]):.0%} of {row[whole]}" if int(row[whole]) else "-"
-
-    titles = ["tokens of the value", "facts", "the first source", "single tokens", "first tokens"]
-    return grid(
-        [*titles, "the memory's epochs", "keys by", "commit"],
-        [
-            [
-                row["tokens of the value"],
-                share(row, "facts_found", "facts"),
-                share(row, "facts_found_first", "facts"),
-                share(row, "tokens_found", "tokens"),
-                share(row, "first_tokens_found", "first_tokens"),
-                f"{float(row['memory epochs']):g}",
-                row["datastore dtype"],
-                row["commit"],
-            ]
-            for row in read(RESULTS / "sources.csv")
-        ],
-    )
-
-
-def update() -> str:
-    """Return what an update costs and is worth beside a build of the same documents."""
-    rows = read(RESULTS / "update.csv")
-    if not rows:
-        return "not measured\n"
-    # An update, and a build from scratch of the same documents.
-    afresh = {row["documents"]: row for row in reversed(rows) if row["build"].startswith("built")}
-
-    def share(row: dict[str, str], name: str, spelled: str) -> str:
-        value, other = float(row[name]), float(afresh[row["documents"]][name])
-        return f"{value:{spelled}}" + (f" ({value / other:.0%})" if other != value else "")
-
-    def recall(row: dict[str, str], kind: str) -> str:
-        return " / ".join(f"{float(row[f'{kind}_{who}']):.0%}" for who in WHO)
-
-    own, others = rows[0]["tenth_facts"], rows[0]["rest_facts"]
-    return grid(
-        [
-            "",
-            "blocks embedded",
-            "blocks trained on",
-            "TFLOP",
-            "seconds",
-            "perplexity of the mixture",
-            f"{own} facts of the tenth: {', '.join(WHO)}",
-            f"{others} other facts",
-        ],
-        [
-            [
-                row["build"],
-                share(row, "embedded", ".0f"),
-                share(row, "trained", ".0f"),
-                share(row, "tflop", ".1f"),
-                share(row, "seconds", ".0f"),
-                share(row, "perplexity", ".2f"),
-                recall(row, "tenth"),
-                recall(row, "rest"),
-            ]
-            for row in rows
-        ],
-    )
-
-
 def demo() -> str:
     """Return what the demo measured."""
     systems = ("base", "memory", "base + memory", "kNN-LM")
@@ -401,10 +270,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "recall": pair_tables.recall,
     "plug and play": pair_tables.plug_and_play,
     "tasks": pair_tables.tasks,
-    "gating": gating,
-    "context": context,
-    "sources": sources,
-    "update": update,
+    "ablation": memory_tables.ablation,
+    "gating": memory_tables.gating,
+    "context": memory_tables.context,
+    "update": memory_tables.update,
+    "sources": memory_tables.sources,
     "latency": latency,
     "speculation": speculation,
 }

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vllm_memdec.kernels.sparse_kl import SparseRows, sparse_kl
+from vllm_memdec.kernels.sparse_kl import Mixture, SparseRows, sparse_kl
 
 LOGITS = 1 << 25  # logits that exist at once on a CPU: 512 rows of a 64k vocabulary
 # The same on CUDA. By an H100's published 3.35 TB/s and 989 TFLOP/s, V = 151,936, D = 2,048, bf16
@@ -59,20 +59,23 @@ def head_loss(
     bias_V: Tensor | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
     columns: Columns | None = None,
+    mixture: Mixture | None = None,
     dtype: torch.dtype | None = None,
     scale: float = 1.0,
     accumulate: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return scale * L, summed over rows, and the sums [2] of KL and cross-entropy, float64.
 
-    The first has a gradient with respect to hidden states, weight and bias; for the second none is
-    made. With `columns`, labels and targets count among them, not in the vocabulary. `dtype`: of
-    the matrix products, by default that of `h_ND`; sums over chunks are kept in each parameter's.
-    `accumulate`: add the gradients of weight and bias, leaves, to .grad at once, past autograd. It
-    saves a pass or two over [V, D] a micro-batch, and is right if all that follows is
-    loss.backward(), and no hook waits for these gradients as those of DDP and FSDP do.
+    With a mixture, a third sum is of its negative log-likelihoods. The first has a gradient with
+    respect to hidden states, weight and bias; for the second none is made. With `columns`, labels
+    and targets count among them, not in the vocabulary. `dtype`: of the matrix products, by default
+    that of `h_ND`; sums over chunks are kept in each parameter's. `accumulate`: add the gradients
+    of weight and bias, leaves, to .grad at once, past autograd. It saves a pass or two over [V, D]
+    a micro-batch, and is right if all that follows is loss.backward(), and no hook waits for these
+    gradients as those of DDP and FSDP do.
     """
-    how = (labels_N, targets, beta, transform, columns, dtype or h_ND.dtype, scale, accumulate)
+    rows = labels_N, targets, beta, mixture
+    how = (rows, transform, columns, dtype or h_ND.dtype, scale, accumulate)
     return _HeadLoss.apply(h_ND, weight_VD, bias_V, how)
 
 
@@ -83,9 +86,11 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: tuple):
         *ctx.gradients, sums = _gradients(h_ND, weight_VD, bias_V, how)
         ctx.mark_non_differentiable(sums)
-        _, _, beta, *_, scale, _ = how
-        kl, ce = sums
-        return (scale * (beta * kl + (1 - beta) * ce)).float(), sums
+        (_, _, beta, mixture), *_, scale, _ = how
+        kl, label, *mixed = sums
+        if mixture is not None:
+            label = (1 - mixture.share) * label + mixture.share * mixed[0]
+        return (scale * (beta * kl + (1 - beta) * label)).float(), sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -105,13 +110,13 @@ class _HeadLoss(torch.autograd.Function):
 def _gradients(
     h_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, how: tuple
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-    """Return the gradients of hidden states, weight and bias, and the sums of KL and CE.
+    """Return the gradients of hidden states, weight and bias, and the sums of head_loss().
 
     None stands for what has none, or where it was added to .grad.
     """
-    labels_N, targets, beta, transform, columns, dtype, scale, accumulate = how
+    (labels_N, targets, beta, mixture), transform, columns, dtype, scale, accumulate = how
     parameters = [weight_VD] if bias_V is None else [weight_VD, bias_V]
-    sums = torch.zeros(2, dtype=torch.float64, device=h_ND.device)
+    sums = torch.zeros(2 if mixture is None else 3, dtype=torch.float64, device=h_ND.device)
     grad_ND = torch.empty_like(h_ND)
     chosen = [x if columns is None else x[columns.ids] for x in parameters]
     trained = len(chosen[0]) if columns is None else columns.trained
@@ -136,9 +141,13 @@ def _gradients(
             torch.mm(h_PD, weight_CD.t(), out=logits_PC)
         else:
             torch.addmm(bias_C, h_PD, weight_CD.t(), out=logits_PC)
-        rows = (labels_N[part], targets.slice(start, start + len(h_PD)), beta)
-        kl_P, ce_P = _gradient(logits_PC, transform, rows, log_weight_C)
-        sums += torch.stack([kl_P.sum(dtype=torch.float64), ce_P.sum(dtype=torch.float64)])
+        stop = start + len(h_PD)
+        mixture_P = None if mixture is None else mixture.slice(start, stop)
+        rows = (labels_N[part], targets.slice(start, stop), beta, mixture_P)
+        losses = list(_gradient(logits_PC, transform, rows, log_weight_C))
+        if mixture_P is not None:
+            losses.append(mixture_P.loss(losses[1]))
+        sums += torch.stack([loss_P.sum(dtype=torch.float64) for loss_P in losses])
         torch.mul((logits_PC @ weight_CD).to(h_ND.dtype), scale, out=grad_ND[part])
         learning_PS = logits_PC[:, :trained]
         _add_product(sinks[0], learning_PS, h_PD, scale, scratch)
@@ -161,32 +170,45 @@ def _grad(parameter: Tensor) -> Tensor:
 def _gradient(
     logits_PC: Tensor,
     transform: Callable[[Tensor], Tensor] | None,
-    rows: tuple[Tensor, SparseRows, float],
+    rows: tuple[Tensor, SparseRows, float, Mixture | None],
     log_weight_C: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Write the gradient with respect to h W^T + bias over it; return KL and CE [P]."""
+    labels_P, targets, beta, mixture = rows
     if transform is None:
-        return sparse_kl(logits_PC, *rows, log_weight_V=log_weight_C, out=logits_PC)
+        return sparse_kl(
+            logits_PC,
+            labels_P,
+            targets,
+            beta,
+            log_weight_V=log_weight_C,
+            mixture=mixture,
+            out=logits_PC,
+        )
     # Autograd keeps some eight float32 copies of its logits, so it gets a CPU's chunk at a time.
     P, max_rows = len(logits_PC), -(-LOGITS // logits_PC.shape[1])
     if max_rows < P:
-        labels_P, targets, beta = rows
-        parts = [
-            _gradient(
-                logits_PC[n : n + max_rows],
-                transform,
-                (labels_P[n : n + max_rows], targets.slice(n, min(n + max_rows, P)), beta),
-                log_weight_C,
-            )
-            for n in range(0, P, max_rows)
-        ]
+        parts = []
+        for n in range(0, P, max_rows):
+            stop = min(n + max_rows, P)
+            mixture_P = None if mixture is None else mixture.slice(n, stop)
+            chunk = labels_P[n:stop], targets.slice(n, stop), beta, mixture_P
+            parts.append(_gradient(logits_PC[n:stop], transform, chunk, log_weight_C))
         kl_P, ce_P = (torch.cat(x) for x in zip(*parts, strict=True))
         return kl_P, ce_P
     with torch.enable_grad():
         leaf_PC = logits_PC.to(torch.float32, copy=True).requires_grad_()
         scaled_PC = transform(leaf_PC)
     grad_PC = torch.empty_like(leaf_PC)
-    losses = sparse_kl(scaled_PC.detach(), *rows, log_weight_V=log_weight_C, out=grad_PC)
+    losses = sparse_kl(
+        scaled_PC.detach(),
+        labels_P,
+        targets,
+        beta,
+        log_weight_V=log_weight_C,
+        mixture=mixture,
+        out=grad_PC,
+    )
     logits_PC.copy_(torch.autograd.grad(scaled_PC, leaf_PC, grad_PC)[0])
     return losses
 

@@ -74,8 +74,12 @@ def sparse_kl_reference(
     target_NV: Tensor,
     beta: float,
     log_weight_V: Tensor | None = None,
+    mixture: tuple[Tensor, float, float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return KL [N], cross-entropy [N] and the gradient of L [N, V], for dense targets, float64."""
+    """Return KL [N], cross-entropy [N] and the gradient of L [N, V], for dense targets, float64.
+
+    mixture: the base's log p(label) [N], the weight of the memory, the share of the cross-entropy.
+    """
     N, V = logits_NV.shape
     kl_N, ce_N = (torch.empty(N, dtype=torch.float64) for _ in range(2))
     grad_NV = torch.empty(N, V, dtype=torch.float64)
@@ -87,6 +91,12 @@ def sparse_kl_reference(
         some = target_V > 0
         kl = (target_V[some] * (target_V[some].log() - logp_V[some])).sum()
         ce = -logp_V[labels_N[n]]
-        grad_NV[n] = torch.autograd.grad(beta * kl + (1 - beta) * ce, logits_V)[0]
+        label = ce
+        if mixture is not None:
+            base_N, alpha, share = mixture
+            # In log space, because probabilities below 1e-308 would be lost.
+            parts = base_N[n].double() + math.log(1 - alpha), math.log(alpha) - ce
+            label = (1 - share) * ce - share * torch.logaddexp(*parts)
+        grad_NV[n] = torch.autograd.grad(beta * kl + (1 - beta) * label, logits_V)[0]
         kl_N[n], ce_N[n] = kl.detach(), ce.detach()
     return kl_N, ce_N, grad_NV

@@ -1,17 +1,13 @@
-"""The `memdec` command: plan a build, build a memory, verify it, check a base, explain a text."""
+"""The `memdec` command: plan a build, build a memory, seed one, verify it, explain a text."""
 
 import contextlib
 import os
-import signal
 import tempfile
-import traceback
-from collections.abc import Iterator
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.faults import INSTALL, sentence_of
+from vllm_memdec.train.faults import INSTALL
 
 try:
     import typer
@@ -20,6 +16,7 @@ try:
     from vllm_memdec.train.data.hub import model_folder
     from vllm_memdec.train.data.ownership import check_report
     from vllm_memdec.train.executor.start import choose_cluster, joined
+    from vllm_memdec.train.explained import DEBUG, explained
     from vllm_memdec.train.options import (
         Alpha,
         Assignments,
@@ -57,12 +54,6 @@ ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_VERBOSITY": "error",  # warnings name the hub's address
 }
-
-DEBUG = ContextVar("debug", default=False)  # whether errors that users can mend show a traceback
-DEFECT = (
-    "memdec: this is a defect of memdec or of a library it uses, not of your input. Please report "
-    "it: the lines above, the command, and the output of `pip list`."
-)
 
 
 @app.callback()
@@ -128,6 +119,33 @@ def build(
             base = made.manifest.get("sources", {}).get("base", base)
         progress.say(f"The memory is {made.path}. Serve it beside its base:")
         progress.say(serve_command(base, {"model": str(made.path)}))
+
+
+@app.command()
+def seed(
+    base: Annotated[str, typer.Option(help="Base model: folder, or ORG/NAME@REVISION.")],
+    text: Annotated[Path, typer.Option(help="General text, of all kinds, as --corpus of build.")],
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the base that it keeps.")],
+    output: Annotated[Path, typer.Option(help="Folder for the artifacts; the seed is seed/.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings.")] = None,
+    ray_address: Annotated[str, typer.Option(help="As for build.")] = "local",
+    memory_budget: Annotated[str, typer.Option(help="As for build.")] = "4GiB",
+    text_field: TextField = None,
+    assignments: Assignments = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Make a start for memories of a base, once: its weightiest layers, distilled on text."""
+    progress = Progress()
+    with explained(progress):
+        words = with_text_field(assignments, text_field)
+        settings = load_settings(config, words, {"layers": layers})
+        from vllm_memdec.train.executor.context import Context
+        from vllm_memdec.train.seeding import heal
+
+        with joined(ray_address, output) as executor:
+            if executor is not None:  # else the training of another process, to its end
+                budget = parse_bytes(memory_budget, "--memory-budget")
+                heal(base, text, output, settings, Context(progress, executor, budget))
 
 
 @app.command()
@@ -366,29 +384,6 @@ def check(
     if answer.status == serving.REFUSED:
         raise typer.Exit(1)
     typer.echo(f"drafts by the memory: {answer.drafts}")
-
-
-@contextlib.contextmanager
-def explained(progress: Progress) -> Iterator[None]:
-    """End the command with one sentence for an error a user can mend; defects keep their traceback.
-
-    With --debug, both show one.
-    """
-    try:
-        yield
-    except KeyboardInterrupt:
-        progress.say("Stopped. Run the same command again to go on.")
-        raise typer.Exit(128 + signal.SIGINT) from None
-    except Exception as error:
-        sentence = sentence_of(error)
-        if sentence is None:
-            error.add_note(DEFECT)  # Python prints notes at the end
-            raise
-        if DEBUG.get():
-            error.__suppress_context__ = False  # what a library said as well
-            traceback.print_exc()
-        progress.say(f"memdec: {sentence}")
-        raise typer.Exit(1) from None
 
 
 def main() -> None:

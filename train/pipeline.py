@@ -6,7 +6,7 @@ bound memory, paths, and files beside a base that no stage reads are in no manif
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -198,11 +198,16 @@ def stages() -> dict[str, Callable[[Build], Stage]]:
     return {name: module.stage for name, module in zip(STAGES, modules, strict=True)}
 
 
-def run(build: Build, inputs: dict[str, dict[str, str]], until: str) -> Artifact:
-    """Make or find every stage up to one; return that one's artifact."""
+def run(
+    build: Build,
+    inputs: dict[str, dict[str, str]],
+    until: str,
+    described: Mapping[str, Callable[[Build], Stage]] | None = None,
+) -> Artifact:
+    """Make or find every stage up to one, of `described` or of a build; return its artifact."""
     from vllm_memdec.train.stages.updating import updated
 
-    for name, describe in stages().items():
+    for name, describe in (described or stages()).items():
         stage = updated(build, name, describe(build))
         try:
             build.done[name] = make_or_find(build, name, stage, inputs.get(name, {}))

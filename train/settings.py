@@ -3,11 +3,10 @@
 The defaults suit a small corpus; configs/wikitext103.yaml holds the paper's set-up.
 """
 
-import difflib
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, cast, get_args
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -19,15 +18,22 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import ErrorDetails
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.settings_errors import is_number, sentence
 
 Model = TypeVar("Model", bound=BaseModel)
 
 # The defaults where a memory starts from trained weights (arXiv 2508.09874).
 PRETRAINED: dict[str, Any] = {"learning_rate": 1e-4, "epochs": 15.0}
+
+# Settings of a memory that are for one value of another setting; and those that came later.
+ONLY_FOR = {
+    "mixture_alpha": ("objective", "mixture"),
+    "mixture_ramp": ("objective", "mixture"),
+    "muon_learning_rate": ("optimizer", "muon"),
+}
+LATER = ("objective", "optimizer", "average_fraction")
 
 
 class StageSettings(BaseModel):
@@ -39,7 +45,7 @@ class StageSettings(BaseModel):
     @classmethod
     def _read_number(cls, value: Any, info: ValidationInfo) -> Any:
         name = info.field_name
-        if value is None or name is None or not _is_number(cls.model_fields[name]):
+        if value is None or name is None or not is_number(cls.model_fields[name]):
             return value
         number = float(value) if isinstance(value, str) else value  # YAML 1.1 reads 1e-3 as text
         if isinstance(number, bool) or not isinstance(number, (int, float)) or number != number:
@@ -127,6 +133,18 @@ class MemorySettings(StageSettings):
     # Layers kept of the base, or made fresh; None: 4, or as many as a base with fewer has.
     layers: int | None = Field(None, ge=1, le=1 << 10)
     beta: float = Field(0.5, ge=0, le=1)  # weight of KL(kNN || memory); 1 - beta is cross-entropy's
+    # What is learnt from a row's label: its likelihood in the memory, or in the mixture with the
+    # base, so that a row that the base predicts well counts less. The datastore keeps the base's.
+    objective: Literal["cross_entropy", "mixture"] = "cross_entropy"
+    # The memory's weight in that mixture, and the share of the steps over which it takes the place
+    # of cross-entropy, which an untrained memory needs.
+    mixture_alpha: float = Field(0.5, ge=0.01, le=0.99)
+    mixture_ramp: float = Field(0.5, ge=0, le=1)
+    # Muon for the matrices of the layers, AdamW for all else; or AdamW for all.
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    muon_learning_rate: float = Field(0.02, ge=1e-9, le=1)
+    # The share of the steps, at the end, whose weights are averaged and exported; 0: the last ones.
+    average_fraction: float = Field(0.0, ge=0, le=1)
     # Two defaults for init base, a folder without weights, or an adapted one; else see PRETRAINED.
     epochs: float = Field(20.0, ge=1e-6, le=1e6)
     learning_rate: float = Field(1e-3, ge=1e-9, le=1)
@@ -157,6 +175,22 @@ class MemorySettings(StageSettings):
     def _uses_what_it_is_given(self) -> Self:
         if self.early_stop and not self.evaluate_steps:
             raise ValueError("memory.early_stop needs memory.evaluate_steps: set that as well.")
+        for name, (other, value) in ONLY_FOR.items():
+            if self._given(name) and getattr(self, other) != value:
+                raise ValueError(
+                    f"memory.{name} is for memory.{other} {value}: set that as well, or leave it "
+                    "out."
+                )
+        if self.optimizer == "muon" and self.parallel == "shard":
+            raise ValueError(
+                "memory.optimizer muon needs whole matrices, and memory.parallel shard cuts them: "
+                "set memory.parallel to replicate, or memory.optimizer to adamw."
+            )
+        if self.average_fraction and self.early_stop:
+            raise ValueError(
+                "memory.average_fraction exports the mean of the last weights, memory.early_stop "
+                "the best: leave one of them out."
+            )
         if self.layers is not None and self.init != "base":
             raise ValueError(
                 f"memory.layers cuts the base, but memory.init {self.init} keeps all its layers: "
@@ -192,6 +226,15 @@ class MemorySettings(StageSettings):
         while size < 512 and blocks >= 2 * size * 1000:
             size *= 2
         return size
+
+    def recorded(self) -> dict[str, Any]:
+        """Return all settings but unused ones that came later: hashes stay as they were."""
+        settings = self.model_dump()
+        for name in LATER:
+            if settings[name] == type(self).model_fields[name].default:
+                for unused in (name, *(n for n, (other, _) in ONLY_FOR.items() if other == name)):
+                    settings.pop(unused)
+        return settings
 
     def pretrained(self) -> Self:
         """Return a copy with the defaults for a memory that starts from trained weights."""
@@ -300,60 +343,4 @@ def _checked(kind: type[Model], values: Any) -> Model:
     where = list(first["loc"])
     if kind is not Settings:
         where.insert(0, next(n for n, f in Settings.model_fields.items() if f.annotation is kind))
-    raise MemdecError(_sentence(where, first))
-
-
-def _sentence(where: list[Any], error: ErrorDetails) -> str:
-    """Return what is wrong, and how it is mended; where: [], [stage] or [stage, setting]."""
-    value, kind = error["input"], error["type"]
-    if not where:
-        return "settings must be a mapping of stages, as in configs/tiny.yaml."
-    stage = Settings.model_fields.get(where[0])
-    if stage is None:
-        return _unknown(where[0], Settings, "stage")
-    if len(where) == 1 and kind == "value_error":  # settings that do not go together
-        return str(error["ctx"]["error"])
-    if len(where) == 1:
-        return f"settings of stage {where[0]} must be a mapping, got {value!r}."
-    model = cast(type[StageSettings], stage.annotation)
-    field = model.model_fields.get(where[1])
-    if field is None:
-        return _unknown(where[1], model, f"setting of stage {where[0]}")
-    return f"{where[0]}.{where[1]} must be {_expected(field, value)}, got {value!r}."
-
-
-def _unknown(name: Any, model: type[BaseModel], what: str) -> str:
-    known = list(model.model_fields)
-    close = difflib.get_close_matches(str(name), known, 1)
-    hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}."
-    return f"unknown {what}: {name}; {hint}"
-
-
-def _expected(field: FieldInfo, value: Any) -> str:
-    """Return what a field takes, in words, where it does not take a value."""
-    kinds = get_args(field.annotation)
-    if kinds and all(isinstance(kind, str) for kind in kinds):
-        return f"one of {', '.join(kinds)}"
-    if not _is_number(field):
-        return "text" if str in (field.annotation, *kinds) else "true or false"
-    low, high = limits(field)
-    try:
-        number = None if isinstance(value, bool) else float(value)
-    except OverflowError:  # an integer beyond any range
-        number = float("inf")
-    except (ValueError, TypeError):
-        number = None
-    if number is None or number != number or low <= number <= high:
-        return "an integer" if int in (field.annotation, *kinds) else "a number"
-    return f"between {low:g} and {high:g}"
-
-
-def _is_number(field: FieldInfo) -> bool:
-    """Return whether a setting is a number, or may be one."""
-    return bool({int, float} & {field.annotation, *get_args(field.annotation)})
-
-
-def limits(field: FieldInfo) -> tuple[float, float]:
-    """Return the smallest and the largest value of a number."""
-    low = next(rule.ge for rule in field.metadata if hasattr(rule, "ge"))
-    return low, next(rule.le for rule in field.metadata if hasattr(rule, "le"))
+    raise MemdecError(sentence(where, first, Settings))

@@ -184,15 +184,16 @@ class Domain:
         return json.loads((self.corpus / "corpus.json").read_text())["train"]["tokens"]
 
     def scores(
-        self, name: str, folder: str, texts: tuple[str, ...] = TEXTS
+        self, name: str, folder: str, texts: tuple[str, ...] = TEXTS, dtype: str = "bfloat16"
     ) -> dict[str, np.ndarray]:
         """Return the log-probabilities of the true tokens of some texts, from a model folder."""
 
         def make(work: Path) -> None:
-            model = load_model(folder, "bfloat16")
+            model = load_model(folder, dtype)
             for text in texts:
                 logprobs_N = label_logprobs(model, *self.blocks(text), 4, self.progress, text)
                 np.save(work / f"{text}.npy", logprobs_N)
 
         inputs = {"text": self.text.hash, "model": model_hash(folder, name)}
-        return self.load(self.artifact(f"scores-{name}", {"texts": list(texts)}, inputs, make))
+        how = {"texts": list(texts)} | ({} if dtype == "bfloat16" else {"dtype": dtype})
+        return self.load(self.artifact(f"scores-{name}", how, inputs, make))

@@ -38,8 +38,9 @@ from vllm_memdec.train.model.decoder import build_memory
 from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.settings import MemorySettings
 from vllm_memdec.train.stages.training import Training
+from vllm_memdec.train.training.optimizers import new_optimizer
 from vllm_memdec.train.training.parallel import spread
-from vllm_memdec.train.training.steps import autocast_to, new_optimizer
+from vllm_memdec.train.training.steps import autocast_to
 
 WARM_UP = 3  # steps that are not timed: kernels are compiled, the allocator grows
 

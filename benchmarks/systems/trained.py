@@ -88,7 +88,7 @@ class Trained(System):
     def plan(self, settings: MemorySettings) -> dict[str, Any]:
         """Return what the model's artifact depends on, beside its inputs."""
         init = Path(settings.init).name
-        return settings.model_dump() | {"system": self.name, "init": init}
+        return settings.recorded() | {"system": self.name, "init": init}
 
     def train(self, rate: float, share: float = 1.0) -> Artifact:
         """Return a trained model; share: of the FLOPs that a training may take."""

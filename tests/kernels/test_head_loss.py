@@ -9,7 +9,7 @@ import torch
 
 from vllm_memdec.kernels import head_loss, sparse_kl
 from vllm_memdec.kernels.head_loss import Columns
-from vllm_memdec.kernels.sparse_kl import SparseRows
+from vllm_memdec.kernels.sparse_kl import Mixture, SparseRows
 
 V, D, BETA, SCALE = 503, 8, 0.3, 1 / 7
 # Relative to the largest entry. float32: sums of a few hundred terms. bf16: hidden states, weight,
@@ -159,6 +159,34 @@ def test_columns(dtype, accumulate):
     for leaf, b in zip((weight_VD, bias_V), gradients[1:], strict=True):
         assert_close(leaf.grad[learns], b[learns], TOLERANCE[dtype])
         assert (leaf.grad[~learns] == 0).all() and (b[columns.ids[60:]] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_likelihood_of_the_mixture(transform, dtype):
+    """Rows that the base predicts well and badly, half of the cross-entropy, over chunks."""
+    h_ND, weight_VD, bias_V, labels_N, targets = make(43)
+    base_N, alpha, share = torch.linspace(-8, 0, 43), 0.4, 0.5
+    loss, sums = head_loss.head_loss(
+        h_ND, weight_VD, labels_N, targets, BETA, bias_V=bias_V, transform=TRANSFORMS[transform],
+        mixture=Mixture(base_N, alpha, share), dtype=dtype, scale=SCALE,
+    )  # fmt: skip
+    loss.backward()
+    leaves = [x.detach().double().requires_grad_() for x in (h_ND, weight_VD, bias_V)]
+    logits_NV = leaves[0] @ leaves[1].t() + leaves[2]
+    if transform != "none":
+        logits_NV = TRANSFORMS[transform](logits_NV)
+    logq_NV = logits_NV.log_softmax(-1)
+    row, token, p = targets.entries()
+    kl = (p.double() * (p.double().log() - logq_NV[row, token])).sum()
+    logq_N = logq_NV[torch.arange(43), labels_N]
+    mixed = -((1 - alpha) * base_N.double().exp() + alpha * logq_N.exp()).log().sum()
+    want = SCALE * (BETA * kl + (1 - BETA) * (-(1 - share) * logq_N.sum() + share * mixed))
+    want.backward()
+    for got, exact in zip((loss.double(), *sums), (want, kl, -logq_N.sum(), mixed), strict=True):
+        assert_close(got.detach(), exact.detach(), TOLERANCE[dtype])
+    for leaf, exact in zip((h_ND, weight_VD, bias_V), leaves, strict=True):
+        assert_close(leaf.grad, exact.grad, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -5,6 +5,7 @@ Run: pytest tests/kernels/test_sparse_kl.py
 Shape suffixes: N rows, V columns.
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 
 from vllm_memdec.kernels import sparse_kl as op
 from vllm_memdec.kernels.reference import sparse_kl_reference
-from vllm_memdec.kernels.sparse_kl import SparseRows, sparse_kl
+from vllm_memdec.kernels.sparse_kl import Mixture, SparseRows, sparse_kl
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Values are float32 whatever the logits' type: absolute up to magnitude 1, relative above.
@@ -110,6 +111,25 @@ def check(device, case, betas=(0.0, 0.3, 1.0)):
             assert_close(out, want[2], GRADIENT[dtype])
 
 
+def check_mixture(device, case, alpha, share):
+    """Base and memory differ by up to e^20 in what they give to a label, or one gives nothing."""
+    logits_NV, labels_N, targets, log_weight_V = to(device, *make(*case))
+    base_N = torch.linspace(-20, 0, len(labels_N))
+    base_N[1::9] = -torch.inf
+    mixture = Mixture(base_N.to(device), alpha, share)
+    out = torch.full_like(logits_NV, torch.nan)
+    how = {"log_weight_V": log_weight_V, "mixture": mixture}
+    _, ce_N = sparse_kl(logits_NV, labels_N, targets, 0.3, **how, out=out)
+    target_NV = dense(targets, logits_NV.shape[1]).cpu()
+    given = logits_NV.cpu(), labels_N.cpu(), target_NV, 0.3, log_weight_V.cpu()
+    _, want_N, gradient_NV = sparse_kl_reference(*given, (base_N, alpha, share))
+    some = (want_N.isfinite() | base_N.isfinite()).cpu()  # else nobody gives the label anything
+    assert_close(out[some], gradient_NV[some], GRADIENT[logits_NV.dtype])
+    parts = base_N.double() + math.log(1 - alpha), math.log(alpha) - want_N
+    assert_close(mixture.loss(ce_N)[some], -torch.logaddexp(*parts)[some], VALUE)
+    assert not out.isnan().any()
+
+
 @pytest.fixture(params=["triton", "torch"])
 def device(request, monkeypatch):
     """Make sparse_kl() run one implementation, and return the device that does it."""
@@ -123,11 +143,33 @@ def test_matches_oracle(device, case):
     check(device, case, (0.3,) if case[1] > 100_000 else (0.0, 0.3, 1.0))
 
 
+@pytest.mark.parametrize(("alpha", "share"), [(0.5, 1.0), (0.5, 0.3), (0.2, 1.0), (0.99, 0.7)])
+@pytest.mark.parametrize("case", CASES[1:4], ids=lambda case: "-".join(map(str, case)))
+def test_mixture_matches_oracle(device, case, alpha, share):
+    check_mixture(device, case, alpha, share)
+
+
+def test_a_share_of_the_label_in_its_target_is_a_smaller_beta(device):
+    """Targets that hold their own row with a share s are the gradient of beta (1 - s)."""
+    logits_NV, labels_N, targets, _ = to(device, *make(33, 1000))
+    share, beta = 0.25, 0.6
+    target_NV = dense(targets, 1000)
+    some_N = target_NV.sum(1) > 0  # a row without neighbours has no target to share
+    target_NV[some_N] *= 1 - share
+    target_NV[some_N, labels_N[some_N]] += share
+    given = logits_NV.cpu(), labels_N.cpu(), target_NV.cpu()
+    *_, want_NV = sparse_kl_reference(*given, beta)
+    out = torch.empty_like(logits_NV)
+    sparse_kl(logits_NV, labels_N, targets, beta * (1 - share), out=out)
+    assert_close(out[some_N], want_NV[some_N.cpu()], GRADIENT[FP32])
+
+
 @pytest.mark.gpu
 def test_compiled_kernel_matches_oracle():
     assert not op.INTERPRETED, "unset TRITON_INTERPRET to test the compiled kernel"
     for case in CASES:
         check("cuda", case)
+        check_mixture("cuda", case, 0.5, 0.3)
 
 
 def test_compiles_without_a_gpu(tmp_path):
@@ -247,6 +289,7 @@ GOOD = {
     "targets": (torch.tensor([0, 1, 1]), torch.tensor([3]), torch.ones(1)),
     "beta": 0.5,
     "log_weight_V": None,
+    "mixture": None,
     "out": torch.zeros(2, 5),
 }
 
@@ -265,6 +308,7 @@ GOOD = {
         ("labels_N", torch.zeros(4, dtype=torch.int64)[::2]),
         ("log_weight_V", torch.zeros(4)),
         ("log_weight_V", torch.zeros(5, dtype=FP16)),
+        ("mixture", Mixture(torch.zeros(3), 0.5, 1.0)),
         ("targets", (torch.tensor([0, 1]), torch.tensor([3]), torch.ones(1))),
         ("targets", (torch.tensor([0, 1, 1]), torch.tensor([3]), torch.ones(2))),
         ("targets", (torch.tensor([0, 1, 1]), torch.tensor([3]), torch.ones(1).double())),

@@ -198,7 +198,7 @@ import io, pathlib, sys
 import faiss, numpy, torch
 from safetensors.torch import save_file
 from vllm_memdec.train.data.artifacts import write_atomic, write_json
-from vllm_memdec.train.cli import sentence_of
+from vllm_memdec.train.faults import sentence_of
 from vllm_memdec.train.data.shards import save_array
 
 folder = pathlib.Path(sys.argv[1])

@@ -11,7 +11,8 @@ import pytest
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train import pipeline
-from vllm_memdec.train.cli import DEFECT, sentence_of
+from vllm_memdec.train.explained import DEFECT
+from vllm_memdec.train.faults import sentence_of
 from vllm_memdec.train.model.huggingface import load_config, load_model, load_tokenizer
 
 

@@ -25,6 +25,10 @@ SETTINGS = MemorySettings(
     layers=2, epochs=0.6, batch_blocks=3, micro_batch_blocks=1, dtype="float32", evaluate_steps=5
 )
 LOSS = 1e-4  # relative; float32 sums in another order, through all steps
+# The same with Muon, which gives a matrix's smallest directions the weight of its largest, those of
+# nothing but rounding too, and does so in bfloat16: small steps, and few of them.
+MUON = {"optimizer": "muon", "muon_learning_rate": 1e-3}
+MUON_LOSS, MUON_VALUES = 1e-3, 15  # the first five steps
 # Adam moves a weight by the learning rate a step, whatever the size of its gradient: that of a
 # bias of keys is nothing but rounding.
 WEIGHT = 0.1 * SETTINGS.learning_rate
@@ -67,11 +71,13 @@ def runs(pipeline, tiny_model, tmp_path_factory):
             training("replicate"),
             training("shard", parallel="shard", gradient_checkpointing=True),
             training("stop", parallel="shard"),
+            training("muon of two", **MUON),
         ]
         (folder / "stop" / STOP).touch()  # after the first step
         address = "127.0.0.1", Worker().free_port()
         torch.multiprocessing.spawn(on_two, (two, address), nprocs=2)
     training("one")(World())
+    training("muon of one", **MUON)(World())
     return folder
 
 
@@ -85,6 +91,14 @@ def test_two_processes_train_as_one(runs, way):
     for name in a:
         assert (a[name] - b[name]).abs().max() <= WEIGHT, name
     assert any(not torch.equal(a[name], b[name]) for name in a)  # they did divide the work
+
+
+def test_muon_trains_on_two_processes_as_on_one(runs):
+    """Gradients are summed before a matrix is orthogonalised, so all processes do the same."""
+    one, two = losses(runs / "muon of one"), losses(runs / "muon of two")
+    first = slice(MUON_VALUES)
+    assert two[first] == pytest.approx(one[first], rel=MUON_LOSS) and len(one) > MUON_VALUES
+    assert one[first] != pytest.approx(losses(runs / "one")[first], rel=MUON_LOSS)
 
 
 def test_what_several_processes_left_is_gone_on_with_by_one(runs, pipeline, tiny_model):

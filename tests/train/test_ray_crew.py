@@ -24,9 +24,9 @@ import yaml
 from support.ray_jobs import DIE, Deadly, Growing, Loop, MakeFolder, Slow, noted
 
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.train.cli import sentence_of
 from vllm_memdec.train.executor.ray_crew import TRIES, slots
 from vllm_memdec.train.executor.ray_executor import QUIET, RayExecutor
+from vllm_memdec.train.faults import sentence_of
 
 SOON = 60.0  # seconds; a collective operation would wait for half an hour
 NODE = """

@@ -25,6 +25,7 @@ from vllm_memdec.train.data.changes import (
     gone_fragments,
     resharded,
 )
+from vllm_memdec.train.data.places import Places
 from vllm_memdec.train.data.shards import Sharded, load_array, shards
 from vllm_memdec.train.data.splits import digest, split_as_before
 from vllm_memdec.train.model import hidden_states
@@ -110,6 +111,21 @@ def test_each_token_of_a_document_is_predicted_once(corpora, done, build_of):
     assert found == predicted(done.base, texts, corpus, "train")
     both = [{*load_texts(corpus, split)[:, 0].tolist()} for split in ("train", "validation")]
     assert both[0] | both[1] == {digest(text) for text in texts} and not both[0] & both[1]
+
+
+@pytest.mark.parametrize("build_of", ["old", "new"])
+def test_each_document_has_the_line_that_it_is_in(corpora, done, build_of):
+    """Blocks number the documents of an update in another order than the corpus has them."""
+    texts = corpora.before if build_of == "old" else corpora.after
+    places, tokenizer = Places(getattr(done, build_of) / "corpus"), load_tokenizer(done.base)
+    rows = np.arange(places.first_rows[-1])
+    lines = set()
+    for document, row in zip(*np.unique(places.documents(rows), return_index=True), strict=True):
+        line = int(places.name(document).removeprefix(f"{build_of}.jsonl, line "))
+        [ids] = tokenise(tokenizer, [texts[line - 1]])
+        assert places.passage(int(row), 0, 10**4).ids == ids[1:].tolist()
+        lines.add(line)
+    assert len(lines) == len(load_texts(places.corpus, "train"))
 
 
 def test_what_is_gone_is_nowhere(corpora, done):
@@ -263,6 +279,8 @@ def test_the_old_quantiser_is_kept(corpora, done, build, tmp_path):
         ("nothing left", "no document of .* is in .* any more: build afresh"),
         ("held out", "held out too little is left to tune alpha on: build afresh"),
         ("group", "--update cannot be used with corpus.group: build afresh"),
+        ("keys", "--update cannot be used with datastore.keep_keys false: build afresh"),
+        ("mixture", "--update cannot be used with memory.objective mixture: build afresh"),
         ("inside", "lies inside --update .*: choose a folder outside"),
     ],
 )
@@ -275,12 +293,14 @@ def test_what_cannot_be_updated_is_refused(
         shutil.rmtree(old / "memory")
     if what == "base":
         base = tiny_model("llama", seed=3)
-    if what in ("settings", "neighbours", "epochs", "group"):
+    if what in ("settings", "neighbours", "epochs", "group", "keys", "mixture"):
         changes = {
             "settings": {"corpus": {"block_tokens": 16}},
             "neighbours": {"targets": {"neighbours": 8}},
             "epochs": {"memory": {"epochs": 3}},
             "group": {"corpus": {"group": "text"}},
+            "keys": {"datastore": {"keep_keys": False}},
+            "mixture": {"memory": {"objective": "mixture"}},
         }[what]
     if what == "schema":
         path = old / "index/manifest.json"

@@ -15,6 +15,7 @@ largest eigenvalues of E'E, which keeps the products of rows as well as any proj
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -103,15 +104,15 @@ def without_layers(base: str) -> Any:
     return read_model(base, config, dtype=torch.float32, ignore_mismatched_sizes=True)
 
 
-def cut(config: Any, layers: int) -> Any:
-    """Return a copy of a base's config with only the first so many layers of the text decoder."""
-    config = copy.deepcopy(config)
+def cut(config: Any, layers: int | Sequence[int]) -> Any:
+    """Return a copy of a base's config with some layers of its decoder: the first, or those."""
+    config, chosen = copy.deepcopy(config), range(layers) if isinstance(layers, int) else layers
     text = text_config(config)
     has = text.num_hidden_layers
     for name, value in vars(text).items():  # lists of an entry a layer, such as layer_types
         if name.endswith("_token_id"):  # may be a list of as many, by chance
             continue
         if isinstance(value, list) and len(value) == has:
-            setattr(text, name, value[:layers])
-    text.num_hidden_layers = layers
+            setattr(text, name, [value[n] for n in chosen if n < has])
+    text.num_hidden_layers = len(chosen)
     return config

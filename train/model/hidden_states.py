@@ -31,6 +31,7 @@ from vllm_memdec.train.model.huggingface import (
     text_config,
 )
 from vllm_memdec.train.model.kinds import has_state
+from vllm_memdec.train.model.output_head import head, rows_at_once
 from vllm_memdec.train.settings import DatastoreSettings
 
 # The last is of Granite 4, which has it beside its experts, or instead.
@@ -70,42 +71,54 @@ def key_fallback(base: str, key: str | float) -> str | None:
 
 
 def hidden_states(
-    model: Any, key: str | float, tokens: torch.Tensor, positions: torch.Tensor
+    model: Any,
+    key: str | float | tuple[str | float, ...],
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
 ) -> torch.Tensor:
     """Return hidden states [B, T, D] of tokens [B, T], the forward pass stopped where they are.
 
-    key: the last MLP's input, the final hidden state, or what a share of the layers puts out.
-    MemdecError if that is not one state a token.
+    key: the last MLP's input, the final hidden state, or what a share of the layers puts out; of
+    several, in the order in which a pass reaches them, the states stand side by side. MemdecError
+    if that is not one state a token.
     """
-    reached = []
+    keys = key if isinstance(key, tuple) else (key,)
+    reached: list[torch.Tensor] = []
 
-    def stop_before(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
-        reached.append(args[0] if args else kwargs["hidden_states"])
-        raise _KeyReached
+    def keep(state: torch.Tensor) -> None:
+        last = len(reached) + 1 == len(keys)
+        reached.append(state if last else state.clone())  # what follows may write over it
+        if last:
+            raise _KeyReached
 
-    def stop_after(module: torch.nn.Module, args: tuple, output: Any) -> None:
-        reached.append(output if isinstance(output, torch.Tensor) else output[0])
-        raise _KeyReached
+    def before(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        keep(args[0] if args else kwargs["hidden_states"])
 
-    if isinstance(key, float):
-        layers = layers_of(model)
-        handle = layers[math.ceil(key * len(layers)) - 1].register_forward_hook(stop_after)
-    elif key == "last_mlp_input" and (mlp := last_mlp(model)) is not None:
-        handle = mlp.register_forward_pre_hook(stop_before, with_kwargs=True)
-    else:
-        handle = model.base_model.register_forward_hook(stop_after)
-    try:
+    def after(module: torch.nn.Module, args: tuple, output: Any) -> None:
+        keep(output if isinstance(output, torch.Tensor) else output[0])
+
+    with contextlib.ExitStack() as stack:
+        for each in keys:
+            if isinstance(each, float):
+                layers = layers_of(model)
+                place = layers[math.ceil(each * len(layers)) - 1]
+                handle = place.register_forward_hook(after)
+            elif each == "last_mlp_input" and (mlp := last_mlp(model)) is not None:
+                handle = mlp.register_forward_pre_hook(before, with_kwargs=True)
+            else:
+                handle = model.base_model.register_forward_hook(after)
+            stack.callback(handle.remove)
         with contextlib.suppress(_KeyReached):
             model(input_ids=tokens, position_ids=positions, use_cache=False)
-    finally:
-        handle.remove()
-    found, shape = reached[0], tokens.shape
-    if found.shape[:-1] not in (shape, (shape.numel(),)):
-        raise MemdecError(
-            f"the {type(model).__name__} has {list(found.shape)} states of {list(shape)} tokens "
-            "where datastore.key is: set it to final_hidden."
-        )
-    return found.reshape(*shape, -1)
+    shape = tokens.shape
+    for found in reached:
+        if found.shape[:-1] not in (shape, (shape.numel(),)):
+            raise MemdecError(
+                f"the {type(model).__name__} has {list(found.shape)} states of {list(shape)} "
+                "tokens where datastore.key is: set it to final_hidden."
+            )
+    states = [found.reshape(*shape, -1) for found in reached]
+    return states[0] if len(states) == 1 else torch.cat(states, -1)
 
 
 @torch.inference_mode()
@@ -157,7 +170,7 @@ def blocks_gathered(model: Any, batch: int) -> int:
 
 def states_of_rows(
     model: Any,
-    key: str | float,
+    key: str | float | tuple[str | float, ...],
     tokens: np.ndarray,
     positions: np.ndarray,
     rows: np.ndarray,
@@ -178,7 +191,7 @@ def states_of_rows(
 
 def _states_by_document(
     model: Any,
-    key: str | float,
+    key: str | float | tuple[str | float, ...],
     tokens: np.ndarray,
     positions: np.ndarray,
     rows: np.ndarray,
@@ -222,9 +235,17 @@ def _states_by_document(
 
 @torch.inference_mode()
 def embed(
-    model: Any, key: str | float, tokens: np.ndarray, positions: np.ndarray, batch: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1]."""
+    model: Any,
+    key: str | float,
+    tokens: np.ndarray,
+    positions: np.ndarray,
+    batch: int | None,
+    scored: bool = False,
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """Yield (keys [rows, D] fp16, labels [rows] int32) of each batch of blocks [B, T+1].
+
+    scored: yield the labels' log-probabilities [rows] float32, too: the pass goes on to the head.
+    """
     device = model.device
     batch = blocks_at_once(batch, tokens.shape[1] - 1, device, EMBEDDED)
     each, max_tokens = blocks_gathered(model, batch), batch * (tokens.shape[1] - 1)
@@ -233,12 +254,30 @@ def embed(
         position = positions[start : start + each].astype(np.int64)
         valid = valid_rows(position)
         inputs = block[:, :-1], unmarked(position)[:, :-1], valid
-        kept = states_of_rows(model, key, *inputs, max_tokens).to(torch.float16)
+        wanted = (key, "final_hidden") if scored else key
+        states_ND = states_of_rows(model, wanted, *inputs, max_tokens)
+        labels = block[:, 1:][valid]
+        logprobs: tuple[np.ndarray, ...] = ()
+        if scored:
+            width = text_config(model.config).hidden_size
+            h_ND, states_ND = states_ND[:, -width:], states_ND[:, :-width]
+            logprobs = (label_logprobs_of(model, h_ND, to_device(labels, device)),)
+        kept = states_ND.to(torch.float16)
         host = kept.cpu().numpy()
         # An H100 has the keys of 1.5B sooner than one core has checked them, by arithmetic.
         if not (kept.isfinite() if kept.is_cuda else np.isfinite(host)).all():
             raise MemdecError("a key is too large for fp16: set datastore.key to another one.")
-        yield host, block[:, 1:][valid].astype(np.int32)
+        yield host, labels.astype(np.int32), *logprobs
+
+
+def label_logprobs_of(model: Any, h_ND: torch.Tensor, labels_N: torch.Tensor) -> np.ndarray:
+    """Return log p(label) [N] float32 of final hidden states, a chunk of rows at a time."""
+    chunk, parts = rows_at_once(text_config(model.config).vocab_size), []
+    for h_PD, labels_P in zip(h_ND.split(chunk), labels_N.split(chunk), strict=True):
+        logits_PV = head(model, h_PD).float()
+        chosen_P = logits_PV.gather(1, labels_P[:, None])[:, 0]
+        parts.append(chosen_P - logits_PV.logsumexp(-1))
+    return torch.cat(parts).cpu().numpy()
 
 
 @dataclass
@@ -249,6 +288,7 @@ class Keys:
     base: str
     corpus: Path
     datastore: Path
+    scored: bool = False  # whether the base's log-probabilities of the labels are kept, too
 
     @cached_property
     def model(self) -> Any:
@@ -267,8 +307,8 @@ class Keys:
             return load_shard(self.datastore, "keys", shard)
         return self.compute(shard)[0]
 
-    def compute(self, shard: int, first: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Return (keys [rows, D] fp16, labels [rows] int32) of a shard, from the base.
+    def compute(self, shard: int, scored: bool = False, first: int = 0) -> tuple[np.ndarray, ...]:
+        """Return what embed() yields, of a shard, from the base.
 
         first: the block of the shard to begin with.
         """
@@ -276,7 +316,11 @@ class Keys:
             array.shard(shard)[first:] for array in load_blocks(self.corpus, "train")
         )
         batches = embed(
-            self.model, self.settings.key_layer, tokens, positions, self.settings.batch_blocks
+            self.model,
+            self.settings.key_layer,
+            tokens,
+            positions,
+            self.settings.batch_blocks,
+            scored=scored,
         )
-        keys, labels = zip(*batches, strict=True)
-        return np.concatenate(keys), np.concatenate(labels)
+        return tuple(map(np.concatenate, zip(*batches, strict=True)))

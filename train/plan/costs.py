@@ -12,6 +12,7 @@ from functools import cached_property
 from vllm_memdec.train.model.devices import BLOCKS, TRAINED
 from vllm_memdec.train.plan.rates import Rates
 from vllm_memdec.train.settings import Settings
+from vllm_memdec.train.stages.datastore import scores_labels
 from vllm_memdec.train.stages.export import TUNING_TOKENS
 from vllm_memdec.train.stages.index import (
     CODE_SAMPLE,
@@ -136,6 +137,11 @@ class CostModel:
         """Parts of the index."""
         return math.ceil(self.rows * self.key_bytes / (self.budget / PART_SHARE))
 
+    @property
+    def scored(self) -> bool:
+        """Whether the datastore holds the base's log p of the labels."""
+        return scores_labels(self.settings)
+
     @cached_property
     def keys_again(self) -> float:
         """Seconds to compute all keys anew, where they are not kept."""
@@ -160,9 +166,10 @@ class CostModel:
         return self.stage("corpus", seconds, 12 * tokens, rates.process_bytes)
 
     def datastore(self) -> Stage:
-        rates, kept = self.rates, self.settings.datastore.keep_keys
-        embedded = rates.load + self.rows * rates.key / self.side_by_side if kept else 0.0
-        disk = self.rows * (4 + 2 * rates.width * kept)
+        rates, kept, scored = self.rates, self.settings.datastore.keep_keys, self.scored
+        embedded = rates.load + self.rows * rates.key / self.side_by_side
+        embedded *= kept or scored
+        disk = self.rows * (4 + 4 * scored + 2 * rates.width * kept)
         return self.stage("datastore", rates.map + embedded, disk, rates.embed_bytes)
 
     @cached_property
@@ -257,7 +264,7 @@ class CostModel:
         opened: float = min(self.rows * self.key_bytes, self.budget // 2)
         opened += trained_bytes(self.shape, rates.width) + 4 * self.rows
         opened += rates.process_bytes + self.searching_bytes(k)
-        disk = self.rows * (12 + 6 * rates.entries)
+        disk = self.rows * (12 + 4 * self.scored + 6 * rates.entries)
         return self.stage(
             "targets",
             seconds,

@@ -41,11 +41,12 @@ from vllm_memdec.train.plan.rates import Rates
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import Settings
 from vllm_memdec.train.stages.corpus import build_corpus
+from vllm_memdec.train.stages.datastore import BASE, scores_labels
 from vllm_memdec.train.stages.targets import sparse_targets
 from vllm_memdec.train.stages.training import Training
 from vllm_memdec.train.training.batches import Batches
+from vllm_memdec.train.training.optimizers import new_optimizer
 from vllm_memdec.train.training.parallel import spread
-from vllm_memdec.train.training.steps import new_optimizer
 from vllm_memdec.train.verify.brute_force import nearest
 
 SAMPLE_BYTES = 2**23  # bytes of text in the sample
@@ -161,28 +162,30 @@ class StageProbe:
         batch = blocks_at_once(
             self.settings.datastore.batch_blocks, tokens.shape[1] - 1, model.device, EMBEDDED
         )
-        batches: list[tuple[np.ndarray, np.ndarray]] = []
+        batches: list[tuple[np.ndarray, ...]] = []
         spent: list[float] = []
         each = blocks_gathered(model, batch)
         for start in range(0, len(tokens), each):
             part = slice(start, start + each)
             began = time.perf_counter()
-            batches += embed(
-                model, self.settings.datastore.key_layer, tokens[part], positions[part], batch
-            )
+            read = tokens[part], positions[part], batch, scores_labels(self.settings)
+            batches += embed(model, self.settings.datastore.key_layer, *read)
             spent.append(time.perf_counter() - began)
             if sum(spent) > EMBED_SECONDS:
                 break
         warm = slice(int(len(spent) > 1), None)
-        rows = sum(len(labels) for _, labels in batches[warm])
-        keys, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        rows = sum(len(labels) for _, labels, *_ in batches[warm])
+        keys, labels, *base = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
+        for logprobs in base:
+            (self.work / "targets").mkdir()
+            save_array(shard_path(self.work / "targets", BASE, 0), logprobs)
         return keys, labels, min(len(spent) * each, len(tokens)), sum(spent[warm]) / max(rows, 1)
 
     def write(self, keys: np.ndarray, labels: np.ndarray, blocks: int) -> float:
         """Write the embedded blocks and their targets, each as one shard; return tokens a row."""
         corpus, targets = self.work / "corpus", self.work / "targets"
         for folder in (corpus, targets):
-            folder.mkdir()
+            folder.mkdir(exist_ok=True)
         tokens, positions = load_blocks(self.corpus, "train")
         save_array(shard_path(corpus, "tokens-train", 0), tokens[:blocks])
         save_array(shard_path(corpus, "positions-train", 0), positions[:blocks])

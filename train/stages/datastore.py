@@ -17,8 +17,10 @@ from vllm_memdec.train.data.blocks import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.data.shards import save_array, shard_path, unfinished
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys, key_fallback
+from vllm_memdec.train.settings import DatastoreSettings, Settings
 from vllm_memdec.train.stages.stage import Build, Stage, lowered
 
+BASE = "base"  # the name of the files that hold the base's log p of the labels
 SAMPLE_SHARDS = 64  # shards, evenly spread, from which a sample of keys is taken, at least
 MAX_SAMPLE_SHARDS = 2048  # the same at most: each is a file to open
 
@@ -47,15 +49,18 @@ def sample_rows(keys: Keys, starts: np.ndarray, rows: int) -> tuple[np.ndarray, 
 
 @dataclass
 class Embedder:
-    """Writes the keys and labels of one shard of blocks."""
+    """Writes the keys and labels of one shard of blocks, and the base's log p of these."""
 
     gpu: ClassVar[bool] = True
     keys: Keys
     work: Path
 
     def __call__(self, shard: int) -> int:
-        keys, labels = self.keys.compute(shard)
-        save_array(shard_path(self.work, "keys", shard), keys)
+        keys, labels, *logprobs = self.keys.compute(shard, self.keys.scored)
+        if self.keys.settings.keep_keys:
+            save_array(shard_path(self.work, "keys", shard), keys)
+        for array in logprobs:
+            save_array(shard_path(self.work, BASE, shard), array)
         save_array(shard_path(self.work, "labels", shard), labels)
         return len(labels)
 
@@ -74,13 +79,21 @@ class Labeller:
         return len(labels)
 
 
+def arrays(keep_keys: bool, scored: bool) -> tuple[str, ...]:
+    """Return the names of a shard's files."""
+    return ("keys",) * keep_keys + (BASE,) * scored + ("labels",)
+
+
 def build_datastore(keys: Keys, work: Path, context: Context) -> None:
-    """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks."""
+    """Write keys-N.npy [rows, D] fp16 and labels-N.npy [rows] int32 for each shard of blocks.
+
+    And base-N.npy [rows] float32, the base's log p of the labels, where they are asked for.
+    """
     starts = shard_rows(keys.corpus)
     n_shards = len(starts) - 1
-    names = ("keys", "labels") if keys.settings.keep_keys else ("labels",)
+    names = arrays(keys.settings.keep_keys, keys.scored)
     todo = unfinished(work, names, n_shards)
-    worker = Embedder(keys, work) if keys.settings.keep_keys else Labeller(keys.corpus, work)
+    worker = Embedder(keys, work) if len(names) > 1 else Labeller(keys.corpus, work)
     with context.progress.task("datastore", int(starts[-1]), "rows") as advance:
         done = sorted(set(range(n_shards)) - set(todo))
         advance(int(np.diff(starts)[done].sum()), done_before=True)
@@ -90,7 +103,22 @@ def build_datastore(keys: Keys, work: Path, context: Context) -> None:
 
 def keys_of(build: Build, datastore: Path) -> Keys:
     """Return the keys of the corpus's rows, of which a datastore may hold some."""
-    return Keys(build.settings.datastore, build.base, build.path("corpus"), datastore)
+    where = build.path("corpus"), datastore
+    return Keys(build.settings.datastore, build.base, *where, scores_labels(build.settings))
+
+
+def scores_labels(settings: Settings) -> bool:
+    """Return whether the memory's objective needs the base's log p of the labels."""
+    return settings.memory.objective == "mixture"
+
+
+def further_pass(settings: DatastoreSettings) -> str | None:
+    """Return what log-probabilities cost beside the head's products; None if nothing."""
+    if not settings.keep_keys:
+        return "a pass of the base that keys which are not kept would not take here"
+    if settings.key == "layer":
+        return "its pass goes on from the keys' layer to the head"
+    return None
 
 
 def stage(build: Build) -> Stage:
@@ -99,15 +127,21 @@ def stage(build: Build) -> Stage:
     batch = settings.pop("batch_blocks")  # bounds RAM, changes no key
     if build.settings.datastore.key != "layer":
         settings["layer_fraction"] = None
+    scored, kept = scores_labels(build.settings), settings["keep_keys"]
+    if scored:
+        settings["base_logprobs"] = True
 
     def make(work: Path) -> None:
+        say = build.context.progress.say
         if said := key_fallback(build.base, build.settings.datastore.key_layer):
-            build.context.progress.say(said)
+            say(said)
+        if scored and (why := further_pass(build.settings.datastore)):
+            say(f"datastore: memory.objective mixture needs the base's log-probabilities: {why}")
         build_datastore(keys_of(build, work), work, build.context)
 
     def files(work: Path) -> Iterable[str]:
-        names = ("keys", "labels") if settings["keep_keys"] else ("labels",)
-        return completeness.numbered(names, completeness.n_shards(build.path("corpus")))
+        shards = completeness.n_shards(build.path("corpus"))
+        return completeness.numbered(arrays(kept, scored), shards)
 
     remedy = lowered("datastore.batch_blocks", batch)
     return Stage(settings, ("corpus",), make, files, remedy)

@@ -4,7 +4,8 @@
 
 d is the squared L2 distance (arXiv 2508.09874, section 3). Stored as compressed sparse rows, one
 set of files a shard of the datastore: offsets [rows+1] int64, ids int32, probs fp16, and
-labels [rows] int32, which training checks against its batches.
+labels [rows] int32, which training checks against its batches; and where the datastore has the
+base's log p of the labels, base [rows] float32.
 """
 
 import json
@@ -26,7 +27,7 @@ from vllm_memdec.train.data.shards import load_shard, save_array, shard_path, un
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.hidden_states import Keys
 from vllm_memdec.train.settings import TargetSettings
-from vllm_memdec.train.stages.datastore import keys_of, sample_rows
+from vllm_memdec.train.stages.datastore import BASE, keys_of, sample_rows, scores_labels
 from vllm_memdec.train.stages.faiss_gpu import check_width
 from vllm_memdec.train.stages.search import Index
 from vllm_memdec.train.stages.stage import Build, Stage, less_budget
@@ -187,6 +188,11 @@ class Searcher:
     groups: list[list[int]] = field(default_factory=list)  # shards that are searched together
     held: tuple[int, Any] = (-1, None)  # the shard whose keys are held, and they
 
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Return the names of a shard's files, the last to be written last."""
+        return (BASE,) * self.keys.scored + ARRAYS
+
     @cached_property
     def starts(self) -> np.ndarray:
         return shard_rows(self.keys.corpus)
@@ -270,7 +276,9 @@ class Searcher:
             "ids": np.concatenate([p[1] for p in parts]),
             "probs": np.concatenate([p[2] for p in parts]).astype(np.float16),
         }
-        for name in ARRAYS:
+        if self.keys.scored:
+            files[BASE] = np.asarray(load_shard(self.keys.datastore, BASE, shard))
+        for name in self.arrays:
             save_array(shard_path(self.work, name, shard), files[name])
 
 
@@ -325,7 +333,7 @@ def build_targets(
     if torch.cuda.is_available() and (why := index.on_cpu(k)):
         progress.say(f"targets: searched on CPUs, {why}")
     n_shards = len(starts) - 1
-    todo = unfinished(work, ARRAYS, n_shards)
+    todo = unfinished(work, searcher.arrays, n_shards)
     # Parts of an index that does not fit in RAM are read for every group: as many shards as
     # the budget allows. A few groups for each worker, as one may be lost.
     max_shards = 1 if index.fits else max(1, len(todo) // (GROUPS_A_WORKER * executor.workers()))
@@ -350,6 +358,7 @@ def stage(build: Build) -> Stage:
 
     def files(work: Path) -> Iterable[str]:
         count = completeness.n_shards(build.path("corpus"))
-        return ["targets.json", *completeness.numbered(ARRAYS, count)]
+        names = (BASE,) * scores_labels(build.settings) + ARRAYS
+        return ["targets.json", *completeness.numbered(names, count)]
 
     return Stage(settings, ("datastore", "index"), make, files, less_budget(build.settings))

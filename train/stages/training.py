@@ -56,6 +56,7 @@ from vllm_memdec.train.training.metrics import (
     read_metrics,
     stopped_early,
 )
+from vllm_memdec.train.training.optimizers import Average, Optimizer, new_optimizer, peak_rate
 from vllm_memdec.train.training.parallel import (
     agreed,
     memory_of,
@@ -72,7 +73,7 @@ from vllm_memdec.train.training.steps import (
     add_gradients,
     autocast_to,
     learning_rate_factor,
-    new_optimizer,
+    mixture_share,
     warmup_steps,
 )
 
@@ -110,10 +111,11 @@ class Training:
         memory = build_memory(settings, self.base, batches.block_tokens, path is not None)
         module = spread(memory.to(default_device()).train(), settings, world)
         optimizer = new_optimizer(module, settings)
+        average = Average(module, batches.steps, settings.average_fraction)
         step, saved = 0, time.monotonic()
         if path:
             state = torch.load(path, weights_only=True, map_location="cpu")
-            restore(module, optimizer, state)
+            restore(module, optimizer, state, average)
             step = state["step"]
             del state
         checkpoints, stop = Checkpoints(self.work), False
@@ -126,6 +128,7 @@ class Training:
                 began = time.monotonic()
                 row = self.step(module, optimizer, batches, step, world)
                 step += 1
+                average.add(step)
                 row |= {"step": step, "tokens_per_second": row["rows"] / seconds_since(began)}
                 if not math.isfinite(row["kl"] + row["ce"]):
                     raise MemdecError(
@@ -146,7 +149,7 @@ class Training:
                 due = seconds_since(saved) >= settings.checkpoint_seconds
                 stop, due = agreed(((self.work / STOP).exists(), due), world)
                 if stop or due:
-                    state = state_of(module, optimizer) | {"step": step}
+                    state = state_of(module, optimizer, average) | {"step": step}
                     if world.rank == 0:
                         checkpoints.save(state)
                     saved = time.monotonic()
@@ -155,6 +158,7 @@ class Training:
             checkpoints.wait()
         if stop and step < batches.steps:
             return
+        average.put()
         weights = state_of(module)["model"]
         if world.rank == 0:
             if (self.work / BEST).exists():
@@ -207,7 +211,12 @@ class Training:
         return agreed(figures, world)
 
     def step(
-        self, module: torch.nn.Module, optimizer: Any, batches: Batches, step: int, world: World
+        self,
+        module: torch.nn.Module,
+        optimizer: Optimizer,
+        batches: Batches,
+        step: int,
+        world: World,
     ) -> dict[str, float]:
         """Take one step of the optimiser; return its metrics, losses as means over its rows."""
         settings, memory = self.settings, memory_of(module)
@@ -219,14 +228,16 @@ class Training:
             step, batches.steps, settings.warmup_fraction, settings.schedule
         )
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
+            group["lr"] = peak_rate(group, settings) * factor
         # An untrained memory puts its mass anywhere: warm-up pushes all of it down.
         warm = step < warmup_steps(batches.steps, settings.warmup_fraction)
         sampled = None if warm else settings.sampled_negatives
         candidates = batches.candidates(step, memory.config.vocab_size, sampled).to(
             default_device()
         )
-        sums = torch.zeros(2, dtype=torch.float64, device=default_device())
+        share = mixture_share(step, batches.steps, settings.mixture_ramp)
+        names = ["kl", "ce"] + ["mixture"] * batches.mixture
+        sums = torch.zeros(len(names), dtype=torch.float64, device=default_device())
         micros = self.micro_batches(batches, step, world)
         after = self.micro_batches(batches, step + 1, world) if step + 1 < batches.steps else []
         coming = [micro for micro in micros + after if len(micro)]
@@ -235,9 +246,9 @@ class Training:
             with contextlib.nullcontext() if last else unreduced(module):
                 if len(micro):
                     following = coming[number + 1 : number + 1 + AHEAD]
-                    sums += add_gradients(
-                        module, batches, micro, 1 / max(rows, 1), candidates, settings, following
-                    )
+                    weight = 1 / max(rows, 1)
+                    how = candidates, settings, following, share
+                    sums += add_gradients(module, batches, micro, weight, *how)
                 else:  # others have one: all take part, this one with a block that weighs nothing
                     following = coming[number : number + AHEAD]
                     weightless = blocks[:1], 0.0
@@ -245,10 +256,8 @@ class Training:
         norm = torch.nn.utils.clip_grad_norm_(module.parameters(), settings.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
-        kl, ce = (total(sums, world) / max(rows, 1)).tolist()
-        metrics = {
-            "kl": kl,
-            "ce": ce,
+        means = (total(sums, world) / max(rows, 1)).tolist()
+        metrics = dict(zip(names, means, strict=True)) | {
             "rows": rows,
             "epoch": (step + 1) * batches.size / len(batches.tokens),
             "learning_rate": settings.learning_rate * factor,
@@ -357,7 +366,7 @@ def stage(build: Build) -> Stage:
 
 def recorded_settings(memory: MemorySettings, corpus: Path) -> dict[str, Any]:
     """Return what decides what is trained; what is read from folders is among the inputs."""
-    settings = memory.model_dump()
+    settings = memory.recorded()
     for name in UNRECORDED:
         settings.pop(name)
     settings["batch_blocks"] = memory.batch(len(load_rows(corpus, "train")))

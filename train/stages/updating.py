@@ -111,9 +111,15 @@ def check_old(
                 f"--update: {folder} was built with another {what}: give the one it was built "
                 f"with, {AFRESH}"
             )
-    if build.settings.corpus.group is not None or not build.settings.datastore.keep_keys:
-        what = "corpus.group" if build.settings.corpus.group else "datastore.keep_keys false"
-        raise MemdecError(f"--update cannot be used with {what}: build afresh, without --update.")
+    for what, given in (
+        ("corpus.group", build.settings.corpus.group is not None),
+        ("datastore.keep_keys false", not build.settings.datastore.keep_keys),
+        ("memory.objective mixture", build.settings.memory.objective == "mixture"),
+    ):
+        if given:
+            raise MemdecError(
+                f"--update cannot be used with {what}: build afresh, without --update."
+            )
     texts = [{n: of.get(n) for n in ("corpus", "validation")} for of in
              (inputs["corpus"], made["corpus"]["inputs"])]  # fmt: skip
     if texts[0] == texts[1]:
@@ -161,7 +167,9 @@ class Copier:
         # The shard's first block that is new.
         new = max(0, len(load_array(self.keys.corpus / BLOCKS_KEPT)) - shard * tokens.per_shard)
         if new < len(tokens.shard(shard)):
-            for name, made in zip(("keys", "labels"), self.keys.compute(shard, new), strict=True):
+            for name, made in zip(
+                ("keys", "labels"), self.keys.compute(shard, first=new), strict=True
+            ):
                 parts[name].append(made)
         for name, arrays in parts.items():
             array = np.concatenate(arrays)

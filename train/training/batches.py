@@ -8,6 +8,7 @@ import functools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,9 +63,18 @@ class TargetReader:
         total = np.bincount(row, weights=p, minlength=len(lengths))  # 1, but for fp16's rounding
         return lengths, np.asarray(ids[part]), (p / total[row]).astype(np.float32)
 
+    def base(self, block: int) -> np.ndarray:
+        """Return the base's log p of a block's labels [rows] float32."""
+        shard = int(block) // self.per_shard
+        start = self.row_start[shard * self.per_shard]
+        part = slice(self.row_start[block] - start, self.row_start[block + 1] - start)
+        return np.asarray(load_shard(self.targets, "base", shard)[part])
+
 
 class Batches:
     """Shuffled batches of blocks: which blocks a step sees depends on seed and step alone."""
+
+    mixture = False  # whether the base's log p of the labels is read, too
 
     def __init__(self, settings: MemorySettings, corpus: Path, targets: Path) -> None:
         self.tokens, self.positions = load_blocks(corpus, "train")
@@ -72,7 +82,7 @@ class Batches:
         self.used = np.asarray(load_used(corpus, "train"))  # every label and kNN target is one
         self.ahead: dict[bytes, Future] = {}  # what is being read, by its blocks
         self.reader = TargetReader(targets, self.rows, self.tokens.per_shard)
-        self.seed = settings.seed
+        self.seed, self.mixture = settings.seed, settings.objective == "mixture"
         self.size = min(settings.batch(len(self.tokens)), len(self.tokens))
         self.per_epoch = len(self.tokens) // self.size
         self.steps = max(1, round(settings.epochs * len(self.tokens) / self.size))
@@ -112,17 +122,15 @@ class Batches:
         """Return the vocabulary columns of a step, see output_head.py."""
         return Candidates.draw(self.used, vocabulary, sampled, [self.seed, 1, step])
 
-    def load(
-        self, blocks: np.ndarray, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, SparseRows]:
+    def load(self, blocks: np.ndarray, device: torch.device) -> tuple[Any, ...]:
         """Return tokens and positions [B, T], of the valid rows places [N] and labels, targets.
 
-        places: of a row in B x T.
+        places: of a row in B x T. With a mixture also the base's log p of the labels [N].
         """
         reading = self.ahead.pop(blocks.tobytes(), None)
         arrays = self.arrays(blocks) if reading is None else reading.result()
-        tokens, positions, places, labels, *targets = (to_device(x, device) for x in arrays)
-        return tokens, positions, places, labels, SparseRows(*targets)
+        moved = [to_device(x, device) for x in arrays]
+        return *moved[:4], SparseRows(*moved[4:7]), *moved[7:]
 
     def expect(self, following: Sequence[np.ndarray], device: torch.device) -> None:
         """Read the blocks of the next load()s, in their order, while CUDA works on others.
@@ -144,6 +152,7 @@ class Batches:
         mask = valid_rows(positions)
         pieces = [self.reader.read(int(b), tokens[i, 1:][mask[i]]) for i, b in enumerate(blocks)]
         lengths = np.concatenate([p[0] for p in pieces])
+        base = [np.concatenate([self.reader.base(int(b)) for b in blocks])] if self.mixture else []
         return (
             tokens[:, :-1],
             unmarked(positions[:, :-1]),
@@ -152,4 +161,5 @@ class Batches:
             np.r_[0, np.cumsum(lengths)],
             np.concatenate([p[1] for p in pieces]).astype(np.int64),
             np.concatenate([p[2] for p in pieces]),
+            *base,
         )

@@ -32,6 +32,7 @@ from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.model.huggingface import layers_of
 from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.training.optimizers import Average, Optimizer
 
 
 class Spread(torch.nn.Module):
@@ -136,11 +137,11 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def state_of(
-    module: torch.nn.Module, optimizer: torch.optim.Optimizer | None = None
+    module: torch.nn.Module, optimizer: Optimizer | None = None, average: Average | None = None
 ) -> dict[str, Any]:
-    """Return a copy of the weights and the optimiser's state on the CPU, however they are spread.
+    """Return a copy of the weights, the optimiser's state and the average on the CPU.
 
-    All processes have to call it; only rank 0's is whole.
+    However they are spread: all processes have to call it; only rank 0's is whole.
     """
     keep = not dist.is_initialized() or dist.get_rank() == 0
     copies: dict[tuple, torch.Tensor] = {}  # tied weights are copied, and written, once
@@ -162,10 +163,14 @@ def state_of(
     if optimizer is not None:
         optimizer_state = optimizer.state_dict()
         state["optimizer"] = optimizer_state | {"state": copied(optimizer_state["state"])}
+    if average is not None:
+        state["average"] = copied(average.means)
     return state
 
 
-def restore(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def restore(
+    module: torch.nn.Module, optimizer: Optimizer, state: dict, average: Average | None = None
+) -> None:
     """Put back what state_of() returned, however the memory is spread now."""
     own = memory_of(module).state_dict()
     if own.keys() != state["model"].keys():
@@ -182,6 +187,10 @@ def restore(module: torch.nn.Module, optimizer: torch.optim.Optimizer, state: di
         for number, slot in state["optimizer"]["state"].items()
     }
     optimizer.load_state_dict(state["optimizer"] | {"state": slots})
+    if average is not None:
+        for number, mean in state.get("average", {}).items():  # older checkpoints have none
+            like = average.parameters[number]
+            average.means[number] = _like(mean, like).to(like.device)
 
 
 def _like(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

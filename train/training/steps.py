@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from vllm_memdec.kernels.head_loss import head_loss
-from vllm_memdec.kernels.sparse_kl import SparseRows
+from vllm_memdec.kernels.sparse_kl import Mixture, SparseRows
 from vllm_memdec.train.model.devices import default_device
 from vllm_memdec.train.model.output_head import Candidates, logits_transform
 from vllm_memdec.train.settings import MemorySettings
@@ -37,21 +37,16 @@ def learning_rate_factor(
     return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
 
 
+def mixture_share(step: int, steps: int, ramp: float) -> float:
+    """Return the share that the mixture's likelihood has of the cross-entropy at a step."""
+    return min(1.0, step / (ramp * steps)) if ramp else 1.0
+
+
 def autocast_to(dtype: str, device: torch.device) -> contextlib.AbstractContextManager:
     """Return a context in which matrix products are of a dtype."""
     if dtype == "bfloat16":
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return contextlib.nullcontext()
-
-
-def new_optimizer(model: Any, settings: MemorySettings) -> torch.optim.Optimizer:
-    """Return AdamW over all weights of a model."""
-    return torch.optim.AdamW(
-        model.parameters(),
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
 
 
 def memory_loss(
@@ -61,13 +56,15 @@ def memory_loss(
     settings: MemorySettings,
     scale: float,
     alone: bool,
+    share: float = 0.0,
     beta: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a micro-batch's loss times `scale` and its sums [2] of KL and cross-entropy.
+    """Return a micro-batch's loss times `scale` and its sums, those of head_loss().
 
-    alone: no other process waits for the gradients; beta: in place of the settings'.
+    alone: no other process waits for the gradients; share: of the mixture's likelihood; beta: in
+    place of the settings'.
     """
-    tokens, positions, places, labels, targets = batch
+    tokens, positions, places, labels, targets, *base = batch
     with autocast_to(settings.dtype, tokens.device):
         trunk = memory.base_model(input_ids=tokens, position_ids=positions, use_cache=False)
     layer = memory.get_output_embeddings()
@@ -80,6 +77,7 @@ def memory_loss(
         bias_V=getattr(layer, "bias", None),
         transform=logits_transform(memory.config),
         columns=candidates.columns,
+        mixture=Mixture(base[0], settings.mixture_alpha, share) if base else None,
         dtype=getattr(torch, settings.dtype),
         scale=scale,
         accumulate=alone,
@@ -94,14 +92,15 @@ def add_gradients(
     candidates: Candidates,
     settings: MemorySettings,
     following: Sequence[np.ndarray] = (),
+    share: float = 0.0,
 ) -> torch.Tensor:
-    """Backpropagate one micro-batch times `scale`; return its sums [2] of KL and cross-entropy.
+    """Backpropagate one micro-batch times `scale`; return its sums, those of head_loss().
 
     following: the blocks of the micro-batches after it, to be read meanwhile.
     """
     batch = batches.load(blocks, default_device())
     batches.expect(following, default_device())
     alone, beta = type(module) is Spread, batches.beta(blocks, settings.beta)
-    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone, beta)
+    loss, sums = module(memory_loss, batch, candidates, settings, scale, alone, share, beta)
     loss.backward()
     return sums
