@@ -7,8 +7,10 @@ import numpy as np
 from openai import OpenAI
 
 from benchmarks.corpora.factbook import Fact
+from vllm_memdec.train.model.devices import default_device, product_dtype
 
-SERVER_OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager")
+DTYPE = str(product_dtype("bfloat16", default_device())).removeprefix("torch.")
+SERVER_OPTIONS = ("--dtype", DTYPE, "--max-model-len", "1024", "--enforce-eager")
 ANSWER_TOKENS = 32
 
 

@@ -9,7 +9,7 @@ import torch
 
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.faults import reraise
-from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.model.devices import default_device, product_dtype
 from vllm_memdec.train.model.output_head import check_head
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
@@ -160,10 +160,12 @@ def load_model(
 ) -> Any:
     """Return the causal LM of a folder on a device, its head checked; MemdecError if it is none.
 
-    config: as in read_model().
+    dtype: of its weights, and of its products where the device has them; config: as in
+    read_model().
     """
+    device = device or default_device()
     model = read_model(folder, config, dtype=getattr(torch, dtype))
-    model = model.to(device or default_device())
+    model = model.to(device, product_dtype(dtype, device))
     check_head(model, folder)
     return model
 
