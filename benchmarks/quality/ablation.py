@@ -30,6 +30,7 @@ from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.quality.domain import QUICK, SETTINGS, Domain, Sizes
+from benchmarks.quality.pair import Pair
 from benchmarks.systems.trained import budget, parameters
 from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.blocks import load_used
@@ -101,7 +102,7 @@ class Ablation:
         work = work or WORK
         # The targets of all arms hold the base's log p: they are made once.
         settings = settings.changed({"memory": MIXTURE})
-        self.domain = Domain(name, base, sizes, settings, progress)
+        self.domain = Domain(name, Pair("smollm2", base), sizes, settings, progress)
         self.domain.folder = work / f"{name}-{sizes.train}"
         self.default = settings.memory.changed(objective="cross_entropy")
         self.dtype = self.default.dtype
