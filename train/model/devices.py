@@ -33,12 +33,16 @@ def product_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32 if slow and name == "bfloat16" else getattr(torch, name)
 
 
+def products(name: str) -> str:
+    """Return the name of the dtype of matrix products here, where settings ask for one."""
+    return str(product_dtype(name, default_device())).removeprefix("torch.")
+
+
 def tell_dtype(dtypes: Iterable[str], say: Callable[[str], None]) -> None:
     """Say so where a dtype of the settings is not that of the products."""
     for name in sorted({*dtypes}):
-        products = str(product_dtype(name, default_device())).removeprefix("torch.")
-        if products != name:
-            say(f"{name} is slow on this CPU: models run in {products}, as precise or more so")
+        if (real := products(name)) != name:
+            say(f"{name} is slow on this CPU: models run in {real}, as precise or more so")
 
 
 def blocks_at_once(blocks: int | None, block_tokens: int, device: torch.device, tokens: int) -> int:
