@@ -25,7 +25,7 @@ from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.texts import FULL
-from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts
+from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts, made_in
 from benchmarks.quality.pair import Pair
 from benchmarks.systems.memory import Memory
 from vllm_memdec.train.data.artifacts import build_artifact
@@ -91,7 +91,7 @@ class Measured:
         kept = build_artifact(
             WORK / self.name / f"{use}-{kind.replace(' ', '-')}",
             "context",
-            {"window": WINDOW, "most": MAX_TOKENS[kind]},
+            {"window": WINDOW, "most": MAX_TOKENS[kind]} | made_in(),
             self.inputs | {file.name: text_hash(file) for file in texts},
             make,
             self.progress.say,
