@@ -134,3 +134,28 @@ def ablation() -> str:
             for row in rows
         ],
     )
+
+
+def sources() -> str:
+    """Return how often the document that states a fact is among its sources, by run."""
+
+    def share(row: dict[str, str], part: str, whole: str) -> str:
+        return f"{int(row[part]) / int(row[whole]):.0%} of {row[whole]}" if int(row[whole]) else "-"
+
+    titles = ["tokens of the value", "facts", "the first source", "single tokens", "first tokens"]
+    return grid(
+        [*titles, "the memory's epochs", "keys by", "commit"],
+        [
+            [
+                row["tokens of the value"],
+                share(row, "facts_found", "facts"),
+                share(row, "facts_found_first", "facts"),
+                share(row, "tokens_found", "tokens"),
+                share(row, "first_tokens_found", "first_tokens"),
+                f"{float(row['memory epochs']):g}",
+                row["datastore dtype"],
+                row["commit"],
+            ]
+            for row in read(RESULTS / "sources.csv")
+        ],
+    )
