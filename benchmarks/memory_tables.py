@@ -115,13 +115,14 @@ def ablation() -> str:
     rows = read(RESULTS / "ablation.csv")
     if not rows:
         return "not measured\n"
-    titles = ["domain, tokens", "arm", "training TFLOP", "epochs", "memory alone"]
+    titles = ["domain, tokens", "arm", "dtype", "training TFLOP", "epochs", "memory alone"]
     return grid(
         [*titles, "base + memory (alpha)", "hard tokens", "healed once, TFLOP", "wall"],
         [
             [
                 f"{row['domain']}, {int(row['train_tokens']):,} (base {float(row['base']):.1f})",
                 row["title"],
+                row["dtype"],
                 f"{float(row['tflop']):.1f}",
                 f"{float(row['epochs']):.1f}",
                 f"{float(row['memory']):.1f}",

@@ -7,8 +7,10 @@ import numpy as np
 from openai import OpenAI
 
 from benchmarks.corpora.factbook import Fact
+from vllm_memdec.train.model.devices import products
 
-SERVER_OPTIONS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--enforce-eager")
+DTYPE = products("bfloat16")
+SERVER_OPTIONS = ("--dtype", DTYPE, "--max-model-len", "1024", "--enforce-eager")
 ANSWER_TOKENS = 32
 
 

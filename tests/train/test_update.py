@@ -169,9 +169,9 @@ def test_sides_stay(corpora, done):
 def test_only_new_blocks_are_embedded(corpora, done, build, tmp_path, monkeypatch):
     embedded = []
 
-    def counting(model, key, tokens, positions, batch):
+    def counting(model, key, tokens, positions, batch, scored=False):
         embedded.append(len(tokens))
-        return embed(model, key, tokens, positions, batch)
+        return embed(model, key, tokens, positions, batch, scored)
 
     embed = hidden_states.embed
     monkeypatch.setattr(hidden_states, "embed", counting)

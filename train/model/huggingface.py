@@ -9,7 +9,7 @@ import torch
 
 from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.train.faults import reraise
-from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.model.devices import default_device, product_dtype
 from vllm_memdec.train.model.output_head import check_head
 from vllm_memdec.train.trust import check_needs_no_code, code_allowed
 
@@ -160,10 +160,16 @@ def load_model(
 ) -> Any:
     """Return the causal LM of a folder on a device, its head checked; MemdecError if it is none.
 
-    config: as in read_model().
+    dtype: of its weights, and of its products where the device has them; config: as in
+    read_model().
     """
-    model = read_model(folder, config, dtype=getattr(torch, dtype))
-    model = model.to(device or default_device())
+    device, own = device or default_device(), getattr(torch, dtype)
+    model = read_model(folder, config, dtype=own).to(device)
+    products = product_dtype(dtype, device)
+    # Only where it must be: what a model keeps in float32 is not rounded, and a quantised one
+    # multiplies as it does.
+    if products is not own and getattr(model.config, "quantization_config", None) is None:
+        model = model.to(products)
     check_head(model, folder)
     return model
 

@@ -31,7 +31,7 @@ from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.executor.executor import Executor
 from vllm_memdec.train.executor.ray_executor import World
 from vllm_memdec.train.model.decoder import build_memory, memory_config
-from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device
+from vllm_memdec.train.model.devices import EMBEDDED, blocks_at_once, default_device, product_dtype
 from vllm_memdec.train.model.hidden_states import blocks_gathered, embed
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import label_logprobs
@@ -265,9 +265,7 @@ class TrainingProbe:
         measured["checkpoint"] = seconds(torch.save, state, self.work / "checkpoint.pt")
         (self.work / "checkpoint.pt").unlink()
         tokens, positions = (a[:SCORED_BLOCKS] for a in load_blocks(corpus, "train"))
-        model = model.eval().to(
-            getattr(torch, self.settings.export.dtype)
-        )  # the dtype of the export
+        model = model.eval().to(product_dtype(self.settings.export.dtype, model.device))
         label_logprobs(model, tokens[:1], positions[:1], 1)  # warms up
         scored = seconds(label_logprobs, model, tokens, positions, blocks_scored(tokens))
         measured["score_memory"] = scored / (len(tokens) * self.settings.corpus.block_tokens)

@@ -120,7 +120,7 @@ def export_memory(
     tell(tuned, width, context.progress)
 
     model = load_model(str(memory), settings.dtype, torch.device("cpu"))
-    model.save_pretrained(work)
+    model.to(getattr(torch, settings.dtype)).save_pretrained(work)
     tokenizer.save_pretrained(work)
     corpus_facts = json.loads((corpus / "corpus.json").read_text())
     section = MemoryBlock(

@@ -275,7 +275,7 @@ def write_gone(build: Build, folder: Path) -> Path | None:
     facts = {"train": {"blocks": sum(map(len, counts))}, "shard_blocks": settings.shard_blocks}
     write_json(places[0] / "corpus.json", facts)
     shutil.copyfile(build.path("targets") / "targets.json", places[2] / "targets.json")
-    keys = Keys(build.settings.datastore, build.base, *places[:2])
+    keys = Keys(build.settings.datastore, build.base, places[0], places[1])
     searched = Index(build.path("index"), build.settings.index.probes, build.context.ram_budget)
     build_targets(build.settings.targets, keys, searched, places[2], build.context, Outsiders)
     return folder

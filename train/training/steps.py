@@ -10,7 +10,7 @@ import torch
 
 from vllm_memdec.kernels.head_loss import head_loss
 from vllm_memdec.kernels.sparse_kl import Mixture, SparseRows
-from vllm_memdec.train.model.devices import default_device
+from vllm_memdec.train.model.devices import default_device, product_dtype
 from vllm_memdec.train.model.output_head import Candidates, logits_transform
 from vllm_memdec.train.settings import MemorySettings
 from vllm_memdec.train.training.batches import Batches
@@ -43,9 +43,10 @@ def mixture_share(step: int, steps: int, ramp: float) -> float:
 
 
 def autocast_to(dtype: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """Return a context in which matrix products are of a dtype."""
-    if dtype == "bfloat16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+    """Return a context in which matrix products are of a dtype, where the device has them."""
+    products = product_dtype(dtype, device)
+    if products is not torch.float32:
+        return torch.autocast(device.type, dtype=products)
     return contextlib.nullcontext()
 
 
@@ -78,7 +79,7 @@ def memory_loss(
         transform=logits_transform(memory.config),
         columns=candidates.columns,
         mixture=Mixture(base[0], settings.mixture_alpha, share) if base else None,
-        dtype=getattr(torch, settings.dtype),
+        dtype=product_dtype(settings.dtype, tokens.device),
         scale=scale,
         accumulate=alone,
     )
