@@ -55,6 +55,10 @@ class Source:
     def title(self) -> str:
         return self.name or f"document {self.document}"
 
+    @property
+    def percent(self) -> str:
+        return f"{self.weight:.0%}" if self.weight >= 0.005 else "<1%"
+
 
 @dataclass(frozen=True)
 class Token:
@@ -273,10 +277,7 @@ def show(explanation: Explanation, console: Console) -> None:
     for name in ("token", "alpha", "P(base)", "P(memory)", "P(mixture)", "decided", *SAYS):
         is_text = name in ("token", *SAYS)
         table.add_column(name, no_wrap=not is_text, overflow="ellipsis" if is_text else "fold")
-    if explanation.build is not None:
-        table.add_column("sources")
     table.add_row(escape(visible(explanation.first)))
-    documents = numbered(explanation)
     for token in explanation.tokens:
         colour = "orange1" if token.decided == "memory" else "dodger_blue1"
         name = escape(visible(token.text))
@@ -287,7 +288,6 @@ def show(explanation: Explanation, console: Console) -> None:
             *(f"{p:.1%}" for p in (token.base, token.memory, token.mixture)),
             f"[{colour}]{token.decided}[/]",
             *says,
-            *[", ".join(share_of(documents, source) for source in token.sources)][: len(documents)],
         )
     console.print(table)
     if any(token.written for token in explanation.tokens):
@@ -304,7 +304,7 @@ def numbered(explanation: Explanation) -> dict[int, int]:
 
 def share_of(documents: dict[int, int], source: Source) -> str:
     """Return a source's number and share; in brackets where its keys say another token."""
-    said = f"{documents[source.document]}: {source.weight:.0%}"
+    said = f"{documents[source.document]}: {source.percent}"
     return said if source.agrees else f"({said})"
 
 
@@ -325,6 +325,13 @@ def show_sources(explanation: Explanation, console: Console) -> None:
         "the text.",
         markup=False, highlight=False,
     )  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("token", "comes from"):
+        table.add_column(name)
+    for token in (token for token in explanation.tokens if token.sources):
+        shares = ", ".join(share_of(documents, source) for source in token.sources)
+        table.add_row(escape(visible(token.text)), shares)
+    console.print(table)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("", "document", "passage"):
         table.add_column(name, overflow="fold")

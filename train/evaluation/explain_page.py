@@ -59,7 +59,8 @@ b.said {{ color: #222; border-bottom: 2px dotted #888; }}
   background: linear-gradient(90deg, rgb{base_rgb}, rgb{memory_rgb}); }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin-top: 1.5rem; }}
-td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #eee; }}
+td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #eee;
+  white-space: nowrap; }}
 td:first-child, td:nth-child(n+6), th:first-child, th:nth-child(n+6) {{ text-align: left; }}
 td:first-child, td:nth-child(7), td:nth-child(8) {{ font-family: ui-monospace, monospace; }}
 @media (max-width: 50rem) {{ .columns {{ display: block; }} aside {{ margin-top: 1rem; }} }}
@@ -111,7 +112,7 @@ def page(explanation: Explanation) -> str:
         cells = [visible(token.text), f"{token.alpha:.2f}", *percents, token.decided]
         cells += [visible(token.base_says), visible(token.memory_says)]
         if explanation.build is not None:
-            cells.append("; ".join(f"{s.title} ({s.weight:.0%})" for s in token.sources[:1]))
+            cells.append("; ".join(f"{s.title} ({s.percent})" for s in token.sources[:1]))
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
         if token.sources:
             sections.append(_section(token, f"of-{n}", numbers))
@@ -172,7 +173,7 @@ def _item(source: Source) -> str:
     return (
         f'<li class="{"same" if source.agrees else "other"}">'
         f'<div class="document"><span>{html.escape(source.title)}</span>'
-        f"<span>{source.weight:.0%}</span></div>"
+        f"<span>{html.escape(source.percent)}</span></div>"
         f'<div class="bar"><div style="width: {source.weight:.0%}"></div></div>'
         f"{note}<blockquote>{before}{''.join(passage)}{after}</blockquote></li>"
     )
