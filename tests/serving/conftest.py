@@ -144,7 +144,7 @@ def server(long_models, server_env, tmp_path_factory):
 
 @pytest.fixture(scope="session", params=[3, "auto"])
 def drafting_server(request, long_models, forked, server_env, tmp_path_factory):
-    """Yield a server whose memories draft; the first in a spawned engine and worker, as a user's."""
+    """Yield a server whose memories draft, of which one is a user's: an engine that is spawned."""
     from support import soak_client
 
     start = soak_client.start(server_env) if request.param == 3 else forked
