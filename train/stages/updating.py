@@ -289,13 +289,11 @@ def share_of_epochs(memory: MemorySettings) -> float:
 def trained(memory: MemorySettings, update: UpdateSettings, old: Path) -> MemorySettings:
     """Return the settings of the training that goes on from an old memory."""
     names = memory.model_fields_set - {*STARTS}
+    rates = ["learning_rate"] + ["muon_learning_rate"] * (memory.optimizer == "muon")
     return MemorySettings(
         **{name: getattr(memory, name) for name in names}
-        | {
-            "init": str(old),
-            "epochs": update.epochs or share_of_epochs(memory) * memory.epochs,
-            "learning_rate": min(1.0, update.learning_rate * memory.learning_rate),
-        }
+        | {"init": str(old), "epochs": update.epochs or share_of_epochs(memory) * memory.epochs}
+        | {name: min(1.0, update.learning_rate * getattr(memory, name)) for name in rates}
     )
 
 
