@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.artifacts import HASHED, json_sha256, write_json
 from vllm_memdec.train.data.blocks import (
     Owners,
     load_blocks,
@@ -30,6 +31,8 @@ from vllm_memdec.train.data.splits import digest, split_as_before
 from vllm_memdec.train.model import hidden_states
 from vllm_memdec.train.model.huggingface import load_tokenizer
 from vllm_memdec.train.settings import DatastoreSettings
+from vllm_memdec.train.stages import updating
+from vllm_memdec.train.stages.stage import Stage
 from vllm_memdec.train.verify.brute_force import StoredTargets, nearest, target
 from vllm_memdec.train.verify.report import FAILED, verify
 
@@ -244,8 +247,24 @@ def test_the_old_quantiser_is_kept(corpora, done, build, tmp_path):
     name = "index/trained.faiss"
     assert (old / name).read_bytes() == (new / name).read_bytes()
     facts = json.loads((new / "index/index.json").read_text())
-    assert facts["keys"] == len(next_tokens(new / "corpus"))
+    before = json.loads((old / "index/index.json").read_text())["keys"]
+    assert (facts["keys"], facts["trained_keys"]) == (len(next_tokens(new / "corpus")), before)
     assert {c.name: c.status for c in verify(new)}["recall"] == "ok"
+    # What it was trained on counts, not what the last of several updates had.
+    stage = Stage({}, (), lambda work: None, lambda work: [], "")
+    for rows, kept in ((before, True), (3 * before, False), (before // 3, False)):
+        write_json(new / "index/index.json", facts | {"trained_keys": rows})
+        build_of = SimpleNamespace(path=lambda name: new / name)
+        assert (updating.index(build_of, stage, new / "index") is not stage) == kept
+
+
+def edit_manifest(folder, settings=None, **changes):
+    """Change entries of an artifact's manifest, and some of its settings."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | changes
+    manifest["settings"] |= settings or {}
+    manifest["hash"] = json_sha256({key: manifest[key] for key in HASHED})
+    path.write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -266,6 +285,9 @@ def test_the_old_quantiser_is_kept(corpora, done, build, tmp_path):
         ("group", "--update cannot be used with corpus.group: build afresh"),
         ("keys", "--update cannot be used with datastore.keep_keys false: build afresh"),
         ("mixture", "--update cannot be used with memory.objective mixture: build afresh"),
+        ("old mixture", "--update cannot be used with memory.objective mixture: build afresh"),
+        ("old keys", "--update cannot be used with datastore.keep_keys false: build afresh"),
+        ("index", "index.kind is IVF[0-9]+,SQ8 here and was Flat in .*: give the settings it was"),
         ("inside", "lies inside --update .*: choose a folder outside"),
     ],
 )
@@ -278,7 +300,7 @@ def test_what_cannot_be_updated_is_refused(
         shutil.rmtree(old / "memory")
     if what == "base":
         base = tiny_model("llama", seed=3)
-    if what in ("settings", "neighbours", "epochs", "group", "keys", "mixture"):
+    if what in ("settings", "neighbours", "epochs", "group", "keys", "mixture", "index"):
         changes = {
             "settings": {"corpus": {"block_tokens": 16}},
             "neighbours": {"targets": {"neighbours": 8}},
@@ -286,21 +308,20 @@ def test_what_cannot_be_updated_is_refused(
             "group": {"corpus": {"group": "text"}},
             "keys": {"datastore": {"keep_keys": False}},
             "mixture": {"memory": {"objective": "mixture"}},
+            "index": {"index": {"kind": "sq8"}},
         }[what]
+    if what == "index":  # of an update, whose shape is its ancestor's
+        old, corpus = shutil.copytree(done.new, tmp_path / "updated"), corpora.old
     if what == "schema":
-        path = old / "index/manifest.json"
-        manifest = json.loads(path.read_text()) | {"schema": 99}
-        from vllm_memdec.train.data.artifacts import HASHED, json_sha256
-
-        manifest["hash"] = json_sha256({key: manifest[key] for key in HASHED})
-        path.write_text(json.dumps(manifest))
+        edit_manifest(old / "index", schema=99)
+    if what == "old mixture":
+        edit_manifest(old / "datastore", settings={"base_logprobs": True})
+        edit_manifest(old / "memory", settings={"objective": "mixture"})
+    if what == "old keys":
+        edit_manifest(old / "datastore", settings={"keep_keys": False})
     if what == "release":
-        manifest = json.loads((old / "corpus/manifest.json").read_text())
-        from vllm_memdec.train.data.artifacts import HASHED, json_sha256
-
-        manifest["files"] = {n: e for n, e in manifest["files"].items() if "texts-" not in n}
-        manifest["hash"] = json_sha256({key: manifest[key] for key in HASHED})
-        (old / "corpus/manifest.json").write_text(json.dumps(manifest))
+        files = json.loads((old / "corpus/manifest.json").read_text())["files"]
+        edit_manifest(old / "corpus", files={n: e for n, e in files.items() if "texts-" not in n})
         (old / "corpus/texts-train.npy").unlink()
     if what in ("same", "order", "nothing left"):
         texts = corpora.before[::-1] if what == "order" else corpora.before
