@@ -1,6 +1,7 @@
 """`memdec build --update`: what stays is not made again, what is gone is nowhere any more."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -355,6 +356,25 @@ def test_the_old_build_is_left_alone(corpora, done, build, tmp_path):
     assert not (tmp_path / "new/export/memdec_gate.npz").exists()
     [said] = [line for line in lines if "gate" in line]
     assert "is not taken over" in said and "run memdec calibrate again" in said
+
+
+def test_removed_text_that_cannot_be_deleted_is_not_sealed(
+    corpora, done, build, tmp_path, monkeypatch
+):
+    rmdir = os.rmdir
+
+    def refuse(path, **where):
+        if str(path).endswith("gone"):
+            raise OSError("in use")
+        rmdir(path, **where)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(OSError, match="in use"):
+        build(done.base, corpora.new, tmp_path / "new", update=done.old)
+    assert not (tmp_path / "new/memory").exists()
+    monkeypatch.undo()
+    build(done.base, corpora.new, tmp_path / "new", until="memory", update=done.old)
+    assert not list((tmp_path / "new").rglob("gone"))
 
 
 BOS, FILLER = 900, 901

@@ -319,7 +319,8 @@ def memory(build: Build, stage: Stage, old: Path) -> Stage:
         settings = trained(build.settings.memory, update, old)
         batches = Replay(first_new(build), update.replay, gone)
         train_memory(settings, build.base, *paths, build.context, batches)
-        shutil.rmtree(work / GONE, ignore_errors=True)
+        if gone is not None:
+            shutil.rmtree(gone)
 
     settings = stage.settings | {"update": update.model_dump()}
     return replace(stage, settings=settings, make=make)
