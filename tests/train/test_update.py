@@ -358,6 +358,12 @@ def test_the_old_build_is_left_alone(corpora, done, build, tmp_path):
     assert "is not taken over" in said and "run memdec calibrate again" in said
 
 
+def test_settings_of_an_update_need_one(corpora, done, build, tmp_path):
+    with pytest.raises(MemdecError, match="update.epochs is for --update: give that as well"):
+        build(done.base, corpora.new, tmp_path / "new", {"update": {"epochs": 3}})
+    assert not (tmp_path / "new").exists()
+
+
 def test_removed_text_that_cannot_be_deleted_is_not_sealed(
     corpora, done, build, tmp_path, monkeypatch
 ):
