@@ -115,13 +115,14 @@ def ablation() -> str:
     rows = read(RESULTS / "ablation.csv")
     if not rows:
         return "not measured\n"
-    titles = ["domain, tokens", "arm", "training TFLOP", "epochs", "memory alone"]
+    titles = ["domain, tokens", "arm", "dtype", "training TFLOP", "epochs", "memory alone"]
     return grid(
         [*titles, "base + memory (alpha)", "hard tokens", "healed once, TFLOP", "wall"],
         [
             [
                 f"{row['domain']}, {int(row['train_tokens']):,} (base {float(row['base']):.1f})",
                 row["title"],
+                row["dtype"],
                 f"{float(row['tflop']):.1f}",
                 f"{float(row['epochs']):.1f}",
                 f"{float(row['memory']):.1f}",
@@ -131,5 +132,30 @@ def ablation() -> str:
                 f"{float(row['seconds']):.0f} s",
             ]
             for row in rows
+        ],
+    )
+
+
+def sources() -> str:
+    """Return how often the document that states a fact is among its sources, by run."""
+
+    def share(row: dict[str, str], part: str, whole: str) -> str:
+        return f"{int(row[part]) / int(row[whole]):.0%} of {row[whole]}" if int(row[whole]) else "-"
+
+    titles = ["tokens of the value", "facts", "the first source", "single tokens", "first tokens"]
+    return grid(
+        [*titles, "the memory's epochs", "keys by", "commit"],
+        [
+            [
+                row["tokens of the value"],
+                share(row, "facts_found", "facts"),
+                share(row, "facts_found_first", "facts"),
+                share(row, "tokens_found", "tokens"),
+                share(row, "first_tokens_found", "first_tokens"),
+                f"{float(row['memory epochs']):g}",
+                row["datastore dtype"],
+                row["commit"],
+            ]
+            for row in read(RESULTS / "sources.csv")
         ],
     )

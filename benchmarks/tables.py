@@ -274,6 +274,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gating": memory_tables.gating,
     "context": memory_tables.context,
     "update": memory_tables.update,
+    "sources": memory_tables.sources,
     "latency": latency,
     "speculation": speculation,
 }

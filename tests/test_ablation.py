@@ -1,6 +1,7 @@
 """benchmarks/quality/ablation.py on a tiny model: equal FLOPs, hard tokens, rows kept apart."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from support.tiny_models import tiny_text
 from transformers import AutoModelForCausalLM
 
 from benchmarks.corpora import domains
+from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.quality import ablation
 from benchmarks.quality.ablation import ARMS, Ablation, Healing, write_rows
 from benchmarks.quality.domain import Sizes
@@ -58,6 +60,7 @@ def test_arms_get_equal_flops_and_are_made_once(make, monkeypatch):
     assert rows["copy"]["epochs"] < rows["seed"]["epochs"] < rows["default"]["epochs"]
     assert rows["both"]["epochs"] < rows["default"]["epochs"]  # the head of the base's log p
     assert rows["seed"]["seed_tflop"] > 0 and rows["copy"]["seed_tflop"] == ""
+    assert (rows["seed"]["seed_tokens"], rows["copy"]["seed_tokens"]) == (800, "")
     assert len({row["memory"] for row in rows.values()}) == len(rows)
 
     def again(*args, **kwargs):
@@ -98,9 +101,23 @@ def test_what_a_seed_learns_is_not_what_is_scored_as_general_text(make):
     assert len(learnt) > 4 and scored and not learnt & scored
 
 
+def test_a_corpus_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def killed(path, text):
+        write(path, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_text", killed)
+        write_jsonl(tmp_path / "general.jsonl", ["one text", "and another"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_row_takes_the_place_of_its_like_alone(tmp_path):
-    def row(arm, share, memory, tokens=100):
+    def row(arm, share, memory, tokens=100, dtype="bfloat16", seed=("", "")):
         of = {"domain": "law", "arm": arm, "budget": share, "train_tokens": tokens}
+        of |= {"dtype": dtype, "seed_layers": seed[0], "seed_tokens": seed[1]}
         return of | {"memory": memory}
 
     path = tmp_path / "rows.csv"
@@ -113,4 +130,10 @@ def test_a_row_takes_the_place_of_its_like_alone(tmp_path):
         rows = [(r["arm"], r["budget"], r["memory"]) for r in csv.DictReader(file)]
     assert rows == [("default", "1.0", "3"), ("muon", "1.0", "4"), ("default", "0.5", "2"),
                     ("muon", "1.0", "5")]  # fmt: skip
+    for memory, other in enumerate(({"dtype": "float32"}, {"seed": (8, 400)}, {"seed": (10, 400)},
+                                    {"seed": (10, 800)}, {"seed": (10, 800)}), 6):  # fmt: skip
+        write_rows(path, [row("default", 1.0, memory, **other)])
+    with path.open(newline="") as file:
+        rows = {r["memory"] for r in csv.DictReader(file)}
+    assert rows == {"2", "3", "4", "5", "6", "7", "8", "10"}
     assert set(ARMS) >= {"default", "muon", "mixture", "both", "own_share", "average", "copy"}

@@ -116,6 +116,7 @@ def test_commands_on_a_build(demo, tmp_path):
 def test_explain_command(demo):
     printed = run(block("memdec explain"))
     assert "P(mixture)" in printed and "written by the mixture" in printed
+    assert "sources" in printed  # of a memory that has learnt nothing there may be none
     assert "<title>memdec explain</title>" in (ROOT / "build/explain.html").read_text()
 
 

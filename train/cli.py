@@ -22,11 +22,14 @@ try:
         Assignments,
         ContextTokens,
         JsonFile,
+        KeysBase,
         Memory,
         Served,
+        Sources,
         TextField,
         Texts,
         Trust,
+        Update,
         base_folder,
         fields,
         parse_bytes,
@@ -86,10 +89,7 @@ def build(
         bool, typer.Option("--adapt-tokenizer", help="Adapt --init to the base's tokenizer.")
     ] = False,
     tokenizer: Annotated[str | None, typer.Option(hidden=True, help="Old spelling.")] = None,
-    update: Annotated[
-        Path | None,
-        typer.Option(help="Folder of a build whose corpus became this one: what stays is kept."),
-    ] = None,
+    update: Update = None,
     text_field: TextField = None,
     assignments: Assignments = None,
     until: Annotated[str, typer.Option(help="The last stage to make.")] = "export",
@@ -331,6 +331,8 @@ def explain(
     tokens: Annotated[
         int, typer.Option(min=0, help="How many the mixture writes after the text, at most.")
     ] = 16,
+    sources: Sources = None,
+    keys_base: KeysBase = None,
     trust_remote_code: Trust = False,
     html_file: Annotated[Path | None, typer.Option("--html", help="Write a page there.")] = None,
     json_file: JsonFile = None,
@@ -340,14 +342,24 @@ def explain(
     with explained(progress):
         from vllm_memdec.train.data.artifacts import write_report
         from vllm_memdec.train.evaluation import explain as explaining
+        from vllm_memdec.train.evaluation.explain_page import page
 
         check_report(html_file, "--html")
         check_report(json_file)
-        pair = served_folders(memory, base, progress)
+        pair, found = served_folders(memory, base, progress), None
+        if keys_base is not None:
+            keys_base = model_folder(keys_base, "--keys-base", progress.say)
+        if sources is not None:
+            from vllm_memdec.train.evaluation import sources as finding
+
+            found = finding.Sources(sources, pair[1], keys_base)
+            found.check_memory(pair[0], progress.say)
         explanation = explaining.explain(pair[1], pair[0], prompt, alpha, tokens)
+        if found is not None:
+            explanation = found.added(explanation)
         explaining.show(explanation, Console())
         if html_file is not None:
-            html_file.write_text(explaining.page(explanation), encoding="utf-8")
+            html_file.write_text(page(explanation), encoding="utf-8")
         write_report(json_file, explaining.report(explanation))
 
 

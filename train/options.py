@@ -42,6 +42,15 @@ ContextTokens = Annotated[
         help="Tokens of the longest contexts; default: as many as the text fills, up to 4096.",
     ),
 ]
+Sources = Annotated[
+    Path | None,
+    typer.Option(metavar="BUILD", help="The memory's build: show where its tokens come from."),
+]
+Update = Annotated[
+    Path | None,
+    typer.Option(help="Folder of a build whose corpus became this one: what stays is kept."),
+]
+KeysBase = Annotated[str | None, typer.Option(help="The base of that build, if --base is another.")]
 TextField = Annotated[
     str | None,
     typer.Option(

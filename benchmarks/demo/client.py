@@ -7,9 +7,9 @@ import numpy as np
 from openai import OpenAI
 
 from benchmarks.corpora.factbook import Fact
-from vllm_memdec.train.model.devices import default_device, product_dtype
+from vllm_memdec.train.model.devices import products
 
-DTYPE = str(product_dtype("bfloat16", default_device())).removeprefix("torch.")
+DTYPE = products("bfloat16")
 SERVER_OPTIONS = ("--dtype", DTYPE, "--max-model-len", "1024", "--enforce-eager")
 ANSWER_TOKENS = 32
 

@@ -29,11 +29,13 @@ from benchmarks.common import RESULTS, provenance, rounded
 from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
-from benchmarks.quality.domain import QUICK, SETTINGS, Domain, Sizes
+from benchmarks.quality.domain import QUICK, SETTINGS, Domain, Sizes, made_in
+from benchmarks.quality.pair import Pair
 from benchmarks.systems.trained import budget, parameters
 from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.blocks import load_used
 from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.devices import products
 from vllm_memdec.train.model.huggingface import load_config
 from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
 from vllm_memdec.train.progress import Progress
@@ -47,7 +49,8 @@ HARD = 0.1  # a training token to which the base gives less is hard
 BUDGETS = (1.0, 0.5)  # shares of the default's training FLOPs
 MIXTURE = {"objective": "mixture"}
 MUON = {"optimizer": "muon"}
-KEY = ("domain", "arm", "budget", "train_tokens")  # what makes a row another one
+# What makes a row another one.
+KEY = ("domain", "arm", "budget", "train_tokens", "dtype", "seed_layers", "seed_tokens")
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ class Ablation:
         work = work or WORK
         # The targets of all arms hold the base's log p: they are made once.
         settings = settings.changed({"memory": MIXTURE})
-        self.domain = Domain(name, base, sizes, settings, progress)
+        self.domain = Domain(name, Pair("smollm2", base), sizes, settings, progress)
         self.domain.folder = work / f"{name}-{sizes.train}"
         self.default = settings.memory.changed(objective="cross_entropy")
         self.dtype = self.default.dtype
@@ -131,8 +134,9 @@ class Ablation:
             "epochs": epochs,
             "tflop": (before + token * epochs * domain.corpus_tokens) / 1e12,
             "seed_layers": self.healing.layers if arm.start == "seed" else "",
+            "seed_tokens": self.healing.tokens if arm.start == "seed" else "",
             "seed_tflop": self.seed_tflop if arm.start == "seed" else "",
-            "dtype": self.dtype,
+            "dtype": products(self.dtype),
             "seconds": model.manifest["seconds"],
             "train_tokens": domain.corpus_tokens,
             "test_tokens": len(base["test"]),
@@ -178,7 +182,7 @@ class Ablation:
             files = domain.base, domain.corpus, domain.targets.path, work
             train_memory(settings, *files, Context(domain.progress))
 
-        plan = settings.recorded() | {"init": arm.start}
+        plan = settings.recorded() | {"init": arm.start} | made_in(settings.dtype)
         return domain.artifact(f"{name}-{share:g}", plan, inputs, make), epochs
 
     @cached_property
@@ -216,14 +220,14 @@ def sized(train: int) -> Sizes:
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows in place of older ones of the same domain, arm, budget and size."""
+    """Write rows in place of older ones that are the same by KEY."""
     kept: list[dict[str, Any]] = []
     if path.exists():
         with path.open(newline="") as file:
             kept = list(csv.DictReader(file))
 
     def key(row: dict[str, Any]) -> tuple[str, ...]:
-        return tuple(str(row[name]) for name in KEY)
+        return tuple(str(row.get(name, "")) for name in KEY)
 
     new = {key(row) for row in rows}
     merged = [row for row in kept if key(row) not in new] + rows

@@ -25,7 +25,8 @@ from benchmarks.corpora import domains
 from benchmarks.corpora.download import BUILD, smollm2
 from benchmarks.corpora.jsonl import write_jsonl
 from benchmarks.demo.texts import FULL
-from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts
+from benchmarks.quality.domain import SETTINGS, SIZES, Domain, Sizes, general_texts, made_in
+from benchmarks.quality.pair import Pair
 from benchmarks.systems.memory import Memory
 from vllm_memdec.train.data.artifacts import build_artifact
 from vllm_memdec.train.data.blocks import tokenise
@@ -90,7 +91,7 @@ class Measured:
         kept = build_artifact(
             WORK / self.name / f"{use}-{kind.replace(' ', '-')}",
             "context",
-            {"window": WINDOW, "most": MAX_TOKENS[kind]},
+            {"window": WINDOW, "most": MAX_TOKENS[kind]} | made_in(),
             self.inputs | {file.name: text_hash(file) for file in texts},
             make,
             self.progress.say,
@@ -147,8 +148,9 @@ def of_demo(base: Path, progress: Progress) -> list[dict[str, Any]]:
 def of_domain(name: str, base: Path, progress: Progress) -> list[dict[str, Any]]:
     """Return the rows of a domain's memory, trained at the first learning rate of quality.py."""
     sizes = SIZES.get(name, Sizes())
-    domain = Domain(name, str(base), sizes, load_settings(SETTINGS), progress)
-    memory = domain.system(Memory).train(Memory.rates[0]).path
+    pair = Pair("smollm2", str(base))
+    domain = Domain(name, pair, sizes, load_settings(SETTINGS), progress)
+    memory = domain.system(Memory).train(Memory.usual_rates[0]).path
     text = domain.text.path
     texts = {
         "domain": [text / "validation.jsonl"],

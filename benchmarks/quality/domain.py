@@ -22,6 +22,7 @@ from vllm_memdec.train.data.blocks import bos_of, pack, tokenise
 from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.data.inputs import model_hash
 from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.devices import products
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import label_logprobs
 from vllm_memdec.train.pipeline import build
@@ -33,6 +34,12 @@ WORK = BUILD / "quality"
 ASKED = 60_000  # tokens of general text, of each kind, for gating.py's questions
 TEXTS = ("validation", "test", *domains.GENERAL)
 S = TypeVar("S")
+
+
+def made_in(dtype: str = "bfloat16") -> dict[str, str]:
+    """Return what a manifest says of the dtype of products, where it is not what was asked for."""
+    real = products(dtype)
+    return {} if real == dtype else {"products": real}
 
 
 @dataclass(frozen=True)
@@ -48,7 +55,7 @@ class Sizes:
     general_train: int = 0  # tokens of general text that is trained on too, of each kind
     facts: int = 150
     interval: int = 64  # tokens between retrievals
-    trial: float = 0.1  # share of a training that tries a learning rate
+    trial: float = 0.1  # share of a training that tries a learning rate; more if it is few steps
     epochs: float | None = None  # epochs of the memory; None: the settings file's
     level: str = "full"  # part of the folder of what is made with these sizes
 
@@ -196,4 +203,5 @@ class Domain:
 
         inputs = {"text": self.text.hash, "model": model_hash(folder, name)}
         how = {"texts": list(texts)} | ({} if dtype == "bfloat16" else {"dtype": dtype})
+        how |= made_in(dtype)
         return self.load(self.artifact(f"scores-{name}", how, inputs, make))

@@ -35,6 +35,7 @@ from benchmarks.systems.memory import Memory, TokenMemory
 from benchmarks.systems.registry import SYSTEMS
 from benchmarks.systems.system import System
 from benchmarks.systems.trained import budget
+from vllm_memdec.train.model.devices import products
 from vllm_memdec.train.model.scoring import ALPHAS, perplexity
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import load_settings
@@ -77,6 +78,7 @@ def rows_of(domain: Domain) -> list[dict[str, Any]]:
             "tflop": round(budget(domain) / 1e12, 1) if system.trained else "",
             **columns(domain.pair),
             "optimizer": optimizer(system),
+            "dtype": products("bfloat16"),
         }
         for system in systems
     ]

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.corpora import domains, questions
 from benchmarks.corpora.factbook import Fact
-from benchmarks.quality.domain import Domain
+from benchmarks.quality.domain import Domain, made_in
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import write_json
 
@@ -61,7 +61,7 @@ def recall(
                 group[0].release()
         write_json(work / "recall.json", shares | {"facts": len(facts)})
 
-    settings: dict[str, Any] = {"facts": len(facts)}
+    settings: dict[str, Any] = {"facts": len(facts)} | made_in()
     settings["tuned"] = {name: chosen for name, chosen in tuned.items() if chosen}
     inputs, unnamed = {"text": domain.text.hash}, []
     for system in systems:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.quality.recall_curve --pair qwen2.5-coder --train-tokens 15000
 
-One memory for each share of the budget, each trained from its start with a schedule of its own,
+One memory for each share of a training, each trained from its start with a schedule of its own,
 mixed with the weight that is best on validation text; beside it what needs no training, the base
 and RAG. Facts are asked for as the corpus says them and in other words. What is done is kept.
 Writes results/recall.csv; the last line is JSON.
@@ -25,17 +25,16 @@ from benchmarks.systems.base import Base
 from benchmarks.systems.memory import Memory
 from benchmarks.systems.rag import Bm25Rag, Bm25Rag16, MiniLmRag
 from benchmarks.systems.system import System
-from benchmarks.systems.trained import budget
 from vllm_memdec.train.progress import Progress
 from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "recall.csv"
-SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of the budget
+SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a training, see Trained.epochs()
 UNTRAINED = (Base, Bm25Rag, MiniLmRag, Bm25Rag16)
 
 
 class Shared(Memory):
-    """Base + a memory that was trained on a share of the budget."""
+    """Base + a memory that was trained for a share of a training."""
 
     def __init__(self, domain: Domain, share: float) -> None:
         super().__init__(domain)
@@ -71,13 +70,14 @@ def rows_of(domain: Domain, shares: tuple[float, ...] = SHARES) -> list[dict[str
     rows = []
     for system in systems:
         trained = isinstance(system, Shared)
+        epochs = system.artifact.manifest["settings"]["epochs"] if trained else 0.0
         rows.append(
             {
                 "domain": domain.name,
                 **columns(domain.pair),
                 "system": system.title,
-                "epochs": system.artifact.manifest["settings"]["epochs"] if trained else 0.0,
-                "tflop": budget(domain) * system.share / 1e12 if trained else 0.0,
+                "epochs": epochs,
+                "tflop": system.flops(epochs) / 1e12 if trained else 0.0,
                 "alpha": tuned[system.name].get("alpha", ""),
                 **{phrasing: found[phrasing].get(system.name, "") for phrasing in PHRASINGS},
                 **{f"{phrasing}_facts": found[phrasing].get("facts", "") for phrasing in PHRASINGS},
@@ -104,7 +104,7 @@ def main() -> None:
     for name in options.domains:
         sizes = QUICK if options.quick else sizes_of(name, options.train_tokens)
         domain = Domain(name, pair, sizes, settings, progress)
-        show(domain, UNTRAINED)
+        show(domain, (*UNTRAINED, Memory), options.shares)
         of_domain = rows_of(domain, tuple(options.shares))
         rows += of_domain
         for row in of_domain:

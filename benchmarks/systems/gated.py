@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from benchmarks.corpora import domains
-from benchmarks.quality.domain import TEXTS, Domain, general_texts
+from benchmarks.quality.domain import TEXTS, Domain, general_texts, made_in
 from benchmarks.systems.base import Base
 from benchmarks.systems.memory import Memory
 from benchmarks.systems.system import System
@@ -64,7 +64,7 @@ def general(domain: Domain, name: str, folder: str) -> Artifact:
     return build_artifact(
         domain.folder.parent / ("general" if name == "base" else f"general-{name}"),
         "general",
-        {"tokens": domain.sizes.gate, "scored": domain.sizes.general, "window": WINDOW},
+        {"tokens": domain.sizes.gate, "scored": domain.sizes.general, "window": WINDOW} | made_in(),
         {"base": model_hash(folder, f"the {name}")},
         make,
         domain.progress.say,
@@ -130,6 +130,7 @@ class Gated(System):
         inputs = {"text": domain.text.hash, "memory": model_hash(memory, "the memory")}
         inputs |= {"base": domain.base_hash, "general": general(domain, "base", domain.base).hash}
         settings = {"learnt": domain.sizes.learnt, "gate": gates.SETTINGS, "window": WINDOW}
+        settings |= made_in()
         return domain.artifact(domain.pair.budgeted("gate"), settings, inputs, make)
 
     @cached_property

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.quality.domain import TEXTS
+from benchmarks.quality.domain import TEXTS, made_in
 from benchmarks.systems.base import Base, LineReader
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact, write_json
@@ -97,7 +97,7 @@ class KnnLm(System):
 
         inputs = {"text": domain.text.hash, "targets": domain.targets.hash}
         inputs["base"] = domain.base_hash
-        return domain.artifact("scores-knn_lm", {}, inputs, make)
+        return domain.artifact("scores-knn_lm", made_in(), inputs, make)
 
     @cached_property
     def tuned(self) -> dict[str, float]:

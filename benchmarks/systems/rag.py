@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.corpora.download import minilm
-from benchmarks.quality.domain import TEXTS
+from benchmarks.quality.domain import TEXTS, made_in
 from benchmarks.systems.base import Base
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact, write_json
@@ -257,6 +257,7 @@ class RagSystem(System):
             write_json(work / "tuned.json", {"passages": k})
 
         settings = {"interval": interval, "passages": list(choices), "tokens": PASSAGE}
+        settings |= made_in()
         inputs = {"text": domain.text.hash, "base": domain.base_hash}
         return domain.artifact(f"scores-{self.name}", settings, inputs, make)
 

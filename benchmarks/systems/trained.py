@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.quality.domain import Domain
+from benchmarks.quality.domain import Domain, made_in
 from benchmarks.systems.base import LineReader
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact
@@ -19,6 +19,9 @@ from vllm_memdec.train.model.decoder import memory_config
 from vllm_memdec.train.model.huggingface import load_config
 from vllm_memdec.train.model.scoring import perplexity
 from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.training.batches import Batches
+
+LEAST = 10  # optimiser steps of a trial of a learning rate
 
 
 def parameters(config: Any) -> tuple[int, int]:
@@ -52,6 +55,16 @@ def budget(domain: Domain) -> float:
     before, token = memory_cost(domain)
     epochs = domain.sizes.epochs or domain.settings.memory.epochs
     return before + token * epochs * domain.corpus_tokens
+
+
+def trial_share(share: float, steps: float) -> float:
+    """Return the share of a training of so many steps that tries a rate: so much, or LEAST steps.
+
+    A training of fewer than twice as many is tried whole.
+    """
+    if round(share * steps) >= LEAST:
+        return share
+    return round(LEAST / steps, 4) if round(steps) >= 2 * LEAST else 1.0
 
 
 class Trained(System):
@@ -88,13 +101,33 @@ class Trained(System):
     def plan(self, settings: MemorySettings) -> dict[str, Any]:
         """Return what the model's artifact depends on, beside its inputs."""
         init = Path(settings.init).name
-        return settings.recorded() | {"system": self.name, "init": init}
+        return settings.recorded() | {"system": self.name, "init": init} | made_in(settings.dtype)
+
+    def epochs(self, share: float = 1.0) -> float:
+        """Return how many epochs a share of a training has.
+
+        share: of the FLOPs that are left of the budget by what comes before the training.
+        """
+        before, token = self.cost
+        left = budget(self.domain) - before
+        return round(share * left / token / self.domain.corpus_tokens, 4)
+
+    def flops(self, epochs: float) -> float:
+        """Return the FLOPs that so many epochs take, with what comes before the training."""
+        before, token = self.cost
+        return before + token * epochs * self.domain.corpus_tokens
+
+    @cached_property
+    def trial(self) -> float:
+        """The share of a training that tries a learning rate."""
+        settings = self.settings(self.rates[0], self.epochs())
+        batches = Batches(settings, self.domain.corpus, self.domain.targets.path)
+        steps = settings.epochs * len(batches.tokens) / batches.size
+        return trial_share(self.domain.sizes.trial, steps)
 
     def train(self, rate: float, share: float = 1.0) -> Artifact:
-        """Return a trained model; share: of the FLOPs that a training may take."""
-        before, token = self.cost
-        epochs = share * (budget(self.domain) - before) / token / self.domain.corpus_tokens
-        settings = self.settings(rate, round(epochs, 4))
+        """Return a model trained for a share of a training; see epochs()."""
+        settings = self.settings(rate, self.epochs(share))
         inputs = {"targets": self.domain.targets.hash, "base": self.domain.base_hash}
         if settings.init not in ("base", self.domain.base):
             inputs["init"] = model_hash(settings.init, "the memory's start")
@@ -110,7 +143,7 @@ class Trained(System):
         """The learning rate with the lowest perplexity on validation text in short runs."""
         tried = {}
         for rate in self.rates:
-            short = self.train(rate, self.domain.sizes.trial)
+            short = self.train(rate, self.trial)
             name = f"{self.name}-{rate:g}-trial"
             scores = self.domain.scores(
                 self.domain.pair.budgeted(name), str(short.path), ("validation",)

@@ -36,3 +36,6 @@ def test_weights_are_those_of_the_dtype(has_products, tiny_model):
     assert rounded.dtype is (torch.bfloat16 if has_products else torch.float32)
     pairs = zip(exact.parameters(), rounded.parameters(), strict=True)
     assert all(torch.equal(a.to(torch.bfloat16).float(), b.float()) for a, b in pairs)
+    # The angles of rotary positions, which bfloat16 would turn by a radian at position 2,000.
+    buffers = [*zip(exact.buffers(), rounded.buffers(), strict=True)]
+    assert buffers and all(torch.equal(a, b) and b.dtype == a.dtype for a, b in buffers)

@@ -1,11 +1,11 @@
 """`memdec explain` against both models in float64, one token after the other."""
 
 import json
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from rich.console import Console
+from support.html_page import Reading
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vllm_memdec.checkpoint import read_block
@@ -70,28 +70,6 @@ def test_alpha_is_the_memorys_own_and_its_extremes_are_one_model(pipeline):
         assert all(t.mixture == pytest.approx(getattr(t, decided), rel=1e-5) for t in tokens)
     same = [explain(base, base, "under the License", a, write=8) for a in (0, 0.4, 1)]
     assert len({tuple(token.text for token in explanation.tokens) for explanation in same}) == 1
-
-
-class Reading(HTMLParser):
-    """Collects the text of the heat map, the cells, and whatever would be fetched."""
-
-    def __init__(self):
-        super().__init__()
-        self.inside, self.text, self.cells, self.fetched = [], "", [], []
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta",):
-            self.inside.append((tag, dict(attributes).get("class")))
-        self.fetched += [v for k, v in attributes if k in ("src", "href")]
-
-    def handle_endtag(self, tag):
-        assert self.inside.pop()[0] == tag
-
-    def handle_data(self, data):
-        if ("p", "text") in self.inside:
-            self.text += data
-        if self.inside and self.inside[-1][0] == "td":
-            self.cells.append(data)
 
 
 def test_page_holds_the_text_and_nothing_to_fetch(pipeline, tmp_path, memdec_here):

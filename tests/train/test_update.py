@@ -27,6 +27,7 @@ from vllm_memdec.train.data.changes import (
     gone_fragments,
     resharded,
 )
+from vllm_memdec.train.data.places import Places
 from vllm_memdec.train.data.shards import Sharded, load_array, shards
 from vllm_memdec.train.data.splits import digest, split_as_before
 from vllm_memdec.train.model import hidden_states
@@ -114,6 +115,21 @@ def test_each_token_of_a_document_is_predicted_once(corpora, done, build_of):
     assert found == predicted(done.base, texts, corpus, "train")
     both = [{*load_texts(corpus, split)[:, 0].tolist()} for split in ("train", "validation")]
     assert both[0] | both[1] == {digest(text) for text in texts} and not both[0] & both[1]
+
+
+@pytest.mark.parametrize("build_of", ["old", "new"])
+def test_each_document_has_the_line_that_it_is_in(corpora, done, build_of):
+    """Blocks number the documents of an update in another order than the corpus has them."""
+    texts = corpora.before if build_of == "old" else corpora.after
+    places, tokenizer = Places(getattr(done, build_of) / "corpus"), load_tokenizer(done.base)
+    rows = np.arange(places.first_rows[-1])
+    lines = set()
+    for document, row in zip(*np.unique(places.documents(rows), return_index=True), strict=True):
+        line = int(places.name(document).removeprefix(f"{build_of}.jsonl, line "))
+        [ids] = tokenise(tokenizer, [texts[line - 1]])
+        assert places.passage(int(row), 0, 10**4).ids == ids[1:].tolist()
+        lines.add(line)
+    assert len(lines) == len(load_texts(places.corpus, "train"))
 
 
 def test_what_is_gone_is_nowhere(corpora, done):

@@ -41,12 +41,12 @@ def pieces(path: Path) -> list[Piece]:
 
 def read_documents(piece: Piece, fields: Fields = TEXT) -> Iterator[str]:
     """Yield the documents with text in a piece."""
-    for text, _ in read_rows(piece, fields):
+    for text, _, _ in read_rows(piece, fields):
         yield text
 
 
-def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
-    """Yield (text, value of the field that groups) of the documents with text in a piece.
+def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any, str]]:
+    """Yield (text, value of the field that groups, place) of the documents with text in a piece.
 
     Raises MemdecError where a row lacks a field.
     """
@@ -60,7 +60,7 @@ def read_rows(piece: Piece, fields: Fields = TEXT) -> Iterator[tuple[str, Any]]:
                 raise MemdecError(
                     f"{where} has no field `{fields.group}`: add it, or check corpus.group."
                 )
-            yield text, value
+            yield text, value, where
 
 
 def fields_of(settings: CorpusSettings, validation: Path | None) -> Fields:
@@ -116,7 +116,7 @@ def read_whole(path: Path, fields: Fields = TEXT) -> Reading:
                 continue
             piece = Piece(piece.path)
         documents = size = 0
-        for text, value in read_rows(piece, fields):
+        for text, value, _ in read_rows(piece, fields):
             for part in (text,) if fields.group is None else (text, canonical(value)):
                 data = part.encode()
                 digest.update(len(data).to_bytes(8) + data)

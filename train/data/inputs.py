@@ -217,9 +217,9 @@ def without_what_does_not_matter(entries: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in entries.items() if name not in NO_MATTER}
 
 
-def same_base(base: Path, manifests: list[dict[str, Any]]) -> bool:
+def same_base(base: Path, manifests: list[dict[str, Any]], hashes: Hashes | None = None) -> bool:
     """Tell whether the manifests of some stages name this base; also those of older releases."""
-    hashes, option = Hashes(), "--base"
+    hashes, option = hashes or Hashes(), "--base"
     of_corpus = [m["inputs"] for m in manifests if m["stage"] == "corpus"]
     tokenizers = {inputs["tokenizer"] for inputs in of_corpus if "tokenizer" in inputs}
     weights = {m["inputs"]["base"] for m in manifests if "base" in m["inputs"]}

@@ -16,7 +16,9 @@ PLANNED = ("schema", "stage", "settings", "inputs")
 PARTIAL, KEPT = ".partial", ".kept"
 WRITTEN_BY = "written_by"  # the entry by which a JSON report is known as memdec's
 PAGE = b'<meta name="generator" content="memdec">'  # the same in the head of an HTML page
-OF_LOGS = ("metrics.jsonl", "loss.png", "tensorboard")  # all that memdec writes in logs/
+FILES, PLACES = "files.json", "places.npy"  # where a corpus's documents stood, see places.py
+# All that memdec writes in logs/.
+OF_LOGS = ("metrics.jsonl", "loss.png", "tensorboard", FILES, PLACES)
 
 
 def read_object(path: Path) -> dict[str, Any] | None:

@@ -6,10 +6,8 @@ text. Runs both models once over the text with Hugging Face, then lets the mixtu
 Shapes: T tokens, V vocabulary of the base, W of the memory.
 """
 
-import html
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vllm_memdec.checkpoint import check_alpha, json_text, read_block
+from vllm_memdec.checkpoint import check_alpha, read_block
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
@@ -30,7 +28,32 @@ from vllm_memdec.train.model.windows import alpha_at
 
 SAYS = ("base says", "memory says")
 CHUNK = 128  # tokens read at once: the logits of a long text would not fit in RAM
-BASE_RGB, MEMORY_RGB = (66, 133, 244), (255, 145, 0)
+
+
+@dataclass(frozen=True)
+class Span:
+    """Some of a passage's text."""
+
+    text: str
+    shared: bool  # whether the explained text reads the same there
+    said: bool = False  # whether it is the token that the key was kept with
+
+
+@dataclass(frozen=True)
+class Source:
+    """A document of the corpus that a token may come from."""
+
+    document: int  # its number in the training text, from 1
+    name: str | None  # its file, and its line or row there; None: the build did not keep it
+    weight: float  # share of the weight of all nearest keys that its own have
+    agrees: bool  # whether they were kept with the token itself
+    passage: list[Span]  # around the nearest of them
+    begins: bool  # whether the document begins with it
+    ends: bool
+
+    @property
+    def title(self) -> str:
+        return self.name or f"document {self.document}"
 
 
 @dataclass(frozen=True)
@@ -46,6 +69,7 @@ class Token:
     base_says: str  # the likeliest token of each model
     memory_says: str
     share: float  # share of the mixture's probability that came from the memory
+    sources: list[Source] = field(default_factory=list)  # where sources.py looked for them
 
     @property
     def decided(self) -> str:
@@ -62,14 +86,16 @@ class Explanation:
     gated: bool
     first: str
     tokens: list[Token]
+    ids: list[int]  # of the first token and all others
     alpha_by_context: list[list[float]] | None = None  # the weights, where they depend on position
+    build: str | None = None  # where the tokens' sources were looked for
 
 
 class Reader:
     """A model that reads a text piece by piece."""
 
-    def __init__(self, folder: str) -> None:
-        self.model, self.cache = open_model(folder), None
+    def __init__(self, model: Any) -> None:
+        self.model, self.cache = model, None
         self.read: list[int] = []
 
     @torch.inference_mode()
@@ -115,95 +141,114 @@ class TokenText:
         return text
 
 
+class Explainer:
+    """A base and a memory that explain one text after the other."""
+
+    def __init__(self, base: str, memory: str, alpha: float | None = None) -> None:
+        """alpha: a weight in place of the memory's own."""
+        self.base, self.memory = base, memory
+        section, path = read_block(memory), gate_path(memory)
+        self.gate, self.table = None, None
+        if path:
+            arrays = read_gate(path, load_text_config(memory).hidden_size)
+            check_gate(path, arrays)
+            self.gate = Gate(arrays)
+        if alpha is None and self.gate is not None:
+            alpha = 1.0
+        elif alpha is None:
+            if section is None:
+                raise MemdecError(
+                    f"{memory} has no memdec block, so no default weight: give --alpha."
+                )
+            alpha, self.table = section.alpha, section.alpha_by_context
+        self.alpha = check_alpha(alpha, "--alpha")
+        self.tokenizer = matching_tokenizer(base, memory)
+
+    @cached_property
+    def models(self) -> tuple[Any, Any]:
+        """Return base and memory, opened once."""
+        return open_model(self.base), open_model(self.memory)
+
+    def __call__(self, prompt: str, write: int = 16) -> Explanation:
+        """Return what both models thought of a prompt, and of `write` tokens after it."""
+        ids = self.tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise MemdecError("the text is empty: give a few words to explain.")
+        for folder in (self.base, self.memory):
+            positions = getattr(load_text_config(folder), "max_position_embeddings", None)
+            if positions is not None and len(ids) + write > positions:
+                raise MemdecError(
+                    f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
+                    f"{positions} positions: give less text, or a smaller --tokens."
+                )
+        first, tokens = self._read(ids, write)
+        gated = self.gate is not None
+        about = self.base, self.memory, self.alpha, gated, first, tokens, ids, self.table
+        return Explanation(*about)
+
+    def _read(self, ids: list[int], write: int) -> tuple[str, list[Token]]:
+        """Return the first token's text, and every other token; what is written joins the ids."""
+        tokenizer, text_of = self.tokenizer, TokenText(self.tokenizer)
+        base_reads, memory_reads = map(Reader, self.models)
+        known, done = len(ids), 0
+        tokens: list[Token] = []
+        first = text_of(ids[0])
+        while True:
+            part = ids[done : done + CHUNK]
+            _, base_TV = base_reads(part)
+            h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
+            memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond is nothing
+            alpha_T = self._weights(h_TD, memory_TW, done)
+            mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
+            base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
+            for row in range(len(part)):
+                done += 1
+                if done == len(ids):  # here the text ends, and the mixture goes on
+                    token = int(mixed_TV[row].argmax())
+                    if len(ids) == known + write or token in base_reads.stops:
+                        return first, tokens
+                    ids.append(token)
+                token = ids[done]
+                has_row = token < memory_TW.shape[1]
+                p_base, p_mixture = base_TV[row, token].exp(), mixed_TV[row, token].exp()
+                p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
+                weight = float(alpha_T[row])
+                parts = weight * p_memory, (1 - weight) * p_base
+                base_says, memory_says = (
+                    tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)
+                )
+                share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
+                numbers = float(p_base), float(p_memory), float(p_mixture)
+                said = text_of(token), weight, done >= known
+                tokens.append(Token(*said, *numbers, base_says, memory_says, share))
+
+    def _weights(self, h_TD: torch.Tensor, memory_TW: torch.Tensor, start: int) -> torch.Tensor:
+        """Return the memory's weights [T] after some tokens, of which `start` stand before."""
+        position_T = torch.arange(start, start + len(h_TD))
+        alpha_T = torch.full((len(h_TD),), self.alpha)
+        if self.table is not None:
+            alpha_T = torch.from_numpy(alpha_at(self.table, position_T.numpy())).float()
+        if self.gate is not None:
+            seen_TF = features(h_TD, memory_TW, position_T)
+            alpha_T = alpha_T.minimum(self.gate(seen_TF.cpu()))
+        return alpha_T.to(h_TD.device)
+
+
 def explain(
     base: str, memory: str, prompt: str, alpha: float | None = None, write: int = 16
 ) -> Explanation:
     """Return what both models thought of a prompt, and of `write` tokens after it."""
-    section, path = read_block(memory), gate_path(memory)
-    gate, table = None, None
-    if path:
-        arrays = read_gate(path, load_text_config(memory).hidden_size)
-        check_gate(path, arrays)
-        gate = Gate(arrays)
-    if alpha is None and gate is not None:
-        alpha = 1.0
-    elif alpha is None:
-        if section is None:
-            raise MemdecError(f"{memory} has no memdec block, so no default weight: give --alpha.")
-        alpha, table = section.alpha, section.alpha_by_context
-    alpha = check_alpha(alpha, "--alpha")
-    tokenizer = matching_tokenizer(base, memory)
-    ids = tokenizer(prompt)["input_ids"]
-    if not ids:
-        raise MemdecError("the text is empty: give a few words to explain.")
-    for folder in (base, memory):
-        positions = getattr(load_text_config(folder), "max_position_embeddings", None)
-        if positions is not None and len(ids) + write > positions:
-            raise MemdecError(
-                f"the text has {len(ids)} tokens and {write} are to be written, {folder} has "
-                f"{positions} positions: give less text, or a smaller --tokens."
-            )
-    read = _read(tokenizer, base, memory, ids, alpha, gate, table, write)
-    return Explanation(base, memory, alpha, gate is not None, *read, table)
-
-
-def _read(
-    tokenizer: Any,
-    base: str,
-    memory: str,
-    ids: list[int],
-    alpha: float,
-    gate: Gate | None,
-    table: list[list[float]] | None,
-    write: int,
-) -> tuple[str, list[Token]]:
-    """Return the first token's text, and every other token."""
-    base_reads, memory_reads, text_of = Reader(base), Reader(memory), TokenText(tokenizer)
-    known, done = len(ids), 0
-    tokens: list[Token] = []
-    first = text_of(ids[0])
-    while True:
-        part = ids[done : done + CHUNK]
-        _, base_TV = base_reads(part)
-        h_TD, memory_TW = (x.to(base_TV.device) for x in memory_reads(part))
-        memory_TW = memory_TW[:, : base_TV.shape[1]]  # what it gives to ids beyond does not count
-        position_T = torch.arange(done, done + len(part))
-        alpha_T = torch.full((len(part),), alpha, device=base_TV.device)
-        if table is not None:
-            by_position_T = torch.from_numpy(alpha_at(table, position_T.numpy())).float()
-            alpha_T = by_position_T.to(base_TV.device)
-        if gate is not None:
-            seen_TF = features(h_TD, memory_TW, position_T)
-            alpha_T = alpha_T.minimum(gate(seen_TF.cpu()).to(base_TV.device))
-        mixed_TV = interpolate(base_TV, memory_TW, alpha_T)
-        base_TV, memory_TW = base_TV.log_softmax(-1), memory_TW.log_softmax(-1)
-        for row in range(len(part)):
-            done += 1
-            if done == len(ids):  # here the text ends, and the mixture goes on
-                token = int(mixed_TV[row].argmax())
-                if len(ids) == known + write or token in base_reads.stops:
-                    return first, tokens
-                ids.append(token)
-            token = ids[done]
-            has_row = token < memory_TW.shape[1]
-            p_base, p_mixture = base_TV[row, token].exp(), mixed_TV[row, token].exp()
-            p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
-            weight = float(alpha_T[row])
-            parts = weight * p_memory, (1 - weight) * p_base
-            base_says, memory_says = (
-                tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)
-            )
-            share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
-            numbers = float(p_base), float(p_memory), float(p_mixture)
-            says = base_says, memory_says
-            tokens.append(Token(text_of(token), weight, done >= known, *numbers, *says, share))
+    return Explainer(base, memory, alpha)(prompt, write)
 
 
 def report(explanation: Explanation) -> dict[str, Any]:
-    """Return everything as JSON has it."""
-    return asdict(explanation) | {
-        "tokens": [asdict(token) | {"decided": token.decided} for token in explanation.tokens]
-    }
+    """Return everything as JSON has it; sources only where they were looked for."""
+    whole = asdict(explanation)
+    for entry, token in zip(whole["tokens"], explanation.tokens, strict=True):
+        entry["decided"] = token.decided
+        if explanation.build is None:
+            del entry["sources"]
+    return whole
 
 
 def weight_of(explanation: Explanation) -> str:
@@ -221,14 +266,17 @@ def visible(text: str) -> str:
 
 
 def show(explanation: Explanation, console: Console) -> None:
-    """Print a table, a token a line."""
+    """Print a table, a token a line, and the passages that the tokens' sources have."""
     models = f"base {explanation.base}, memory {explanation.memory}"
     console.print(f"alpha {weight_of(explanation)}, {models}", markup=False)
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in ("token", "alpha", "P(base)", "P(memory)", "P(mixture)", "decided", *SAYS):
         is_text = name in ("token", *SAYS)
         table.add_column(name, no_wrap=not is_text, overflow="ellipsis" if is_text else "fold")
+    if explanation.build is not None:
+        table.add_column("sources")
     table.add_row(escape(visible(explanation.first)))
+    documents = numbered(explanation)
     for token in explanation.tokens:
         colour = "orange1" if token.decided == "memory" else "dodger_blue1"
         name = escape(visible(token.text))
@@ -239,64 +287,58 @@ def show(explanation: Explanation, console: Console) -> None:
             *(f"{p:.1%}" for p in (token.base, token.memory, token.mixture)),
             f"[{colour}]{token.decided}[/]",
             *says,
+            *[", ".join(share_of(documents, source) for source in token.sources)][: len(documents)],
         )
     console.print(table)
     if any(token.written for token in explanation.tokens):
         console.print("Tokens in bold were written by the mixture.")
+    if explanation.build is not None:
+        show_sources(explanation, console)
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="memdec">
-<title>memdec explain</title>
-<style>
-body {{ font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222; }}
-.text {{ font: 18px/2.1 ui-monospace, monospace; white-space: pre-wrap; }}
-.text span {{ border-radius: 3px; padding: 2px 0; }}
-.written {{ border-bottom: 2px solid #222; }}
-.key {{ display: inline-block; width: 12rem; height: .8rem; border-radius: 3px;
-  background: linear-gradient(90deg, rgb{base_rgb}, rgb{memory_rgb}); }}
-table {{ border-collapse: collapse; margin-top: 1.5rem; }}
-td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #eee; }}
-td:first-child, td:nth-child(n+6), th:first-child, th:nth-child(n+6) {{ text-align: left; }}
-td:first-child, td:nth-child(n+7) {{ font-family: ui-monospace, monospace; }}
-</style></head><body>
-<h1>Who said that?</h1>
-<p>base <b>{base}</b>, memory <b>{memory}</b>, alpha {alpha}. Colour: whose probability it was,
-from the base <span class="key"></span> to the memory; the stronger, the surer the mixture.
-Underlined tokens were written by the mixture. Point at a token for its numbers.</p>
-<p class="text">{text}</p>
-<table><tr><th>token</th><th>alpha</th><th>P(base)</th><th>P(memory)</th><th>P(mixture)</th><th>decided</th>
-<th>base says</th><th>memory says</th></tr>
-{rows}
-</table>
-<script type="application/json" id="figures">{figures}</script>
-</body></html>
-"""
+def numbered(explanation: Explanation) -> dict[int, int]:
+    """Return a number of its own, from 1, for each document that is a source."""
+    found = (source.document for token in explanation.tokens for source in token.sources)
+    return {document: n for n, document in enumerate(dict.fromkeys(found), 1)}
 
 
-def page(explanation: Explanation) -> str:
-    """Return one self-contained HTML page: the text as a heat map, and the table."""
-    spans, rows = [html.escape(explanation.first)], []
-    for token in explanation.tokens:
-        percents = [f"{p:.1%}" for p in (token.base, token.memory, token.mixture)]
-        mixed = zip(BASE_RGB, MEMORY_RGB, strict=True)
-        rgb = ", ".join(f"{a + (b - a) * token.share:.0f}" for a, b in mixed)
-        title = f"base {percents[0]}, memory {percents[1]}, mixture {percents[2]}: {token.decided}"
-        spans.append(
-            f'<span class="{"written" if token.written else "given"}" title="{title}" '
-            f'style="background: rgba({rgb}, {0.1 + 0.8 * token.mixture:.2f})">'
-            f"{html.escape(token.text)}</span>"
+def share_of(documents: dict[int, int], source: Source) -> str:
+    """Return a source's number and share; in brackets where its keys say another token."""
+    said = f"{documents[source.document]}: {source.weight:.0%}"
+    return said if source.agrees else f"({said})"
+
+
+def show_sources(explanation: Explanation, console: Console) -> None:
+    """Print the documents that are sources, each with the passage that has most of the text."""
+    documents = numbered(explanation)
+    if not documents:
+        console.print("The memory decided no token, so there are no sources.")
+        return
+    best: dict[int, Source] = {}
+    for source in (source for token in explanation.tokens for source in token.sources):
+        held = best.setdefault(source.document, source)
+        if common(source) > common(held):
+            best[source.document] = source
+    console.print(
+        f"Sources in {explanation.build}, by the share that each has of the nearest keys' weight; "
+        "in brackets where its keys say another token. Marked: what a passage has in common with "
+        "the text.",
+        markup=False, highlight=False,
+    )  # fmt: skip
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "document", "passage"):
+        table.add_column(name, overflow="fold")
+    for document, n in documents.items():
+        source = best[document]
+        spans = (
+            f"[orange1]{escape(span.text)}[/]" if span.shared else escape(span.text)
+            for span in source.passage
         )
-        cells = [visible(token.text), f"{token.alpha:.2f}", *percents, token.decided]
-        cells += [visible(token.base_says), visible(token.memory_says)]
-        rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
-    return PAGE.format(
-        base=html.escape(Path(explanation.base).name),
-        memory=html.escape(explanation.memory),
-        alpha=weight_of(explanation),
-        text="".join(spans),
-        rows="\n".join(rows),
-        figures=json_text(report(explanation)).replace("<", "\\u003c"),
-        base_rgb=BASE_RGB,
-        memory_rgb=MEMORY_RGB,
-    )
+        before, after = "" if source.begins else "… ", "" if source.ends else " …"
+        table.add_row(str(n), escape(source.title), f"{before}{''.join(spans)}{after}")
+    console.print(table)
+
+
+def common(source: Source) -> int:
+    """Return how many characters a passage has in common with the explained text."""
+    return sum(len(span.text) for span in source.passage if span.shared)

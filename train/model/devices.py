@@ -29,16 +29,23 @@ def product_dtype(name: str, device: torch.device) -> torch.dtype:
     A CPU without AVX-512 or the like takes 4 to 60 times as long in bfloat16 as in float32, in
     which the same weights give what bfloat16 only rounds.
     """
-    slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.float32 if slow and name == "bfloat16" else getattr(torch, name)
+    if name != "bfloat16" or device.type != "cpu":
+        return getattr(torch, name)
+    # Some builds of PyTorch have no oneDNN, which is asked here.
+    has = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if has else torch.float32
+
+
+def products(name: str) -> str:
+    """Return the name of the dtype of matrix products here, where settings ask for one."""
+    return str(product_dtype(name, default_device())).removeprefix("torch.")
 
 
 def tell_dtype(dtypes: Iterable[str], say: Callable[[str], None]) -> None:
     """Say so where a dtype of the settings is not that of the products."""
     for name in sorted({*dtypes}):
-        products = str(product_dtype(name, default_device())).removeprefix("torch.")
-        if products != name:
-            say(f"{name} is slow on this CPU: models run in {products}, as precise or more so")
+        if (real := products(name)) != name:
+            say(f"{name} is slow on this CPU: models run in {real}, as precise or more so")
 
 
 def blocks_at_once(blocks: int | None, block_tokens: int, device: torch.device, tokens: int) -> int:

@@ -163,9 +163,13 @@ def load_model(
     dtype: of its weights, and of its products where the device has them; config: as in
     read_model().
     """
-    device = device or default_device()
-    model = read_model(folder, config, dtype=getattr(torch, dtype))
-    model = model.to(device, product_dtype(dtype, device))
+    device, own = device or default_device(), getattr(torch, dtype)
+    model = read_model(folder, config, dtype=own).to(device)
+    products = product_dtype(dtype, device)
+    # Only where it must be: what a model keeps in float32 is not rounded, and a quantised one
+    # multiplies as it does.
+    if products is not own and getattr(model.config, "quantization_config", None) is None:
+        model = model.to(products)
     check_head(model, folder)
     return model
 

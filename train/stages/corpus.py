@@ -35,6 +35,7 @@ from vllm_memdec.train.data.blocks import (
 from vllm_memdec.train.data.completeness import check_there, numbered
 from vllm_memdec.train.data.documents import canonical, fields_of, pieces, read_rows
 from vllm_memdec.train.data.duplicates import overlap, stored_documents
+from vllm_memdec.train.data.places import place_in_file, save_places
 from vllm_memdec.train.data.readers import Fields, Piece
 from vllm_memdec.train.data.shards import (
     load_shard,
@@ -55,14 +56,14 @@ from vllm_memdec.train.settings import CorpusSettings
 from vllm_memdec.train.stages.packing import in_blocks, listing, write_blocks, write_changed
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
-TOKENISED = ("tokens", "texts", "groups", "lengths")  # arrays of a piece
+TOKENISED = ("tokens", "texts", "groups", "places", "lengths")  # arrays of a piece
 LAYOUT = "layout.json"  # the pieces by file, size of the file, and place in it
 PIECES = "pieces"  # the folder of tokenised text, not yet packed, in the working folder
 
 
 @dataclass
 class Tokeniser:
-    """Writes tokens, and each document's length and digests, of one piece of text."""
+    """Writes tokens, and each document's length, digests and place, of one piece of text."""
 
     base: str
     pieces: list[Piece]
@@ -76,9 +77,12 @@ class Tokeniser:
     def __call__(self, number: int) -> int:
         digests: list[tuple[int, int]] = []  # of each document
         lengths: list[int] = []
+        places: list[int] = []
+        piece = self.pieces[number]
 
         def texts() -> Iterator[str]:
-            for text, value in read_rows(self.pieces[number], self.fields):
+            for text, value, where in read_rows(piece, self.fields):
+                places.append(place_in_file(where, piece.path))
                 own, grouped = digest(text), self.fields.group is not None
                 digests.append((own, digest(canonical(value)) if grouped else own))
                 yield text
@@ -93,6 +97,7 @@ class Tokeniser:
         of_text, of_group = np.array(digests, np.uint64).reshape(-1, 2)[kept].T
         save_array(shard_path(self.work, "texts", number), of_text)
         save_array(shard_path(self.work, "groups", number), of_group)
+        save_array(shard_path(self.work, "places", number), np.array(places, np.int64)[kept])
         save_array(shard_path(self.work, "lengths", number), np.array(lengths, np.int64)[kept])
         return 1
 
@@ -189,6 +194,7 @@ def build_corpus(
         }
         texts_of = {"train": (digests, taken), "validation": (digests, lengths - taken)}
     else:
+        taken = lengths
         documents = {"train": train.documents(), "validation": held_out.documents()}
         others = np.concatenate([part.copy() for part in held_out.lengths()])
         texts_of = {
@@ -222,6 +228,7 @@ def build_corpus(
                 f"({equal.mean():.0%}) are in the corpus word for word: the memory looks better on "
                 "them than it is"
             )
+    train.save_places(corpus, taken > 0, work)
     write_json(work / "corpus.json", counts)
     say_near_copies(work, context.progress)
     shutil.rmtree(work / PIECES)
@@ -247,6 +254,7 @@ class Tokenised:
 
     folder: Path
     numbers: range
+    files: list[Path]  # the file of each piece
 
     def lengths(self) -> Iterator[np.ndarray]:
         """Yield the lengths of each piece's documents."""
@@ -278,6 +286,18 @@ class Tokenised:
             if len(part):
                 yield part
 
+    def save_places(self, text: Path, chosen: np.ndarray, work: Path) -> None:
+        """Write where the chosen documents, a mask, stood in the files of the text."""
+        names = list(dict.fromkeys(os.path.relpath(file, text.parent) for file in self.files))
+        numbers = {name: number for number, name in enumerate(names)}
+        of_piece = [numbers[os.path.relpath(file, text.parent)] for file in self.files]
+        file = np.repeat(of_piece, [len(part) for part in self.lengths()])
+        places = np.concatenate(
+            [load_shard(self.folder, "places", number).copy() for number in self.numbers]
+        )
+        where = np.stack([file, places], axis=1)[chosen]
+        save_places(work, names, where, self.digests("texts")[chosen])
+
 
 def tokenise_pieces(
     base: str,
@@ -297,7 +317,8 @@ def tokenise_pieces(
             [os.path.relpath(part.path, text), part.path.stat().st_size, part.start, part.stop]
             for part in parts[first:]
         ]
-        tokenised.append(Tokenised(folder, range(first, len(parts))))
+        files = [part.path for part in parts[first:]]
+        tokenised.append(Tokenised(folder, range(first, len(parts)), files))
     # Pieces are known by their numbers, and the same text may have been cut into other files.
     if folder.exists() and read_layout(folder) != layout:
         shutil.rmtree(folder)
