@@ -6,7 +6,8 @@ import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits
+# Tiny tensors: a second thread only waits, and after a fork OpenMP has no other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

@@ -59,6 +59,9 @@ def build(
     """
     if until not in STAGES:
         raise MemdecError(f"--until must be one of {', '.join(STAGES)}, got {until!r}.")
+    if update is None and settings.update.model_fields_set:
+        name = min(settings.update.model_fields_set)
+        raise MemdecError(f"update.{name} is for --update: give that as well, or leave it out.")
     context = context or Context()
     say = context.progress.say
     base, corpus = model_folder(base, "--base", say), text_path(corpus, "--corpus", say)

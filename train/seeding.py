@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_memdec.errors import MemdecError
@@ -22,8 +23,9 @@ from vllm_memdec.train.data.hub import model_folder, text_path
 from vllm_memdec.train.data.inputs import Hashes
 from vllm_memdec.train.data.ownership import check_ours
 from vllm_memdec.train.executor.context import Context
-from vllm_memdec.train.model.decoder import first_layers
-from vllm_memdec.train.model.devices import BLOCKS, default_device
+from vllm_memdec.train.model.decoder import can_be_read, first_layers, why_fresh
+from vllm_memdec.train.model.devices import BLOCKS, default_device, tell_dtype
+from vllm_memdec.train.model.fresh import cut
 from vllm_memdec.train.model.huggingface import (
     is_tied,
     load_config,
@@ -32,10 +34,9 @@ from vllm_memdec.train.model.huggingface import (
     skeleton,
     text_config,
 )
-from vllm_memdec.train.model.kinds import why_not_its_layers
 from vllm_memdec.train.model.layers import influences, most_influential, some_layers
 from vllm_memdec.train.pipeline import check_inputs, find_inputs, run
-from vllm_memdec.train.settings import Settings
+from vllm_memdec.train.settings import CorpusSettings, MemorySettings, Settings
 from vllm_memdec.train.stages import corpus, teacher, training
 from vllm_memdec.train.stages.stage import OTHERS, Build, Stage
 
@@ -43,6 +44,12 @@ STAGES = ("corpus", "layers", "teacher", "seed")
 EPOCHS = 1.0  # of the general text, unless set: more text is worth more than more epochs
 JUDGED_TOKENS = 2**13  # tokens on which a layer's influence is measured, at most
 FACTS = "seed.json"
+# The settings that a seed uses, by stage.
+USED = {
+    "corpus": {*CorpusSettings.model_fields},
+    "datastore": {"batch_blocks", "dtype"},
+    "memory": {*MemorySettings.model_fields},
+}
 
 
 def heal(base: str, text: Path, output: Path, settings: Settings, context: Context) -> Artifact:
@@ -68,6 +75,7 @@ def heal(base: str, text: Path, output: Path, settings: Settings, context: Conte
         weights = inputs["datastore"]
         needed = {"corpus": inputs["corpus"]} | dict.fromkeys(("layers", "teacher"), weights)
         needed["seed"] = {"base": weights["base"], "tokenizer": inputs["corpus"]["tokenizer"]}
+        tell_dtype((part.dtype for part in (settings.datastore, settings.memory)), say)
         made = Build(base, text, None, output, settings, context)
         describe = (corpus.stage, layers, teacher.stage, seed)
         return run(made, needed, "seed", dict(zip(STAGES, describe, strict=True)))
@@ -75,33 +83,44 @@ def heal(base: str, text: Path, output: Path, settings: Settings, context: Conte
 
 def check_settings(settings: Settings, base: str) -> None:
     """Raise MemdecError where a base has no layers to choose from, or settings are for memories."""
-    memory, config = settings.memory, load_config(base)
-    has = text_config(config).num_hidden_layers
+    memory, has = settings.memory, load_text_config(base).num_hidden_layers
+    for stage in type(settings).model_fields:
+        given = getattr(settings, stage)
+        for name in sorted(given.model_fields_set - USED.get(stage, set())):
+            if getattr(given, name) is not None:
+                raise MemdecError(f"a seed does not use {stage}.{name}: leave it out.")
     if memory.init != "base" or memory.adapts:
         raise MemdecError("a seed is made of its base's layers: leave memory.init out.")
     if memory.sampled_negatives is not None:
         raise MemdecError("a seed learns all tokens: leave memory.sampled_negatives out.")
     if memory.objective != "cross_entropy":
         raise MemdecError("a seed speaks for itself: leave memory.objective out.")
-    if why := why_not_its_layers(config):
-        raise MemdecError(f"the layers of {base} cannot be taken ({why}): give another base.")
     if memory.layers is None or memory.layers >= has:
         raise MemdecError(f"--layers must be from 1 to {has - 1}, fewer than {base} has: set it.")
+    if why := why_fresh(memory, base):
+        raise MemdecError(f"the layers of {base} cannot be taken ({why}): give another base.")
 
 
 def layers(build: Build) -> Stage:
     """Return how the layers of most influence are chosen."""
     wanted = build.settings.memory.layers
     assert wanted is not None  # check_settings()
-    settings = {"layers": wanted, "by": "influence", "tokens": JUDGED_TOKENS}
+    settings = {"layers": wanted, "by": "influence", "tokens": JUDGED_TOKENS, "spread": True}
 
     def make(work: Path) -> None:
         whole = first_layers(build.base, load_text_config(build.base).num_hidden_layers)
         arrays = load_blocks(build.path("corpus"), "train")
-        blocks = max(1, JUDGED_TOKENS // (arrays[0].shape[1] - 1))
-        tokens, positions = (array[:blocks] for array in arrays)
+        count = len(arrays[0])
+        blocks = min(count, max(1, JUDGED_TOKENS // (arrays[0].shape[1] - 1)))
+        spread = np.linspace(0, count - 1, blocks).astype(np.int64)  # a text may begin otherwise
+        tokens, positions = (array[spread] for array in arrays)
         influence_L = influences(whole.to(default_device()), tokens, positions, BLOCKS)
         chosen = most_influential(influence_L, wanted)
+        if not can_be_read(text_config(cut(load_config(build.base), chosen))):
+            raise MemdecError(
+                f"the layers {', '.join(map(str, chosen))} of {build.base}, those of most "
+                "influence, are no model by themselves: give another --layers, or another base."
+            )
         some_layers(whole.to("cpu"), build.base, chosen).save_pretrained(work)
         load_tokenizer(build.base).save_pretrained(work)
         facts = {"chosen": chosen, "influences": [round(float(x), 5) for x in influence_L]}

@@ -181,6 +181,11 @@ class MemorySettings(StageSettings):
                     f"memory.{name} is for memory.{other} {value}: set that as well, or leave it "
                     "out."
                 )
+        if self.objective == "mixture" and self.beta == 1:
+            raise ValueError(
+                "memory.objective mixture weighs 1 - memory.beta, which is nothing where "
+                "memory.beta is 1: lower it, or leave memory.objective out."
+            )
         if self.optimizer == "muon" and self.parallel == "shard":
             raise ValueError(
                 "memory.optimizer muon needs whole matrices, and memory.parallel shard cuts them: "

@@ -256,12 +256,8 @@ def caches(llm):
     return {str(layer.kv_cache.dtype) for layer in context.values()}
 
 
-# vLLM: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
-FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
-
-
-@pytest.mark.feature("memory with its own KV-cache dtype")
-@pytest.mark.skipif(not FP8, reason="vLLM has no fp8 KV cache on a CPU without AVX-512")
+@pytest.mark.feature("memory with its own KV-cache dtype", here=variants.FP8)
+@pytest.mark.skipif(not variants.FP8, reason="vLLM has no fp8 KV cache on a CPU without AVX-512")
 def test_memory_with_its_own_kv_cache_dtype(base, folders, engine):
     """An fp8 KV cache for the memory alone: each is what it is by itself in plain vLLM."""
     with engine(base) as llm:
@@ -329,10 +325,10 @@ def greedy_answers(llm, lora=None):
 @pytest.mark.drafts
 @pytest.mark.feature("quantised base")
 @pytest.mark.feature("quantised memory")
-@pytest.mark.feature("memory with its own KV-cache dtype")
+@pytest.mark.feature("memory with its own KV-cache dtype", here=variants.FP8)
 def test_drafting_changes_no_quantised_answer(int8, engine):
     """int8 weights on both sides, and an fp8 KV cache for the memory where vLLM has one."""
-    answers, kv_cache_dtype = [], "fp8" if FP8 else "auto"
+    answers, kv_cache_dtype = [], "fp8" if variants.FP8 else "auto"
     for tokens in (0, 3, "auto"):
         memory = {"model": int8[1], "alpha": 0.5, "kv_cache_dtype": kv_cache_dtype}
         block = memory | {"speculative_tokens": tokens}

@@ -33,10 +33,11 @@ def models(tiny_model):
 
 
 @pytest.mark.feature("vllm run-batch")
-def test_each_line_is_obeyed_or_refused(models, tmp_path):
+def test_each_line_is_obeyed_or_refused(models, tmp_path, monkeypatch):
     from vllm.entrypoints.launchers import run_batch
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # of the engine, a user's process
     refused = {name: extra for name, (extra, _) in REFUSED.items()}
     asked = [choice.extra_args for choice in CHOICES]
     http_rows.write_batch(tmp_path / "in.jsonl", models, asked, **refused)

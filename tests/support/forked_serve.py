@@ -2,7 +2,8 @@
 
 A server's API process, engine and worker each import vLLM for 13 s, more than all that a tiny one
 does. Here a fork becomes the first, and its fork the engine, as vLLM makes one on a GPU; the worker
-is in the engine's process. The server that test_http.py asks starts as a user starts it.
+is in the engine's process. The servers that test_http.py asks, and with three drafts, start as a
+user starts them.
 
 Stdin: lines of JSON [words after `vllm`, path of the log]. Stdout: the process id of each.
 """

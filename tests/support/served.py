@@ -20,6 +20,8 @@ from vllm.entrypoints.launchers.app import build_app
 from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_memdec.kernels import interpolate
+
 START = 300  # seconds for an engine to start, for a file of requests
 
 
@@ -51,6 +53,8 @@ class Served:
             # vLLM on a CPU spawns the process, which then imports all of it again.
             fork = multiprocessing.get_context("fork")
             patch.setattr("vllm.v1.engine.utils.get_mp_context", lambda: fork)
+            # The fork is a user's engine: without a GPU that runs the PyTorch path.
+            patch.setattr(interpolate, "INTERPRETED", False)
             starting = build_async_engine_client(args)
             self.engine = await self.stack.enter_async_context(starting)
         tasks = await self.engine.get_supported_tasks()

@@ -8,6 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 RANK = 4
+# vLLM: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
+FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def matrices(tensors, parts):

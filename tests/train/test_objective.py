@@ -163,6 +163,10 @@ def test_settings_of_before_have_the_hash_of_before(pipeline):
     [
         ({"mixture_alpha": 0.5}, "memory.mixture_alpha is for memory.objective mixture: set that"),
         ({"muon_learning_rate": 0.1}, "memory.muon_learning_rate is for memory.optimizer muon"),
+        (
+            {"objective": "mixture", "beta": 1},
+            "memory.objective mixture weighs 1 - memory.beta",
+        ),
         ({"optimizer": "muon", "parallel": "shard"}, "memory.optimizer muon needs whole matrices"),
         (
             {"average_fraction": 0.1, "early_stop": 1, "evaluate_steps": 1},

@@ -11,7 +11,8 @@ from support.tiny_models import tiny_text
 from vllm_memdec.train.data.artifacts import write_json
 from vllm_memdec.train.data.shards import save_array
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
-from vllm_memdec.train.settings import MemorySettings
+from vllm_memdec.train.settings import MemorySettings, UpdateSettings
+from vllm_memdec.train.stages.updating import trained
 from vllm_memdec.train.training.replay import Replay, new_batches
 
 FACTS, GONE, NEW = 40, 4, 4
@@ -65,6 +66,29 @@ def test_a_step_holds_what_is_new_and_what_is_gone_and_replay(tmp_path, share):
     assert seen == sum(map(len, steps))
     assert {*gone.ravel().tolist()} <= {*batches.used.tolist()}
     assert [batches.blocks(s).tolist() for s in reversed(range(len(steps)))] == steps[::-1]
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["nothing gone", "gone"])
+def test_without_new_blocks_a_step_holds_what_is_gone_or_replay_alone(tmp_path, gone):
+    """A chat that is gone has no row where the assistant says nothing in it."""
+    stored(tmp_path, 20)
+    if gone:
+        stored(tmp_path / "gone", 1)
+    settings = MemorySettings(epochs=4, batch_blocks=8)
+    replay = Replay(first_new=20, share=0.5, gone=tmp_path / "gone" if gone else None)
+    batches = new_batches(settings, tmp_path / "corpus", tmp_path / "targets", replay)
+    steps = [batches.blocks(step).tolist() for step in range(batches.steps)]
+    assert [sum(b == 20 for b in step) for step in steps] == [1] * 4 if gone else [0]
+    assert [len(step) for step in steps] == ([2] * 4 if gone else [8])
+    assert len({*steps[0]}) == len(steps[0]) == batches.size
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_an_update_learns_more_slowly(optimizer):
+    memory = MemorySettings(optimizer=optimizer, learning_rate=1e-3)
+    settings = trained(memory, UpdateSettings(learning_rate=0.5), "old")
+    assert (settings.learning_rate, settings.init) == (5e-4, "old")
+    assert settings.muon_learning_rate == (0.01 if optimizer == "muon" else 0.02)
 
 
 def facts(count, seed=0):

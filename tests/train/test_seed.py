@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.bases import decoder, save
 from transformers import AutoModelForCausalLM
 
+from vllm_memdec.train import seeding
 from vllm_memdec.train.data.blocks import load_blocks, load_rows, unmarked, valid_rows
 from vllm_memdec.train.data.shards import shards
 from vllm_memdec.train.model.huggingface import load_model
@@ -168,8 +170,22 @@ def test_a_seed_is_made_once_and_starts_a_memory(seeded, memdec_here, pipeline, 
     [
         (["--layers", 4], "--layers must be from 1 to 3, fewer than"),
         (["--set", "memory.sampled_negatives=5"], "a seed learns all tokens: leave memory.sampl"),
-        (["--set", "memory.objective=mixture"], "a seed speaks for itself: leave memory.object"),
+        (
+            ["--set", "memory.objective=mixture", "--set", "memory.beta=0.5"],
+            "a seed speaks for itself: leave memory.object",
+        ),
         (["--set", "memory.init=folder"], "memory.layers cuts the base, but memory.init folder"),
+        *(
+            (["--set", setting], f"a seed does not use {setting.split('=')[0]}: leave it out.")
+            for setting in (
+                "targets.neighbours=8",
+                "index.kind=flat",
+                "export.alpha=0.3",
+                "update.epochs=3",
+                "datastore.key=final_hidden",
+                "datastore.keep_keys=false",
+            )
+        ),
     ],
 )
 def test_bad_input(seeded, memdec_here, tmp_path, more, sentence):
@@ -178,6 +194,64 @@ def test_bad_input(seeded, memdec_here, tmp_path, more, sentence):
     code, _, said = memdec_here(*given, *more)
     assert code == 1 and f"memdec: {sentence}" in said
     assert not (tmp_path / "new").exists()
+
+
+def gemma4(folder, layers):
+    """Write a dense Gemma 4: every sixth layer, and always the last, has larger heads."""
+    kinds = (["sliding_attention"] * 5 + ["full_attention"]) * (layers // 6)
+    own = {"layer_types": kinds, "num_hidden_layers": layers, "hidden_size_per_layer_input": 0}
+    own |= {"global_head_dim": 64, "architectures": ["Gemma4ForCausalLM"]}
+    save(decoder("Gemma4Text", **own), folder)
+    return folder
+
+
+def changed(words, output, **options):
+    """Return a seed's words with another output, and other values of some options."""
+    options = {"--output": output} | {f"--{name}": value for name, value in options.items()}
+    return [options.get(words[n - 1], word) for n, word in enumerate(words)]
+
+
+def test_first_layers_that_are_no_model_are_refused_at_once(seeded, memdec_here, tmp_path):
+    base = gemma4(tmp_path / "base", 6)
+    words = changed(seeded[3], tmp_path / "new", base=base, layers=4)
+    code, _, said = memdec_here(*words)
+    assert code == 1
+    assert f"the layers of {base} cannot be taken (they are none by themselves): give" in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_chosen_layers_that_are_no_model_are_refused_before_the_teacher(
+    seeded, memdec_here, tmp_path, monkeypatch
+):
+    base = gemma4(tmp_path / "base", 6)
+    monkeypatch.setattr(seeding, "why_fresh", lambda *a: None)  # other layers may be a model
+    monkeypatch.setattr(seeding, "influences", lambda *a: np.array([3, 4, 5, 6, 1, 2.0]))
+    words = changed(seeded[3], tmp_path / "new", base=base, layers=4)
+    code, _, said = memdec_here(*words)
+    assert code == 1
+    assert f"the layers 0, 1, 2, 3 of {base}, those of most influence, are no model" in said
+    assert {path.name for path in (tmp_path / "new").iterdir() if path.is_dir()} == {
+        "corpus", "layers.partial"
+    }  # fmt: skip
+
+
+def test_layers_are_judged_on_all_of_the_text(seeded, memdec_here, tmp_path, monkeypatch):
+    """And what the models run in is told first."""
+    judged, told = [], []
+
+    def judge(model, tokens, positions, batch):
+        judged.extend((tokens, positions))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(seeding, "influences", judge)
+    monkeypatch.setattr(seeding, "JUDGED_TOKENS", 3 * 32)
+    monkeypatch.setattr(seeding, "tell_dtype", lambda dtypes, say: told.extend(dtypes))
+    code, _, _ = memdec_here(*changed(seeded[3], tmp_path / "new"))
+    whole = [array[:] for array in load_blocks(tmp_path / "new/corpus", "train")]
+    last = len(whole[0]) - 1
+    assert code == 130 and last > 10 and told == ["float32", "float32"]
+    for part, array in zip(judged, whole, strict=True):
+        assert np.array_equal(part, array[[0, last // 2, last]])
 
 
 def test_a_killed_seed_goes_on(seeded, memdec_here, tmp_path, monkeypatch):

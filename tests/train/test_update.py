@@ -1,6 +1,7 @@
 """`memdec build --update`: what stays is not made again, what is gone is nowhere any more."""
 
 import json
+import os
 import shutil
 from collections import Counter
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.train.data.artifacts import HASHED, json_sha256, write_json
 from vllm_memdec.train.data.blocks import (
     Owners,
     load_blocks,
@@ -31,6 +33,8 @@ from vllm_memdec.train.data.splits import digest, split_as_before
 from vllm_memdec.train.model import hidden_states
 from vllm_memdec.train.model.huggingface import load_tokenizer
 from vllm_memdec.train.settings import DatastoreSettings
+from vllm_memdec.train.stages import updating
+from vllm_memdec.train.stages.stage import Stage
 from vllm_memdec.train.verify.brute_force import StoredTargets, nearest, target
 from vllm_memdec.train.verify.report import FAILED, verify
 
@@ -260,8 +264,24 @@ def test_the_old_quantiser_is_kept(corpora, done, build, tmp_path):
     name = "index/trained.faiss"
     assert (old / name).read_bytes() == (new / name).read_bytes()
     facts = json.loads((new / "index/index.json").read_text())
-    assert facts["keys"] == len(next_tokens(new / "corpus"))
+    before = json.loads((old / "index/index.json").read_text())["keys"]
+    assert (facts["keys"], facts["trained_keys"]) == (len(next_tokens(new / "corpus")), before)
     assert {c.name: c.status for c in verify(new)}["recall"] == "ok"
+    # What it was trained on counts, not what the last of several updates had.
+    stage = Stage({}, (), lambda work: None, lambda work: [], "")
+    for rows, kept in ((before, True), (3 * before, False), (before // 3, False)):
+        write_json(new / "index/index.json", facts | {"trained_keys": rows})
+        build_of = SimpleNamespace(path=lambda name: new / name)
+        assert (updating.index(build_of, stage, new / "index") is not stage) == kept
+
+
+def edit_manifest(folder, settings=None, **changes):
+    """Change entries of an artifact's manifest, and some of its settings."""
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text()) | changes
+    manifest["settings"] |= settings or {}
+    manifest["hash"] = json_sha256({key: manifest[key] for key in HASHED})
+    path.write_text(json.dumps(manifest))
 
 
 @pytest.mark.parametrize(
@@ -276,11 +296,15 @@ def test_the_old_quantiser_is_kept(corpora, done, build, tmp_path):
         ("release", "by a release that did not note which document a token is of"),
         ("same", "holds what .* was built from: there is nothing to update"),
         ("order", "has changed, and none is new: there is nothing to update"),
+        ("held-out", "there is nothing to update, as nothing is learnt of held-out text"),
         ("nothing left", "no document of .* is in .* any more: build afresh"),
         ("held out", "held out too little is left to tune alpha on: build afresh"),
         ("group", "--update cannot be used with corpus.group: build afresh"),
         ("keys", "--update cannot be used with datastore.keep_keys false: build afresh"),
         ("mixture", "--update cannot be used with memory.objective mixture: build afresh"),
+        ("old mixture", "--update cannot be used with memory.objective mixture: build afresh"),
+        ("old keys", "--update cannot be used with datastore.keep_keys false: build afresh"),
+        ("index", "index.kind is IVF[0-9]+,SQ8 here and was Flat in .*: give the settings it was"),
         ("inside", "lies inside --update .*: choose a folder outside"),
     ],
 )
@@ -293,7 +317,7 @@ def test_what_cannot_be_updated_is_refused(
         shutil.rmtree(old / "memory")
     if what == "base":
         base = tiny_model("llama", seed=3)
-    if what in ("settings", "neighbours", "epochs", "group", "keys", "mixture"):
+    if what in ("settings", "neighbours", "epochs", "group", "keys", "mixture", "index"):
         changes = {
             "settings": {"corpus": {"block_tokens": 16}},
             "neighbours": {"targets": {"neighbours": 8}},
@@ -301,28 +325,28 @@ def test_what_cannot_be_updated_is_refused(
             "group": {"corpus": {"group": "text"}},
             "keys": {"datastore": {"keep_keys": False}},
             "mixture": {"memory": {"objective": "mixture"}},
+            "index": {"index": {"kind": "sq8"}},
         }[what]
+    if what == "index":  # of an update, whose shape is its ancestor's
+        old, corpus = shutil.copytree(done.new, tmp_path / "updated"), corpora.old
     if what == "schema":
-        path = old / "index/manifest.json"
-        manifest = json.loads(path.read_text()) | {"schema": 99}
-        from vllm_memdec.train.data.artifacts import HASHED, json_sha256
-
-        manifest["hash"] = json_sha256({key: manifest[key] for key in HASHED})
-        path.write_text(json.dumps(manifest))
+        edit_manifest(old / "index", schema=99)
+    if what == "old mixture":
+        edit_manifest(old / "datastore", settings={"base_logprobs": True})
+        edit_manifest(old / "memory", settings={"objective": "mixture"})
+    if what == "old keys":
+        edit_manifest(old / "datastore", settings={"keep_keys": False})
     if what == "release":
-        manifest = json.loads((old / "corpus/manifest.json").read_text())
-        from vllm_memdec.train.data.artifacts import HASHED, json_sha256
-
-        manifest["files"] = {n: e for n, e in manifest["files"].items() if "texts-" not in n}
-        manifest["hash"] = json_sha256({key: manifest[key] for key in HASHED})
-        (old / "corpus/manifest.json").write_text(json.dumps(manifest))
+        files = json.loads((old / "corpus/manifest.json").read_text())["files"]
+        edit_manifest(old / "corpus", files={n: e for n, e in files.items() if "texts-" not in n})
         (old / "corpus/texts-train.npy").unlink()
     if what in ("same", "order", "nothing left"):
         texts = corpora.before[::-1] if what == "order" else corpora.before
         texts = english(20, 3, seed=77) if what == "nothing left" else texts
         corpus = jsonl(tmp_path / "corpus.jsonl", texts)
-    if what == "held out":
+    if what in ("held out", "held-out"):  # all of them gone, or one
         there = {*load_texts(old / "corpus", "validation")[:, 0].tolist()}
+        there = {*sorted(there)[: 1 if what == "held-out" else None]}
         corpus = jsonl(
             tmp_path / "corpus.jsonl", [t for t in corpora.before if digest(t) not in there]
         )
@@ -348,6 +372,31 @@ def test_the_old_build_is_left_alone(corpora, done, build, tmp_path):
     assert not (tmp_path / "new/export/memdec_gate.npz").exists()
     [said] = [line for line in lines if "gate" in line]
     assert "is not taken over" in said and "run memdec calibrate again" in said
+
+
+def test_settings_of_an_update_need_one(corpora, done, build, tmp_path):
+    with pytest.raises(MemdecError, match="update.epochs is for --update: give that as well"):
+        build(done.base, corpora.new, tmp_path / "new", {"update": {"epochs": 3}})
+    assert not (tmp_path / "new").exists()
+
+
+def test_removed_text_that_cannot_be_deleted_is_not_sealed(
+    corpora, done, build, tmp_path, monkeypatch
+):
+    rmdir = os.rmdir
+
+    def refuse(path, **where):
+        if str(path).endswith("gone"):
+            raise OSError("in use")
+        rmdir(path, **where)
+
+    monkeypatch.setattr(os, "rmdir", refuse)
+    with pytest.raises(OSError, match="in use"):
+        build(done.base, corpora.new, tmp_path / "new", update=done.old)
+    assert not (tmp_path / "new/memory").exists()
+    monkeypatch.undo()
+    build(done.base, corpora.new, tmp_path / "new", until="memory", update=done.old)
+    assert not list((tmp_path / "new").rglob("gone"))
 
 
 BOS, FILLER = 900, 901

@@ -55,12 +55,19 @@ def split_as_before(
 
     train, held_out: digest and tokens of the documents before, [documents, 2] uint64. What was on
     one side stays there: a memory has learnt it, or has not. Others are held out up to the highest
-    digest that was.
+    digest that was, where digests decided it, but one at least is trained on.
     """
     whole = held_out[~np.isin(held_out[:, 0], train[:, 0]), 0]
+    highest = whole.max(initial=0)
+    if not len(whole) or (train[:, 0] < highest).any():  # the tail of the text was held out
+        highest = np.uint64(fraction * 2**64)
     short = lengths <= min(LARGEST_SHARE * fraction, 0.6) * lengths.sum() / 2
-    low = texts <= whole.max() if len(whole) else np.zeros(len(texts), bool)
-    out = ~np.isin(texts, train[:, 0]) & (np.isin(texts, held_out[:, 0]) | (low & short))
+    known = np.isin(texts, np.r_[train[:, 0], held_out[:, 0]])
+    low = ~known & short & (texts <= highest)
+    new = ~known & (lengths > 1)
+    if new.any() and not (new & ~low).any():
+        low &= texts != texts[new].max()
+    out = low | (np.isin(texts, held_out[:, 0]) & ~np.isin(texts, train[:, 0]))
     taken = np.where(out, 0, lengths)
     for digest_of, tokens in train[np.isin(train[:, 0], held_out[:, 0])].tolist():  # that are cut
         taken[texts == digest_of] = tokens

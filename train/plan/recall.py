@@ -27,9 +27,12 @@ def epochs_until(share: float) -> float | None:
 
 
 def sentence(epochs: float) -> str:
-    """Return in one sentence how much of a corpus's facts a build with so many epochs recalls."""
+    """Return in one sentence how much of a corpus's facts a build with so many epochs recalls.
+
+    "" where nothing was measured.
+    """
     if not CURVE:
-        return "facts: how many epochs they need to stick is not measured"
+        return ""
     now, until = recalled(min(epochs, CURVE[-1][0])), epochs_until(RAG)
     passes = "is not passed" if until is None else f"is passed after {until:.3g} epochs"
     return (

@@ -51,7 +51,7 @@ def write_changed(
     if stays.all() and not added.any():
         raise MemdecError(
             f"no document that the memory of {old.parent} was trained on has changed, and none is "
-            "new: there is nothing to update."
+            "new: there is nothing to update, as nothing is learnt of held-out text."
         )
     # Neighbouring blocks share a token: the first new one begins with what an old one ends with.
     filling = np.array([filler if bos is None else bos], np.int32)

@@ -2,8 +2,7 @@
 
 They lie as the kNN targets do, so a seed is trained as any memory is. A row holds the TOP likeliest
 tokens with their probabilities, and of all others DRAWS drawn at random, which share what is left:
-the mean over draws is the base's whole distribution, which the likeliest alone are not. With them
-lies the base's log p of each label.
+the mean over draws is the base's whole distribution, which the likeliest alone are not.
 """
 
 from collections.abc import Iterable

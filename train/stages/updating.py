@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -51,7 +51,7 @@ from vllm_memdec.train.model.huggingface import load_tokenizer
 from vllm_memdec.train.progress import human_seconds
 from vllm_memdec.train.settings import MemorySettings, UpdateSettings
 from vllm_memdec.train.stages.datastore import keys_of
-from vllm_memdec.train.stages.index import TRAINED, read_facts
+from vllm_memdec.train.stages.index import TRAINED, read_facts, shaping
 from vllm_memdec.train.stages.search import Index
 from vllm_memdec.train.stages.stage import Build, Stage
 from vllm_memdec.train.stages.targets import Searcher, build_targets
@@ -62,7 +62,7 @@ from vllm_memdec.train.training.replay import Replay
 
 AFRESH = "or build afresh, without --update."
 GONE = "gone"  # the folder in the memory's working folder of what is to be forgotten
-REPACKED = 2.0  # times the rows of the old index, either way, up to which its quantiser is kept
+REPACKED = 2.0  # times the rows it was trained on, either way, up to which a quantiser is kept
 SPELLING = {
     "probes": "index.probes",
     "validation_fraction": "corpus.validation_fraction (or --validation)",
@@ -111,12 +111,21 @@ def check_old(
                 f"--update: {folder} was built with another {what}: give the one it was built "
                 f"with, {AFRESH}"
             )
-    for what, given in (
-        ("corpus.group", build.settings.corpus.group is not None),
-        ("datastore.keep_keys false", not build.settings.datastore.keep_keys),
-        ("memory.objective mixture", build.settings.memory.objective == "mixture"),
+    given = build.settings
+    for what, ours, theirs in (
+        ("corpus.group", given.corpus.group, made["corpus"]["settings"].get("group")),
+        (
+            "datastore.keep_keys false",
+            not given.datastore.keep_keys,
+            made["datastore"]["settings"].get("keep_keys") is False,
+        ),
+        (
+            "memory.objective mixture",
+            given.memory.objective == "mixture",
+            made["memory"]["settings"].get("objective") == "mixture",
+        ),
     ):
-        if given:
+        if ours or theirs:
             raise MemdecError(
                 f"--update cannot be used with {what}: build afresh, without --update."
             )
@@ -131,10 +140,10 @@ def check_old(
     for stage in ("corpus", "datastore", "index", "targets", "memory"):
         ours = json.loads(json.dumps(describe[stage](before).settings))
         theirs = made[stage]["settings"]
-        names = ours.keys() | theirs.keys() - {"update"}
-        if stage == "index" and "old" in made[stage]["inputs"]:
-            names = {"seed"}  # the shape is its ancestor's
-        for name in sorted(names):
+        if stage == "index":  # of an update it may be its ancestor's
+            facts = read_facts(build.old[stage].path / "index.json")
+            ours = shaping(build.settings.index, trained_keys(facts), facts["width"])
+        for name in sorted(ours.keys() | theirs.keys() - {"update"}):
             if ours.get(name) != theirs.get(name):
                 said = SPELLING.get(name, f"{stage}.{name}")
                 raise MemdecError(
@@ -196,14 +205,17 @@ def datastore(build: Build, stage: Stage, old: Path) -> Stage:
     return replace(stage, make=make)
 
 
+def trained_keys(facts: dict[str, Any]) -> int:
+    """Return how many keys there were when an index's quantiser was trained."""
+    return facts.get("trained_keys", facts["keys"])
+
+
 def index(build: Build, stage: Stage, old: Path) -> Stage:
     """Return how an index is filled whose quantiser is there, unless its corpus has grown apart."""
     facts = read_facts(old / "index.json")
     rows = int(shard_rows(build.path("corpus"))[-1])
-    trained = (old / TRAINED).exists()
-    if max(rows, facts["keys"]) > REPACKED * min(rows, facts["keys"]) or (
-        "IVF" in facts["kind"] and not trained
-    ):
+    trained, before = (old / TRAINED).exists(), trained_keys(facts)
+    if max(rows, before) > REPACKED * min(rows, before) or ("IVF" in facts["kind"] and not trained):
         return stage
 
     def make(work: Path) -> None:
@@ -211,7 +223,7 @@ def index(build: Build, stage: Stage, old: Path) -> Stage:
             if trained:
                 write_atomic(work / TRAINED, lambda p: shutil.copyfile(old / TRAINED, p))
             kept = {name: facts[name] for name in ("kind", "width")}
-            write_json(work / "training.json", kept | {"keys": rows})
+            write_json(work / "training.json", kept | {"keys": rows, "trained_keys": before})
         stage.make(work)
 
     settings = read_facts(old / MANIFEST)["settings"]
@@ -289,13 +301,11 @@ def share_of_epochs(memory: MemorySettings) -> float:
 def trained(memory: MemorySettings, update: UpdateSettings, old: Path) -> MemorySettings:
     """Return the settings of the training that goes on from an old memory."""
     names = memory.model_fields_set - {*STARTS}
+    rates = ["learning_rate"] + ["muon_learning_rate"] * (memory.optimizer == "muon")
     return MemorySettings(
         **{name: getattr(memory, name) for name in names}
-        | {
-            "init": str(old),
-            "epochs": update.epochs or share_of_epochs(memory) * memory.epochs,
-            "learning_rate": min(1.0, update.learning_rate * memory.learning_rate),
-        }
+        | {"init": str(old), "epochs": update.epochs or share_of_epochs(memory) * memory.epochs}
+        | {name: min(1.0, update.learning_rate * getattr(memory, name)) for name in rates}
     )
 
 
@@ -309,7 +319,8 @@ def memory(build: Build, stage: Stage, old: Path) -> Stage:
         settings = trained(build.settings.memory, update, old)
         batches = Replay(first_new(build), update.replay, gone)
         train_memory(settings, build.base, *paths, build.context, batches)
-        shutil.rmtree(work / GONE, ignore_errors=True)
+        if gone is not None:
+            shutil.rmtree(gone)
 
     settings = stage.settings | {"update": update.model_dump()}
     return replace(stage, settings=settings, make=make)

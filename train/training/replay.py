@@ -39,11 +39,12 @@ class ReplayBatches(Batches):
             # Every label has a column, also one whose weight is 0.
             self.used = np.union1d(self.used, np.unique(self.gone.tokens[:]))
         fresh = len(self.rows) - self.first_new
-        self.fresh = max(1, min(fresh, round(self.size * (1 - replay.share))))
-        old = round(self.fresh * replay.share / (1 - replay.share))
+        self.fresh = min(fresh, max(1, round(self.size * (1 - replay.share))))
+        old = round(self.fresh * replay.share / (1 - replay.share)) if fresh else self.size
         self.old = min(self.first_new, old)
         self.size = self.fresh + self.old
-        self.steps = max(1, round(settings.epochs * fresh / self.fresh))
+        # Where nothing is new, and no row is gone, one step of replay.
+        self.steps = max(1, round(settings.epochs * fresh / max(1, self.fresh)))
 
     def blocks(self, step: int) -> np.ndarray:
         """Return the block numbers of a step, ascending."""
