@@ -81,8 +81,8 @@ def qwen3_moe() -> PreTrainedConfig:
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 DELTA = {
-    # In bfloat16, see CASES: with 0.05 its errors are 3e-3 on average, with 0.3 ten times that.
-    "initializer_range": 0.05,
+    # In bfloat16, see CASES: with 0.05 an error is up to 1.5e-2, with 0.3 ten times that.
+    "initializer_range": 0.02,
     # vLLM makes a block of the KV cache as large as a state: with these, 64 tokens.
     "num_key_value_heads": 2,
     "head_dim": 128,
@@ -363,7 +363,7 @@ DELTA_CASE = Case(
     dtype="bfloat16",
     # As wide as the base's KV: a narrower memory gets longer blocks, here of 512 tokens, and vLLM
     # finds a prefix that is whole blocks of both.
-    memory={"num_key_value_heads": 2, "head_dim": 128, "initializer_range": 0.05},
+    memory={"num_key_value_heads": 2, "head_dim": 128, "initializer_range": 0.015},
 )
 ROTARY_CASE = Case(
     "vLLM's rotary kernel for a CPU takes the heads of a 3-dimensional tensor for one",
@@ -400,5 +400,9 @@ def save(
     torch.manual_seed(seed)
     config = BASES[base]() if isinstance(base, str) else base
     model = getattr(transformers, config.architectures[0])._from_config(config)
+    if dtype == "bfloat16":  # where two experts are all but equal, rounding chooses
+        for name, weight in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                weight.data *= 20
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     save_tokenizer(folder)
