@@ -77,16 +77,11 @@ def build(
             inputs = find_inputs(base, corpus, validation, settings, hashes, context.progress)
         finally:
             hashes.save()
-        from vllm_memdec.train.model.devices import tell_dtype
-
         if settings.memory.init != "base":
             from vllm_memdec.train.model.decoder import with_defaults
 
             memory = with_defaults(settings.memory, base, context.progress.say)
             settings = settings.model_copy(update={"memory": memory})
-        tell_dtype(
-            (part.dtype for part in (settings.datastore, settings.memory, settings.export)), say
-        )
         made = Build(base, corpus, validation, output, settings, context)
         if update is None:
             return run(made, inputs, until)

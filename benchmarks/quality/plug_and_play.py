@@ -179,6 +179,7 @@ def served(base: str, memory: str, prompts: list[list[int]], dtype: str) -> list
     from vllm import LLM, SamplingParams
 
     options: dict[str, Any] = {"model_impl": "memdec", "dtype": dtype, "max_model_len": 256}
+    options["kv_cache_memory_bytes"] = 1 << 29  # not most of the RAM, which others use, too
     options["additional_config"] = {"memdec": {"model": memory}}
     if torch.cuda.is_available():
         options |= side_by_side(1 << 30)

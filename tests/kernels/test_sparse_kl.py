@@ -179,13 +179,14 @@ def test_compiles_without_a_gpu(tmp_path):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
         from vllm_memdec.kernels.sparse_kl import BLOCK, NUM_WARPS, TARGETS, _loss_kernel as kernel
-        for log_weight in ("*fp32", "constexpr"):
+        for optional in ("*fp32", "constexpr"):
             types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(("kl", "ce"), "*fp32")
             types |= {"logits": "*bf16", "out": "*bf16", "saved": "*fp32", "beta": "fp32"}
-            types |= {"probabilities": "*fp32", "log_weight": log_weight}
+            types |= {"probabilities": "*fp32", "share": "fp32"}
+            types |= dict.fromkeys(("log_weight", "odds"), optional)
             types |= dict.fromkeys(("labels", "offsets", "tokens"), "*i64")
             values = {"BLOCK": BLOCK, "TARGETS": TARGETS}
-            values |= {"log_weight": None} if log_weight == "constexpr" else {}
+            values |= {"log_weight": None, "odds": None} if optional == "constexpr" else {}
             source = ASTSource(kernel, types | dict.fromkeys(values, "constexpr"), values)
             compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
     """

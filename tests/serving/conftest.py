@@ -69,10 +69,12 @@ def engine(quick_starts):
         with pytest.MonkeyPatch.context() as patch:
             # Users without a GPU run the PyTorch path; the interpreter would take minutes here.
             patch.setattr(interpolate, "INTERPRETED", False)
+            restored = quick_engines.remember_classes(patch)
             llm = LLM(base, **defaults | options)
             try:
                 yield llm
             finally:
+                restored()
                 # The process groups stay: vLLM reuses them for the next engine of a process.
                 llm.llm_engine.engine_core.shutdown()
 

@@ -8,9 +8,11 @@ zeros into the whole KV cache; and it looks through every module for kernels to 
 import functools
 import gc
 import weakref
+from collections.abc import Callable
 
 import pytest
 
+REPLACED = ("__init__", "__call__")  # by vLLM, in a class that it decorates
 KV_CACHE = {"kv_cache_memory_bytes": 1 << 26}  # of LLM: thousands of tokens of a tiny model
 ALIVE: weakref.WeakSet = weakref.WeakSet()  # engines that nothing has collected yet
 
@@ -44,3 +46,31 @@ def settle(freeze=gc.freeze) -> None:
     gc.collect()
     if not ALIVE:
         freeze()
+
+
+def remember_classes(patch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Return a function that gives classes of transformers back what vLLM replaced in them.
+
+    One that it runs itself (its Transformers backend) is decorated for all of the process, and is
+    no model without a config of vLLM's from then on.
+    """
+    from vllm.model_executor.models.transformers.base import Base
+
+    kept: list[tuple] = []
+    decorate = Base._decorate_cls_for_torch_compile
+
+    def remember(self, cls, *args, **kwargs):
+        kept.append((cls, cls.__bases__, {name: vars(cls).get(name) for name in REPLACED}))
+        return decorate(self, cls, *args, **kwargs)
+
+    def restore() -> None:
+        for cls, parents, own in reversed(kept):
+            cls.__bases__ = parents
+            for name, value in own.items():
+                if value is not None:
+                    setattr(cls, name, value)
+                elif name in vars(cls):
+                    delattr(cls, name)
+
+    patch.setattr(Base, "_decorate_cls_for_torch_compile", remember)
+    return restore

@@ -16,6 +16,7 @@ from vllm_memdec.train.data import completeness
 from vllm_memdec.train.data.blocks import load_blocks, shard_rows, valid_rows
 from vllm_memdec.train.data.shards import save_array, shard_path, unfinished
 from vllm_memdec.train.executor.context import Context
+from vllm_memdec.train.model.devices import tell_dtype
 from vllm_memdec.train.model.hidden_states import Keys, key_fallback
 from vllm_memdec.train.settings import DatastoreSettings, Settings
 from vllm_memdec.train.stages.stage import Build, Stage, lowered
@@ -132,7 +133,8 @@ def stage(build: Build) -> Stage:
         settings["base_logprobs"] = True
 
     def make(work: Path) -> None:
-        say = build.context.progress.say
+        say, given = build.context.progress.say, build.settings
+        tell_dtype((part.dtype for part in (given.datastore, given.memory, given.export)), say)
         if said := key_fallback(build.base, build.settings.datastore.key_layer):
             say(said)
         if scored and (why := further_pass(build.settings.datastore)):
