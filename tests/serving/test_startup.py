@@ -72,6 +72,11 @@ def test_bad_alpha(alpha, start, pair):
             {},
             "kv_cache_dtype must be one",
         ),
+        (
+            {"model": "MEMORY", "alpha": 0.5, "dtype": "float32", "kv_cache_dtype": "bfloat16"},
+            {},
+            "bfloat16 beside float32 weights is read wrong by vLLM on a CPU",
+        ),
         ({"model": "MEMORY/config.json", "alpha": 0.5}, {}, "is not a model folder"),
         ({"model": ""}, {}, "memdec needs the folder of a memory"),
         (

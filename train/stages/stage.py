@@ -34,7 +34,7 @@ class Build:
     settings: Settings
     context: Context
     done: dict[str, Artifact] = field(default_factory=dict)
-    old: dict[str, Artifact] | None = None  # of a build that this one updates, see update.py
+    old: dict[str, Artifact] | None = None  # of a build that this one updates, see updating.py
 
     def path(self, stage: str) -> Path:
         """Return the folder of a finished stage."""

@@ -112,8 +112,10 @@ class Average:
         if step <= self.first:
             return
         for number, parameter in enumerate(self.parameters):
-            mean = self.means.setdefault(number, torch.zeros_like(parameter))
-            mean.lerp_(parameter, 1 / (step - self.first))
+            if number in self.means:
+                self.means[number].lerp_(parameter, 1 / (step - self.first))
+            else:
+                self.means[number] = parameter.detach().clone()
 
     @torch.no_grad()
     def put(self) -> None:
