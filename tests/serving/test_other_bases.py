@@ -196,9 +196,9 @@ def test_run_batch(served, models, tmp_path):
 def test_bench_serve(served, models):
     parser = FlexibleArgumentParser()
     add_cli_args(parser)
-    words = f"--backend openai --model {models['base']} --base-url {served.url} --num-prompts 6"
-    words += " --dataset-name random --random-input-len 24 --random-output-len 8 --ignore-eos"
-    result = asyncio.run(main_async(parser.parse_args(words.split())))
+    words = "--backend openai --dataset-name random --random-input-len 24 --random-output-len 8"
+    words = [*words.split(), "--ignore-eos", "--num-prompts", "6", "--base-url", served.url]
+    result = asyncio.run(main_async(parser.parse_args([*words, "--model", models["base"]])))
     assert (result["completed"], result["total_output_tokens"]) == (6, 48)
 
 
