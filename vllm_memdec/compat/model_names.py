@@ -101,7 +101,7 @@ def _choose(handler: Any, request: Any, choices: Choices) -> None:
 
     if isinstance(handler, (ServingTokenization, ServingDerender)):
         return  # no weight decides their answers
-    params = getattr(request, "sampling_params", None)
+    params: Any = getattr(request, "sampling_params", None)
     in_params = isinstance(params, SamplingParams)
     given = params.extra_args if in_params else getattr(request, "vllm_xargs", None)
     asked = choices.asked(request.model, given)

@@ -5,7 +5,8 @@ lets an application put another dependency in its place. Ours then looks into th
 vLLM's own classes keep only what they know.
 OpenAIServingChat.create_chat_completion and OpenAIServingCompletion.create_completion look again,
 into what their classes kept: `vllm run-batch` and Ray Serve call them without that endpoint.
-OpenAIServingModels.show_available_models gets a description of base and memories on each card.
+OpenAIServingModels.show_available_models gets a description of base and memories on each card, and
+on that of a memory its folder and its base (model_names.py makes it a model).
 metrics.py derives from StatLoggerBase, which vLLM offers to plugins.
 
 May go when a plugin can add fields to /v1/models, and vLLM refuses fields it does not know.
