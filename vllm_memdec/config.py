@@ -211,7 +211,8 @@ def parse_names(
     if given is None:
         given = memory
     names = {given: None} if isinstance(given, str) else given
-    if not isinstance(names, dict) or not names or "" in names:
+    known = isinstance(names, dict) and all(isinstance(name, str) and name for name in names)
+    if not known or not names:
         raise ValueError(
             f"memdec {SERVED_AS!r}{which} must be a name, or names with their weights, as in "
             f'{{"law": null, "law-cautious": 0.2}}, got {given!r}.'

@@ -221,6 +221,9 @@ def test_two_memories_are_400(server, models):
         answer = post(server, path, body | xargs)
         assert answer.status_code == 400, (path, answer.text)
         assert "The model 'law' is the memory 'law', but memdec_memory is 'bio'" in answer.text
+    batch = said | {"messages": [SAID], "vllm_xargs": [1]}
+    answer = post(server, "/v1/chat/completions/batch", batch)
+    assert answer.status_code == 400 and "vllm_xargs must be an object" in answer.text
     for xargs in ({"memdec_memory": "law"}, {"memdec_memory": "none", "memdec_alpha": 0.5}):
         body = {"model": "org/bio", "prompt": PROMPT, "vllm_xargs": xargs}
         assert post(server, "/v1/completions", body).status_code == 400
@@ -241,7 +244,8 @@ def test_where_no_request_chooses(server, client, models):
             assert answer.status_code == 200, (path, name, answer.text)
             assert answer.json()["model"] == shown(name)
         for name in ("law-cautious", "org/bio", "none"):
-            answer = post(server, path, body | {"model": name})
+            # A field that only other requests' classes have changes nothing.
+            answer = post(server, path, body | {"model": name, "to_chat_completion_request": 1})
             assert answer.status_code == 400 and sentence in answer.text, (path, name, answer.text)
 
 

@@ -79,7 +79,7 @@ def _chosen_by_name(original: Callable) -> Callable:
     async def _check_model(self: Any, request: Any) -> Any:
         _asked.set(None)
         error = await original(self, request)
-        processor = getattr(self.models, "input_processor", None)  # a server of text alone has none
+        processor = getattr(self.models, "input_processor", None)  # vLLM's render server has none
         choices = processor and choices_of(processor)
         if error is not None or not choices:
             return error
@@ -104,6 +104,8 @@ def _choose(handler: Any, request: Any, choices: Choices) -> None:
     params: Any = getattr(request, "sampling_params", None)
     in_params = isinstance(params, SamplingParams)
     given = params.extra_args if in_params else getattr(request, "vllm_xargs", None)
+    if not isinstance(given, dict | None):  # where a request passes on what its class does not know
+        raise ValueError("vllm_xargs must be an object of names and values.")
     asked = choices.asked(request.model, given)
     check_extra_args(asked, choices)
     own = choices.resolve(asked) != choices.resolve(None)
@@ -116,7 +118,7 @@ def _choose(handler: Any, request: Any, choices: Choices) -> None:
         return
     if in_params:
         params.extra_args = asked
-    elif "vllm_xargs" in type(request).model_fields or hasattr(request, PASS_ON):
+    elif "vllm_xargs" in type(request).model_fields or hasattr(type(request), PASS_ON):
         request.vllm_xargs = asked
     elif own:
         raise ValueError(
