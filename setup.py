@@ -60,6 +60,9 @@ setup(
         "tasks": ["lm-eval>=0.4.9"],
         "test": [
             "build>=1.2",
+            # Clients that can only send `model`.
+            "langchain-openai>=1.7",
+            "litellm>=1.110",
             "mypy>=1.18",
             "psutil>=6",
             "pytest>=8",

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
 MAX_MEMORIES = 256  # bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
-# Types of the settings that are not text; alpha is checked apart.
+# Types of the settings that are not text; alpha and served_as are checked apart.
 TYPES: dict[str, type] = {
     "tensor_parallel_size": int,
     "gate": bool,
@@ -27,6 +27,7 @@ TYPES: dict[str, type] = {
     "with_images": bool,
 }
 SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
+SERVED_AS, BASE_SERVED_AS = "served_as", "base_served_as"
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
@@ -46,6 +47,8 @@ class MemoryConfig:
     tensor_parallel_size: int | None = None  # 1: a whole copy on each rank; the base's by default
     gate: bool = True  # False: a gate in the memory's folder is not used
     with_images: bool = True  # False: off for requests with images, or with video or audio
+    # Its names as a model, each with its weight; None is `alpha`.
+    served_as: dict[str, float | str | None] = field(default_factory=dict)
     block: MemoryBlock | None = None  # of its config.json; None for a plain causal LM
     # [position, alpha], each from its position on, in place of a gate: "auto" is these then.
     alpha_by_context: list[list[float]] | None = None
@@ -77,7 +80,9 @@ class MemoryConfig:
             )
         for key, value in settings.items():
             kind = TYPES.get(key, str)
-            if key != "alpha" and value is not None and type(value) is not kind:
+            if key in ("alpha", SERVED_AS):
+                continue
+            if value is not None and type(value) is not kind:
                 raise ValueError(
                     f"memdec setting {key!r}{which} must be of type {kind.__name__}, got {value!r}."
                 )
@@ -116,6 +121,9 @@ class MemoryConfig:
             )
         derived = {"name": name, "alpha": alpha, "block": block, "gate_file": gate_file}
         derived["alpha_by_context"] = table
+        derived[SERVED_AS] = parse_names(
+            name, settings.get(SERVED_AS), which, gate_file is not None or bool(table)
+        )
         return cls(**settings | derived | {"gate": gate_file is not None})
 
 
@@ -128,19 +136,21 @@ class MemDecConfig:
     speculative_tokens: int = 0  # maximum of drafts per step, for the mixture to verify
     adapts: bool = False  # whether fewer are drafted where that is faster
     overlap: bool = False  # whether memories run beside the base within a full CUDA graph
+    base_served_as: str | None = None  # the base without a memory as a model; None: none such
 
     @classmethod
     def parse(cls, settings: Any) -> "MemDecConfig":
         """Return the configuration for a `memdec` block, or raise ValueError.
 
         {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
-        NAME} are several. Beside either, "speculative_tokens" and "overlap".
+        NAME} are several. Beside either, "speculative_tokens", "overlap", "base_served_as".
         """
-        tokens, overlap = 0, False
+        tokens, overlap, bare = 0, False, None
         if isinstance(settings, dict):
             settings = dict(settings)
             tokens = settings.pop(SPECULATIVE, 0)
             overlap = settings.pop(OVERLAP, False)
+            bare = settings.pop(BASE_SERVED_AS, None)
         adapts = tokens == AUTO
         if adapts:
             tokens = MAX_DRAFTS
@@ -151,13 +161,18 @@ class MemDecConfig:
             )
         if type(overlap) is not bool:
             raise ValueError(f"memdec {OVERLAP!r} must be true or false, got {overlap!r}.")
+        if bare is not None and (not isinstance(bare, str) or not bare):
+            raise ValueError(f"memdec {BASE_SERVED_AS!r} must be a name, got {bare!r}.")
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
-            return cls((memory,), ONLY, tokens, adapts, overlap)
+            return cls(
+                (memory,), ONLY, tokens, adapts, overlap, check_names([memory], bare or NONE)
+            )
         if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
-                f"the settings there are {['default', 'memories', OVERLAP, SPECULATIVE]}."
+                "the settings there are "
+                f"{[BASE_SERVED_AS, 'default', 'memories', OVERLAP, SPECULATIVE]}."
             )
         names = [*settings["memories"]] if isinstance(settings["memories"], dict) else []
         if not names:
@@ -175,13 +190,69 @@ class MemDecConfig:
             default = names[0]
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
-        memories = (MemoryConfig.parse(*item) for item in settings["memories"].items())
-        return cls(tuple(memories), default, tokens, adapts, overlap)
+        memories = [MemoryConfig.parse(*item) for item in settings["memories"].items()]
+        if bare is None and default != NONE:  # else the base's own name is that of the base alone
+            bare = NONE
+        return cls(tuple(memories), default, tokens, adapts, overlap, check_names(memories, bare))
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
         """Return the configuration a worker was started with."""
         return cls.parse(memdec_block(vllm_config.additional_config))
+
+
+def parse_names(
+    memory: str, given: Any, which: str, has_auto: bool
+) -> dict[str, float | str | None]:
+    """Return the names of a memory as a model, each with its weight, or raise ValueError.
+
+    given: its setting "served_as"; None, its own name. has_auto: whether a weight may be "auto".
+    """
+    if given is None:
+        given = memory
+    names = {given: None} if isinstance(given, str) else given
+    known = isinstance(names, dict) and all(isinstance(name, str) and name for name in names)
+    if not known or not names:
+        raise ValueError(
+            f"memdec {SERVED_AS!r}{which} must be a name, or names with their weights, as in "
+            f'{{"law": null, "law-cautious": 0.2}}, got {given!r}.'
+        )
+    for name, alpha in names.items():
+        what = f"memdec {SERVED_AS!r}{which}: the weight of {name!r}"
+        if alpha == AUTO and not has_auto:
+            raise ValueError(
+                f"{what} is {AUTO!r}, which needs a gate or alpha_by_context: give a number "
+                "between 0 and 1, or run memdec calibrate."
+            )
+        if alpha not in (None, AUTO):
+            check_alpha(alpha, what)
+    return names
+
+
+def check_names(memories: "list[MemoryConfig]", bare: str | None) -> str | None:
+    """Return the name of the base alone as a model; raise ValueError if a name means two things.
+
+    The name of a memory, by which vllm_xargs choose, is no other's as a model.
+    """
+    meant = {name: said(name) for name in (NONE, *(memory.name for memory in memories))}
+    served = [(name, said(memory.name)) for memory in memories for name in memory.served_as]
+    for name, what in [*([(bare, said(NONE))] if bare else []), *served]:
+        if meant.setdefault(name, what) != what:
+            raise clash(name, meant[name], what)
+    return bare
+
+
+def said(memory: str) -> str:
+    """Return in words what the name of a memory, or "none", stands for."""
+    return "the base alone" if memory == NONE else f"the memory {memory!r}"
+
+
+def clash(name: str, one: str, other: str) -> ValueError:
+    """Return the error of a name of a model that would mean two things."""
+    return ValueError(
+        f"The model {name!r} would be both {one} and {other}: give one of them another name, a "
+        f"memory by {SERVED_AS!r}, the base alone by {BASE_SERVED_AS!r}."
+    )
 
 
 def memdec_block(additional_config: Any) -> Any:

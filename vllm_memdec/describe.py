@@ -13,8 +13,9 @@ from vllm.config import VllmConfig
 from vllm.config.model import ModelConfig
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-from vllm_memdec.config import MemDecConfig
+from vllm_memdec.config import NONE, MemDecConfig
 from vllm_memdec.engine_config import memory_model_config
+from vllm_memdec.request import ALPHA, MEMORY
 
 
 def describe(vllm_config: VllmConfig) -> dict[str, Any]:
@@ -45,6 +46,16 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         for memory, part in zip(settings.memories, parts[1:], strict=True)
     }
     return {"base": parts[0], "memories": memories, "default": settings.default}
+
+
+def describe_model(description: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
+    """Return what describe() told of the memory that a model stands for, with the model's weight.
+
+    asked: what the model's name asks for, as extra_args of a request.
+    """
+    name = asked[MEMORY]
+    told = description["base"] if name == NONE else description["memories"][name]
+    return {"memory": name, **told} | ({"alpha": asked[ALPHA]} if ALPHA in asked else {})
 
 
 def kv_bytes_per_token(model: ModelConfig, vllm_config: VllmConfig, dtype: str) -> int | None:

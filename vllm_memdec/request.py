@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
-from vllm_memdec.config import AUTO, NONE, MemDecConfig, memdec_block
+from vllm_memdec.config import AUTO, NONE, MemDecConfig, clash, memdec_block, said
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 NO_MEMORY = -1  # in place of a memory's number
@@ -106,7 +106,8 @@ def check_images(extra_args: dict[str, Any] | None, choices: "Choices") -> None:
     if asked and name in choices.without_images:
         raise ValueError(
             f"The memory {name!r} is off for requests with images, video or audio: leave "
-            f"{' and '.join(sorted(asked))} out, or ask for the memory {NONE!r}."
+            f"{' and '.join(sorted(asked))} out, or ask for the memory {NONE!r}; where the model's "
+            "name asks for it, name the base's model."
         )
 
 
@@ -121,11 +122,13 @@ class Choices:
         drafts: bool = False,
         by_context: Collection[str] = (),
         without_images: Collection[str] = (),
+        served: dict[str, dict[str, Any]] | None = None,
     ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
         self.by_context = by_context  # memories with an alpha for each length of context
         self.drafts = drafts  # whether the memories draft
         self.without_images = without_images  # memories that are off for requests with images
+        self.served = served or {}  # models that are a memory, as extra_args of their requests
 
     @classmethod
     def of(cls, config: MemDecConfig) -> "Choices":
@@ -135,7 +138,33 @@ class Choices:
         by_context = {memory.name for memory in config.memories if memory.alpha_by_context}
         without_images = {memory.name for memory in config.memories if not memory.with_images}
         drafts = config.speculative_tokens > 0
-        return cls(alphas, config.default, gated, drafts, by_context, without_images)
+        served: dict[str, dict[str, Any]] = {}
+        for memory in config.memories:
+            for name, alpha in memory.served_as.items():
+                served[name] = {MEMORY: memory.name} | ({} if alpha is None else {ALPHA: alpha})
+        if config.base_served_as:
+            served[config.base_served_as] = {MEMORY: NONE}
+        return cls(alphas, config.default, gated, drafts, by_context, without_images, served)
+
+    def check_served(self, names: Collection[str], what: str) -> None:
+        """Raise ValueError if one of these names of models is a memory's or the base's alone."""
+        for name in names:
+            if name in self.served:
+                raise clash(name, what, said(self.served[name][MEMORY]))
+
+    def asked(self, model: Any, extra_args: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the extra_args of a request with those that the model it names stands for.
+
+        Its own weight goes before the name's; raise ValueError if it asks for another memory.
+        """
+        named = self.served.get(model, {}) if isinstance(model, str) else {}
+        given = extra_args or {}
+        if named and given.get(MEMORY, named[MEMORY]) != named[MEMORY]:
+            raise ValueError(
+                f"The model {model!r} is {said(named[MEMORY])}, but {MEMORY} is "
+                f"{brief(given[MEMORY])}: leave it out, or name the base's model."
+            )
+        return named | given
 
     def resolve(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None

@@ -53,12 +53,7 @@ def check_body(
                 search(value, name, bare(name) in EXTRA_FIELDS, place)
             continue
         if isinstance(given, dict):
-            check_extra_args(given, choices)
-            if body.get("use_beam_search") and any(map(asks, given)):
-                raise ValueError(
-                    f"Beam search has the server's memory and weight, not those of {place}: leave "
-                    "them out, or do without use_beam_search."
-                )
+            check_extra_args(choices.asked(body.get("model"), given), choices)
 
 
 def search(value: Any, field: str, plain: bool, place: str | None) -> None:

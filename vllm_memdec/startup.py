@@ -23,6 +23,7 @@ from vllm_memdec.config import (
 )
 from vllm_memdec.engine_config import memory_model_config, positions_of
 from vllm_memdec.gate import check_gate, read_gate
+from vllm_memdec.request import Choices
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -67,6 +68,9 @@ def create_model_config(
     importlib.import_module("vllm_memdec.model")
     config = MemDecConfig.parse(settings)
     check_arguments(args)
+    names = args.served_model_name or args.model
+    names = [names] if isinstance(names, str) else names
+    Choices.of(config).check_served(names, "the base")
     base = build(args)
     check_model(base, "The base")
     check_state(base)

@@ -149,7 +149,7 @@ def test_seeds_of_n(llm):
     assert found == [one(llm, PLAIN, seed=11 + i, temperature=1.0).token_ids for i in range(4)]
 
 
-@feature("beam search", note="by the server's memory and weight: a request's own is refused")
+@feature("beam search", note="by the server's memory and weight: another is refused")
 @usual
 def test_beam_search(llm, models):
     from vllm.sampling_params import BeamSearchParams

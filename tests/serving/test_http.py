@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 from support import http_rows, oracle
-from support.choices import ALPHAS, PROMPT, Choice, mixture
+from support.choices import ALPHAS, PROMPT, Choice, greedy, mixture
 from support.http_rows import complete, token_ids
 
 SENTENCE = "memdec_alpha must be a number between 0 and 1"
@@ -61,6 +61,7 @@ def test_chat_completions(client, models):
 @pytest.mark.drafts
 @feature("streaming")
 @feature("chat completions")
+@feature("a memory by the model's name")
 def test_drafts_over_http(drafting_server, models):
     """Several tokens in an event, and an echoed prompt before them."""
     url = f"{drafting_server.url}/v1"
@@ -69,6 +70,10 @@ def test_drafts_over_http(drafting_server, models):
     test_chat_completions(client, models)
     for alpha in (None, 0, 0.3, 1.0):
         test_completions(alpha, client, models)
+    for name in ("law", "bio", "none"):
+        [found] = complete(client, models, model=name, max_tokens=8).choices
+        tokens = token_ids(found.logprobs.tokens)
+        assert tokens == greedy(models, Choice(name), PROMPT, 8)[: len(tokens)], name
     [biased] = complete(client, models, max_tokens=8, logit_bias={"7": 100}).choices
     assert token_ids(biased.logprobs.tokens) == [7] * 8
     if drafting_server.drafts != "auto":  # which goes by time
@@ -275,7 +280,7 @@ def test_bad_start_ends_with_the_sentence(models, subprocess_env):
 
 def test_models_name_base_and_memories(api, server, models):
     """/v1/models and the log agree on parameters, shares of the KV cache and weights."""
-    [card] = json.load(urllib.request.urlopen(f"{api}/models"))["data"]
+    card, *_ = json.load(urllib.request.urlopen(f"{api}/models"))["data"]
     found = card["memdec"]
     assert found["default"] == "law" and list(found["memories"]) == ["law", "bio"]
     parts = {"base": found["base"], **found["memories"]}

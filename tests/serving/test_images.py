@@ -400,12 +400,12 @@ def server(bases, memories, forked, tmp_path_factory, plain):
         server.stop()
 
 
-def ask(server, shown, xargs=None):
+def ask(server, shown, xargs=None, model=None):
     """Return the answer of the openai client: prompt and sampled ids, log-probabilities."""
     client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
     body = {"return_token_ids": True, "ignore_eos": True, "vllm_xargs": xargs or {}}
     answer = client.chat.completions.create(
-        model=server.model,
+        model=model or server.model,
         messages=messages(shown),
         max_tokens=GREEDY["max_tokens"],
         temperature=0,
@@ -450,7 +450,9 @@ def test_a_memory_that_is_off_for_images(shown, server, bases, memories):
         with pytest.raises(openai.BadRequestError, match="The memory 'off' is off for requests"):
             ask(server, shown, xargs)
     check(server, shown, base, memory, 0.0, off | {"memdec_alpha": 0})
-    [card] = httpx.get(f"{server.url}/v1/models").json()["data"]
+    with pytest.raises(openai.BadRequestError, match="name asks for it, name the base's model"):
+        ask(server, shown, model="off")
+    card, *_ = httpx.get(f"{server.url}/v1/models").json()["data"]
     settings = card["memdec"]["memories"]
     assert [settings[name].get("with_images", True) for name in ("on", "off")] == [True, False]
 

@@ -156,6 +156,25 @@ def test_choice_with_gates(extra_args, choice):
         check_extra_args({"memdec_alpha": "Auto"}, choices)
 
 
+def test_a_model_s_name():
+    """What it asks for is what vllm_xargs would; a weight of the request's own goes before."""
+    law, cautious = {MEMORY: "law"}, {MEMORY: "law", ALPHA: 0.2}
+    served = {"law": law, "law-cautious": cautious, "bare": {MEMORY: NONE}}
+    choices = Choices({"law": 0.6, "bio": 0.4}, "none", served=served)
+    assert choices.asked("law", None) == law
+    assert choices.asked("law-cautious", {"x": 1}) == cautious | {"x": 1}
+    assert choices.asked("law-cautious", {ALPHA: 1, MEMORY: "law"}) == law | {ALPHA: 1}
+    assert choices.asked("bare", {}) == {MEMORY: NONE}
+    for other in ("tiny", None, 3, ["law"]):
+        assert choices.asked(other, {MEMORY: "bio"}) == {MEMORY: "bio"}
+    for name, what in (("law", "the memory 'law'"), ("bare", "the base alone")):
+        with pytest.raises(ValueError, match=f"{name!r} is {what}, but memdec_memory is 'bio'"):
+            choices.asked(name, {MEMORY: "bio"})
+    check_body({"model": "law", "vllm_xargs": {ALPHA: 0.3}}, ("vllm_xargs",), False, choices, ())
+    with pytest.raises(ValueError, match="memdec_alpha needs memdec_memory here"):
+        check_body({"model": "x", "vllm_xargs": {ALPHA: 0.3}}, ("vllm_xargs",), False, choices, ())
+
+
 def test_default_none():
     assert Choices({"law": 0.6}, "none").resolve(None) == (NO_MEMORY, 0.0)
 

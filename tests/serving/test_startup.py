@@ -172,12 +172,61 @@ def test_bad_alpha(alpha, start, pair):
         ),
         ({"model": "MEMORY", "alpha": 0.5, "overlap": 1}, {}, "'overlap' must be true or false"),
         ({"model": "MEMORY", "alpha": 0.5}, {"max_model_len": 300}, "max_model_len"),
+        ({"model": "MEMORY", "alpha": 0.5, "served_as": 3}, {}, "'served_as' must be a name, or"),
+        ({"model": "MEMORY", "alpha": 0.5, "served_as": {}}, {}, "'served_as' must be a name, or"),
+        ({"model": "MEMORY", "alpha": 0.5, "served_as": ""}, {}, "'served_as' must be a name, or"),
+        (
+            {"model": "MEMORY", "alpha": 0.5, "served_as": {"law": 2}},
+            {},
+            "'served_as': the weight of 'law' must be a number between 0 and 1, got 2",
+        ),
+        (
+            {"model": "MEMORY", "alpha": 0.5, "served_as": {"law": "auto"}},
+            {},
+            "'served_as': the weight of 'law' is 'auto', which needs a gate",
+        ),
+        ({"model": "MEMORY", "alpha": 0.5, "base_served_as": 3}, {}, "'base_served_as' must be a"),
     ],
 )
 def test_refused(block, options, sentence, start, pair):
     text = json.loads(json.dumps(block).replace("MEMORY", pair[1]))
     with pytest.raises(ValueError, match=sentence):
         start(pair[0], text, **options)
+
+
+LAW, BIO = {"model": "MEMORY", "alpha": 0.5}, {"model": "MEMORY", "alpha": 0.5}
+GIVE = "give one of them another name, a memory by 'served_as', the base alone by 'base_served_as'"
+
+
+@pytest.mark.parametrize(
+    ("more", "options", "what"),
+    [
+        ({"memories": {"law": LAW | {"served_as": "bio"}}}, {}, None),
+        ({"served_as": "bio"}, {}, "'bio' would be both the memory 'bio' and the memory 'law'"),
+        ({"served_as": {"law": None, "none": 0}}, {}, "both the base alone and the memory 'law'"),
+        ({"base_served_as": "bio"}, {}, "'bio' would be both the memory 'bio' and the base alone"),
+        ({}, {"served_model_name": "law"}, "both the base and the memory 'law'"),
+        ({}, {"served_model_name": ["tiny", "none"]}, "both the base and the base alone"),
+        ({"default": "none"}, {"served_model_name": ["tiny", "none"]}, None),
+        ({"base_served_as": "bare"}, {"served_model_name": ["tiny", "none"]}, None),
+        ({"base_served_as": "tiny"}, {"served_model_name": "tiny"}, "both the base and the base"),
+        ({"served_as": "BASE"}, {}, "both the base and the memory 'law'"),
+    ],
+)
+def test_a_name_means_one_model(more, options, what, start, pair):
+    """Of the base, of memories, and of the base alone; the base alone needs none of its own.
+
+    That is where no memory is the default.
+    """
+    block = {"memories": {"law": LAW, "bio": BIO}, "default": "law"}
+    if "served_as" in more:
+        block["memories"] = {"law": LAW | more, "bio": BIO}
+        more = {}
+    text = json.dumps(block | more).replace("MEMORY", pair[1]).replace("BASE", pair[0])
+    if what is None:
+        return start(pair[0], json.loads(text), **options)
+    with pytest.raises(ValueError, match=f"{what}.*{GIVE}"):
+        start(pair[0], json.loads(text), **options)
 
 
 def test_other_tokenizer(start, pair, tiny_model):

@@ -89,6 +89,9 @@ if __name__ == "__main__":
 
     import vllm_memdec.model  # noqa: F401
 
-    utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+    fork = multiprocessing.get_context("fork")
+    utils.get_mp_context = lambda: fork
+    # Several API servers would be spawned.
+    multiprocessing.get_context = lambda method=None: fork  # type: ignore[assignment]
     wait_to_be_forked()
     main()

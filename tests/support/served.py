@@ -26,13 +26,16 @@ START = 300  # seconds for an engine to start, for a file of requests
 
 
 class Served:
-    """A server of a base with a memdec block, from start() to stop()."""
+    """A server of a base with a memdec block, from start() to stop().
 
-    def __init__(self, base, block, options=()):
+    options: words for the engine; of_server: those that `vllm run-batch` does not know.
+    """
+
+    def __init__(self, base, block, options=(), of_server=()):
         settings = json.dumps({"memdec": block})
         words = ["--model", base, "--model-impl", "memdec", "--additional-config", settings]
         words += ["--kv-cache-memory-bytes", str(KV_CACHE["kv_cache_memory_bytes"])]
-        self.words, self.base = [*words, *options], base
+        self.words, self.base, self.of_server = [*words, *options], base, of_server
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.stack = contextlib.AsyncExitStack()
@@ -48,7 +51,7 @@ class Served:
         return self
 
     async def _start(self):
-        args = make_arg_parser(FlexibleArgumentParser()).parse_args(self.words)
+        args = make_arg_parser(FlexibleArgumentParser()).parse_args([*self.words, *self.of_server])
         with MonkeyPatch.context() as patch:
             # vLLM on a CPU spawns the process, which then imports all of it again.
             fork = multiprocessing.get_context("fork")

@@ -5,7 +5,8 @@ lets an application put another dependency in its place. Ours then looks into th
 vLLM's own classes keep only what they know.
 OpenAIServingChat.create_chat_completion and OpenAIServingCompletion.create_completion look again,
 into what their classes kept: `vllm run-batch` and Ray Serve call them without that endpoint.
-OpenAIServingModels.show_available_models gets a description of base and memories on each card.
+OpenAIServingModels.show_available_models gets a description of base and memories on each card, and
+on that of a memory its folder and its base (model_names.py makes it a model).
 metrics.py derives from StatLoggerBase, which vLLM offers to plugins.
 
 May go when a plugin can add fields to /v1/models, and vLLM refuses fields it does not know.
@@ -17,15 +18,18 @@ import functools
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
+from vllm_memdec.compat import model_names
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.describe import describe
-from vllm_memdec.request import choices_of
+from vllm_memdec.compat.model_names import PASS_ON
+from vllm_memdec.describe import describe, describe_model
+from vllm_memdec.request import Choices, choices_of
 from vllm_memdec.request_body import check_body
 from vllm_memdec.request_error import RequestError
 
 # The last part of addresses that only count or convert: no weight decides their answers.
 NO_ANSWERS = ("tokenize", "detokenize", "count_tokens", "derender")
-PASS_ON = "to_chat_completion_request"  # of requests that hand over what they do not know
+# The header by which /invocations has its model: it drops the one of the body.
+ADAPTER = "X-Amzn-SageMaker-Adapter-Identifier"
 
 SIGNATURES = {
     "vllm.entrypoints.launchers.app:register_api_routers": (
@@ -62,6 +66,7 @@ def install() -> None:
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
+    model_names.install()
     wrap(OpenAIServingModels, "show_available_models", _described_models)
     wrap(app, "register_api_routers", _checked_routers)
     wrap(OpenAIServingChat, "create_chat_completion", _checked_request)
@@ -92,6 +97,8 @@ def _checked_routers(original: Callable) -> Callable:
             return
         fields, passes_on = _known_fields(route.endpoint)
         body = await raw_request.json()  # which FastAPI has read before
+        if route.path == "/invocations" and isinstance(body, dict):
+            _check_header(raw_request.headers.get(ADAPTER), body.get("model"), choices)
         try:
             check_body(body, fields, passes_on, choices, raw_request.query_params)
         except ValueError as error:
@@ -102,6 +109,15 @@ def _checked_routers(original: Callable) -> Callable:
         app.dependency_overrides[validate_json_request] = checked_json_request
 
     return register_api_routers
+
+
+def _check_header(given: str | None, model: Any, choices: Choices) -> None:
+    """Raise RequestError for a memory named where /invocations does not read it."""
+    if isinstance(model, str) and model in choices.served and model != given:
+        raise RequestError(
+            f"/invocations reads the model from the header {ADAPTER}, not from the body: name "
+            f"{model!r} there."
+        )
 
 
 @functools.cache
@@ -126,11 +142,14 @@ def _known_fields(endpoint: Callable) -> tuple[frozenset[str], bool]:
 def _described_models(original: Callable) -> Callable:
     async def show_available_models(self: Any) -> Any:
         models = await original(self)
-        if choices_of(self.input_processor):
+        if choices := choices_of(self.input_processor):
             if not hasattr(self, "memdec_description"):
                 self.memdec_description = describe(self.input_processor.vllm_config)
             for card in models.data:
                 card.memdec = self.memdec_description
+                if (asked := choices.served.get(card.id)) is not None:
+                    card.memdec = describe_model(self.memdec_description, asked)
+                    card.root, card.parent = card.memdec["model"], self.base_model_paths[0].name
         return models
 
     return show_available_models
