@@ -1,8 +1,11 @@
 """`memdec push`, by the hub's own client against a server that speaks its protocol."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -103,12 +106,24 @@ def test_an_earlier_memory_is_replaced(writer, export, push):
     assert not {GATE, "model-00002-of-00002.safetensors"} & files(writer).keys()
 
 
-def test_a_branch(writer, export, push):
+def test_a_branch(server, export, tmp_path):
+    """As a user types it, twice: the command's own environment forbids the hub to all else."""
+    environment = os.environ | {
+        "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": WRITER,
+        "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "", "TRANSFORMERS_OFFLINE": "",
+    }  # fmt: skip
+    words = ["push", str(export), REPO, *NAMED, "--revision", "v2"]
+    memdec = [sys.executable, "-m", "vllm_memdec.train.cli"]
     for _ in range(2):
-        code, err = push(export, "--revision", "v2")
-        assert code == 0, err
-    assert '"revision": "v2"' in files(writer, "v2")["README.md"].decode()
-    assert files(writer).keys() == {".gitattributes"}
+        done = subprocess.run(
+            [*memdec, *words], env=environment, capture_output=True, text=True, timeout=300
+        )
+        err = done.stderr
+        assert done.returncode == 0 and "Warning" not in err, err
+        assert f"The memory is {REPO}@{server.branches['models', REPO]['v2']}. Serve" in err
+        assert WRITER not in err and server.url not in err
+    assert '"revision": "v2"' in files(server, "v2")["README.md"].decode()
+    assert files(server).keys() == {".gitattributes"}
 
 
 def test_private(writer, export, push):

@@ -24,7 +24,7 @@ HEAD: dict[str, Any] = {
 }
 TAGS = ["memory-decoder", "vllm-memdec"]
 OF_HUB = re.compile(r"(?P<id>[^@]+)@(?P<commit>[0-9a-f]{40})")  # a base that came from the hub
-INSTALL = "pip install 'vllm-memdec[cuda]'"
+INSTALL = "pip install 'vllm-memdec[cuda]'  # in a checkout of it: pip install '.[cuda]'"
 
 
 @dataclass(frozen=True)
