@@ -36,6 +36,7 @@ class Hub:
         self.large: dict[str, bytes] = {}  # files that were uploaded by LFS, by their SHA-256
         self.cards: list[str] = []  # those that the hub was asked to check
         self.failing: dict[str, int] = {}  # "preupload", "commit", ... -> the status it answers
+        self.meanwhile: dict[str, dict] = {}  # repository -> what somebody commits before the user
 
     def push(self, kind: str, name: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Add a commit with these files to a branch; return its hash."""
@@ -224,11 +225,15 @@ def start(hub: Hub) -> ThreadingHTTPServer:
             self.send({"transfer": "basic", "objects": objects})
 
         def commit(self, name: str, branch: str, content: bytes) -> None:
+            if name in hub.meanwhile:
+                hub.push("models", name, hub.meanwhile.pop(name), branch)
             before = hub.branches["models", name][branch]
             files = dict(hub.commits["models", name][before])
             for line in content.splitlines():
                 change = json.loads(line)
                 kind, value = change["key"], change["value"]
+                if kind == "header" and value.get("parentCommit", before) != before:
+                    return self.refuse(412, "", "A commit has happened since")
                 if kind == "file":
                     files[value["path"]] = base64.b64decode(value["content"])
                 elif kind == "lfsFile":

@@ -80,14 +80,16 @@ def test_what_is_pushed_is_served(writer, export, push, pipeline, memdec_here):
             assert str(export.parent).encode() not in pushed[name], name
     assert writer.cards == [(export / "README.md").read_text()]
 
+    text = ("--text", pipeline.corpus, "--base", pipeline.base)
+    told = memdec_here("evaluate", f"{REPO}@{commit}", *text)
+    assert told[0] == 0 and told[1] == memdec_here("evaluate", export, *text)[1]
+    assert "gate" in told[1]
+
     with hub.asking():
         served = MemoryConfig.parse("memory", {"model": REPO, "revision": commit})
         own = MemoryConfig.parse("memory", {"model": str(export)})
     assert served.block == own.block and served.gate and served.alpha == "auto"
     assert served.gate_file.read_bytes() == (export / GATE).read_bytes()
-    text = ("--text", pipeline.corpus, "--base", pipeline.base)
-    told = memdec_here("evaluate", f"{REPO}@{commit}", *text)
-    assert told[0] == 0 and told[1] == memdec_here("evaluate", export, *text)[1]
 
 
 def test_an_earlier_memory_is_replaced(writer, export, push):
@@ -272,8 +274,10 @@ def test_one_sentence(writer, export, push, case, monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "ENDPOINT", "http://user:secret@127.0.0.1:9")
     elif case == "license":
         named = ("--base-model", BASE, "--license", "nonsense")
+    elif case == "busy":
+        writer.failing["commit"] = 503
     else:
-        writer.failing["commit"] = 503 if case == "busy" else 412
+        writer.meanwhile[REPO] = {"config.json": b"of someone else"}
     code, err = push(export, named=named)
     refused((code, err), SENTENCES[case])
     assert "secret" not in err and "127.0.0.1" not in err and "hf_reader" not in err

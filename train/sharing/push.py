@@ -192,7 +192,9 @@ def upload(
     operations: list[Any] = [CommitOperationAdd(name, path) for name, path in files.items()]
     operations += [CommitOperationDelete(name) for name in gone]
     message = "Memory with its card, by memdec push"
-    return api.create_commit(repo, operations, commit_message=message, revision=branch).oid
+    return api.create_commit(
+        repo, operations, commit_message=message, revision=branch, parent_commit=there.sha
+    ).oid
 
 
 def names_of_memory(names: Iterable[str]) -> Iterator[str]:
