@@ -5,6 +5,7 @@ models are stored as. What vLLM on a CPU has not for a base ends an engine with 
 plain vLLM. test_bases.py and test_images.py have the V2 runner and drafts by the memory.
 """
 
+import asyncio
 import json
 import math
 import os
@@ -29,7 +30,9 @@ from support.feature_engines import OTHER_BASES, count, one
 from support.gate_oracle import gate_weights, random_gate
 from support.served import Served
 from vllm import EngineArgs, SamplingParams
+from vllm.benchmarks.serve import add_cli_args, main_async
 from vllm.distributed.parallel_state import destroy_model_parallel
+from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_memdec.gate import write_gate
 
@@ -186,6 +189,17 @@ def test_run_batch(served, models, tmp_path):
     found = http_rows.read_batch(answers)
     for number, choice in enumerate(CHOICES):
         http_rows.check_line(found[str(number)], models, choice)
+
+
+@feature("vllm bench serve")
+@each_base
+def test_bench_serve(served, models):
+    parser = FlexibleArgumentParser()
+    add_cli_args(parser)
+    words = f"--backend openai --model {models['base']} --base-url {served.url} --num-prompts 6"
+    words += " --dataset-name random --random-input-len 24 --random-output-len 8 --ignore-eos"
+    result = asyncio.run(main_async(parser.parse_args(words.split())))
+    assert (result["completed"], result["total_output_tokens"]) == (6, 48)
 
 
 @feature("LoRA on the base")
