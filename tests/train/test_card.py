@@ -55,6 +55,8 @@ def test_what_was_measured_is_told(export):
     assert f"| corpus | {provenance['training_tokens']:,} tokens of training text |" in card
     assert f"fingerprint {made['tokenizer_fingerprint'][:16]}..." in card
     assert f"{made['alpha_by_context'][0][1]:g} from token 0" in card
+    length = json.loads((export / "config.json").read_text())["max_position_embeddings"]
+    assert f"- It has {length:,} positions: beyond them the base answers alone." in card
     assert "| gate | none |" in card and "| training | 2 epochs on kNN targets" in card
     assert f"vllm-memdec {provenance['versions']['vllm-memdec']}" in card
     (export / "memdec_gate.npz").touch()

@@ -182,6 +182,10 @@ def limits(export: Path, base: str, naming: Naming) -> Iterator[str]:
     )
     yield "- A memory can recite passages of its corpus, and it can be wrong about facts."
     yield "- It serves bases of its own tokenizer only, and reads text alone."
+    config = read_object(export / "config.json") or {}
+    positions = (config.get("text_config") or config).get("max_position_embeddings")
+    if positions:
+        yield f"- It has {positions:,} positions: beyond them the base answers alone."
     named = naming.license or "none is named"
     yield f"- Licence of the memory: {named}. The terms of {base} and of its corpus hold as well.\n"
 
