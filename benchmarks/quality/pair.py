@@ -1,6 +1,7 @@
 """The pairs of models that are compared: a base, and where its memory starts from.
 
-smollm2: SmolLM2-135M-Instruct, the memory its first layers. qwen2.5-coder: Qwen2.5-Coder 1.5B
+smollm2: SmolLM2-135M-Instruct, the memory its first layers. smollm2-whole: the memory begins as the
+whole of it, as large as the base. qwen2.5-coder: Qwen2.5-Coder 1.5B
 Instruct, the memory the pretrained 0.5B of the same tokenizer, whole or its first layers; the keys
 of the datastore are states of either.
 """
@@ -89,7 +90,8 @@ PRETRAINED_RATES = {
     "dapt": (3e-5, 1e-4),
     "lora": (3e-4, 1e-3),
 }
-PAIRS = ("smollm2", "qwen2.5-coder")
+WHOLE_RATES = {"memory": (3e-4, 1e-3), "ce_only": (3e-4, 1e-3)}
+PAIRS = ("smollm2", "smollm2-whole", "qwen2.5-coder")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +112,10 @@ def chosen(options: argparse.Namespace) -> Pair:
     if options.pair == "smollm2":
         pair = Pair("smollm2", str(smollm2()), budget=options.budget)
         return replace(pair, keys=options.keys or "base", layers=options.layers)
+    if options.pair == "smollm2-whole":
+        base = str(smollm2())
+        pair = Pair(options.pair, base, base, keys="small", rates=WHOLE_RATES)
+        return replace(pair, layers=options.layers, budget=options.budget)
     return Pair(
         options.pair,
         str(qwen("1.5B")),
