@@ -1,9 +1,9 @@
 """The pairs of models that are compared: a base, and where its memory starts from.
 
 smollm2: SmolLM2-135M-Instruct, the memory its first layers. smollm2-whole: the memory begins as the
-whole of it, as large as the base. qwen2.5-coder: Qwen2.5-Coder 1.5B
-Instruct, the memory the pretrained 0.5B of the same tokenizer, whole or its first layers; the keys
-of the datastore are states of either.
+whole of it, as large as the base. qwen2.5-coder: Qwen2.5-Coder 1.5B Instruct, the memory the
+pretrained 0.5B of the same tokenizer, whole or its first layers; the keys of the datastore are
+states of either.
 """
 
 import argparse
