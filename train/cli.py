@@ -21,8 +21,11 @@ try:
         Alpha,
         Assignments,
         ContextTokens,
+        DomainTexts,
+        GeneralTexts,
         JsonFile,
         KeysBase,
+        LearntTexts,
         Memory,
         Served,
         Sources,
@@ -37,6 +40,7 @@ try:
         text_paths,
         with_text_field,
     )
+    from vllm_memdec.train.playground.command import playground
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.settings import load_settings
 except ModuleNotFoundError as error:  # installed for serving only
@@ -235,23 +239,9 @@ def verify(
 def calibrate(
     memory: Memory,
     base: Served,
-    domain: Annotated[
-        list[Path],
-        typer.Option(help="Text of its domain that it has not learnt. May be given several times."),
-    ],
-    general: Annotated[
-        list[Path],
-        typer.Option(
-            help="Text of all other kinds, some ten thousand tokens. May be given several times."
-        ),
-    ],
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Text that it has learnt: without it, memorised facts would be doubted. May be "
-            "given several times."
-        ),
-    ] = None,
+    domain: DomainTexts,
+    general: GeneralTexts,
+    corpus: LearntTexts = None,
     trust_remote_code: Trust = False,
     context: ContextTokens = None,
     text_field: TextField = None,
@@ -384,6 +374,9 @@ def check(
     if answer.status == serving.REFUSED:
         raise typer.Exit(1)
     typer.echo(f"drafts by the memory: {answer.drafts}")
+
+
+app.command()(playground)
 
 
 def main() -> None:
