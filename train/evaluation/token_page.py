@@ -18,8 +18,8 @@ STYLE = f"""
 body {{ font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 72rem;
   color: var(--ink); background: var(--paper); }}
 h1 {{ margin: 0 0 .5rem; font-size: 1.6rem; }}
-.text {{ font: 18px/2.1 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  margin: 0; }}
+.text {{ font: 18px/2.1 ui-monospace, monospace; white-space: break-spaces; margin: 0;
+  overflow-wrap: anywhere; }}
 .text span {{ border-radius: 3px; padding: 2px 0; }}
 .small {{ color: var(--faint); font-size: .85rem; margin: .1rem 0 .8rem; }}
 .bar {{ height: 4px; border-radius: 2px; background: var(--track); margin: .25rem 0 .5rem; }}

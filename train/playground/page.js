@@ -75,6 +75,7 @@ function written(pane, event) {
   const span = document.createElement("span");
   span.textContent = event.text || "…";
   span.dataset.text = event.text;
+  span.classList.toggle("line", event.text.includes("\n")); // or it would not be seen
   span.tabIndex = 0;
   for (const name of ["mouseenter", "focus", "click"])
     span.addEventListener(name, () => showToken(span));
