@@ -144,7 +144,7 @@ WINGS = (
     ("settings", "settings_errors", "progress", "faults", "trust", "heap"),
     ("data",), ("executor",), ("model",), ("training",), ("stages",), ("pipeline",), ("seeding",),
     ("verify",), ("plan",), ("evaluation",), ("options", "explained"), ("playground",),
-    ("cli",),
+    ("sharing",), ("cli",),
 )  # fmt: skip
 WING = {name: number for number, names in enumerate(WINGS) for name in names}
 

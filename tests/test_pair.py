@@ -189,6 +189,8 @@ def test_a_pair_is_measured_at_equal_flops(domain, models, monkeypatch):
     monkeypatch.setattr(quality, "SYSTEMS", SOME)
     monkeypatch.setattr(slim, "SHARE", 1e-9)
     rows = {row["system"]: row for row in quality.rows_of(domain)}
+    fewer = [row["system"] for row in quality.rows_of(domain, ["dapt"])]
+    assert fewer == [title for title in rows if title != "DAPT"]
     base = sum(parameters(load_config(models[0])))
     assert budget(domain) == 6 * base * domain.corpus_tokens
     dapt, memory = (domain.system(kind).train(domain.system(kind).rate) for kind in (Dapt, Memory))

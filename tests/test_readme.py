@@ -120,6 +120,16 @@ def test_explain_command(demo):
     assert "<title>memdec explain</title>" in (ROOT / "build/explain.html").read_text()
 
 
+def test_seed_command(demo, tmp_path):
+    """As printed: a third of the demo's base heals on the demo's text and starts a memory."""
+    text = ROOT / "build/demo-quick-text/corpus.jsonl"
+    commands = re.sub(r"build/(seed|memory)", rf"{tmp_path}/\1", block("memdec seed"))
+    commands = re.sub(r"general.jsonl|corpus.jsonl", str(text), commands)
+    run(commands.replace("models/base", f"build/{BASE}"))
+    config = json.loads((tmp_path / "memory/export/config.json").read_text())
+    assert config["num_hidden_layers"] == 10
+
+
 def test_check_command(demo):
     printed = run(block("memdec check")).splitlines()
     assert len(printed) == 4 and printed[:2] == printed[2:]

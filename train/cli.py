@@ -1,4 +1,4 @@
-"""The `memdec` command: plan a build, build a memory, seed one, verify it, explain a text."""
+"""The `memdec` command: plan a build, build a memory, seed, verify, explain or push one."""
 
 import contextlib
 import os
@@ -33,6 +33,7 @@ try:
         Texts,
         Trust,
         Update,
+        Work,
         base_folder,
         fields,
         parse_bytes,
@@ -43,6 +44,7 @@ try:
     from vllm_memdec.train.playground.command import playground
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.settings import load_settings
+    from vllm_memdec.train.sharing.command import push
 except ModuleNotFoundError as error:  # installed for serving only
     raise SystemExit(f"memdec: {error.name} {INSTALL}") from None
 
@@ -174,12 +176,7 @@ def plan(
     text_field: TextField = None,
     assignments: Assignments = None,
     trust_remote_code: Trust = False,
-    work: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for a sample, removed after: on a cluster, one that nodes share."
-        ),
-    ] = None,
+    work: Work = None,
     json_file: JsonFile = None,
 ) -> None:
     """Tell what a build will cost: measure a minute or two, then count time, disk and RAM."""
@@ -377,6 +374,7 @@ def check(
 
 
 app.command()(playground)
+app.command()(push)
 
 
 def main() -> None:

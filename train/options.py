@@ -67,6 +67,10 @@ Update = Annotated[
     Path | None,
     typer.Option(help="Folder of a build whose corpus became this one: what stays is kept."),
 ]
+Work = Annotated[
+    Path | None,
+    typer.Option(help="Folder for a sample, removed after: on a cluster, one that nodes share."),
+]
 KeysBase = Annotated[str | None, typer.Option(help="The base of that build, if --base is another.")]
 TextField = Annotated[
     str | None,

@@ -89,6 +89,12 @@ class ContextTable:
         columns_NA[:, :PARTS] = torch.where(asks_N[:, None], parts_NP, columns_NA[:, :PARTS])
 
 
+def end_memory(columns_NA: Tensor, position_N: Tensor, number: int, length: int) -> None:
+    """Write weight 0 into the rows of a memory at positions that it does not have."""
+    beyond_N = (position_N >= length) & (decode_memory(columns_NA) == number)
+    columns_NA[:, :PARTS].masked_fill_(beyond_N[:, None], 0)
+
+
 @dataclass(frozen=True)
 class MemoryShare:
     """The share of a batch that runs through one memory; None means all of it."""
@@ -147,8 +153,13 @@ class Batch:
         max_tokens: int,
         dtype: torch.dtype,
         device: Any,
+        lengths: Sequence[int] = (),
     ):
+        """lengths: the positions that each memory has; left out, none of them ends."""
         self.sets = graph_sets(memories)
+        endless = torch.iinfo(torch.int64).max
+        # By the number of a memory; the last is that of NO_MEMORY, -1.
+        self.length_M = torch.tensor([*(lengths or [endless] * memories), endless])
         # The memories that a dummy run, or the capture of a graph, runs.
         self.dummy_set = self.sets[0]
         # The head's GEMM wants rows that are a multiple of 8 elements long.
@@ -200,11 +211,17 @@ class Batch:
         lengths_B: Tensor,
         reusable: Sequence[range] | None = None,
         mode: str = "NONE",
+        starts_B: Tensor | None = None,
     ) -> None:
         """Take over a batch, its requests in order; all arguments on the host.
 
         reusable: the rows of `draft` that hold each request's first tokens. mode: see plan().
+        starts_B: positions of these tokens, or lower ones: beyond its memory's a request has none.
         """
+        if starts_B is not None:
+            ended_B = starts_B >= self.length_M[memory_B]
+            memory_B = memory_B.masked_fill(ended_B, NO_MEMORY)
+            alpha_B = alpha_B.masked_fill(ended_B, 0)
         is_new = not (reusable and any(map(len, reusable)))
         asked = (memory_B, alpha_B, lengths_B) if is_new else None
         if asked and self.asked and all(map(torch.equal, asked, self.asked)):

@@ -18,13 +18,18 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 
 from vllm_memdec import plugin, startup
 from vllm_memdec.checkpoint import MemoryBlock, write_block
 from vllm_memdec.config import MODEL_IMPL, SPECULATIVE
+from vllm_memdec.engine_config import memory_lengths
 from vllm_memdec.errors import MemdecError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 SUPPORTED, UNKNOWN, REFUSED = "supported", "unknown", "refused"
 TESTED = Path(__file__).with_name("bases.csv")
@@ -78,7 +83,8 @@ def check(base: str, memory: str | None = None, trust_remote_code: bool = False)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="memdec-check-"))
         try:
             beside = memory or plain_memory(base, trust_remote_code, folder)
-            architecture = start(base, beside, trust_remote_code)
+            config = start(base, beside, trust_remote_code)
+            [length] = memory_lengths(config)
         except (*REFUSALS, *MALFORMED) as error:
             return Answer(REFUSED, sentence_of(error))
         try:
@@ -86,11 +92,15 @@ def check(base: str, memory: str | None = None, trust_remote_code: bool = False)
             drafts = "work"
         except (*REFUSALS, *MALFORMED) as error:
             drafts = f"refused: {sentence_of(error)}"
+    architecture = config.model_config.architecture
     row = tested().get(architecture)
     if row is None:
         reason = f"{architecture}: vLLM has it and no check refuses it, but no test covers it."
         return Answer(UNKNOWN, reason, drafts)
     parts = [f"{architecture} ({row['name']})", row["kind"], row["note"]]
+    positions = config.model_config.max_model_len
+    if memory is not None and length < positions:
+        parts.append(f"the memory for {length} of {positions} positions")
     if row["on_cpu"] and on_cpu():
         parts.append(f"on a CPU with {row['on_cpu']}")
     return Answer(SUPPORTED, ", ".join(filter(None, parts)), drafts)
@@ -146,8 +156,8 @@ def plain_memory(base: str, trust_remote_code: bool, folder: str) -> str:
     return folder
 
 
-def start(base: str, memory: str, trust_remote_code: bool, drafts: int = 0) -> str:
-    """Configure vLLM as for a start, and return the architecture that it chose for the base."""
+def start(base: str, memory: str, trust_remote_code: bool, drafts: int = 0) -> "VllmConfig":
+    """Configure vLLM as for a start, and return its configuration."""
     from vllm import EngineArgs
 
     block = {"model": memory, "alpha": 0.5, SPECULATIVE: drafts}
@@ -157,7 +167,7 @@ def start(base: str, memory: str, trust_remote_code: bool, drafts: int = 0) -> s
         additional_config={"memdec": block},
         trust_remote_code=trust_remote_code,
     )
-    return args.create_engine_config().model_config.architecture
+    return args.create_engine_config()
 
 
 def sentence_of(error: Exception) -> str:

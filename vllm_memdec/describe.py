@@ -19,14 +19,17 @@ from vllm_memdec.request import ALPHA, MEMORY
 
 
 def describe(vllm_config: VllmConfig) -> dict[str, Any]:
-    """Return base and memories: alpha, parameters, share of the KV cache (None where unknown)."""
+    """Return base and memories: alpha, parameters, share of the KV cache (None where unknown).
+
+    Of a memory the positions too, in tokens, at which it has a weight.
+    """
     settings = MemDecConfig.from_vllm(vllm_config)
     base = vllm_config.model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     models = [base]
     sizes = [kv_bytes_per_token(base, vllm_config, vllm_config.cache_config.cache_dtype)]
     for memory in settings.memories:
-        models.append(memory_model_config(memory, base, base.max_model_len))
+        models.append(memory_model_config(memory, base))
         dtype = memory.kv_cache_dtype or vllm_config.cache_config.cache_dtype
         copies = ranks if memory.tensor_parallel_size == 1 else 1
         size = kv_bytes_per_token(models[-1], vllm_config, dtype)
@@ -40,10 +43,15 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         )
     ]
     memories = {
-        memory.name: {**part, "alpha": memory.alpha, "gate": memory.gate}
+        memory.name: {
+            **part,
+            "positions": model.max_model_len,
+            "alpha": memory.alpha,
+            "gate": memory.gate,
+        }
         | ({"alpha_by_context": memory.alpha_by_context} if memory.alpha_by_context else {})
         | ({} if memory.with_images else {"with_images": False})
-        for memory, part in zip(settings.memories, parts[1:], strict=True)
+        for memory, model, part in zip(settings.memories, models[1:], parts[1:], strict=True)
     }
     return {"base": parts[0], "memories": memories, "default": settings.default}
 

@@ -4,21 +4,21 @@ import copy
 import math
 from typing import TYPE_CHECKING, Any
 
-from vllm_memdec.config import MemoryConfig
+from vllm_memdec.config import MemDecConfig, MemoryConfig
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 
-def memory_model_config(
-    memory: MemoryConfig, base: "ModelConfig", max_model_len: int | None = None
-) -> "ModelConfig":
-    """Return vLLM's own ModelConfig of a memory, in the base's dtype unless it has its own."""
+def memory_model_config(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
+    """Return vLLM's own ModelConfig of a memory, in the base's dtype unless it has its own.
+
+    Its max_model_len is its length: how many positions of the server's are the memory's.
+    """
     from vllm.config import ModelConfig
 
     dtype: Any = memory.dtype or base.dtype
-    limit: Any = max_model_len  # None: the memory's own
-    return ModelConfig(
+    config = ModelConfig(
         model=memory.model,
         revision=memory.revision,
         tokenizer=base.tokenizer,
@@ -27,11 +27,19 @@ def memory_model_config(
         dtype=dtype,
         quantization=memory.quantization,
         seed=base.seed,
-        max_model_len=limit,
         enforce_eager=base.enforce_eager,
         runner="generate",
         model_impl="vllm",
     )
+    is_given = base.original_max_model_len not in (None, -1)  # --max-model-len
+    config.max_model_len = min(base.max_model_len, positions_of(config, is_given))
+    return config
+
+
+def memory_lengths(vllm_config: "VllmConfig") -> list[int]:
+    """Return how many positions of a server's are each memory's."""
+    memories, base = MemDecConfig.from_vllm(vllm_config).memories, vllm_config.model_config
+    return [memory_model_config(memory, base).max_model_len for memory in memories]
 
 
 def positions_of(memory: "ModelConfig", is_given: bool) -> int:
@@ -55,10 +63,12 @@ def memory_vllm_config(
     from vllm.config import replace
 
     base = vllm_config.model_config
-    model_config = memory_model_config(memory, base, base.max_model_len)
+    model_config = memory_model_config(memory, base)
     # One window for all layers travels in the cache config; the memory must not get the base's.
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.sliding_window = uniform_sliding_window(model_config)
+    # Of a hybrid base: its max_model_len, and vLLM refuses other numbers without a prefix cache.
+    cache_config.mamba_block_size = None
     if memory.kv_cache_dtype is not None:
         kv_cache_dtype: Any = memory.kv_cache_dtype  # one of vLLM's, see startup.py
         cache_config.cache_dtype = kv_cache_dtype

@@ -48,6 +48,11 @@ class Memory:
             self.clamped_T = torch.zeros(
                 len(columns_TA), dtype=torch.int32, device=columns_TA.device
             )
+        self.length = model.max_model_len  # positions that it has, in tokens
+        self.ends = self.length < base.max_model_len
+        self.clamped_positions_T: torch.Tensor | None = None  # where some would be unknown to it
+        if self.ends:
+            self.clamped_positions_T = torch.zeros_like(batch.positions_T)
         self.gate: Gate | None = None
         self.table: ContextTable | None = None
         self.load_gate()
@@ -105,6 +110,10 @@ class Memory:
             # Into the same tensor every time: a captured graph reads it there.
             ids_T = self.clamped_T[: len(input_ids)]
             input_ids = ids_T.copy_(input_ids.clamp(max=self.vocabulary - 1))
+        # Rows beyond its end have no weight, but read its tables of positions all the same.
+        if self.clamped_positions_T is not None:
+            places_T = self.clamped_positions_T[: len(positions)]
+            positions = places_T.copy_(positions.clamp(max=self.length - 1))
         if share.tokens is None:
             return self.module(input_ids, positions)
         with narrow_slots(self.layers, share.tokens):

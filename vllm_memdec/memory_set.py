@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from vllm.config import VllmConfig
 
-from vllm_memdec.batch import Batch, decode_memory, decode_reused, write_context
+from vllm_memdec.batch import Batch, decode_memory, decode_reused, end_memory, write_context
 from vllm_memdec.compat.inner_models import dtype_of
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.engine_config import memory_vllm_config
@@ -39,6 +39,7 @@ class MemorySet:
             vllm_config.scheduler_config.max_num_batched_tokens,
             self.dtype,
             self.device,
+            [model.max_model_len for model in models],
         )
         # Selecting the rows of a memory makes the host wait for the device. On a CPU there is
         # nothing to wait for; elsewhere each head runs on all rows, and few rows cost no more.
@@ -90,6 +91,8 @@ class MemorySet:
         for memory in self.memories:
             if memory.table is not None:
                 memory.table.write(tail_TA, positions)
+            if memory.ends:
+                end_memory(tail_TA, positions, memory.number, memory.length)
         shares = batch.shares
         alone = len(shares) == 1 and all(share.tokens is None for share in shares.values())
         if shares and not alone:

@@ -158,6 +158,16 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.memories.run(input_ids, positions, out_TD[:, self.split[0] :])
         return out_TD
 
+    def first_positions(self, computed_B: torch.Tensor) -> torch.Tensor | None:
+        """Return the lowest positions at which requests may go on; None if no memory ends.
+
+        computed_B: their computed tokens, as the host counts them. Where vLLM plans ahead, it takes
+        the last drafts for accepted.
+        """
+        if not any(memory.ends for memory in self.memories):
+            return None
+        return computed_B.long() - (self.rows_per_request - 1)
+
     def overlaps(self) -> bool:
         """Return whether memories run beside the base, on a stream of their own.
 
@@ -347,6 +357,15 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 text,
                 memory.weight,
                 default,
+            )
+        length = vllm_config.model_config.max_model_len
+        for shorter in (memory for memory in self.memories if memory.ends):
+            logger.info(
+                "memdec: the memory %r has %d positions, the server %d: beyond its own, its weight "
+                "is 0 and the base answers alone.",
+                shorter.settings.name,
+                shorter.length,
+                length,
             )
 
     def log_groups(self, kv_cache_config: Any) -> None:

@@ -21,7 +21,7 @@ from vllm_memdec.config import (
     MemoryConfig,
     memdec_block,
 )
-from vllm_memdec.engine_config import memory_model_config, positions_of
+from vllm_memdec.engine_config import memory_model_config
 from vllm_memdec.gate import check_gate, read_gate
 from vllm_memdec.request import Choices
 
@@ -85,7 +85,6 @@ def create_model_config(
             if warning := check_gate(memory.gate_file, gate):
                 warn(warning)
         check_heads(model, memory.tensor_parallel_size, args.tensor_parallel_size)
-        fit_positions(base, model, given=args.max_model_len)
     # Classes are looked up by this name alone; everything else in `base` stays what vLLM derived
     # from the base, so its own special cases apply. Without the plugin the name is refused.
     base.hf_config.architectures = [ARCHITECTURE]
@@ -253,7 +252,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
         return
     config = MemDecConfig.parse(settings)
     base = vllm_config.model_config
-    memories = [memory_model_config(m, base, base.max_model_len) for m in config.memories]
+    memories = [memory_model_config(m, base) for m in config.memories]
     check_speculation(vllm_config, [base, *memories], config)
 
 
@@ -356,25 +355,3 @@ def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str
             f"({type(error).__name__}): {hint}."
         ) from error
     return tokenizer_fingerprint(tokenizer)
-
-
-def fit_positions(base: "ModelConfig", memory: "ModelConfig", given: int | None) -> None:
-    """Keep requests within the memory's positions: lower a derived limit, refuse a given one."""
-    is_given = given is not None and given > 0
-    max_positions = positions_of(memory, is_given)
-    if base.max_model_len <= max_positions:
-        return
-    if is_given:
-        raise ValueError(
-            f"--max-model-len {given} is longer than the memory's {max_positions} positions: "
-            f"use --max-model-len {max_positions}."
-        )
-    from vllm.logger import init_logger
-
-    # vLLM configures handlers for its own namespace only.
-    init_logger("vllm.plugins.memdec").info(
-        "memdec: max_model_len lowered from the base's %d to the memory's %d.",
-        base.max_model_len,
-        max_positions,
-    )
-    base.max_model_len = max_positions

@@ -34,6 +34,7 @@ from benchmarks.quality.pair import Pair
 from benchmarks.systems.trained import budget, parameters
 from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.blocks import load_used
+from vllm_memdec.train.data.completeness import model_files
 from vllm_memdec.train.executor.context import Context
 from vllm_memdec.train.model.devices import products
 from vllm_memdec.train.model.huggingface import load_config
@@ -183,7 +184,7 @@ class Ablation:
             train_memory(settings, *files, Context(domain.progress))
 
         plan = settings.recorded() | {"init": arm.start} | made_in(settings.dtype)
-        return domain.artifact(f"{name}-{share:g}", plan, inputs, make), epochs
+        return domain.artifact(f"{name}-{share:g}", plan, inputs, make, model_files), epochs
 
     @cached_property
     def seed(self) -> Artifact:

@@ -127,10 +127,16 @@ class Domain:
         return model_hash(self.base, "the base")
 
     def artifact(
-        self, name: str, settings: dict, inputs: dict[str, str], make: Callable[[Path], None]
+        self,
+        name: str,
+        settings: dict,
+        inputs: dict[str, str],
+        make: Callable[[Path], None],
+        files: Callable[[Path], Iterable[str]] = lambda work: (),
     ) -> Artifact:
-        """Return one of the folder's artifacts, made if it is not there."""
-        return build_artifact(self.folder / name, name, settings, inputs, make, self.progress.say)
+        """Return one of the folder's artifacts, made if it is not there; files: see there."""
+        folder = self.folder / name
+        return build_artifact(folder, name, settings, inputs, make, self.progress.say, files)
 
     @staticmethod
     def load(artifact: Artifact) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ Rows go to results/quality.csv, the curves over alpha to build/quality/alpha.png
 """
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,9 @@ TABLE = RESULTS / "quality.csv"
 TUNED = ("alpha", "lambda", "temperature", "passages", "learning_rate")  # columns of the table
 
 
-def rows_of(domain: Domain) -> list[dict[str, Any]]:
-    """Return a row for each system."""
-    systems = [domain.system(kind) for kind in SYSTEMS]
+def rows_of(domain: Domain, left_out: Collection[str] = ()) -> list[dict[str, Any]]:
+    """Return a row for each system, but for those that are left out by name."""
+    systems = [domain.system(kind) for kind in SYSTEMS if kind.name not in left_out]
     tuned: dict[str, dict[str, float]] = {}
     measured: dict[str, dict[str, float]] = {}
     for system in systems:
@@ -90,7 +91,7 @@ def optimizer(system: System) -> str:
     return "Adafactor" if slim else "AdamW"
 
 
-def curves_of(domain: Domain) -> dict[tuple[str, str], list[float]]:
+def curves_of(domain: Domain, left_out: Collection[str] = ()) -> dict[tuple[str, str], list[float]]:
     """Return perplexity over alpha, relative to the base's, by memory and text."""
     base = domain.system(Base)
     return {
@@ -98,6 +99,7 @@ def curves_of(domain: Domain) -> dict[tuple[str, str], list[float]]:
             value / perplexity(base.logprobs(text)) for value in domain.system(kind).curve(text)
         ]
         for kind in (Memory, TokenMemory)
+        if kind.name not in left_out
         for text in TEXTS[1:]
     }
 
@@ -115,6 +117,8 @@ def draw(curves: dict[str, dict[tuple[str, str], list[float]]], path: Path) -> N
     for axis, (name, of_domain) in zip(axes[0], curves.items(), strict=True):
         for kind, style in ((Memory, "-"), (TokenMemory, ":")):
             for text, colour in (("test", "C0"), ("wiki", "C1"), ("brown", "C2")):
+                if (kind.name, text) not in of_domain:
+                    continue
                 label = f"{'domain' if text == 'test' else text}{', CE only' * (style == ':')}"
                 values = of_domain[kind.name, text][:96]
                 axis.plot(ALPHAS[:96], values, style, color=colour, label=label)
@@ -130,17 +134,21 @@ def draw(curves: dict[str, dict[tuple[str, str], list[float]]], path: Path) -> N
 def main() -> None:
     parser = new_parser(__doc__, list(domains.DOMAINS))
     parser.add_argument("--estimate", action="store_true", help="only say how long it will take")
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="SYSTEM",
+        choices=[kind.name for kind in SYSTEMS[1:]], help="systems that have no row: %(choices)s",
+    )  # fmt: skip
     options = parsed(parser)
-    made = domains_of(options)
-    hours = sum(show(domain, SYSTEMS) for domain in made)
+    made, left_out = domains_of(options), options.leave_out
+    hours = sum(show(d, [k for k in SYSTEMS if k.name not in left_out]) for d in made)
     print(f"in all about {hours:.1f} hours, less what is there already", flush=True)
     if options.estimate:
         return
     curves, rows = {}, []
     origin = provenance("torch", "transformers")
     for domain in made:
-        measured = [row | origin for row in rows_of(domain)]
-        curves[domain.name] = curves_of(domain)
+        measured = [row | origin for row in rows_of(domain, left_out)]
+        curves[domain.name] = curves_of(domain, left_out)
         rows += measured
         for row in measured:
             print(

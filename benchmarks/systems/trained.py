@@ -14,6 +14,7 @@ from benchmarks.systems.base import LineReader
 from benchmarks.systems.system import System
 from vllm_memdec.train.data.artifacts import Artifact
 from vllm_memdec.train.data.blocks import load_used
+from vllm_memdec.train.data.completeness import model_files
 from vllm_memdec.train.data.inputs import model_hash
 from vllm_memdec.train.model.decoder import memory_config
 from vllm_memdec.train.model.huggingface import load_config
@@ -136,6 +137,7 @@ class Trained(System):
             self.plan(settings),
             inputs,
             lambda work: self.write(settings, work),
+            model_files,
         )
 
     @cached_property

@@ -10,6 +10,7 @@ from vllm_memdec.batch import (
     decode_memory,
     decode_reused,
     encode,
+    end_memory,
     graph_sets,
 )
 from vllm_memdec.request import NO_MEMORY
@@ -43,6 +44,21 @@ def test_rows(hidden):
     write(batch, (1, 0.6, 1))
     assert decode(batch.columns_TA)[:2].tolist() == torch.tensor([0.6, 0.3]).tolist()
     assert batch.columns_TA.data_ptr() == buffer, "a captured graph would read the old one"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_memory_that_ends(dtype):
+    """Rows beyond it have weight 0; a request that goes on from there has no memory."""
+    batch = Batch(2, 64, max_tokens=8, dtype=dtype, device="cpu", lengths=[8, 100])
+    memory_B, alpha_B = torch.tensor([0, 0, 1, NO_MEMORY]), torch.tensor([-0.3, 1.0, 0.6, 0.0])
+    starts_B = torch.tensor([7, 8, 99, 500])
+    batch.write(memory_B, alpha_B, torch.tensor([2, 2, 2, 2]), starts_B=starts_B)
+    assert batch.used == [0, 1] and batch.memory_B.tolist() == [0, NO_MEMORY, 1, NO_MEMORY]
+    position_N = torch.tensor([7, 8, 8, 9, 99, 100, 500, 501])
+    for number, length in enumerate([8, 100]):
+        end_memory(batch.columns_TA, position_N, number, length)
+    expected = torch.tensor([-0.3, 0, 0, 0, 0.6, 0, 0, 0])
+    assert torch.equal(decode(batch.columns_TA), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -60,6 +60,8 @@ def test_supported(run, bare, tiny_model):
     expected = "supported: Qwen3ForCausalLM (Qwen3), dense\ndrafts by the memory: work\n"
     assert run(base) == (0, expected, "")
     assert run(base, tiny_model("llama", seed=1)) == (0, expected, "")
+    shorter = expected.replace("dense", "dense, the memory for 64 of 256 positions")
+    assert run(base, tiny_model("llama", seed=1, positions=64)) == (0, shorter, "")
 
 
 def test_what_a_base_needs_on_a_cpu(run, tmp_path, monkeypatch):

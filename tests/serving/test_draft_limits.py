@@ -10,6 +10,8 @@ from support import long_base, oracle
 from support.long_base import BESIDE, LONG, NEAR, OPTIONS, SEEDED, YARN, request
 from vllm import EngineArgs, SamplingParams
 
+from vllm_memdec.engine_config import memory_lengths
+
 
 @pytest.fixture(scope="module")
 def folders(tiny_model, tmp_path_factory):
@@ -132,17 +134,15 @@ def test_the_draft_configuration_is_the_base_s(folders, tmp_path):
     assert (base.revision, base.max_model_len, base.get_vocab_size()) == ("v1", 256, 1024)
 
 
-def test_a_memory_too_short_is_refused_with_overrides(folders, tiny_model):
-    """They are the base's: a memory has its own positions."""
-    args = {
-        "model_impl": "memdec",
-        "hf_overrides": YARN,
-        "additional_config": {"memdec": {"model": folders["base"], "alpha": 0.4}},
-    }
-    with pytest.raises(ValueError, match="longer than the memory's 64 positions: use"):
-        EngineArgs(folders["base"], max_model_len=256, **args).create_engine_config()
-    config = EngineArgs(folders["base"], **args).create_engine_config()
-    assert config.model_config.max_model_len == 64
+def test_overrides_are_not_a_memory_s(folders):
+    """It has its own positions."""
+    config = EngineArgs(
+        folders["base"],
+        model_impl="memdec",
+        hf_overrides=YARN,
+        additional_config={"memdec": {"model": folders["base"], "alpha": 0.4}},
+    ).create_engine_config()
+    assert config.model_config.max_model_len == 256 and memory_lengths(config) == [64]
 
 
 def test_what_limits_a_sample_in_bfloat16(engine, folders):

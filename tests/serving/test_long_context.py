@@ -92,9 +92,10 @@ def ask(llm):
     return llm.generate([{"prompt_token_ids": prompt}] * len(ALPHAS), params, use_tqdm=False)
 
 
-def error(outputs, base, memory):
-    """Return the largest error of all weights' answers."""
-    return max(oracle.gap(o, base, memory, a) for o, a in zip(outputs, ALPHAS, strict=True))
+def error(outputs, base, memory, *length):
+    """Return the largest error of all weights' answers; length: as oracle.mixture() takes it."""
+    asked = zip(outputs, ALPHAS, strict=True)
+    return max(oracle.gap(output, base, memory, alpha, *length) for output, alpha in asked)
 
 
 @pytest.mark.parametrize(
@@ -112,6 +113,13 @@ def test_each_has_its_own_rope(base, memory, model, engine):
     base, memory = model(base), model(memory, seed=1)
     with engine(base, memory, max_model_len=POSITIONS) as llm:
         assert error(ask(llm), base, memory) < oracle.TOLERANCE
+
+
+def test_a_longrope_s_short_range(model, engine):
+    """Where no --max-model-len is given, it is all that the memory has, by its short factors."""
+    base, memory = model("plain"), model("longrope", seed=1)
+    with engine(base, memory) as llm:
+        assert error(ask(llm), base, memory, NATIVE) < oracle.TOLERANCE
 
 
 def test_dynamic_rope(model, engine):
@@ -140,7 +148,7 @@ def test_overrides_are_the_bases_alone(model, engine):
 
 
 @pytest.mark.parametrize(
-    ("memory", "derived", "most"),
+    ("memory", "derived", "given"),
     [
         ("plain", POSITIONS, POSITIONS),
         ("linear", POSITIONS, POSITIONS),
@@ -148,20 +156,23 @@ def test_overrides_are_the_bases_alone(model, engine):
         ("dynamic", NATIVE, NATIVE),  # vLLM derives four times as many as it can count
     ],
 )
-def test_positions_of_a_memory(memory, derived, most, model):
+def test_positions_of_a_memory(memory, derived, given, model):
+    """By themselves, and where --max-model-len asks for more of them than there are."""
     from vllm import EngineArgs
+
+    from vllm_memdec.engine_config import memory_lengths
 
     block = {"memdec": {"model": model(memory), "alpha": 0.5}}
     options = {"model_impl": "memdec", "additional_config": block, "dtype": "float32"}
     base = model("plain", max_position_embeddings=8 * POSITIONS)
 
-    def start(**given):
-        return EngineArgs(base, **options, **given).create_engine_config().model_config
+    def start(**asked):
+        config = EngineArgs(base, **options, **asked).create_engine_config()
+        return config.model_config.max_model_len, *memory_lengths(config)
 
-    assert start().max_model_len == derived
-    assert start(max_model_len=most).max_model_len == most
-    with pytest.raises(ValueError, match=f"use --max-model-len {most}"):
-        start(max_model_len=most + 1)
+    assert start() == (8 * POSITIONS, derived)
+    assert start(max_model_len=given + 1) == (given + 1, given)
+    assert start(max_model_len=48) == (48, 48)
 
 
 def test_128k(model, engine):

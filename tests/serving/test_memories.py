@@ -332,7 +332,8 @@ def test_drafting_changes_no_quantised_answer(int8, engine):
     for tokens in (0, 3, "auto"):
         memory = {"model": int8[1], "alpha": 0.5, "kv_cache_dtype": kv_cache_dtype}
         block = memory | {"speculative_tokens": tokens}
-        with engine(int8[0], block, disable_log_stats=False) as llm:
+        dtype = variants.INT8_DTYPE
+        with engine(int8[0], block, disable_log_stats=False, dtype=dtype) as llm:
             assert has_scales(composite(llm).base) and has_scales(composite(llm).memory0)
             found, accepted = greedy_answers(llm)
         answers.append(found)

@@ -29,6 +29,7 @@ from vllm_memdec.train.playground.web import application, page
 KEY = "secret"
 PROMPT = "bagi duto mela 🙂 <b>"
 STEPS = [[0, 0.9], [16, 0.2], [20, 0.7]]
+SHORT = 20  # positions of a memory, some of which the prompt takes, and the answer the rest
 DERIVED = 0.05  # of a gate's weight, which is told from float32 probabilities that lie close
 
 
@@ -38,6 +39,7 @@ def models(tiny_model, tmp_path_factory):
     even = {"spread": 0.15}  # of the weights: log-probabilities are as near as oracle.py says
     made = {"base": tiny_model("llama", **even)}
     made |= {"law": tiny_model("llama", seed=1, hidden=96, **even)}
+    made["short"] = tiny_model("llama", seed=3, positions=SHORT, **even)
     made["gated"] = str(tmp_path_factory.mktemp("gated") / "gated")
     shutil.copytree(tiny_model("llama", seed=2, **even), made["gated"])
     write_gate(Path(made["gated"]), random_gate(64, 2, context=False))
@@ -49,6 +51,7 @@ def server(models):
     law = {"model": models["law"], "alpha": 0.6, "served_as": {"law": None, "law-cautious": 0.2}}
     steps = {"model": models["law"], "alpha_by_context": STEPS}
     memories = {"law": law, "gated": {"model": models["gated"]}, "steps": steps}
+    memories["short"] = {"model": models["short"], "alpha": 0.5}
     words = "--served-model-name tiny --dtype float32 --enforce-eager --enable-prefix-caching"
     block = {"memories": memories, "default": "law"}
     server = Served(models["base"], block, words.split(), ["--api-key", KEY]).start()
@@ -105,6 +108,7 @@ def ask(url, memory="law", alpha=None, writes="mixture", prompt=PROMPT, tokens=1
         ("steps", 0.5, [(0, 0.5)]),
         ("gated", None, 1.0),
         ("gated", 0.3, 0.3),
+        ("short", None, [(0, 0.5)]),
     ],
 )
 @pytest.mark.parametrize("writes", ["base", "mixture"])
@@ -112,19 +116,21 @@ def test_probabilities_are_the_models_own(url, models, memory, alpha, weight, wr
     """Each token's three, by float64 models; and who decided, by `memdec explain`'s rule."""
     texts, told, end = ask(url, memory, alpha, writes)
     tokenizer = AutoTokenizer.from_pretrained(models["base"])
-    prompt, folder = tokenizer(PROMPT)["input_ids"], models[memory if memory == "gated" else "law"]
+    prompt, folder = tokenizer(PROMPT)["input_ids"], models.get(memory, models["law"])
     ids, by_name = list(prompt), models | {memory: folder}
     for n, token in enumerate(told):
         base_V = oracle.log_probs(models["base"], ids)[-1].exp()
         memory_V = oracle.log_probs(folder, ids)[-1].exp()
         alphas_T = gate_weights(by_name, memory, weight, ids).flatten()
+        if memory == "short" and len(ids) > SHORT:  # the base alone goes on
+            memory_V, alphas_T = 0 * memory_V, 0 * alphas_T
         mixture_V = alphas_T[-1] * memory_V + (1 - alphas_T[-1]) * base_V
         rows = {"base": base_V, "memory": memory_V, "mixture": mixture_V}
         ids.append(int(rows[writes].argmax()))
         for name, row_V in rows.items():
             wanted = row_V[ids[-1]].item()
             assert token[name] == pytest.approx(wanted, rel=2 * oracle.TOLERANCE, abs=1e-7), name
-            says = tokenizer.decode([int(row_V.argmax())])
+            says = tokenizer.decode([int(row_V.argmax())]) if row_V.any() else ""
             assert token["says"][name] == says.replace("\ufffd", "")  # part of a character: none
         wanted = 0.0 if writes == "base" else alphas_T[-1].item()
         if token["alpha"] is None:  # base and memory give it the same
@@ -136,6 +142,7 @@ def test_probabilities_are_the_models_own(url, models, memory, alpha, weight, wr
             assert token["decided"] == ("memory" if parts[0] > parts[1] else "base")
         assert n == len(ids) - len(prompt) - 1
     assert len(texts) == len(told) == 12 and end == {"done": "length"}
+    assert memory != "short" or len(prompt) < SHORT < len(ids) - 1
     written = tokenizer.decode(ids[len(prompt) :])
     assert "".join(texts).rstrip("\ufffd") == written.rstrip("\ufffd")
 

@@ -276,17 +276,6 @@ def test_block_of_another_tokenizer(start, pair, compiled):
         start(pair[0], {"model": str(folder)})
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_positions(kind, start, pair, tiny_model):
-    """A limit the user did not give is lowered to the memory's; one he gave is refused."""
-    block = {"model": tiny_model(kind, seed=1, positions=64), "alpha": 0.5}
-    config = start(pair[0], block)
-    assert config.model_config.max_model_len == 64
-    assert start(pair[0], block, max_model_len=48).model_config.max_model_len == 48
-    with pytest.raises(ValueError, match="use --max-model-len 64"):
-        start(pair[0], block, max_model_len=100)
-
-
 @pytest.mark.feature("base without attention", refused="only decoders with attention are mixed")
 def test_models_of_other_kinds(start, pair, tmp_path):
     """Read from config.json alone, so a folder without weights is enough."""

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from support import long_base, oracle, v2_process
+from support import ending, long_base, oracle, v2_process
 from support.choices import (
     CHOICES,
     PROMPT,
@@ -38,6 +38,25 @@ CHOSEN = [
 ]
 SAME = [*CHOICES, Choice("same"), Choice("same", 0.3)]
 STEPS_RUN = [("full", 0), ("full", 2), ("piecewise", 2)]  # graphs, drafts
+ENDS_RUN = [(None, 0), ("piecewise", 2)]  # of memories that end; graphs, drafts
+ENDING = [
+    [
+        ending.request(ending.PAST, "learned", prompt_logprobs=2),
+        ending.request(ending.PAST, "gated", prompt_logprobs=2),
+        ending.request(ending.END - 6, "short", 1.0),
+        ending.request(ending.END - 6, "long"),
+    ],
+    [
+        ending.request(195, "steps", prompt_logprobs=2),
+        ending.request(60, "gated", 0.3),
+        ending.request(ending.END - 5, "learned"),
+        ending.request(ending.END, "short"),
+    ],
+]
+SAME_TO_ITS_END = [
+    ending.request(size, "same", max_tokens=25)
+    for size in (ending.END - 15, ending.END - 1, ending.END, ending.END + 1)
+]
 STEPS = [[0, 0.9], [8, 0.2], [20, 0.0], [30, 0.6]]  # of a memory, in place of one weight
 STEPPED = [  # prompt lengths: while decoding each passes a step; the last is read in chunks
     [(6, Choice("steps")), (17, Choice("steps")), (28, Choice("steps")), (40, Choice("steps"))],
@@ -134,7 +153,12 @@ def stretched(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, subprocess_env, mixed, drafters, stretched):
+def shorter(tiny_model, tmp_path_factory):
+    return ending.make(tiny_model, tmp_path_factory.mktemp("shorter"))
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter):
     """Return what the V2 runner makes of all jobs, in one process."""
     base, folders = mixed
     memories = {
@@ -178,6 +202,17 @@ def results(tiny_model, subprocess_env, mixed, drafters, stretched):
         max_num_batched_tokens=512,
         **long_base.OPTIONS,
     )
+    for graphs, drafts in ENDS_RUN:
+        counted = {"per_request_spec_decode_metrics": "summary"} if drafts else {}
+        jobs[f"ends, {graphs}, {drafts}"] = v2_process.job(
+            shorter["base"],
+            ending.block(shorter, speculative_tokens=drafts),
+            [*ENDING, *([each] for each in SAME_TO_ITS_END)],
+            graphs,
+            max_model_len=ending.POSITIONS,
+            max_num_batched_tokens=64,
+            **counted,
+        )
     return v2_process.run(jobs, subprocess_env)
 
 
@@ -283,3 +318,21 @@ def test_a_seed_repeats_an_answer(results):
     assert alone == again == mixed == first != other == second
     drafts = result["by_request"][6:]
     assert [drafts[n] for n in (0, 1, 4, 6, 7, 8)] == [[0, 0]] * 6 and drafts[2] != [0, 0]
+
+
+@pytest.mark.parametrize(("graphs", "drafts"), ENDS_RUN)
+def test_beyond_a_memory_s_end(graphs, drafts, results, shorter):
+    """Prompts in chunks, and answers that cross the end, as in test_length.py."""
+    result = v2_process.answered(results, f"ends, {graphs}, {drafts}")
+    asked = [params for batch in (*ENDING, SAME_TO_ITS_END) for _, params in batch]
+    for (prompt, sampled, *rows), params in zip(result["requests"], asked, strict=True):
+        mixed = ending.mixed(shorter, params, [*prompt, *sampled])
+        assert oracle.worst_error(prompt, sampled, *rows, *mixed) < oracle.TOLERANCE, params
+        base, memory, alpha, length = mixed
+        key_TV = oracle.mixture(base, memory, alpha, [*prompt, *sampled], length)
+        assert key_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == sampled, params
+    if drafts:
+        counts = result["by_request"][-len(SAME_TO_ITS_END) :]
+        # None is refused: all were drafted at positions of the memory.
+        assert counts[0][0] >= 8 and all(drafted == accepted for drafted, accepted in counts)
+        assert counts[-2:] == [[0, 0]] * 2

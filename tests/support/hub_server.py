@@ -1,8 +1,10 @@
 """A server that speaks the Hugging Face hub's protocol, as far as huggingface_hub asks for it.
 
-Repositories, their revisions, trees of files, and files by range, with the hub's headers.
+Repositories, their revisions, trees of files, and files by range, with the hub's headers; and
+uploads with a token that may write: a repository, a branch, large files by LFS, a commit.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -11,7 +13,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+WRITER = "hf_writer"  # the token that may write to all but `forbidden` repositories
+LARGE = (".safetensors", ".npz")  # what the hub wants by LFS
 API = re.compile(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?")
+CHANGE = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit|branch)/([^/]+)")
+BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
+LFS = re.compile(r"/lfs/([0-9a-f]{64})")
 FILE = re.compile(r"/(?:(datasets)/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -24,6 +31,12 @@ class Hub:
         self.gated: set[str] = set()
         self.asked: list[str] = []  # "GET path", with a range if there was one
         self.cut: dict[str, int] = {}  # file -> bytes after which it is cut off, once
+        self.private: set[str] = set()
+        self.forbidden: set[str] = set()  # repositories to which the token may not write
+        self.large: dict[str, bytes] = {}  # files that were uploaded by LFS, by their SHA-256
+        self.cards: list[str] = []  # those that the hub was asked to check
+        self.failing: dict[str, int] = {}  # "preupload", "commit", ... -> the status it answers
+        self.meanwhile: dict[str, dict] = {}  # repository -> what somebody commits before the user
 
     def push(self, kind: str, name: str, files: dict[str, bytes], branch: str = "main") -> str:
         """Add a commit with these files to a branch; return its hash."""
@@ -53,8 +66,8 @@ def start(hub: Hub) -> ThreadingHTTPServer:
         def log_message(self, *_: object) -> None:
             pass
 
-        def refuse(self, status: int, code: str) -> None:
-            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": code})
+        def refuse(self, status: int, code: str, message: str = "") -> None:
+            self.answer(status, b"", {"X-Error-Code": code, "X-Error-Message": message or code})
 
         def answer(self, status: int, content: bytes, headers: dict[str, str]) -> None:
             self.send_response(status)
@@ -104,6 +117,7 @@ def start(hub: Hub) -> ThreadingHTTPServer:
                 for path, data in files.items()
             ]
             info = {"id": name, "sha": commit, "siblings": [{"rfilename": path} for path in files]}
+            info["private"] = name in hub.private
             content = json.dumps(tree if what == "tree" else info).encode()
             self.answer(200, content, {"Content-Type": "application/json"})
 
@@ -128,6 +142,107 @@ def start(hub: Hub) -> ThreadingHTTPServer:
                 content = content[: hub.cut.pop(path)]
                 self.close_connection = True
             self.answer(status, content[start:], headers)
+
+        def do_PUT(self) -> None:
+            hub.large[LFS.fullmatch(self.path)[1]] = self.body()
+            self.answer(200, b"", {})
+
+        def do_POST(self) -> None:
+            path, content = unquote(urlsplit(self.path).path), self.body()
+            hub.asked.append(f"POST {path}")
+            given = self.headers.get("Authorization", "").removeprefix("Bearer ")
+            if given != WRITER:
+                return self.refuse(401, "", "Invalid credentials in Authorization header")
+            if path == "/api/validate-yaml":
+                return self.check_card(json.loads(content)["content"])
+            if path == "/api/repos/create":
+                return self.create(json.loads(content))
+            if BATCH.fullmatch(path):
+                return self.offer(json.loads(content)["objects"])
+            name, what, branch = CHANGE.fullmatch(path).groups()
+            if what in hub.failing:
+                return self.refuse(hub.failing[what], "", f"{what} is not possible")
+            if ("models", name) not in hub.commits:
+                return self.refuse(404, "RepoNotFound")
+            {"preupload": self.modes, "commit": self.commit, "branch": self.fork}[what](
+                name, branch, content
+            )
+
+        def body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            content = b""
+            while size := int(self.rfile.readline(), 16):
+                content += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return content
+
+        def send(self, value: object, status: int = 200) -> None:
+            self.answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+        def check_card(self, card: str) -> None:
+            hub.cards.append(card)
+            wrong = [{"message": '"license" must be one of [...]'}] * ("license: nonsense" in card)
+            self.send({"errors": wrong, "warnings": []}, 400 if wrong else 200)
+
+        def create(self, asked: dict) -> None:
+            name = f"{asked['organization']}/{asked['name']}"
+            if name in hub.forbidden:
+                return self.refuse(403, "", "You don't have the rights to create a model")
+            place = {"url": f"http://{self.headers['Host']}/{name}"}
+            if ("models", name) in hub.commits:
+                return self.send(place | {"error": "You already created this model repo"}, 409)
+            hub.push("models", name, {".gitattributes": b""})
+            if asked.get("visibility") == "private":
+                hub.private.add(name)
+            self.send(place)
+
+        def fork(self, name: str, branch: str, _: bytes) -> None:
+            branches = hub.branches["models", name]
+            if branch in branches:
+                return self.refuse(409, "", "Reference already exists")
+            branches[branch] = branches["main"]
+            self.send({})
+
+        def modes(self, name: str, branch: str, content: bytes) -> None:
+            paths = [file["path"] for file in json.loads(content)["files"]]
+            modes = [
+                {
+                    "path": path,
+                    "uploadMode": "lfs" if path.endswith(LARGE) else "regular",
+                    "shouldIgnore": False,
+                }
+                for path in paths
+            ]
+            self.send({"files": modes})
+
+        def offer(self, objects: list[dict]) -> None:
+            place = f"http://{self.headers['Host']}/lfs/"
+            for each in objects:
+                if each["oid"] not in hub.large:
+                    each["actions"] = {"upload": {"href": place + each["oid"]}}
+            self.send({"transfer": "basic", "objects": objects})
+
+        def commit(self, name: str, branch: str, content: bytes) -> None:
+            if name in hub.meanwhile:
+                hub.push("models", name, hub.meanwhile.pop(name), branch)
+            before = hub.branches["models", name][branch]
+            files = dict(hub.commits["models", name][before])
+            for line in content.splitlines():
+                change = json.loads(line)
+                kind, value = change["key"], change["value"]
+                if kind == "header" and value.get("parentCommit", before) != before:
+                    return self.refuse(412, "", "A commit has happened since")
+                if kind == "file":
+                    files[value["path"]] = base64.b64decode(value["content"])
+                elif kind == "lfsFile":
+                    files[value["path"]] = hub.large[value["oid"]]
+                elif kind == "deletedFile":
+                    del files[value["path"]]
+            commit = hub.push("models", name, files, branch)
+            place = f"http://{self.headers['Host']}/{name}/commit/{commit}"
+            self.send({"commitUrl": place, "commitOid": commit})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

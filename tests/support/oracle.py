@@ -39,16 +39,21 @@ def log_probs(folder, ids, width=None):
     return logits_TW.log_softmax(-1)
 
 
-def mixture(base, memory, alpha, ids):
-    """Return log((1 - alpha) p_base + alpha p_memory) as float64 [T, V]."""
-    base_TV = log_probs(base, ids)
-    memory_TV = log_probs(memory, ids, base_TV.shape[1])
-    return ((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log()
+def mixture(base, memory, alpha, ids, length=None):
+    """Return log((1 - alpha) p_base + alpha p_memory) as float64 [T, V].
+
+    length: the positions of a memory that has fewer than the base; further ones are the base's.
+    """
+    key_TV = log_probs(base, ids)
+    memory_TV = log_probs(memory, ids[:length], key_TV.shape[1])
+    base_TV = key_TV[: len(memory_TV)]
+    base_TV.copy_(((1 - alpha) * base_TV.exp() + alpha * memory_TV.exp()).log())
+    return key_TV
 
 
-def worst_error(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha):
+def worst_error(prompt, sampled, prompt_rows, sampled_rows, base, memory, alpha, length=None):
     """Return the largest error of the (token -> log-probability) rows of one request."""
-    key_TV = mixture(base, memory, alpha, [*prompt, *sampled])
+    key_TV = mixture(base, memory, alpha, [*prompt, *sampled], length)
     return worst_row(prompt, sampled, prompt_rows, sampled_rows, key_TV)
 
 
@@ -70,19 +75,20 @@ def errors(prompt, sampled, prompt_rows, sampled_rows, key_TV):
     return found
 
 
-def gap(output, base, memory, alpha):
+def gap(output, *mixed):
     """Return the largest error of one vLLM output, prompt and sampled tokens."""
-    return max(gaps(output, base, memory, alpha))
+    return max(gaps(output, *mixed))
 
 
-def gaps(output, base, memory, alpha):
-    """Return all errors of one vLLM output."""
+def gaps(output, *mixed):
+    """Return all errors of one vLLM output; mixed: base, memory, alpha, and perhaps its length."""
     found = output.outputs[0]
     prompt_rows, sampled_rows = (
         [{token: entry.logprob for token, entry in (row or {}).items()} for row in rows or []]
         for rows in (output.prompt_logprobs, found.logprobs)
     )
-    key_TV = mixture(base, memory, alpha, [*output.prompt_token_ids, *found.token_ids])
+    base, memory, alpha, *length = mixed
+    key_TV = mixture(base, memory, alpha, [*output.prompt_token_ids, *found.token_ids], *length)
     return errors(output.prompt_token_ids, found.token_ids, prompt_rows, sampled_rows, key_TV)
 
 

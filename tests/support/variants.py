@@ -9,7 +9,10 @@ from safetensors.torch import load_file, save_file
 
 RANK = 4
 # vLLM: "FP8 KV cache on CPU requires x86 with AVX-512 or AMX."
-FP8 = torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+AMX = torch.cpu._is_amx_tile_supported()
+FP8 = torch.cpu._is_avx512_supported() or AMX
+# vLLM's int8 kernel for AMX: "expect A to be bfloat16 or half."
+INT8_DTYPE = "bfloat16" if AMX else "float32"
 
 
 def matrices(tensors, parts):

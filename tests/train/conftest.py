@@ -16,6 +16,7 @@ import faiss
 import pytest
 import torch
 import yaml
+from support import hub_server
 from support.forked_cli import Forked
 from typer.testing import CliRunner
 
@@ -221,3 +222,29 @@ def pipeline(tiny_model, tmp_path_factory, english, jsonl, build):
     base, corpus = tiny_model("llama"), jsonl(folder / "corpus.jsonl", english(40))
     lines = build(base, corpus, folder / "out")
     return SimpleNamespace(base=base, corpus=corpus, output=folder / "out", lines=lines)
+
+
+@pytest.fixture
+def server():
+    """Return a hub that a server on this machine speaks for; its address is `url`."""
+    content = hub_server.Hub()
+    running = hub_server.start(content)
+    content.url = f"http://127.0.0.1:{running.server_port}"
+    yield content
+    running.shutdown()
+    running.server_close()
+
+
+@pytest.fixture
+def online(server, tmp_path, monkeypatch):
+    """Let this process ask the server, with a cache of its own."""
+    from huggingface_hub import constants
+
+    from vllm_memdec.train.data import hub
+
+    monkeypatch.setattr(hub, "OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
+    return server

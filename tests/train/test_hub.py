@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support import hub_server
 
 from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data import hub
@@ -15,29 +14,6 @@ from vllm_memdec.train.data.files import corpus_files
 from vllm_memdec.train.pipeline import STAGES
 
 BASE, CORPUS = "someone/base", "someone/texts"
-
-
-@pytest.fixture
-def server():
-    content = hub_server.Hub()
-    running = hub_server.start(content)
-    content.url = f"http://127.0.0.1:{running.server_port}"
-    yield content
-    running.shutdown()
-    running.server_close()
-
-
-@pytest.fixture
-def online(server, tmp_path, monkeypatch):
-    """Let this process ask the server, with a cache of its own."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(hub, "OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", server.url)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    return server
 
 
 @pytest.fixture

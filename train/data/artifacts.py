@@ -27,6 +27,7 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import FILE as GATE
 from vllm_memdec.train.data.completeness import check_there
 from vllm_memdec.train.data.ownership import (
+    CARD,
     DIGESTS,
     LOGS,
     MANIFEST,
@@ -334,10 +335,10 @@ def _seal(path: Path, left: set[tuple[int, str]]) -> dict[str, Any]:
 def data_files(folder: Path) -> Iterator[Path]:
     """Yield the files of an artifact, or of its working folder, that its manifest lists.
 
-    A gate, which `memdec calibrate` puts beside a memory, is none of them.
+    A gate, which `memdec calibrate` puts beside a memory, is none of them, nor is a model card.
     """
     for p in folder.rglob("*"):
         relative = p.relative_to(folder)
-        other = p.name in (MANIFEST, PLAN) or p.stem == Path(GATE).stem
+        other = p.name in (MANIFEST, PLAN) or p.stem == Path(GATE).stem or str(relative) == CARD
         if p.is_file() and relative.parts[0] not in (LOGS, DIGESTS) and not other:
             yield p

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_memdec.errors import MemdecError
+from vllm_memdec.gate import FILE as GATE
 from vllm_memdec.train.data.files import (
     CARDS,
     COMPRESSIONS,
@@ -41,7 +42,8 @@ ID = re.compile(
 )
 SNAPSHOT = re.compile(r"(?:models|datasets)--(.+)/snapshots/([0-9a-f]{40})(?:/|$)")
 CODES = ("*.model", "*.model.*", "*.tiktoken", "merges.txt", "*vocab*.txt")
-MODEL = ("*.json", "*.jinja", "*.py", *CODES)  # no licence, nor requirements of a repository
+# No licence, nor requirements of a repository.
+MODEL = ("*.json", "*.jinja", "*.py", GATE, *CODES)
 SAFE, PICKLED = "*.safetensors", "pytorch_model*.bin"
 NOT_MODEL = ("*/*", "consolidated*")  # copies in other formats
 WITH_TEXT = tuple(f"*{kind}{packed}" for kind in FORMATS for packed in ("", *COMPRESSIONS))

@@ -16,6 +16,9 @@ PLANNED = ("schema", "stage", "settings", "inputs")
 PARTIAL, KEPT = ".partial", ".kept"
 WRITTEN_BY = "written_by"  # the entry by which a JSON report is known as memdec's
 PAGE = b'<meta name="generator" content="memdec">'  # the same in the head of an HTML page
+CARD = "README.md"  # the model card that `memdec push` puts beside an export
+# The line by which it is known as memdec's: who deletes it keeps a card of their own.
+CARD_MARK = "<!-- memdec push writes this card anew: delete this line to keep what you change -->"
 FILES, PLACES = "files.json", "places.npy"  # where a corpus's documents stood, see places.py
 # All that memdec writes in logs/.
 OF_LOGS = ("metrics.jsonl", "loss.png", "tensorboard", FILES, PLACES)
@@ -81,6 +84,7 @@ def strangers(folder: Path, files: Iterable[str]) -> Iterator[Path]:
         first, *rest = relative.parts
         ours = first in (DIGESTS, MANIFEST, PLAN) or path.match("*.????????.tmp")
         ours |= first == LOGS and rest[:1] != [] and rest[0] in OF_LOGS
+        ours |= str(relative) == CARD and is_own_card(path)
         if (path.is_symlink() or not path.is_dir()) and not ours and str(relative) not in known:
             yield path
 
@@ -140,6 +144,11 @@ def unused(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}-{number}")
     return free
+
+
+def is_own_card(path: Path) -> bool:
+    """Tell whether memdec wrote a model card, and nobody has taken it over since."""
+    return path.is_file() and CARD_MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def is_report(path: Path) -> bool:

@@ -91,7 +91,10 @@ def starts_from(settings: MemorySettings, base: str) -> str:
             f"embedding: {shape}; a dense model of the same tokenizer, given with --init, may be a "
             "better start"
         )
-    return f"memory: starts from the first layers of {base}: {shape}"
+    return (
+        f"memory: starts from the first layers of {base}: {shape}; a whole pretrained model of the "
+        "same tokenizer, given with --init, is the better start"
+    )
 
 
 def memory_config(settings: MemorySettings, base: str, block_tokens: int = 0) -> Any:

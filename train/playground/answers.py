@@ -47,7 +47,7 @@ class Question:
 
         given: what the three gave to the next token. A gate's weight is what makes them fit.
         """
-        if self.writes == BASE:
+        if self.writes == BASE or position >= self.memory.positions:
             return 0.0
         asked = self.memory.alpha if self.alpha is None else self.alpha
         if not self.memory.gate and not isinstance(asked, str):
@@ -63,6 +63,8 @@ class Question:
 
 def told(question: Question, position: int, likely: dict[str, Likely]) -> Event:
     """Return what the page shows of a token: numbers, who decided, and its colour."""
+    if position >= question.memory.positions:  # the server answers with the base
+        likely = likely | {MEMORY: Likely(0.0, "")}
     given = {name: each.probability for name, each in likely.items()}
     alpha = question.weight(position, given)
     share = 0.5 if alpha is None else share_of_memory(alpha, given[BASE], given[MEMORY])

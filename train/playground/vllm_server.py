@@ -26,6 +26,7 @@ class ServedMemory:
     """A memory as the server lists it: a model of its own."""
 
     name: str  # of the model
+    positions: int  # it reads; after as many tokens the base answers alone
     alpha: float | str  # what its requests get that ask for no weight; "auto": gate or context
     gate: bool  # whether a gate gives the weight, of which a number is the largest
     by_context: list[list[float]] | None  # [position, weight], each from its position on
@@ -95,7 +96,9 @@ class VllmServer:
         known = [(card, card["memdec"]) for card in cards if isinstance(card.get("memdec"), dict)]
         bases = [card for card, memdec in known if "memories" in memdec]
         memories = [
-            ServedMemory(card["id"], m["alpha"], bool(m.get("gate")), m.get("alpha_by_context"))
+            ServedMemory(
+                card["id"], m["positions"], m["alpha"], m["gate"], m.get("alpha_by_context")
+            )
             for card, m in known
             if m.get("memory", NONE) != NONE
         ]

@@ -95,7 +95,9 @@ class NarrowBuilder(AttentionMetadataBuilder):
     ):
         # What the running engine has, but the memory's heads, dtype and KV-cache dtype.
         own = copy.copy(vllm_config)
-        own.model_config = self.memdec_config.model_config
+        own.model_config = copy.copy(self.memdec_config.model_config)
+        # The requests' lengths, which buffers are made for: a memory may have fewer positions.
+        own.model_config.max_model_len = vllm_config.model_config.max_model_len
         own.parallel_config = self.memdec_config.parallel_config
         own.cache_config = copy.copy(vllm_config.cache_config)
         own.cache_config.cache_dtype = self.memdec_config.cache_config.cache_dtype

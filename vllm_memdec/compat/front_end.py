@@ -46,12 +46,13 @@ SIGNATURES = {
 ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": (
         "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
-        "enable_lora enable_prompt_embeds hf_overrides max_model_len mm_encoder_only model_impl "
+        "enable_lora enable_prompt_embeds hf_overrides mm_encoder_only model_impl "
         "pipeline_parallel_size "
         "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
         "kv_offloading_size kv_sharing_fast_prefill kv_transfer_config tensor_parallel_size "
         "spec_model"
     ),
+    "vllm.config.model:ModelConfig": "max_model_len original_max_model_len",
     "vllm.v1.engine:EngineCoreRequest": "cache_salt mm_features",
     "vllm.v1.engine.input_processor:InputProcessor": "renderer speculative_config vllm_config",
     "vllm.renderers:BaseRenderer": "mm_processor_cache",

@@ -1,7 +1,8 @@
 """The scheduler, in whichever process it is: which requests are not drafted for.
 
-Those without a memory, and samples with a seed. AsyncScheduler._update_after_schedule and
-Scheduler.update_draft_token_ids plan the drafts of each request; plans for these are dropped.
+Those without a memory or past the end of theirs, and samples with a seed.
+AsyncScheduler._update_after_schedule and Scheduler.update_draft_token_ids plan the drafts of each
+request; plans for these are dropped.
 Scheduler._update_after_schedule closes a step, which has placeholders of drafts for a request that
 joins with one token to compute; they are taken out of it. vLLM drafts for all requests alike.
 
@@ -16,6 +17,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from vllm_memdec.compat.hooks import wrap
+from vllm_memdec.engine_config import memory_lengths
 from vllm_memdec.request import choices_of
 
 SIGNATURES = {
@@ -30,7 +32,7 @@ ATTRIBUTES = {
     "vllm.v1.core.sched.output:SchedulerOutput": (
         "num_scheduled_tokens scheduled_spec_decode_tokens total_num_scheduled_tokens"
     ),
-    "vllm.v1.request:Request": "mm_features sampling_params spec_token_ids",
+    "vllm.v1.request:Request": ("mm_features num_computed_tokens sampling_params spec_token_ids"),
     "vllm.sampling_params:SamplingParams": "extra_args sampling_type",
 }
 
@@ -48,10 +50,19 @@ def _without_placeholders(original: Callable) -> Callable:
             scheduler_output.scheduled_spec_decode_tokens,
             scheduler_output.num_scheduled_tokens,
         )
-        for name in _not_drafted(self, [*drafts]):
-            count = len(drafts.pop(name))
-            lengths[name] -= count
-            scheduler_output.total_num_scheduled_tokens -= count
+        starts = {
+            name: self.requests[name].num_computed_tokens + lengths[name] - len(tokens)
+            for name, tokens in drafts.items()
+        }
+        for name, limit in _limits(self, starts):
+            surplus = len(drafts[name]) - limit
+            if surplus <= 0:
+                continue
+            drafts[name] = drafts[name][:limit]
+            if not limit:
+                del drafts[name]
+            lengths[name] -= surplus
+            scheduler_output.total_num_scheduled_tokens -= surplus
         original(self, scheduler_output)
 
     return _update_after_schedule
@@ -74,19 +85,31 @@ def _taken_drafts(original: Callable) -> Callable:
 
 
 def _drop_drafts(scheduler: Any, names: Iterable[str]) -> None:
-    """Plan no drafts for requests that are not drafted for."""
-    for name in _not_drafted(scheduler, names):
-        if scheduler.requests[name].spec_token_ids:
-            scheduler.requests[name].spec_token_ids = []
+    """Plan no drafts for requests that are not drafted for, nor beyond their memory's end."""
+    requests = {name: scheduler.requests[name] for name in names if name in scheduler.requests}
+    # The newest token is the first that is not computed.
+    starts = {name: request.num_computed_tokens + 1 for name, request in requests.items()}
+    for name, limit in _limits(scheduler, starts):
+        if len(requests[name].spec_token_ids) > limit:
+            requests[name].spec_token_ids = requests[name].spec_token_ids[:limit]
 
 
-def _not_drafted(scheduler: Any, names: Iterable[str]) -> Iterator[str]:
-    """Yield the requests, of those that are left, that memories which draft do not draft for."""
+def _limits(scheduler: Any, starts: dict[str, int]) -> Iterator[tuple[str, int]]:
+    """Yield requests and how many tokens the memories that draft may draft for each.
+
+    starts: by request, the position of the first of them.
+    """
     if (choices := choices_of(scheduler)) is None or not choices.drafts:
         return
-    for name in names:
-        request = scheduler.requests.get(name)
-        if request is None or request.sampling_params is None:
+    if not hasattr(scheduler, "memdec_lengths"):
+        scheduler.memdec_lengths = memory_lengths(scheduler.vllm_config)
+    for name, start in starts.items():
+        request = scheduler.requests[name]
+        if (params := request.sampling_params) is None:
             continue
-        if not choices.drafted(request.sampling_params, request.mm_features):
-            yield name
+        if not choices.drafted(params, request.mm_features):
+            yield name, 0
+            continue
+        number, _ = choices.resolve(params.extra_args, request.mm_features)
+        # A token is drafted at the position before its own.
+        yield name, max(0, scheduler.memdec_lengths[number] + 1 - start)

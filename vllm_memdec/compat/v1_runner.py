@@ -46,7 +46,9 @@ ATTRIBUTES = {
         "uses_mrope vllm_config"
     ),
     "vllm.compilation.cuda_graph:CUDAGraphWrapper": "concrete_cudagraph_entries",
-    "vllm.v1.worker.gpu_input_batch:InputBatch": "logitsprocs num_reqs req_ids",
+    "vllm.v1.worker.gpu_input_batch:InputBatch": (
+        "logitsprocs num_computed_tokens_cpu num_reqs req_ids token_ids_cpu"
+    ),
     "vllm.v1.worker.gpu_input_batch:CachedRequestState": (
         "mm_features num_tokens output_token_ids sampling_params"
     ),
@@ -86,20 +88,33 @@ def _inputs(original: Callable) -> Callable:
             reusable = None
             if batch.draft is not None:
                 reusable = _reusable_rows(self.input_batch, batch.draft, lengths_B)
-            batch.write(torch.tensor(memory_B), torch.tensor(alpha_B), lengths_B, reusable)
+            computed_B = torch.from_numpy(self.input_batch.num_computed_tokens_cpu[: len(names)])
+            batch.write(
+                torch.tensor(memory_B),
+                torch.tensor(alpha_B),
+                lengths_B,
+                reusable,
+                starts_B=self.get_model().first_positions(computed_B),
+            )
             if choices.drafts:
-                batch.track(names, [_remaining(self, choices, state) for state in states])
+                ends = batch.length_M[[*memory_B]].tolist()
+                left = [_remaining(self, choices, *each) for each in zip(states, ends, strict=True)]
+                batch.track(names, left)
         return result
 
     return _prepare_inputs
 
 
-def _remaining(runner: Any, choices: Any, state: Any) -> int:
-    """Return how many tokens a request may still get, 0 if it is not drafted for."""
+def _remaining(runner: Any, choices: Any, state: Any, length: int) -> int:
+    """Return how many tokens a request may still get, 0 if it is not drafted for.
+
+    length: the positions of its memory, whose drafts end with them.
+    """
     params = state.sampling_params
     if not choices.drafted(params, state.mm_features):
         return 0
-    in_all = runner.max_model_len - state.num_tokens
+    # A step gives a token more than drafts, and the last position of the memory drafts one.
+    in_all = min(runner.max_model_len, length + 2) - state.num_tokens
     return max(0, min(params.max_tokens - len(state.output_token_ids), in_all))
 
 

@@ -138,7 +138,8 @@ class MemorySpeculator(StandaloneARSpeculator):
                 self._pass(0, B, B, None, None)
             return drafts_BK
         drafted_B = self.model_state.drafted_R[input_batch.idx_mapping_np]
-        if num_speculative_tokens == 0 or not drafted_B.any():
+        # Requests past the end of their memory use none.
+        if num_speculative_tokens == 0 or not drafted_B.any() or not batch.used:
             return drafts_BK
         desc = self.graphs.dispatch(B, B, uniform_token_count=1, num_active_loras=0)
         batch.write_drafting(desc.cg_mode.name)

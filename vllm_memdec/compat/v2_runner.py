@@ -36,7 +36,9 @@ SIGNATURES = {
 }
 ATTRIBUTES = {
     STATE: "max_num_reqs rope_state",
-    "vllm.v1.worker.gpu.input_batch:InputBatch": "idx_mapping_np positions query_start_loc_np",
+    "vllm.v1.worker.gpu.input_batch:InputBatch": (
+        "idx_mapping_np num_computed_tokens_np positions query_start_loc_np"
+    ),
     "vllm.v1.core.sched.output:NewRequestData": "mm_features sampling_params",
 }
 
@@ -97,6 +99,9 @@ class MemDecModelState(DefaultModelState):
                 self.alpha_R[slots],
                 starts.diff(),
                 mode=cudagraph_mode.name,
+                starts_B=self.composite.first_positions(
+                    torch.from_numpy(input_batch.num_computed_tokens_np)
+                ),
             )
         else:
             self.batch.reset()
