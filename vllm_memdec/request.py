@@ -13,6 +13,7 @@ from vllm_memdec.checkpoint import brief, check_alpha
 from vllm_memdec.config import AUTO, NONE, MemDecConfig, clash, memdec_block, said
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
+ALONE = "alone"  # in place of a weight: the memory alone, whatever its gate would give it
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
 PLAIN = ("alpha", "memory")
@@ -78,7 +79,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
         if not names:
             raise ValueError(f"{key} was given, but this server runs without a memory.")
         if key == ALPHA:
-            if value != AUTO:
+            if value not in (AUTO, ALONE):
                 check_alpha(value, ALPHA)
         elif not isinstance(value, str) or value not in (*names, NONE):
             raise ValueError(
@@ -179,10 +180,11 @@ class Choices:
         if name == NONE or (images and name in self.without_images):
             return NO_MEMORY, 0.0
         asked = extra_args.get(ALPHA, self.alphas[name])
-        alpha = 1.0 if asked == AUTO else float(asked)
+        alpha = 1.0 if asked in (AUTO, ALONE) else float(asked)
         if not alpha:
             return NO_MEMORY, 0.0
-        capped = name in self.gated or asked == AUTO  # by context a number is the weight itself
+        # By context a number is the weight itself.
+        capped = asked == AUTO or (name in self.gated and asked != ALONE)
         return self.names.index(name), -alpha if capped else alpha
 
     def drafted(self, params: Any, images: Collection[Any] | None = None) -> bool:

@@ -22,6 +22,7 @@ CHOICES = [  # arguments of a request, the memory that answers, the most that it
     ({"memdec_alpha": "auto"}, "law", 1.0),
     ({"memdec_alpha": 0.4}, "law", 0.4),
     ({"memdec_alpha": 0}, "law", 0.0),
+    ({"memdec_alpha": "alone"}, "law", [(0, 1.0)]),  # no gate either
     ({"memdec_memory": "bio"}, "bio", 0.7),
     ({"memdec_memory": "bio", "memdec_alpha": "auto"}, "bio", 1.0),
     ({"memdec_memory": "plain"}, "plain", [(0, 0.5)]),  # no gate: a fixed weight
@@ -316,6 +317,8 @@ def test_a_weight_that_is_asked_for_is_no_cap():
     choices = Choices({"steps": "auto", "law": "auto"}, "steps", {"law"}, by_context={"steps"})
     found = [choices.resolve(args)[1] for args in (
         {}, {"memdec_alpha": 0.4}, {"memdec_memory": "law", "memdec_alpha": 0.4},
+        {"memdec_memory": "law", "memdec_alpha": "alone"}, {"memdec_alpha": "alone"},
     )]  # fmt: skip
-    assert found == [-1.0, 0.4, -0.4]
-    check_extra_args({"memdec_alpha": "auto"}, choices)
+    assert found == [-1.0, 0.4, -0.4, 1.0, 1.0]
+    for weight in ("auto", "alone"):
+        check_extra_args({"memdec_alpha": weight}, choices)

@@ -21,6 +21,8 @@ from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import Gate, check_gate, features, gate_path, read_gate
 from vllm_memdec.kernels.interpolate import interpolate
 from vllm_memdec.train.evaluation.compare import matching_tokenizer, open_model
+from vllm_memdec.train.evaluation.deciding import decided_by, share_of_memory
+from vllm_memdec.train.evaluation.token_page import visible
 from vllm_memdec.train.model.hidden_states import hidden_states, keeps_apart
 from vllm_memdec.train.model.huggingface import load_text_config, text_config
 from vllm_memdec.train.model.output_head import head
@@ -77,7 +79,7 @@ class Token:
 
     @property
     def decided(self) -> str:
-        return "memory" if self.share > 0.5 else "base"
+        return decided_by(self.share)
 
 
 @dataclass(frozen=True)
@@ -217,12 +219,11 @@ class Explainer:
                 p_base, p_mixture = base_TV[row, token].exp(), mixed_TV[row, token].exp()
                 p_memory = memory_TW[row, token].exp() if has_row else torch.tensor(0.0)
                 weight = float(alpha_T[row])
-                parts = weight * p_memory, (1 - weight) * p_base
                 base_says, memory_says = (
                     tokenizer.decode([int(logp[row].argmax())]) for logp in (base_TV, memory_TW)
                 )
-                share = float(parts[0] / sum(parts)) if sum(parts) > 0 else weight
                 numbers = float(p_base), float(p_memory), float(p_mixture)
+                share = share_of_memory(weight, *numbers[:2])
                 said = text_of(token), weight, done >= known
                 tokens.append(Token(*said, *numbers, base_says, memory_says, share))
 
@@ -262,11 +263,6 @@ def weight_of(explanation: Explanation) -> str:
     if not explanation.gated:
         return f"{explanation.alpha:g}"
     return "by the gate" + (f", at most {explanation.alpha:g}" if explanation.alpha < 1 else "")
-
-
-def visible(text: str) -> str:
-    """Return a token with its white space to be seen."""
-    return text.replace(" ", "·").replace("\n", "⏎").replace("\t", "⇥")
 
 
 def show(explanation: Explanation, console: Console) -> None:

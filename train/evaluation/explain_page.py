@@ -13,53 +13,44 @@ from vllm_memdec.train.evaluation.explain import (
     Source,
     Token,
     report,
-    visible,
     weight_of,
 )
-
-BASE_RGB, MEMORY_RGB = (66, 133, 244), (255, 145, 0)
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+from vllm_memdec.train.evaluation.token_page import (
+    KEY,
+    STYLE,
+    head,
+    numbers,
+    percent,
+    shade,
+    visible,
+)
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="memdec">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width">
+<html lang="en"><head>{head}
 <title>memdec explain</title>
-<style>
-:root {{ color-scheme: light; }}
-body {{ font: 16px/1.6 system-ui, sans-serif; margin: 2rem auto; padding: 0 1rem; max-width: 72rem;
-  color: #222; background: #fff; }}
-h1 {{ margin: 0 0 .5rem; font-size: 1.6rem; }}
-.text {{ font: 18px/2.1 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere;
-  margin: 0; }}
-.text span {{ border-radius: 3px; padding: 2px 0; }}
-.written {{ border-bottom: 2px solid #222; }}
+<style>{style}
+.written {{ border-bottom: 2px solid var(--ink); }}
 .sourced {{ cursor: pointer; }}
-.sourced:hover, .sourced:focus-visible, .sourced.on {{ outline: 2px solid #222;
+.sourced:hover, .sourced:focus-visible, .sourced.on {{ outline: 2px solid var(--ink);
   outline-offset: 1px; }}
 .columns {{ display: flex; gap: 2rem; align-items: flex-start; margin: 1.5rem 0; }}
 .columns > .text {{ flex: 1 1 24rem; }}
-aside {{ flex: 1 1 24rem; position: sticky; top: 1rem; border: 1px solid #ddd; border-radius: 8px;
-  padding: 1rem 1.25rem; background: #fafafa; max-height: calc(100vh - 4rem); overflow: auto; }}
+aside {{ flex: 1 1 24rem; position: sticky; top: 1rem; border: 1px solid var(--line);
+  border-radius: 8px; padding: 1rem 1.25rem; background: var(--raised);
+  max-height: calc(100vh - 4rem); overflow: auto; }}
 aside h2 {{ margin: 0; font-size: 1.1rem; }}
-aside code {{ background: #ffe3bf; border-radius: 3px; padding: 2px 4px; white-space: pre-wrap; }}
-.small {{ color: #666; font-size: .85rem; margin: .1rem 0 .8rem; }}
 aside ol {{ list-style: none; margin: 0; padding: 0; }}
-aside li {{ border-top: 1px solid #ddd; padding: .7rem 0 .3rem; }}
+aside li {{ border-top: 1px solid var(--line); padding: .7rem 0 .3rem; }}
 .document {{ display: flex; justify-content: space-between; gap: 1rem; font-weight: 600; }}
-.bar {{ height: 4px; border-radius: 2px; background: #e5e5e5; margin: .25rem 0 .5rem; }}
-.bar div {{ height: 100%; border-radius: 2px; background: rgb{memory_rgb}; }}
 .other .bar div {{ background: #aaa; }}
 blockquote {{ margin: 0; font: 14px/1.6 ui-monospace, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; color: #555; }}
-mark {{ background: #ffe3bf; color: #222; padding: 1px 0; }}
-mark.said {{ background: #ffb454; font-weight: 700; }}
-b.said {{ color: #222; border-bottom: 2px dotted #888; }}
-.key {{ display: inline-block; width: 12rem; height: .8rem; border-radius: 3px;
-  background: linear-gradient(90deg, rgb{base_rgb}, rgb{memory_rgb}); }}
+  overflow-wrap: anywhere; color: var(--faint); }}
+mark {{ background: var(--mark); color: var(--ink); padding: 1px 0; }}
+mark.said {{ background: var(--said); font-weight: 700; }}
+b.said {{ color: var(--ink); border-bottom: 2px dotted #888; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; margin-top: 1.5rem; }}
-td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid #eee;
+td, th {{ padding: .1rem .8rem; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; }}
 td:first-child, td:nth-child(n+6), th:first-child, th:nth-child(n+6) {{ text-align: left; }}
 td:first-child, td:nth-child(7), td:nth-child(8) {{ font-family: ui-monospace, monospace; }}
@@ -67,7 +58,7 @@ td:first-child, td:nth-child(7), td:nth-child(8) {{ font-family: ui-monospace, m
 </style></head><body>
 <h1>Who said that?</h1>
 <p>base <b>{base}</b>, memory <b>{memory}</b>, alpha {alpha}. Colour: whose probability it was,
-from the base <span class="key"></span> to the memory; the stronger, the surer the mixture.
+from the base {key} to the memory; the stronger, the surer the mixture.
 Underlined tokens were written by the mixture. Point at a token for its numbers{hint}.</p>
 {body}
 <div class="wide"><table><tr><th>token</th><th>alpha</th><th>P(base)</th><th>P(memory)</th>
@@ -104,24 +95,24 @@ def page(explanation: Explanation) -> str:
     """Return one self-contained HTML page: the text as a heat map, sources, and the table."""
     spans, rows, sections = [html.escape(explanation.first)], [], []
     for n, token in enumerate(explanation.tokens):
-        percents = [f"{p:.1%}" for p in (token.base, token.memory, token.mixture)]
-        numbers = (
-            f"base {percents[0]}, memory {percents[1]}, mixture {percents[2]}: {token.decided}"
-        )
-        spans.append(_span(token, f"of-{n}", numbers))
+        given = token.base, token.memory, token.mixture
+        told, percents = numbers(*given, token.decided), map(percent, given)
+        spans.append(_span(token, f"of-{n}", told))
         cells = [visible(token.text), f"{token.alpha:.2f}", *percents, token.decided]
         cells += [visible(token.base_says), visible(token.memory_says)]
         if explanation.build is not None:
             cells.append("; ".join(f"{s.title} ({s.percent})" for s in token.sources[:1]))
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
         if token.sources:
-            sections.append(_section(token, f"of-{n}", numbers))
+            sections.append(_section(token, f"of-{n}", told))
     body, sourced = f'<p class="text">{"".join(spans)}</p>', explanation.build is not None
     if sourced:
         hint = HINT.format(build=html.escape(Path(explanation.build or "").name))
         body = f'<div class="columns">{body}\n<aside>{hint}{"".join(sections)}</aside></div>'
     return PAGE.format(
-        policy=POLICY,
+        head=head(),
+        style=STYLE,
+        key=KEY,
         base=html.escape(Path(explanation.base).name),
         memory=html.escape(explanation.memory),
         alpha=weight_of(explanation),
@@ -131,31 +122,27 @@ def page(explanation: Explanation) -> str:
         rows="\n".join(rows),
         figures=json_text(report(explanation)).replace("<", "\\u003c"),
         script=SCRIPT if sourced else "",
-        base_rgb=BASE_RGB,
-        memory_rgb=MEMORY_RGB,
     )
 
 
-def _span(token: Token, name: str, numbers: str) -> str:
+def _span(token: Token, name: str, told: str) -> str:
     """Return a token of the heat map; name: of the section that has its sources."""
-    mixed = zip(BASE_RGB, MEMORY_RGB, strict=True)
-    rgb = ", ".join(f"{a + (b - a) * token.share:.0f}" for a, b in mixed)
     kinds = ["written" if token.written else "given", *["sourced"][: len(token.sources)]]
     to_show = f' data-of="{name}" tabindex="0" role="button"' if token.sources else ""
     return (
-        f'<span class="{" ".join(kinds)}" title="{numbers}"{to_show} '
-        f'style="background: rgba({rgb}, {0.1 + 0.8 * token.mixture:.2f})">'
+        f'<span class="{" ".join(kinds)}" title="{told}"{to_show} '
+        f'style="background: {shade(token.share, token.mixture)}">'
         f"{html.escape(token.text)}</span>"
     )
 
 
-def _section(token: Token, name: str, numbers: str) -> str:
+def _section(token: Token, name: str, told: str) -> str:
     """Return what is shown beside the text of a token: its numbers and its sources."""
     items = "".join(_item(source) for source in token.sources)
     text = html.escape(visible(token.text))
     return (
         f'<section id="{name}" hidden><h2>Where <code>{text}</code> comes from</h2>'
-        f'<p class="small">{numbers}</p><ol>{items}</ol></section>'
+        f'<p class="small">{told}</p><ol>{items}</ol></section>'
     )
 
 
