@@ -97,16 +97,17 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
 
     def install_seams(self, vllm_config: VllmConfig) -> None:
         """Hook the runner that this worker has; the other one's modules are not imported."""
-        figures.install_runner(vllm_config.use_v2_model_runner)
         if vllm_config.use_v2_model_runner:
             from vllm_memdec.compat import v2_drafting, v2_graphs
 
+            figures.install_v2()
             v2_graphs.install()
             if self.drafter is not None:
                 v2_drafting.install()
         else:
             from vllm_memdec.compat import v1_drafting, v1_runner, v1_sampling
 
+            figures.install_v1()
             v1_runner.install()
             if self.drafter is not None:
                 v1_drafting.install()

@@ -64,12 +64,17 @@ def install() -> None:
     wrap(StatLoggerManager, "record", _taken_out)
 
 
-def install_runner(on_v2: bool) -> None:
-    """Hook the runner; called by the composite, so only in a worker that serves it."""
-    if on_v2:
-        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
-    else:
-        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+def install_v1() -> None:
+    """Hook the V1 runner; called by the composite, so only in a worker that serves it."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    wrap(GPUModelRunner, "sample_tokens", _told)
+
+
+def install_v2() -> None:
+    """Hook the V2 runner, likewise."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
     wrap(GPUModelRunner, "sample_tokens", _told)
 
 
@@ -115,7 +120,10 @@ def _counted_drafts(original: Callable) -> Callable:
             name = choices.name(request.sampling_params.extra_args, request.mm_features)
             # As vLLM counts: without those that a grammar refused before they were verified.
             made = num_draft_tokens - (num_invalid_spec_tokens or {}).get(request_id, 0)
-            figures = {metrics.DRAFTED: {name: made}, metrics.ACCEPTED: {name: num_accepted_tokens}}
+            figures: Figures = {
+                metrics.DRAFTED: {name: made},
+                metrics.ACCEPTED: {name: num_accepted_tokens},
+            }
             add(vars(self).setdefault("memdec_figures", {}), figures)
         return original(
             self,
