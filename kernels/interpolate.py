@@ -57,6 +57,7 @@ def interpolate(
     gate: tuple[Tensor, Tensor] | None = None,
     as_logits: bool = False,
     out: Tensor | None = None,
+    tally_2: Tensor | None = None,
     compiled: bool = False,
     invariant: bool = False,
     split: bool | None = None,
@@ -67,15 +68,18 @@ def interpolate(
     gate: scores [N] and, a row each, t, e, bias and out [4, K] of the formula above, in float32. A
     row with a negative weight then takes what the gate gives, -alpha at most.
 
+    tally_2: float64 [2]; the sum of this memory's weights, and of how many rows, are added to it. A
+    weight of NaN is not.
+
     Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
     `compiled` is for the CPU: torch.compile, which needs a C++ compiler and seconds on first use.
 
     On a GPU `split` says whether several programs share a row; by default they share a wide one.
     With `invariant` the bits of a row do not depend on that.
     """
-    out_NV = _check(base_NV, memory_NW, weights, gate, out)
+    out_NV = _check(base_NV, memory_NW, weights, gate, out, tally_2)
     if len(out_NV):  # CUDA refuses an empty grid
-        rows = (base_NV, memory_NW, weights, gate, as_logits, out_NV)
+        rows = (base_NV, memory_NW, weights, gate, as_logits, out_NV, tally_2)
         if INTERPRETED or (triton is not None and base_NV.is_cuda):
             interpolate_triton(*rows, invariant, split)
         else:
@@ -118,6 +122,7 @@ def interpolate_triton(
     gate: tuple[Tensor, Tensor] | None,
     as_logits: bool,
     out_NV: Tensor,
+    tally_2: Tensor | None,
     invariant: bool,
     split: bool | None,
 ) -> None:
@@ -130,6 +135,7 @@ def interpolate_triton(
     else:
         columns, keep, weights_NA, number = False, False, weights, 0.0
     score_N, certainty_4K = gate or (out_NV, out_NV)  # not looked at without a gate
+    sums_2 = out_NV if tally_2 is None else tally_2
     K = certainty_4K.shape[1] if gate else 1
     if split is None:
         # Even with 1,024 rows on an H100 (benchmarks/results/kernel.csv). A row that is one slice
@@ -142,6 +148,7 @@ def interpolate_triton(
         "KEEP": keep,
         "GATED": gate is not None,
         "AS_LOGITS": as_logits,
+        "COUNT": tally_2 is not None,
         "num_warps": plan.warps,
         # The compiler may fuse other operations in one kernel than in another.
         "enable_fp_fusion": not invariant,
@@ -151,7 +158,7 @@ def interpolate_triton(
     with torch.cuda.device_of(base_NV):
         if not split:
             whole_kernel[(N,)](
-                base_NV, memory_NW, weights_NA, score_N, certainty_4K, out_NV, *strides,
+                base_NV, memory_NW, weights_NA, score_N, certainty_4K, sums_2, out_NV, *strides,
                 out_NV.stride(0), number, V, shared, K, S, plan.blocks, **units, **flags,
             )  # fmt: skip
             return
@@ -161,8 +168,8 @@ def interpolate_triton(
             base_NV, memory_NW, weights_NA, partials, *strides, number, V, shared, S, **flags
         )
         combine_kernel[(N * S,)](
-            base_NV, memory_NW, weights_NA, score_N, certainty_4K, partials, out_NV, *strides,
-            out_NV.stride(0), number, V, shared, K, S, **units, **flags,
+            base_NV, memory_NW, weights_NA, score_N, certainty_4K, sums_2, partials, out_NV,
+            *strides, out_NV.stride(0), number, V, shared, K, S, **units, **flags,
         )  # fmt: skip
 
 
@@ -194,8 +201,11 @@ def _mixture_rows(
     score_N: Tensor | None,
     certainty_4K: Tensor | None,
     as_logits: bool,
-) -> Tensor:
-    """Return the mixture of rows, [N, V] in float32; the kernel says why each step is so."""
+) -> tuple[Tensor, Tensor]:
+    """Return the mixture of rows, [N, V] in float32, and their weights [N].
+
+    The kernel says why each step is so.
+    """
     b, m = base_NV.float(), memory_NW[:, : base_NV.shape[1]].float()
     if m.shape[1] < b.shape[1]:
         m = torch.nn.functional.pad(m, (0, b.shape[1] - m.shape[1]), value=-torch.inf)
@@ -217,12 +227,12 @@ def _mixture_rows(
         log_keep = torch.where(free_N[:, None], rest_N.log()[:, None], log_keep)
     if not as_logits:
         x = (b - base_peak) + (log_keep - base_logsum)
-        return torch.logaddexp(x, (m - memory_peak) + (a.log() - memory_logsum))
+        return torch.logaddexp(x, (m - memory_peak) + (a.log() - memory_logsum)), alpha_N
     gap = memory_peak.double() - base_peak
     shift = gap.float()
     rounded = (gap - shift).float()
     y = (m - shift) + (a.log() + base_logsum - memory_logsum - rounded)
-    return torch.where(a == 0, b, torch.logaddexp(b + log_keep, y))
+    return torch.where(a == 0, b, torch.logaddexp(b + log_keep, y)), alpha_N
 
 
 @functools.cache
@@ -256,11 +266,12 @@ def interpolate_torch(
     gate: tuple[Tensor, Tensor] | None,
     as_logits: bool,
     out_NV: Tensor,
+    tally_2: Tensor | None,
     compiled: bool,
 ) -> None:
     """Run the formula in PyTorch: compiled, or a few rows at a time so that they stay in cache."""
     score_N, certainty_4K = gate or (None, None)
-    kept_N = None
+    kept_N, mine_N = None, None
     if isinstance(weights, RowWeights):
         alpha_N, mine_N = weights.decode(gated=gate is not None)
         if weights.others == "keep":
@@ -274,7 +285,13 @@ def interpolate_torch(
         part = slice(start, start + step)
         rows = (base_NV[part], memory_NW[part], alpha_N[part])
         score_n = None if score_N is None else score_N[part]
-        mixed = mixture(*rows, score_n, certainty_4K, as_logits)
+        mixed, given_N = mixture(*rows, score_n, certainty_4K, as_logits)
+        if tally_2 is not None:
+            right_N = given_N == given_N
+            if mine_N is not None:
+                right_N &= mine_N[part]
+            total = torch.where(right_N, given_N, 0).sum(dtype=tally_2.dtype)
+            tally_2 += torch.stack([total, right_N.sum(dtype=tally_2.dtype)])
         # Choosing rows by a mask would make the host wait for their number.
         out = out_NV[part]
         out.copy_(mixed if kept_N is None else torch.where(kept_N[part, None], out, mixed))
@@ -286,6 +303,7 @@ def _check(
     weights: Tensor | RowWeights,
     gate: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
+    tally_2: Tensor | None,
 ) -> Tensor:
     """Raise ValueError unless the arguments fit together; return `out`, allocated if None."""
     named = {"base": base_NV, "memory": memory_NW}
@@ -322,7 +340,12 @@ def _check(
             raise ValueError("a gate's scores and units must be contiguous, in float32.")
     if out is not None and (out.shape != base_NV.shape or out.dtype != torch.float32):
         raise ValueError(f"out must be float32 and shaped like base, got {out.dtype} {out.shape}.")
-    devices = {x.device for x in (*named.values(), weights, *(gate or ()))}
+    if tally_2 is not None and (
+        tally_2.shape != (2,) or tally_2.dtype != torch.float64 or not tally_2.is_contiguous()
+    ):
+        raise ValueError(f"a tally must be float64 [2], got {tally_2.dtype} {tally_2.shape}.")
+    counted = () if tally_2 is None else (tally_2,)
+    devices = {x.device for x in (*named.values(), weights, *(gate or ()), *counted)}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}.")
     return base_NV.new_empty(base_NV.shape, dtype=torch.float32) if out is None else out

@@ -214,6 +214,14 @@ def _terms(
 
 
 @jit
+def _count(tally, weight, first):
+    """Add a row's weight, and the row, to what its memory gave; once, and no NaN."""
+    right = first & (weight == weight)
+    tl.atomic_add(tally, weight.to(tl.float64), mask=right, sem="relaxed")
+    tl.atomic_add(tally + 1, (weight * 0 + 1).to(tl.float64), mask=right, sem="relaxed")
+
+
+@jit
 def _mix(b, m, terms, AS_LOGITS: tl.constexpr):
     """Return logaddexp of the two, or b itself where the weight is 0."""
     a, b_shift, b_scale, m_shift, m_scale = terms
@@ -270,6 +278,7 @@ def whole_kernel(
     weights,  # [N], or columns [N, A]
     score,  # [N]
     certainty,  # [4, K]
+    tally,  # [2] in float64: the sum of the weights, and of how many rows
     out,  # [N, V]
     base_stride,
     memory_stride,
@@ -287,6 +296,7 @@ def whole_kernel(
     KEEP: tl.constexpr,
     GATED: tl.constexpr,
     AS_LOGITS: tl.constexpr,
+    COUNT: tl.constexpr,  # whether to add to the tally
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -313,6 +323,8 @@ def whole_kernel(
         m_sums = _put(m_sums, m_part, i == s)
     tl.debug_barrier()  # `out` may be the base: all threads have read it
     terms = _terms(a, b_sums, m_sums, score + n, certainty, K, GATED, UNITS, AS_LOGITS)
+    if COUNT:
+        _count(tally, terms[0], mine)
     out += n * out_stride
     _write(base, memory, out, 0, V, V, shared, terms, AS_LOGITS, EDGES, BLOCK)
 
@@ -329,7 +341,7 @@ def partial_kernel(
     base, memory, weights, partials,  # [N, PARTIALS, 8]: both triples of each slice, of the edges
     base_stride, memory_stride, weights_stride, number, V, shared, S,
     PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GATED: tl.constexpr,
-    AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
+    AS_LOGITS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // S).to(tl.int64)
     s = tl.program_id(0) % S
@@ -349,10 +361,11 @@ def partial_kernel(
 
 @jit
 def combine_kernel(
-    base, memory, weights, score, certainty, partials, out,
+    base, memory, weights, score, certainty, tally, partials, out,
     base_stride, memory_stride, weights_stride, out_stride, number, V, shared, K, S,
     PARTIALS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
-    GATED: tl.constexpr, AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
+    GATED: tl.constexpr, AS_LOGITS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Backwards: the L2 cache still holds the rows that the first launch read last.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -377,6 +390,8 @@ def combine_kernel(
         tl.load(at + 5, mask=there, other=0.0),
     )
     terms = _terms(a, b_sums, m_sums, score + n, certainty, K, GATED, UNITS, AS_LOGITS)
+    if COUNT:
+        _count(tally, terms[0], mine & (s == 0))
     base += n * base_stride
     memory += n * memory_stride
     out += n * out_stride

@@ -17,6 +17,7 @@ from vllm_memdec.compat.inner_models import build_memory, dtype_of
 from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
 from vllm_memdec.config import MemoryConfig
 from vllm_memdec.gate import Gate, read_gate
+from vllm_memdec.tally import MEMORY, Tally
 
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
 
@@ -31,11 +32,12 @@ class Memory:
         config: VllmConfig,
         vllm_config: VllmConfig,
         batch: Batch,
+        tally: Tally,
         prefix: str,
     ):
         """Build the memory; config is its own, see memory_vllm_config(), vllm_config the base's."""
         self.number, self.settings, self.config, self.batch = number, settings, config, batch
-        self.name = f"memory{number}"
+        self.name, self.tally = f"memory{number}", tally
         model = config.model_config
         self.width, self.vocabulary = model.get_hidden_size(), model.get_vocab_size()
         self.dtype = dtype_of(model)
@@ -114,10 +116,15 @@ class Memory:
         if self.clamped_positions_T is not None:
             places_T = self.clamped_positions_T[: len(positions)]
             positions = places_T.copy_(positions.clamp(max=self.length - 1))
-        if share.tokens is None:
-            return self.module(input_ids, positions)
-        with narrow_slots(self.layers, share.tokens):
-            return self.module(input_ids[share.tokens], positions[share.tokens])
+        with self.timed(MEMORY):
+            if share.tokens is None:
+                return self.module(input_ids, positions)
+            with narrow_slots(self.layers, share.tokens):
+                return self.module(input_ids[share.tokens], positions[share.tokens])
+
+    def timed(self, figure: str) -> AbstractContextManager[None]:
+        """Return the context whose time counts among this memory's seconds."""
+        return self.tally.timed(figure, self.number, self.batch.is_dummy)
 
     def own_rows(self, memory_ND: torch.Tensor) -> torch.Tensor:
         """Return its part of rows as wide as the widest memory [N, D], in its dtype, contiguous."""
@@ -126,7 +133,7 @@ class Memory:
 
     def logits(self, mine_ND: torch.Tensor) -> torch.Tensor | None:
         """Return logits [N, W]; None on a tensor-parallel rank that does not gather."""
-        with self.ranks():
+        with self.ranks(), self.timed(MEMORY):
             return self.module.compute_logits(mine_ND)
 
     def score(

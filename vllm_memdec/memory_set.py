@@ -14,6 +14,7 @@ from vllm_memdec.compat.inner_models import dtype_of
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.engine_config import memory_vllm_config
 from vllm_memdec.memory import Memory
+from vllm_memdec.tally import Tally
 
 
 class MemorySet:
@@ -41,11 +42,12 @@ class MemorySet:
             self.device,
             [model.max_model_len for model in models],
         )
+        self.tally = Tally([memory.name for memory in settings.memories], self.device)
         # Selecting the rows of a memory makes the host wait for the device. On a CPU there is
         # nothing to wait for; elsewhere each head runs on all rows, and few rows cost no more.
         self.selects_rows = self.device.type == "cpu" and not vllm_config.use_v2_model_runner
         self.memories = [
-            Memory(number, memory, config, vllm_config, self.batch, prefix)
+            Memory(number, memory, config, vllm_config, self.batch, self.tally, prefix)
             for number, (memory, config) in enumerate(zip(settings.memories, configs, strict=True))
         ]
 

@@ -1,4 +1,4 @@
-"""The metrics endpoint: finished requests and their tokens, by memory."""
+"""The metrics endpoint: what the memories of a server did, by memory."""
 
 from collections import OrderedDict
 from functools import cache
@@ -10,8 +10,43 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 from vllm_memdec.compat import server
 from vllm_memdec.config import NONE, MemDecConfig, memdec_block
+from vllm_memdec.tally import MEMORY, MIXING, ROWS, WEIGHT, Figures
 
 RECENT = 100_000  # requests whose memory is known: by age, because aborted ones do not finish
+DRAFTED, ACCEPTED = "draft_tokens", "accepted_draft_tokens"
+FINISHED = {
+    "requests": "Finished requests: their number, by memory.",
+    "prompt_tokens": "Finished requests: tokens of their prompts, by memory.",
+    "generation_tokens": "Finished requests: tokens of their answers, by memory.",
+}
+DRAFTS = {
+    DRAFTED: (
+        "Tokens that the memory drafted and that were verified, less those that a grammar refused "
+        "before."
+    ),
+    ACCEPTED: "Drafted tokens that were accepted.",
+}
+MIXED = {
+    ROWS: (
+        "Rows of next-token probabilities that were mixed for requests with this memory: each "
+        "token sampled, each draft verified, each piece of a prompt read, each position of a "
+        "prompt whose log-probabilities were asked for."
+    ),
+    WEIGHT: (
+        "Sum of the memory's weights in these rows, as they were mixed: given, by context or by a "
+        "gate. By memdec:mixed_rows_total it is the mean weight given."
+    ),
+}
+SECONDS = {
+    MEMORY: (
+        "Seconds of the first worker within the memory's layers and output head, drafts included, "
+        "by the wall clock; on a CPU only."
+    ),
+    MIXING: (
+        "Seconds of the first worker within the memory's gate and in mixing its probabilities with "
+        "the base's, by the wall clock; on a CPU only."
+    ),
+}
 
 _recent: OrderedDict[str, str] = OrderedDict()
 
@@ -24,17 +59,17 @@ def note_memory(request_id: str, memory: str) -> None:
 
 
 @cache
-def counters() -> tuple[Counter, Counter, Counter]:
-    """Return the counters of finished requests, once in a process."""
+def counter(name: str) -> Counter:
+    """Return a counter by memory, once in a process."""
+    texts = FINISHED | DRAFTS | MIXED | SECONDS
+    return Counter(f"memdec:{name}", texts[name], ["memory"])
 
-    def counter(what: str, text: str) -> Counter:
-        return Counter(f"memdec:{what}", f"Finished requests: {text}, by memory.", ["memory"])
 
-    return (
-        counter("requests", "their number"),
-        counter("prompt_tokens", "tokens of their prompts"),
-        counter("generation_tokens", "tokens of their answers"),
-    )
+def count(figures: Figures) -> None:
+    """Add to the counters what an engine tells of one step."""
+    for name, by_memory in figures.items():
+        for memory, value in by_memory.items():
+            counter(name).labels(memory).inc(value)
 
 
 class MemoryMetrics(StatLoggerBase):
@@ -42,12 +77,19 @@ class MemoryMetrics(StatLoggerBase):
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0):
         self.serving = memdec_block(vllm_config.additional_config) is not None
-        if self.serving:
-            server.install()
-            names = [memory.name for memory in MemDecConfig.from_vllm(vllm_config).memories]
-            for counter in counters():
-                for name in (*names, NONE):
-                    counter.labels(name)  # shown from the start, as 0
+        if not self.serving:
+            return
+        server.install()
+        config = MemDecConfig.from_vllm(vllm_config)
+        names = [memory.name for memory in config.memories]
+        shown = dict.fromkeys(FINISHED, [*names, NONE]) | dict.fromkeys(MIXED, names)
+        if config.speculative_tokens:
+            shown |= dict.fromkeys(DRAFTS, names)
+        if vllm_config.device_config.device_type == "cpu":
+            shown |= dict.fromkeys(SECONDS, names)
+        for name, memories in shown.items():
+            for memory in memories:
+                counter(name).labels(memory)  # shown from the start, as 0
 
     def record(
         self,
@@ -56,15 +98,14 @@ class MemoryMetrics(StatLoggerBase):
         mm_cache_stats: Any = None,
         engine_idx: int = 0,
     ) -> None:
-        """Count the requests that finished in this iteration."""
+        """Count the requests that finished in this iteration; see compat/figures.py for others."""
         if not self.serving or iteration_stats is None:
             return
         for done in iteration_stats.finished_requests:
-            if (name := _recent.get(done.request_id)) is not None:
-                requests, prompt, generation = (counter.labels(name) for counter in counters())
-                requests.inc()
-                prompt.inc(done.num_prompt_tokens)
-                generation.inc(done.num_generation_tokens)
+            if (memory := _recent.get(done.request_id)) is not None:
+                counter("requests").labels(memory).inc()
+                counter("prompt_tokens").labels(memory).inc(done.num_prompt_tokens)
+                counter("generation_tokens").labels(memory).inc(done.num_generation_tokens)
 
     def log_engine_initialized(self) -> None:
         """Log nothing: the worker logs what it loaded."""

@@ -28,7 +28,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import aux_stream, set_default_torch_dtype
 
 from vllm_memdec.batch import decode
-from vllm_memdec.compat import multimodal
+from vllm_memdec.compat import figures, multimodal
 from vllm_memdec.compat.attention import is_attention, kv_bytes_per_token
 from vllm_memdec.compat.inner_models import build_base, dtype_of
 from vllm_memdec.config import ARCHITECTURE, MemDecConfig
@@ -37,6 +37,7 @@ from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolat
 from vllm_memdec.memory import SOURCE, source_of
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.request import Choices
+from vllm_memdec.tally import MIXING
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SLICE_BYTES = 1 << 28  # of logits of both models at once: 440 rows of a 152k vocabulary in bfloat16
@@ -61,7 +62,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         self.memories = MemorySet(vllm_config, self.settings, prefix)
         for memory in self.memories:  # so that the composite has their parameters
             setattr(self, memory.name, memory.module)
-        self.batch = self.memories.batch
+        self.batch, self.tally = self.memories.batch, self.memories.tally
         base_width = model_config.get_hidden_size()
         self.split = (base_width, base_width + self.memories.width)
         speculation = vllm_config.speculative_config
@@ -99,12 +100,14 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         if vllm_config.use_v2_model_runner:
             from vllm_memdec.compat import v2_drafting, v2_graphs
 
+            figures.install_v2()
             v2_graphs.install()
             if self.drafter is not None:
                 v2_drafting.install()
         else:
             from vllm_memdec.compat import v1_drafting, v1_runner, v1_sampling
 
+            figures.install_v1()
             v1_runner.install()
             if self.drafter is not None:
                 v1_drafting.install()
@@ -235,19 +238,21 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         for memory in self.memories.used:
             mine_ND = memory.own_rows(memory_ND)
             memory_NW = memory.logits(mine_ND)
-            gate = memory.score(mine_ND, columns_NA)
-            if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
-                continue
-            interpolate(
-                base_NV,
-                memory_NW,
-                RowWeights(columns_NA, memory.number, others),
-                gate=gate,
-                as_logits=True,
-                out=out_NV,
-                compiled=self.compiled,
-                invariant=envs.VLLM_BATCH_INVARIANT,
-            )
+            with memory.timed(MIXING):
+                gate = memory.score(mine_ND, columns_NA)
+                if base_NV is None or memory_NW is None:  # a rank that does not gather
+                    continue
+                interpolate(
+                    base_NV,
+                    memory_NW,
+                    RowWeights(columns_NA, memory.number, others),
+                    gate=gate,
+                    as_logits=True,
+                    out=out_NV,
+                    tally_2=self.tally.slot(memory.number, self.batch.is_dummy),
+                    compiled=self.compiled,
+                    invariant=envs.VLLM_BATCH_INVARIANT,
+                )
             others = "keep"  # the rows of the memories before
         return others == "keep"
 
@@ -259,19 +264,21 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         for memory, rows, mine_ND, memory_NW in self.memories.selected_logits(
             memory_ND, columns_NA
         ):
-            gate = memory.score(mine_ND, columns_NA[rows])
-            if base_NV is None or memory_NW is None:  # a tensor-parallel rank that does not gather
-                continue
-            # A negative weight is a gate's cap.
-            asked_N = decode(columns_NA[rows])
-            mixed_NV = interpolate(
-                base_NV[rows],
-                memory_NW,
-                asked_N.clamp(min=0) if gate is None else asked_N,
-                gate=gate,
-                as_logits=True,
-                compiled=self.compiled,
-            )
+            with memory.timed(MIXING):
+                gate = memory.score(mine_ND, columns_NA[rows])
+                if base_NV is None or memory_NW is None:  # a rank that does not gather
+                    continue
+                # A negative weight is a gate's cap.
+                asked_N = decode(columns_NA[rows])
+                mixed_NV = interpolate(
+                    base_NV[rows],
+                    memory_NW,
+                    asked_N.clamp(min=0) if gate is None else asked_N,
+                    gate=gate,
+                    as_logits=True,
+                    tally_2=self.tally.slot(memory.number, self.batch.is_dummy),
+                    compiled=self.compiled,
+                )
             if self.batch.shared:
                 out_NV = mixed_NV
             else:
@@ -295,6 +302,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         for memory in self.memories:
             memory.load_gate()
         self.batch.reset()
+        self.tally.restart()
         for memory in self.memories:
             if not any(name.startswith(f"{memory.name}.") for name in self.loaded):
                 raise ValueError(

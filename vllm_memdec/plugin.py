@@ -30,7 +30,7 @@ def register() -> None:
         ) from error
     check_version(vllm.__version__)
     try:
-        from vllm_memdec.compat import draft_config, front_end, multimodal, scheduler
+        from vllm_memdec.compat import draft_config, figures, front_end, multimodal, scheduler
         from vllm_memdec.config import ARCHITECTURE
     except ImportError as error:
         raise RuntimeError(
@@ -41,3 +41,4 @@ def register() -> None:
     draft_config.install()
     multimodal.install()
     scheduler.install()
+    figures.install()

@@ -202,6 +202,16 @@ class Choices:
         number, _ = self.resolve(extra_args, images)
         return NONE if number == NO_MEMORY else self.names[number]
 
+    def told(self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None) -> str:
+        """Return memory and weight of a request in words, for a log."""
+        number, alpha = self.resolve(extra_args, images)
+        if number == NO_MEMORY:
+            return "no memory"
+        weight = f"alpha {alpha}"
+        if alpha < 0:
+            weight = f"alpha {AUTO!r}" + (f", at most {-alpha}" if alpha > -1 else "")
+        return f"memory {self.names[number]!r}, {weight}"
+
 
 def choices_of(holder: Any) -> Choices | None:
     """Return what the server of an object with a vllm_config offers; None without a memory.

@@ -14,13 +14,18 @@ from functools import partial
 
 import pytest
 import torch
-from test_interpolate import BF16, FP16, FP32, assert_close, bits, make
+from test_interpolate import BF16, FP16, FP32, TOLERANCE, assert_close, bits, make
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_memdec.batch import encode
 from vllm_memdec.kernels import interpolate as op
 from vllm_memdec.kernels.interpolate import RowWeights, interpolate
-from vllm_memdec.kernels.reference import interpolate_reference, row_weights_reference
+from vllm_memdec.kernels.reference import (
+    gate_reference,
+    interpolate_reference,
+    log_softmax_or_nothing,
+    row_weights_reference,
+)
 
 # Rows: of memory 0, 1, none; weights plain and capped, 0, 1, one that needs all three columns.
 NUMBERS = torch.tensor([0, 1, -1, 0, 1, 0, 1, 0])
@@ -89,6 +94,38 @@ def test_memories_are_mixed_one_after_the_other(mix, dtype, V, W, gated):
         assert_close(out, want)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("others", ["base", "keep"])
+def test_the_tally_is_the_sum_of_weights(mix, gated, others):
+    """Of the memory's own rows, what was there before included, and the mixture is the same."""
+    base_NV, (memory_NW, _), columns_NA, (gate, _) = rows(BF16, 1000, 1003, gated)
+    given = (base_NV, memory_NW, RowWeights(columns_NA, 0, others))
+    options = {"gate": gate, "as_logits": True}
+    if not gated:
+        columns_NA[0, 0] = -0.5  # what profile runs send: no weight, but a row
+    out, plain = (torch.zeros(base_NV.shape, device=DEVICE) for _ in range(2))
+    tally_2 = torch.tensor([10.0, 100.0], dtype=torch.float64, device=DEVICE)
+    mix(*given, **options, out=out, tally_2=tally_2)
+    assert bits(out) == bits(mix(*given, **options, out=plain))
+    asked_N, mine_N = row_weights_reference(columns_NA.cpu(), 0, gated)
+    for n in asked_N.lt(0).nonzero().flatten().tolist():
+        logp_W, _ = log_softmax_or_nothing(memory_NW[n, :1000].cpu().double())
+        weight = gate_reference(logp_W, gate[0][n].cpu(), gate[1].cpu())
+        asked_N[n] = min(weight, -asked_N[n])
+    total, count = tally_2.tolist()
+    assert total == pytest.approx(10 + asked_N.sum().item(), abs=TOLERANCE)
+    assert count == 100 + mine_N.sum()
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN
+def test_the_tally_stays_a_number(mix):
+    base_NV, memory_NW, _ = (x.to(DEVICE) for x in make(3, 600, 600))
+    alpha_N = torch.tensor([0.25, torch.nan, 1.0], device=DEVICE)
+    tally_2 = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    mix(base_NV, memory_NW, alpha_N, tally_2=tally_2)
+    assert tally_2.tolist() == [1.25, 2]
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_columns_hold_the_float32_weight_bit_for_bit(mix, dtype):
     base_NV, (memory_NW, _), columns_NA, _ = rows(dtype, 50, 50, False)
@@ -141,9 +178,10 @@ def test_the_host_does_not_wait(monkeypatch):
     with pytest.raises(AssertionError, match="wait"), NoWaiting():
         base_NV[columns_NA[:, 3] == 1]
     with NoWaiting():
-        out = interpolate(base_NV, memories[0], RowWeights(columns_NA, 0), gate=gates[0])
-        keep = RowWeights(columns_NA, 1, "keep")
-        interpolate(base_NV, memories[1], keep, gate=gates[1], out=out)
+        tally_2 = torch.zeros(2, dtype=torch.float64)
+        first, keep = RowWeights(columns_NA, 0), RowWeights(columns_NA, 1, "keep")
+        out = interpolate(base_NV, memories[0], first, gate=gates[0], tally_2=tally_2)
+        interpolate(base_NV, memories[1], keep, gate=gates[1], out=out, tally_2=tally_2)
 
 
 @pytest.mark.parametrize(
@@ -230,18 +268,20 @@ COMPILE = """
     from vllm_memdec.kernels import interpolate as op
 
     KERNELS = {"whole": op.whole_kernel, "partial": op.partial_kernel, "combine": op.combine_kernel}
-    POINTERS = ("base", "memory", "weights", "score", "certainty", "out", "partials")
+    POINTERS = ("base", "memory", "weights", "score", "certainty", "tally", "out", "partials")
 
     def build(name, capability, V, dtype, gated, columns):
         kernel, plan = KERNELS[name], op.Plan.of(V, V, (dtype,), sliced=name != "whole")
         flags, warps = dict(plan.flags), plan.warps
         flags |= {"COLUMNS": columns, "KEEP": columns, "GATED": gated, "AS_LOGITS": True}
+        flags["COUNT"] = True
         flags["UNITS"] = 16
         names = kernel.arg_names
         flags = {k: v for k, v in flags.items() if k in names}
         kind = {"torch.bfloat16": "*bf16", "torch.float32": "*fp32"}[str(dtype)]
         types = dict.fromkeys(names, "i32") | {"number": "fp32"}
         types |= {n: "*fp32" for n in POINTERS if n in names} | {"base": kind, "memory": kind}
+        types |= {"tally": "*fp64"} if "tally" in names else {}
         # Rows of the head's logits begin at multiples of 64 columns. The rest is as Triton sees it.
         known = {"V": V, "shared": V, "out_stride": V}
         aligned = ("base_stride", "memory_stride", *POINTERS)

@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from collections import Counter
 
 import numpy as np
 import pytest
-from support import oracle
+from support import counters, oracle
 from support.gate_oracle import gate_weights, random_gate
 
 from vllm_memdec.checkpoint import MemoryBlock, tokenizer_fingerprint, write_block
@@ -121,7 +122,9 @@ def test_drafting_changes_no_gated_answer(engine, models):
     answers = []
     for tokens in (0, 3, "auto"):
         settings = block(models, speculative_tokens=tokens)
-        with engine(models["base"], settings, disable_log_stats=False) as llm:
+        before = counters.read()
+        by_request = {"per_request_spec_decode_metrics": "summary"} if tokens else {}
+        with engine(models["base"], settings, disable_log_stats=False, **by_request) as llm:
             from vllm import SamplingParams
 
             params = [
@@ -134,6 +137,34 @@ def test_drafting_changes_no_gated_answer(engine, models):
             drafted = sum(m.value for m in llm.get_metrics() if m.name == DRAFTED)
         assert answers[-1] == answers[0]
         assert bool(drafted) == bool(tokens)
+        check_counters(models, outputs, counters.grown(before), drafted)
+
+
+def check_counters(models, outputs, grown, drafted):
+    """Compare rows, weights and drafts of each memory with those of its requests."""
+    rows, weights, made, accepted = Counter(), Counter(), Counter(), Counter()
+    for (_, name, cap), output in zip(CHOICES, outputs, strict=True):
+        if not cap:
+            continue
+        answer = output.outputs[0]
+        drafts, kept = counters.drafts(answer)
+        rows[name] += len(answer.token_ids) - kept + drafts
+        made[name] += drafts
+        accepted[name] += kept
+        ids = [*output.prompt_token_ids, *answer.token_ids]
+        if not drafts:  # those that were refused had a weight, too
+            alpha_T1 = gate_weights(models, name, cap, ids)
+            weights[name] += alpha_T1[len(output.prompt_token_ids) - 1 : -1].sum().item()
+    assert grown["mixed_rows"] == rows
+    assert sum(made.values()) == drafted
+    for figure, wanted in (("draft_tokens", made), ("accepted_draft_tokens", accepted)):
+        assert grown.get(figure, {}) == {name: n for name, n in wanted.items() if n}
+    given = grown["mixed_weight"]
+    assert all(0 < given[name] < rows[name] for name in rows)
+    assert given["plain"] == 0.5 * rows["plain"]
+    if not drafted:
+        assert given == pytest.approx(weights, abs=oracle.TOLERANCE)
+    assert set(grown["memory_seconds"]) == set(grown["mixing_seconds"]) == set(rows)
 
 
 def test_weights_that_are_not_loaded(engine, models):

@@ -7,6 +7,7 @@ import subprocess
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -15,6 +16,8 @@ from support import http_rows, oracle
 from support.choices import ALPHAS, PROMPT, Choice, greedy, mixture
 from support.http_rows import complete, token_ids
 
+DASHBOARD = Path(__file__).parents[2] / "benchmarks" / "grafana.json"
+NAMES = re.compile(r"memdec:\w+_total")
 SENTENCE = "memdec_alpha must be a number between 0 and 1"
 feature = pytest.mark.feature
 
@@ -78,6 +81,23 @@ def test_drafts_over_http(drafting_server, models):
     assert token_ids(biased.logprobs.tokens) == [7] * 8
     if drafting_server.drafts != "auto":  # which goes by time
         assert drafting_server.metric("vllm:spec_decode_num_accepted_tokens_total") > 0
+    for theirs, ours in (("num_draft", "draft"), ("num_accepted", "accepted_draft")):
+        drafted = drafting_server.metric(f"vllm:spec_decode_{theirs}_tokens_total")
+        assert drafting_server.metric(f"memdec:{ours}_tokens_total") == drafted
+
+
+def test_the_dashboard_shows_all_counters(drafting_server):
+    """Each is there from the start, for each memory, and no panel asks for another one."""
+    page = urllib.request.urlopen(f"{drafting_server.url}/metrics").read().decode()
+    counters = {name: page.count(f'\n{name}{{memory="') for name in NAMES.findall(page)}
+    counters = {name: count for name, count in counters.items() if count}
+    asked = [
+        target["expr"]
+        for panel in json.loads(DASHBOARD.read_text())["panels"]
+        for target in panel["targets"]
+    ]
+    assert {name for query in asked for name in NAMES.findall(query)} == set(counters)
+    assert len(counters) == 9 and set(counters.values()) == {2, 3}  # of which one is "none"
 
 
 @feature("beam search")
@@ -294,12 +314,15 @@ def test_models_name_base_and_memories(api, server, models):
 
 
 def counted(server):
-    """Return (requests, prompt tokens, generated tokens) of each memory on the metrics endpoint."""
+    """Return what the metrics endpoint has of each memory.
+
+    Requests, tokens of prompts and of answers, rows that were mixed, and the sum of their weights.
+    """
     text = urllib.request.urlopen(f"{server.url}/metrics").read().decode()
     pattern = r'^memdec:(\w+)_total{memory="(\w+)"} (\S+)$'
     found = {(w, m): float(v) for w, m, v in re.findall(pattern, text, re.MULTILINE)}
-    kinds = ("requests", "prompt_tokens", "generation_tokens")
-    return {m: [found[k, m] for k in kinds] for m in ("law", "bio", "none")}
+    kinds = ("requests", "prompt_tokens", "generation_tokens", "mixed_rows", "mixed_weight")
+    return {m: [found.get((k, m), 0) for k in kinds] for m in ("law", "bio", "none")}
 
 
 def test_metrics_count_by_memory(server, client, models):
@@ -311,4 +334,23 @@ def test_metrics_count_by_memory(server, client, models):
     after = counted(server)
     grown = {m: [b - a for a, b in zip(before[m], after[m], strict=True)] for m in before}
     length = len(PROMPT)
-    assert grown == {"law": [2, 2 * length, 7], "bio": [1, length, 5], "none": [1, length, 2]}
+    assert grown == {
+        "law": [2, 2 * length, 7, 7, pytest.approx(4 * 0.6 + 3 * 0.2)],
+        "bio": [1, length, 5, 5, pytest.approx(5 * 0.4)],
+        "none": [1, length, 2, 0, 0],
+    }
+
+
+def test_the_log_names_memory_and_weight(server, client, models):
+    for number, (xargs, told) in enumerate(
+        [
+            (None, "memory 'law', alpha 0.6"),
+            ({"memdec_memory": "bio"}, "memory 'bio', alpha 0.4"),
+            ({"memdec_alpha": 0.25}, "memory 'law', alpha 0.25"),
+            ({"memdec_alpha": 0}, "no memory"),
+        ]
+    ):
+        name = f"seen-{number}"
+        complete(client, models, xargs, extra_headers={"X-Request-Id": name})
+        line = rf"memdec: request cmpl-{name}-\S+ has {re.escape(told)}\."
+        assert re.search(line, server.log.read_text()), told

@@ -201,3 +201,24 @@ def test_a_weight_without_a_memory(alpha):
         check_extra_args({"memdec_alpha": alpha}, choices)
     check_extra_args({"memdec_alpha": alpha, "memdec_memory": "law"}, choices)
     check_extra_args({"memdec_alpha": 0}, choices)
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "told"),
+    [
+        (None, "memory 'law', alpha 0.6"),
+        ({"memdec_alpha": 0}, "no memory"),
+        ({"memdec_memory": "none"}, "no memory"),
+        ({"memdec_memory": "gated"}, "memory 'gated', alpha 'auto'"),
+        (
+            {"memdec_memory": "gated", "memdec_alpha": 0.4},
+            "memory 'gated', alpha 'auto', at most 0.4",
+        ),
+        ({"memdec_memory": "steps"}, "memory 'steps', alpha 'auto'"),
+        ({"memdec_memory": "steps", "memdec_alpha": 1}, "memory 'steps', alpha 1.0"),
+    ],
+)
+def test_words_for_a_log(extra_args, told):
+    alphas = {"law": 0.6, "gated": "auto", "steps": "auto"}
+    choices = Choices(alphas, "law", gated=("gated",), by_context=("steps",))
+    assert choices.told(extra_args) == told

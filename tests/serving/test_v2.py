@@ -4,6 +4,7 @@ With rows as on CUDA: each head runs on all of them, and nothing waits for the d
 """
 
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -308,6 +309,31 @@ def test_drafts_at_every_length(results, stretched):
     assert lengths == [9, 6, 6, 9]
     assert drafts[2:5] == [[6, 6], [3, 3], [0, 0]]
     assert sum(drafted for drafted, _ in drafts) == result["drafted"]
+    check_counters(result, [*LONG, *BESIDE, *(one for batch in SEEDS for one in batch)])
+
+
+def check_counters(result, asked):
+    """Compare drafts of each memory with those of its requests; rows, which are more where prompts
+    are read in pieces; and weights, which are alike."""
+    wanted = {
+        "draft_tokens": Counter(),
+        "accepted_draft_tokens": Counter(),
+        "mixed_rows": Counter(),
+    }
+    names = [p["extra_args"]["memdec_memory"] for _, p in asked for _ in range(p.get("n", 1))]
+    answers = [sampled for _, sampled, *_ in result["requests"]]
+    for name, sampled, (made, kept) in zip(names, answers, result["by_request"], strict=True):
+        if name != "none":
+            wanted["draft_tokens"][name] += made
+            wanted["accepted_draft_tokens"][name] += kept
+            wanted["mixed_rows"][name] += len(sampled) - kept + made
+    found = result["by_memory"]
+    rows, fewest = found.pop("mixed_rows"), wanted.pop("mixed_rows")
+    assert set(rows) == set(fewest) and all(rows[name] >= fewest[name] for name in rows)
+    assert rows["law"] < fewest["law"] + 10
+    weights = {name: 0.4 * count for name, count in rows.items()}
+    assert found.pop("mixed_weight") == pytest.approx(weights)
+    assert {name: found[name] for name in wanted} == wanted
 
 
 def test_a_seed_repeats_an_answer(results):

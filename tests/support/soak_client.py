@@ -23,7 +23,8 @@ BLOCKS, CHUNK = 40, 512  # of the server: KV blocks, and tokens a step
 OPTIONS = (
     f"--host 127.0.0.1 --dtype float32 --enforce-eager --max-num-seqs 32 --block-size {BLOCK} "
     f"--num-gpu-blocks-override {BLOCKS} --max-num-batched-tokens {CHUNK} --enable-prefix-caching "
-    "--enable-scale-out"  # tokens in, tokens out
+    "--enable-scale-out "  # tokens in, tokens out
+    "--enable-log-requests"
 ).split()
 
 

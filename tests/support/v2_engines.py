@@ -5,7 +5,7 @@ import traceback
 from contextlib import nullcontext
 
 import pytest
-from support import quick_engines, recorded_graphs
+from support import counters, quick_engines, recorded_graphs
 from support.emulation import Captured, Hostile, Log, no_wait, watch
 from vllm import LLM, SamplingParams
 from vllm.multimodal.utils import fetch_image
@@ -13,13 +13,6 @@ from vllm.multimodal.utils import fetch_image
 
 def rows(found):
     return [{t: e.logprob for t, e in row.items()} if row else None for row in found or []]
-
-
-def drafts(metrics):
-    """Return how many tokens were drafted for a request, and how many of them it took."""
-    if metrics is None:  # where the engine was not asked to count by request
-        return None
-    return metrics.num_draft_tokens, sum(n * count for n, count in enumerate(metrics.histogram))
 
 
 def prompt(given):
@@ -60,7 +53,7 @@ def generate(llm, job, log):
     runner = core.model_executor.driver_worker.worker.model_runner
     log.begin(runner)
     guard = no_wait(runner.model, runner.speculator) if job["no_wait"] else nullcontext()
-    found, by_request = [], []
+    found, by_request, before = [], [], counters.read()
     with guard:
         for batch in job["batches"]:
             outputs = llm.generate(
@@ -73,7 +66,7 @@ def generate(llm, job, log):
                 for o in outputs
                 for s in o.outputs
             ]
-            by_request += [drafts(s.spec_decode_metrics) for o in outputs for s in o.outputs]
+            by_request += [counters.drafts(s) for o in outputs for s in o.outputs]
     counts = {metric.name: metric for metric in llm.get_metrics()}
     drafted, accepted = (
         counts[name].value if name in counts else 0
@@ -84,6 +77,7 @@ def generate(llm, job, log):
         "drafted": drafted,
         "accepted": accepted,
         "by_request": by_request,
+        "by_memory": counters.grown(before),
         "steps": log.steps,
         "kept": len(runner.speculator.model.draft_logits) if runner.speculator else 0,
     }

@@ -10,7 +10,8 @@ Stdin: JSON of a list of jobs, each an engine, one after the other:
     "no_wait": whether to raise where our code makes the host wait for the device
 Last line of stdout: JSON of one object a job, with "requests": [prompt ids, sampled ids, prompt
 rows, sampled rows] of each, "drafted" and "accepted" tokens, both "by_request" where the engine
-counts them, "steps": what ran in each, and "kept": how many logits of drafts are still referred to.
+counts them, "by_memory": the growth of our counters, "steps": what ran in each, and "kept": how
+many logits of drafts are still referred to.
 """
 
 import os

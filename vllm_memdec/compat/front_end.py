@@ -13,6 +13,7 @@ InputProcessor.process_inputs  The memory becomes part of the request's cache sa
     that is off for requests with images, and what would end a worker of the V2 runner, whose lists
     of tokens have limits that only the worker checks. Images of a refused request are forgotten:
     vLLM has noted them as sent by then, and the next request with one would go without its data.
+    Where requests are logged it logs memory and weight: vLLM's line has what was asked for alone.
 
 May go when vLLM has hooks for a plugin's own model_impl, request arguments and cache salt.
 Relies on the attributes of EngineArgs that startup.py checks, on a request's cache_salt, and on the
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
+from vllm.logger import init_logger
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -31,6 +33,7 @@ from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.request import Choices, check_extra_args, check_images, choices_of
 from vllm_memdec.request_error import RequestError
 
+logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 SIGNATURES = {
     "vllm.engine.arg_utils:EngineArgs.create_model_config": "self",
     "vllm.engine.arg_utils:EngineArgs.create_engine_config": "self usage_context headless",
@@ -156,6 +159,9 @@ def _salt(processor: Any, request: Any, choices: Choices) -> None:
     # A name holds no NUL, so two pairs of name and salt never give the same text.
     request.cache_salt = f"{name}\0{request.cache_salt or ''}"
     metrics.note_memory(request.request_id, name)
+    if getattr(processor, "memdec_logs_requests", False):  # see server.py
+        told = choices.told(extra_args, images)
+        logger.info("memdec: request %s has %s.", request.request_id, told)
 
 
 def _forget_images(processor: Any, prompt: Any) -> None:

@@ -7,6 +7,8 @@ OpenAIServingChat.create_chat_completion and OpenAIServingCompletion.create_comp
 into what their classes kept: `vllm run-batch` and Ray Serve call them without that endpoint.
 OpenAIServingModels.show_available_models gets a description of base and memories on each card, and
 on that of a memory its folder and its base (model_names.py makes it a model).
+AsyncLLM.add_request tells the input processor, which knows memory and weight, whether requests are
+logged.
 metrics.py derives from StatLoggerBase, which vLLM offers to plugins.
 
 May go when a plugin can add fields to /v1/models, and vLLM refuses fields it does not know.
@@ -43,6 +45,11 @@ SIGNATURES = {
         "self request raw_request"
     ),
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels.show_available_models": "self",
+    "vllm.v1.engine.async_llm:AsyncLLM.add_request": (
+        "self request_id prompt params arrival_time lora_request tokenization_kwargs trace_headers "
+        "priority data_parallel_rank session_id prompt_text reasoning_ended "
+        "reasoning_parser_kwargs kv_hints"
+    ),
     "vllm.v1.metrics.loggers:StatLoggerBase.record": (
         "self scheduler_stats iteration_stats mm_cache_stats engine_idx"
     ),
@@ -52,6 +59,7 @@ ATTRIBUTES = {
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest": "vllm_xargs",
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": "engine_client",
     "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "input_processor",
+    "vllm.v1.engine.async_llm:AsyncLLM": "input_processor log_requests",
     "vllm.v1.metrics.stats:FinishedRequestStats": (
         "num_generation_tokens num_prompt_tokens request_id"
     ),
@@ -65,12 +73,22 @@ def install() -> None:
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+    from vllm.v1.engine.async_llm import AsyncLLM
 
     model_names.install()
     wrap(OpenAIServingModels, "show_available_models", _described_models)
     wrap(app, "register_api_routers", _checked_routers)
     wrap(OpenAIServingChat, "create_chat_completion", _checked_request)
     wrap(OpenAIServingCompletion, "create_completion", _checked_request)
+    wrap(AsyncLLM, "add_request", _logged)
+
+
+def _logged(original: Callable) -> Callable:
+    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self.input_processor.memdec_logs_requests = self.log_requests
+        return original(self, *args, **kwargs)
+
+    return add_request
 
 
 def _checked_request(original: Callable) -> Callable:
