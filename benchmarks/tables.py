@@ -100,8 +100,9 @@ def of_pair(rows: list[dict[str, str]], title: str = "") -> str:
     parts = [
         (f"{title}perplexity on unseen text of the domain", domains, own),
         (f"{title}change on general text, Wikipedia / Brown", domains, general),
-        (f"{title}fact recall, facts of the corpus", asked, recall),
     ]
+    if asked:
+        parts.append((f"{title}fact recall, facts of the corpus", asked, recall))
     if any(row["recall_question"] for row in rows):
         parts.append((f"{title}the same facts, asked in other words", asked, in_other_words))
     return "\n".join(
