@@ -59,6 +59,6 @@ def test_the_install_changes_nothing_else_and_finds_the_plugin():
 
 def test_it_serves_as_vllm_does_and_not_as_root():
     assert json.loads(of("ENTRYPOINT")[-1]) == ["vllm", "serve"]
-    assert of("USER") == ["2000"] and "--uid 2000" in of("RUN")[-1]
+    assert of("USER") == ["2000:0"] and "--owner 2000" in of("RUN")[-1]
     [home] = of("ENV")
-    assert home == "HF_HOME=/cache" and of("RUN")[-1].endswith("/cache")
+    assert home == "HF_HOME=/cache HOME=/cache" and of("RUN")[-1].endswith("/cache")

@@ -113,6 +113,8 @@ def chosen(options: argparse.Namespace) -> Pair:
         pair = Pair("smollm2", str(smollm2()), budget=options.budget)
         return replace(pair, keys=options.keys or "base", layers=options.layers)
     if options.pair == "smollm2-whole":
+        if options.keys:
+            raise ValueError("smollm2-whole has one model: leave --keys out.")
         base = str(smollm2())
         pair = Pair(options.pair, base, base, keys="small", rates=WHOLE_RATES)
         return replace(pair, layers=options.layers, budget=options.budget)

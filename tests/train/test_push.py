@@ -97,13 +97,14 @@ def test_an_earlier_memory_is_replaced(writer, export, push):
     code, err = push(export)
     assert code == 0, err
     old = files(writer) | {"model-00002-of-00002.safetensors": b"", GATE: b"", "LICENSE": b"..."}
-    writer.push("models", REPO, old | {"images/a.json": b""})
+    notes = {"images/a.json": b"", "tokenizer_notes.md": b"mine"}
+    writer.push("models", REPO, old | notes)
     code, err = push(export)
     assert code == 0 and re.findall(r"removed from someone/memory: (\S+),", err) == [
         GATE, "model-00002-of-00002.safetensors",
     ], err  # fmt: skip
     assert "not uploaded" not in err  # nor is the card of the first push a stranger
-    kept = {"LICENSE", "images/a.json", "config.json", "model.safetensors", "README.md"}
+    kept = {"LICENSE", *notes, "config.json", "model.safetensors", "README.md"}
     assert kept <= files(writer).keys()
     assert not {GATE, "model-00002-of-00002.safetensors"} & files(writer).keys()
 

@@ -93,7 +93,7 @@ def starts_from(settings: MemorySettings, base: str) -> str:
         )
     return (
         f"memory: starts from the first layers of {base}: {shape}; a whole pretrained model of the "
-        "same tokenizer, given with --init, is the better start"
+        "same tokenizer, given with --init, may be the better start"
     )
 
 

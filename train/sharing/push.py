@@ -20,7 +20,7 @@ from vllm_memdec.gate import FILE as GATE
 from vllm_memdec.gate import check_gate, read_gate
 from vllm_memdec.train.data import hub
 from vllm_memdec.train.data.artifacts import HASHED, json_sha256, write_atomic
-from vllm_memdec.train.data.inputs import CONFIG, TOKENIZER, WEIGHTS
+from vllm_memdec.train.data.inputs import CONFIG
 from vllm_memdec.train.data.ownership import (
     CARD,
     CARD_MARK,
@@ -43,7 +43,14 @@ from vllm_memdec.train.sharing.card import Naming, serve, write_card
 from vllm_memdec.train.verify.report import STRAY, find_damage, read_manifest
 
 BRANCH = re.compile(r"(?![0-9a-f]{40}$)[A-Za-z0-9][\w.+-]*")  # no commit: those cannot be added to
-OF_MEMORY = (CONFIG, *WEIGHTS, *TOKENIZER, GATE, "chat_template.jinja", "generation_config.json")
+# What a memory is read from. Of tokenizers exact names: "tokenizer*" may be anybody's notes.
+OF_MEMORY = (
+    *(CONFIG, "generation_config.json", "*.safetensors", "*.safetensors.index.json"),
+    *("pytorch_model*.bin", "pytorch_model*.bin.index.json"),
+    *("adapter_config.json", "adapter_model.*", GATE, "chat_template.jinja"),
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "vocab.json"),
+    *("merges.txt", "special_tokens_map.json", "added_tokens.json"),
+)
 WRITE = "make one that may at huggingface.co/settings/tokens and run `hf auth login`"
 
 
@@ -231,6 +238,7 @@ def check_replaceable(naming: Naming, names: list[str], card: Path) -> None:
 def talking(repo: str) -> Iterator[None]:
     """Let the hub be asked with the user's token; what fails is raised as one sentence."""
     from huggingface_hub import get_token
+    from huggingface_hub.errors import HfHubHTTPError
 
     if hub.OFFLINE:
         raise MemdecError(
@@ -248,7 +256,7 @@ def talking(repo: str) -> Iterator[None]:
     except MemdecError:
         raise
     except Exception as error:  # of the hub's library, of its HTTP library, or of the storage
-        refused = fault(error)
+        refused = None if any(isinstance(e, HfHubHTTPError) for e in chain(error)) else fault(error)
         if refused is not None and refused.errno in (*FULL, *HANDLES, *NOT_ALLOWED):
             reraise(error)
         sentence = refusal(error, repo)
