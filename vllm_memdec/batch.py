@@ -158,8 +158,10 @@ class Batch:
         """lengths: the positions that each memory has; left out, none of them ends."""
         self.sets = graph_sets(memories)
         endless = torch.iinfo(torch.int64).max
-        # By the number of a memory; the last is that of NO_MEMORY, -1.
-        self.length_M = torch.tensor([*(lengths or [endless] * memories), endless])
+        # By the number of a memory; the last is that of NO_MEMORY, -1. On the host, as all that
+        # write() takes: vLLM builds models with another default device.
+        ends = [*(lengths or [endless] * memories), endless]
+        self.length_M = torch.tensor(ends, device="cpu")
         # The memories that a dummy run, or the capture of a graph, runs.
         self.dummy_set = self.sets[0]
         # The head's GEMM wants rows that are a multiple of 8 elements long.
@@ -175,7 +177,7 @@ class Batch:
 
     def reset(self) -> None:
         """Ask for all of `dummy_set`, as vLLM's dummy runs and captures need it."""
-        nothing = torch.zeros(0, dtype=torch.int64)
+        nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
         self.memory_B, self.alpha_B, self.lengths_B = nothing, nothing.float(), nothing
         # Arguments of the last write(): memories, weights, lengths. None where it had drafts.
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None

@@ -30,6 +30,7 @@ SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
 SERVED_AS, BASE_SERVED_AS = "served_as", "base_served_as"
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
+ALONE = "alone"  # in place of a weight: the memory alone, whatever its gate would give it
 EXAMPLE = '--additional-config \'{"memdec": {"model": "MEMORY"}}\''
 
 
@@ -224,7 +225,7 @@ def parse_names(
                 f"{what} is {AUTO!r}, which needs a gate or alpha_by_context: give a number "
                 "between 0 and 1, or run memdec calibrate."
             )
-        if alpha not in (None, AUTO):
+        if alpha not in (None, AUTO, ALONE):
             check_alpha(alpha, what)
     return names
 

@@ -10,10 +10,9 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
-from vllm_memdec.config import AUTO, NONE, MemDecConfig, clash, memdec_block, said
+from vllm_memdec.config import ALONE, AUTO, NONE, MemDecConfig, clash, memdec_block, said
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
-ALONE = "alone"  # in place of a weight: the memory alone, whatever its gate would give it
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
 PLAIN = ("alpha", "memory")
@@ -149,9 +148,13 @@ class Choices:
 
     def check_served(self, names: Collection[str], what: str) -> None:
         """Raise ValueError if one of these names of models is a memory's or the base's alone."""
+        meant = {name: name for name in (*self.names, NONE)}
+        meant |= {name: asked[MEMORY] for name, asked in self.served.items()}
+        if self.default == NONE and what == "the base":
+            del meant[NONE]  # that is the base alone
         for name in names:
-            if name in self.served:
-                raise clash(name, what, said(self.served[name][MEMORY]))
+            if name in meant:
+                raise clash(name, what, said(meant[name]))
 
     def asked(self, model: Any, extra_args: dict[str, Any] | None) -> dict[str, Any]:
         """Return the extra_args of a request with those that the model it names stands for.
@@ -164,6 +167,11 @@ class Choices:
             raise ValueError(
                 f"The model {model!r} is {said(named[MEMORY])}, but {MEMORY} is "
                 f"{brief(given[MEMORY])}: leave it out, or name the base's model."
+            )
+        if named and named[MEMORY] == NONE and given.get(ALPHA):
+            raise ValueError(
+                f"The model {model!r} is {said(NONE)}, but {ALPHA} is {brief(given[ALPHA])}: leave "
+                "it out, or name a memory's model."
             )
         return named | given
 

@@ -67,7 +67,8 @@ class Tally:
         if (given := self._read()) is None:
             return figures
         for name, now, before in zip(self.names, given, self.told, strict=False):
-            if now != before:
+            # Less, or no number: the device lost the buffer with its weights. Begin from there.
+            if now != before and now[0] >= before[0] and now[1] >= before[1]:
                 figures.setdefault(WEIGHT, {})[name] = now[0] - before[0]
                 figures.setdefault(ROWS, {})[name] = now[1] - before[1]
         self.told = given

@@ -136,7 +136,8 @@ def main() -> None:
     parser.add_argument("--estimate", action="store_true", help="only say how long it will take")
     parser.add_argument(
         "--leave-out", nargs="+", default=[], metavar="SYSTEM",
-        choices=[kind.name for kind in SYSTEMS[1:]], help="systems that have no row, nor keep an older one: %(choices)s",
+        choices=[kind.name for kind in SYSTEMS[1:]],
+        help="systems that have no row, nor keep an older one: %(choices)s",
     )  # fmt: skip
     options = parsed(parser)
     made, left_out = domains_of(options), options.leave_out

@@ -61,6 +61,15 @@ def test_a_memory_that_ends(dtype):
     assert torch.equal(decode(batch.columns_TA), expected)
 
 
+def test_what_is_asked_stays_on_the_host():
+    """Where vLLM builds models with a GPU as the default device."""
+    with torch.device("meta"):
+        batch = Batch(1, 64, max_tokens=8, dtype=torch.float32, device="cpu", lengths=[4])
+    asked = torch.tensor([0, 0]), torch.tensor([0.3, 0.3]), torch.tensor([2, 2])
+    batch.write(*asked, starts_B=torch.tensor([3, 4]))
+    assert batch.memory_B.tolist() == [0, NO_MEMORY]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_weights_by_context(dtype):
     """A table's weight is put into rows that ask for it, by their positions, and into no others."""

@@ -170,6 +170,10 @@ def test_a_model_s_name():
     for name, what in (("law", "the memory 'law'"), ("bare", "the base alone")):
         with pytest.raises(ValueError, match=f"{name!r} is {what}, but memdec_memory is 'bio'"):
             choices.asked(name, {MEMORY: "bio"})
+    for alpha in (0.5, "auto", "alone"):
+        with pytest.raises(ValueError, match="'bare' is the base alone, but memdec_alpha is"):
+            choices.asked("bare", {ALPHA: alpha})
+    assert choices.asked("bare", {ALPHA: 0}) == {MEMORY: NONE, ALPHA: 0}
     check_body({"model": "law", "vllm_xargs": {ALPHA: 0.3}}, ("vllm_xargs",), False, choices, ())
     with pytest.raises(ValueError, match="memdec_alpha needs memdec_memory here"):
         check_body({"model": "x", "vllm_xargs": {ALPHA: 0.3}}, ("vllm_xargs",), False, choices, ())

@@ -27,7 +27,10 @@ def test_each_call_tells_what_is_new():
     give(counts, 1, 0.25)
     assert counts.take() == {WEIGHT: {"bio": 0.25}, ROWS: {"bio": 1}}
     assert counts.take() == {}
-    give(counts, 1, torch.nan)  # a deep sleep may leave anything
+    give(counts, 1, -5.0)  # a deep sleep may leave anything
+    assert counts.take() == {}
+    give(counts, 1, torch.nan)
+    assert counts.take() == {}
     counts.restart()
     give(counts, 0, 1.0)
     assert counts.take() == {WEIGHT: {"law": 1.0}, ROWS: {"law": 1}}

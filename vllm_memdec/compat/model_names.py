@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.request import Choices, check_extra_args, choices_of
+from vllm_memdec.request import MEMORY, Choices, check_extra_args, choices_of
 
 PASS_ON = "to_chat_completion_request"  # of requests that hand over what they do not know
 
@@ -109,6 +109,8 @@ def _choose(handler: Any, request: Any, choices: Choices) -> None:
     asked = choices.asked(request.model, given)
     check_extra_args(asked, choices)
     own = choices.resolve(asked) != choices.resolve(None)
+    if asked and asked.get(MEMORY, choices.default) in choices.without_images:
+        own = True  # off for requests with images, which a named one is refused for
     if own and getattr(request, "use_beam_search", False):
         raise ValueError(
             "Beam search has the server's memory and weight, not those of a request's model or "
