@@ -84,12 +84,14 @@ class VllmServer:
         self.address = address
         self.path = address.path.rstrip("/").removesuffix("/v1")
         # What is shown: without a password and without a query, which may hold one too.
-        place = {"scheme": address.scheme, "host": address.host, "port": address.port}
-        self.url = str(httpx.URL(**place, path=self.path)).rstrip("/")
+        shown = httpx.URL(
+            scheme=address.scheme, host=address.host, port=address.port, path=self.path
+        )
+        self.url = str(shown).rstrip("/")
         self.client = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             limits=httpx.Limits(max_connections=None),
-            trust_env=not is_loopback(address.host),  # no proxy leads to this machine
+            trust_env=not _is_loopback(address.host),  # no proxy leads to this machine
         )
 
     async def models(self) -> Models:
@@ -193,7 +195,7 @@ class VllmServer:
         return f"The server at {self.url} ended in mid-answer: look at its log and start it again."
 
 
-def is_loopback(host: str) -> bool:
+def _is_loopback(host: str) -> bool:
     """Return whether a host, an IPv6 address without brackets, is this machine."""
     try:
         return ipaddress.ip_address(host).is_loopback
