@@ -34,6 +34,7 @@ setup(
         "train": [
             "torch>=2.8",
             "transformers>=5.16.1,<5.20",
+            "httpx>=0.27,<1",
             "pyarrow>=18",
             "ijson>=3.3",  # reads an array of JSON row by row
             "resiliparse>=2.0",  # the text that a page of HTML shows
@@ -42,8 +43,10 @@ setup(
             "pyyaml>=6",
             "ray>=2.60,<3",
             "rich>=13",
+            "starlette>=1.0.1",
             "tensorboardX>=2.6",
             "typer>=0.12",
+            "uvicorn>=0.30",
         ],
         "bench": [
             "PyStemmer>=2.2",

@@ -1,5 +1,6 @@
 """`memdec playground`: a real server, the real command, and a person's browser on its page."""
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,9 +23,12 @@ from support.served import Served
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.gate import write_gate
-from vllm_memdec.train.playground.vllm_server import VllmServer, pieces
+from vllm_memdec.train.playground import command, vllm_server
+from vllm_memdec.train.playground.vllm_server import VllmServer, token_texts
 from vllm_memdec.train.playground.web import application, page
+from vllm_memdec.train.progress import Progress
 
 KEY = "secret"
 PROMPT = "bagi duto mela 🙂 <b>"
@@ -210,12 +214,20 @@ def free_port():
 
 
 @contextlib.contextmanager
-def answering(body):
-    """Yield the address of a server that answers all with a body."""
+def answering(listed, completion=b"", missing=0):
+    """Yield a server's address; what it answers to GET, and to POST, of which it owes bytes."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
+            self.answer(listed, len(listed))
+
+        def do_POST(self):
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.answer(completion, len(completion) + missing)
+
+        def answer(self, body, length):
             self.send_response(200)
+            self.send_header("Content-Length", str(length))
             self.end_headers()
             self.wfile.write(body)
 
@@ -226,6 +238,36 @@ def answering(body):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+
+
+LAW = {"memory": "law", "positions": 256, "alpha": 0.5, "gate": False}
+CARDS = [{"id": "tiny", "max_model_len": 256, "memdec": {"memories": ["law"]}}]
+LISTED = json.dumps({"data": [*CARDS, {"id": "law", "memdec": LAW}]}).encode()
+
+
+def streamed(text, logprob=-1.0):
+    """Return what vLLM streams of one token."""
+    logprobs = {"tokens": [text], "token_logprobs": [logprob]}
+    choice = {"text": text, "token_ids": [7], "logprobs": logprobs, "prompt_token_ids": [5]}
+    return b"data: " + json.dumps({"choices": [choice]}, ensure_ascii=False).encode() + b"\n\n"
+
+
+def scored(logprob):
+    """Return what vLLM answers to a prompt of two tokens."""
+    row = {"7": {"logprob": logprob, "rank": 1, "decoded_token": "a"}}
+    return json.dumps({"choices": [{"prompt_logprobs": [None, row]}]}).encode()
+
+
+DONE = b"data: [DONE]\n\n"
+
+
+async def tokens_of(url):
+    chunks = [chunk async for chunk in VllmServer(url).stream({}, "a", 4)]
+    return [token.text for chunk in chunks for token in chunk.tokens]
+
+
+async def probabilities_of(url):
+    return [likely.probability for likely in await VllmServer(url).probabilities({}, [5, 7], 1)]
 
 
 def memdec(*words):
@@ -240,12 +282,14 @@ def memdec(*words):
 
 
 def test_what_it_cannot_start_with_is_one_sentence(server):
-    assert "--server must be an address such as http://" in memdec("--server", "localhost:8000")
+    for address in ("localhost:8000", "ftp://user:secret@localhost"):
+        sentence = memdec("--server", address)
+        assert "--server must be an address such as http://" in sentence and KEY not in sentence
     nobody = f"http://127.0.0.1:{free_port()}"
     sentence = memdec("--server", nobody)
     assert f"No server answers at {nobody}: start it with `vllm serve BASE" in sentence
     assert "give --api-key, or set VLLM_API_KEY" in memdec("--server", server.url)
-    assert "wants a key" in memdec("--server", server.url, "--api-key", "wrong")
+    assert "refuses the key: check" in memdec("--server", server.url, "--api-key", "wrong")
     with answering(b"<html>") as url:
         assert "is no vLLM server: check --server." in memdec("--server", url)
     # What vLLM lists of a server without a memory.
@@ -264,6 +308,111 @@ def test_a_server_that_has_ended_is_a_sentence_on_the_page():
         assert f"No server answers at {nobody}" in response.json()["error"]
 
 
+def test_a_token_may_have_any_line_end_but_json_s():
+    text = "a\u2028b\u2029c\x85d\r\n"
+    with answering(LISTED, streamed(text) + streamed("e") + DONE) as url:
+        assert asyncio.run(tokens_of(url)) == [text, "e"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "completion", "missing", "says"),
+    [
+        (tokens_of, streamed("a")[:-20] + b"\n\n" + DONE, 0, "sent an answer that cannot be read"),
+        (tokens_of, b"data: {}\n\n" + DONE, 0, "sent an answer that cannot be read"),
+        (tokens_of, streamed("a"), 9, "ended in mid-answer"),
+        (tokens_of, streamed("a"), 0, "ended in mid-answer"),
+        (tokens_of, streamed("a", 2.0) + DONE, 0, "start it with --logprobs-mode raw_logprobs"),
+        (probabilities_of, b"<html>", 0, "sent an answer that cannot be read"),
+        (probabilities_of, b"{}", 0, "sent an answer that cannot be read"),
+        (probabilities_of, scored(-1.0), 9, "ended in mid-answer"),
+        (probabilities_of, scored(2.0), 0, "start it with --logprobs-mode raw_logprobs"),
+        (probabilities_of, scored(1000.0), 0, "start it with --logprobs-mode raw_logprobs"),
+    ],
+)
+def test_an_answer_that_is_none_is_one_sentence(asked, completion, missing, says):
+    with answering(LISTED, completion, missing) as url, pytest.raises(MemdecError, match=says):
+        asyncio.run(asked(url))
+    with answering(LISTED, scored(5e-4)) as url:  # what rounding may do
+        assert asyncio.run(probabilities_of(url)) == pytest.approx([1.0], abs=1e-3)
+
+
+def test_a_server_that_is_silent_does_not_hold_the_command(monkeypatch):
+    monkeypatch.setattr(vllm_server, "LISTS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        assert f"The server at {url} is silent" in memdec("--server", url)
+
+
+def test_this_machine_has_no_proxy_and_a_password_is_not_shown(monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    with answering(LISTED) as url:
+        server = VllmServer(url.replace("//", f"//user:{KEY}@") + f"/v1/?key={KEY}")
+        assert asyncio.run(server.models()).memories[0].name == "law" and server.url == url
+    with pytest.raises(MemdecError) as raised:
+        asyncio.run(server.models())
+    assert f"No server answers at {url}:" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("host", "name", "status"),
+    [
+        ("192.0.2.7", "192.0.2.7:8010", 200),
+        ("192.0.2.7", "localhost", 200),
+        ("192.0.2.7", "evil.example", 400),
+        ("::1", "[::1]:8010", 200),
+        ("::1", "evil.example", 400),
+        ("0.0.0.0", "my-machine", 200),
+    ],
+)
+def test_the_page_has_the_names_of_its_host_alone(host, name, status):
+    with TestClient(application(VllmServer("http://localhost"), host)) as client:
+        assert client.get("/", headers={"Host": name}).status_code == status
+
+
+def test_a_defect_and_half_a_character_are_sentences_on_the_page(monkeypatch, caplog):
+    asked = {"prompt": "a", "writes": "mixture", "memory": "law", "alpha": None, "tokens": 4}
+    with answering(LISTED, b"data: {}\n\n") as url:
+        app = application(VllmServer(url), "127.0.0.1")
+        with TestClient(app, base_url="http://localhost") as client:
+            broken = json.dumps(asked | {"prompt": "a \ud83d"})
+            headers = {"Content-Type": "application/json"}
+            response = client.post("/answer", content=broken, headers=headers)
+            assert response.status_code == 400 and "half a character" in response.json()["error"]
+            response = client.post("/answer", json=asked)
+            assert "cannot be read" in response.json()["error"]
+            monkeypatch.setattr(VllmServer, "stream", lambda *words: [][0])
+            response = client.post("/answer", json=asked)
+            assert response.json()["error"].startswith("A defect of memdec ended this answer")
+    assert "IndexError" in caplog.text
+
+
+def test_a_browser_may_wait_for_the_page(monkeypatch):
+    opened, ended = [], asyncio.Event()
+
+    async def main(url):
+        loop = asyncio.get_running_loop()
+
+        def browse(page):
+            with contextlib.suppress(httpx.TransportError):
+                opened.append(httpx.get(page, timeout=5).status_code)
+            loop.call_soon_threadsafe(ended.set)
+
+        monkeypatch.setattr(command.webbrowser, "open", browse)
+        monkeypatch.setattr(command, "has_display", lambda: True)
+        serving = asyncio.create_task(
+            command.serve(url, None, "127.0.0.1", 0, browser=True, progress=Progress())
+        )
+        await asyncio.wait(
+            [serving, asyncio.create_task(ended.wait())], return_when="FIRST_COMPLETED"
+        )
+        serving.cancel()
+        await asyncio.wait([serving])
+
+    with answering(LISTED) as url:
+        asyncio.run(main(url))
+    assert opened == [200]
+
+
 @pytest.mark.parametrize(
     ("text", "tokens", "wanted"),
     [
@@ -276,7 +425,7 @@ def test_a_server_that_has_ended_is_a_sentence_on_the_page():
     ],
 )
 def test_a_part_of_several_tokens_keeps_its_text(text, tokens, wanted):
-    assert pieces(text, tokens) == wanted
+    assert token_texts(text, tokens) == wanted
 
 
 @pytest.fixture

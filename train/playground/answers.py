@@ -6,6 +6,7 @@ time: the slower the server, the more tokens a question has.
 """
 
 import asyncio
+import logging
 from bisect import bisect_right
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Question:
         return min(max((given[MIXTURE] - given[BASE]) / apart, 0.0), 1.0)
 
 
-def told(question: Question, position: int, likely: dict[str, Likely]) -> Event:
+def token_event(question: Question, position: int, likely: dict[str, Likely]) -> Event:
     """Return what the page shows of a token: numbers, who decided, and its colour."""
     if position >= question.memory.positions:  # the server answers with the base
         likely = likely | {MEMORY: Likely(0.0, "")}
@@ -113,6 +114,12 @@ class Answer:
             self.queue.put_nowait({"done": finish})
         except MemdecError as error:
             self.queue.put_nowait({"error": str(error)})
+        except Exception:
+            logging.getLogger(__name__).exception("a defect ended an answer")
+            defect = (
+                "A defect of memdec ended this answer: the terminal of the playground shows it."
+            )
+            self.queue.put_nowait({"error": defect})
         finally:
             judging.cancel()
             self.queue.put_nowait(None)
@@ -120,9 +127,9 @@ class Answer:
     async def _write(self) -> str | None:
         finish, asked = None, self.question
         choice = self.choices[asked.writes]
-        async for part in self.server.stream(choice, asked.prompt, asked.tokens):
-            self.prompt, finish = self.prompt or part.prompt, part.finish or finish
-            for token in part.tokens:
+        async for chunk in self.server.stream(choice, asked.prompt, asked.tokens):
+            self.prompt, finish = self.prompt or chunk.prompt, chunk.finish or finish
+            for token in chunk.tokens:
                 self.queue.put_nowait({"at": len(self.ids), "text": token.text})
                 self.ids.append(token.id)
                 self.own.append(token.likely)
@@ -145,7 +152,7 @@ class Answer:
                 for at, each in enumerate(zip(*found, strict=True), done):
                     likely = dict(zip(others, each, strict=True))
                     likely[self.question.writes] = self.own[at]
-                    token = told(self.question, known + at - 1, likely)
+                    token = token_event(self.question, known + at - 1, likely)
                     self.queue.put_nowait({"at": at, **token})
                 done = end
             elif ended:

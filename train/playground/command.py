@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import sys
+import threading
 import webbrowser
 from typing import Annotated
 
@@ -50,7 +51,8 @@ async def serve(
     page = f"http://{place}:{listening.getsockname()[1]}"
     progress.say(f"The playground is at {page} (Ctrl-C ends it).")
     if browser and has_display():
-        webbrowser.open(page)
+        # It may wait for the page, which is served only once this function goes on.
+        threading.Thread(target=webbrowser.open, args=[page], daemon=True).start()
     await web_server(application(vllm_server, host)).serve([listening])
 
 

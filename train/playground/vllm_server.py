@@ -4,6 +4,7 @@ What the server refuses, and a server that is not there, is a MemdecError: one s
 remedy, for the page or the terminal.
 """
 
+import ipaddress
 import json
 import math
 from collections.abc import AsyncIterator
@@ -17,6 +18,8 @@ from vllm_memdec.errors import MemdecError
 
 Choice = dict[str, Any]  # the fields of a request that name model, memory and weight
 CONNECT = 10.0  # seconds; an answer may take as long as it takes
+LISTS = 10.0  # seconds until a server that is there lists its models
+ROUNDING = 1e-3  # by which a probability may be above 1
 NONE, ALONE = "none", "alone"  # words of memdec_memory and memdec_alpha
 SERVE = "vllm serve BASE --model-impl memdec --additional-config '{\"memdec\": ...}'"
 
@@ -59,10 +62,10 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Part:
+class StreamChunk:
     """What a stream brings at once."""
 
-    prompt: list[int]  # in the first part alone
+    prompt: list[int]  # in the first chunk alone
     tokens: list[Written]
     finish: str | None  # why the text ends: "stop" or "length"
 
@@ -73,62 +76,64 @@ class VllmServer:
     def __init__(self, url: str, key: str | None = None) -> None:
         """url: with or without /v1; key: what the server was given as --api-key."""
         try:
-            address = httpx.URL(url.strip().rstrip("/"))
+            address = httpx.URL(url.strip())
         except httpx.InvalidURL:
             address = httpx.URL("")
         if address.scheme not in ("http", "https") or not address.host:
-            raise MemdecError(
-                f"--server must be an address such as http://localhost:8000, got {url!r}."
-            )
-        self.url = str(address).removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        timeout = httpx.Timeout(None, connect=CONNECT)
-        limits = httpx.Limits(max_connections=None)
-        self.client = httpx.AsyncClient(headers=headers, timeout=timeout, limits=limits)
+            raise MemdecError("--server must be an address such as http://localhost:8000.")
+        self.address = address
+        self.path = address.path.rstrip("/").removesuffix("/v1")
+        # What is shown: without a password and without a query, which may hold one too.
+        shown = httpx.URL(
+            scheme=address.scheme, host=address.host, port=address.port, path=self.path
+        )
+        self.url = str(shown).rstrip("/")
+        self.client = httpx.AsyncClient(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            limits=httpx.Limits(max_connections=None),
+            trust_env=not _is_loopback(address.host),  # no proxy leads to this machine
+        )
 
     async def models(self) -> Models:
         """Return the base and its memories, by GET /v1/models."""
-        async with self._asked("GET", "/v1/models") as response:
-            told = _json(await response.aread())
-        cards = told.get("data") if isinstance(told, dict) else None
-        if not isinstance(cards, list):
-            raise MemdecError(f"{self.url} is no vLLM server: check --server.")
-        known = [(card, card["memdec"]) for card in cards if isinstance(card.get("memdec"), dict)]
-        bases = [card for card, memdec in known if "memories" in memdec]
-        memories = [
-            ServedMemory(
-                card["id"], m["positions"], m["alpha"], m["gate"], m.get("alpha_by_context")
-            )
-            for card, m in known
-            if m.get("memory", NONE) != NONE
-        ]
-        if not bases or not memories:
-            raise MemdecError(
-                f"The server at {self.url} runs without a memory: start it with `{SERVE}`."
-            )
-        return Models(bases[0]["id"], bases[0]["max_model_len"], memories)
+        async with self._response("GET", "/v1/models") as response:
+            cards = _json(await response.aread())["data"]
+            known = [(c, c["memdec"]) for c in cards if isinstance(c.get("memdec"), dict)]
+            bases = [card for card, memdec in known if "memories" in memdec]
+            memories = [
+                ServedMemory(
+                    card["id"], m["positions"], m["alpha"], m["gate"], m.get("alpha_by_context")
+                )
+                for card, m in known
+                if m.get("memory", NONE) != NONE
+            ]
+            if not bases or not memories:
+                raise MemdecError(
+                    f"The server at {self.url} runs without a memory: start it with `{SERVE}`."
+                )
+            return Models(bases[0]["id"], bases[0]["max_model_len"], memories)
 
-    async def stream(self, choice: Choice, prompt: str, tokens: int) -> AsyncIterator[Part]:
+    async def stream(self, choice: Choice, prompt: str, tokens: int) -> AsyncIterator[StreamChunk]:
         """Yield what the choice writes after a prompt, its likeliest tokens, as it comes."""
         asked = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "logprobs": 1}
         asked |= {"stream": True, "return_token_ids": True}
         asked["repetition_penalty"] = 1.0  # vLLM has another one of some models' own
-        async with self._asked("POST", "/v1/completions", choice | asked) as response:
-            try:
-                async for line in response.aiter_lines():
-                    data = line.removeprefix("data: ")
-                    if data == line or data == "[DONE]":
-                        continue
-                    event = _json(data.encode())
-                    if "error" in event:
-                        raise MemdecError(_said(event, 500))
-                    for told in event.get("choices", ()):
-                        yield _part(told)
-            except httpx.TransportError:
-                raise MemdecError(
-                    f"The server at {self.url} ended in mid-answer: look at its log and start it "
-                    "again."
-                ) from None
+        done = False
+        async with self._response("POST", "/v1/completions", choice | asked) as response:
+            async for line in _lines(response):
+                data = line.removeprefix(b"data:").strip()
+                if not line.startswith(b"data:"):
+                    continue
+                if data == b"[DONE]":
+                    done = True
+                    continue
+                event = _json(data)
+                if "error" in event:
+                    raise MemdecError(_refusal(event, 500))
+                for written in event["choices"]:
+                    yield _chunk(written)
+            if not done:
+                raise MemdecError(self._cut())
 
     async def probabilities(self, choice: Choice, ids: list[int], start: int) -> list[Likely]:
         """Return what the choice gives to each id from `start` on, after those before it.
@@ -136,35 +141,66 @@ class VllmServer:
         One prefill of all ids: asked for log-probabilities of a prompt, vLLM reads no cache.
         """
         asked = {"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 1}
-        async with self._asked("POST", "/v1/completions", choice | asked) as response:
-            told = _json(await response.aread())
-        rows = told["choices"][0]["prompt_logprobs"]
-        return [_likely(rows[n], ids[n]) for n in range(start, len(ids))]
+        async with self._response("POST", "/v1/completions", choice | asked) as response:
+            rows = _json(await response.aread())["choices"][0]["prompt_logprobs"]
+            return [_likely(rows[n], ids[n]) for n in range(start, len(ids))]
 
     @asynccontextmanager
-    async def _asked(
+    async def _response(
         self, method: str, path: str, body: dict[str, Any] | None = None
     ) -> AsyncIterator[httpx.Response]:
+        """Yield an answer to be read; whatever is wrong with it, or in reading it: MemdecError."""
+        address = self.address.copy_with(path=self.path + path)
+        timeout = httpx.Timeout(None, connect=CONNECT, read=LISTS if body is None else None)
+        request = self.client.build_request(method, address, json=body, timeout=timeout)
+        response = None
         try:
-            request = self.client.build_request(method, f"{self.url}{path}", json=body)
             response = await self.client.send(request, stream=True)
-        except httpx.TransportError:
-            raise MemdecError(
-                f"No server answers at {self.url}: start it with `{SERVE}`, or check --server."
-            ) from None
-        try:
-            if response.status_code in (401, 403):
-                raise MemdecError(
-                    f"The server at {self.url} wants a key: give --api-key, or set VLLM_API_KEY."
-                )
-            if response.status_code == 404 and body is None:
-                raise MemdecError(f"{self.url} is no vLLM server: check --server.")
             if response.status_code != 200:
-                text = await response.aread()
-                raise MemdecError(_said(_json(text), response.status_code))
+                raise MemdecError(await self._refused(response))
             yield response
+        except httpx.ReadTimeout:
+            raise MemdecError(
+                f"The server at {self.url} is silent: look at its log, or check --server."
+            ) from None
+        except httpx.RequestError:
+            nobody = f"No server answers at {self.url}: start it with `{SERVE}`, or check --server."
+            raise MemdecError(nobody if response is None else self._cut()) from None
+        except MemdecError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:  # not as vLLM's are
+            unread = f"The server at {self.url} sent an answer that cannot be read: see its log."
+            raise MemdecError(self._no_vllm() if body is None else unread) from error
         finally:
-            await response.aclose()
+            if response is not None:
+                await response.aclose()
+
+    async def _refused(self, response: httpx.Response) -> str:
+        status = response.status_code
+        if status in (401, 403) and "Authorization" in response.request.headers:
+            return f"The server at {self.url} refuses the key: check --api-key, or VLLM_API_KEY."
+        if status in (401, 403):
+            return f"The server at {self.url} wants a key: give --api-key, or set VLLM_API_KEY."
+        if status == 404 and response.request.method == "GET":
+            return self._no_vllm()
+        try:
+            return _refusal(json.loads(await response.aread()), status)
+        except ValueError:
+            return _refusal(None, status)
+
+    def _no_vllm(self) -> str:
+        return f"{self.url} is no vLLM server: check --server."
+
+    def _cut(self) -> str:
+        return f"The server at {self.url} ended in mid-answer: look at its log and start it again."
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether a host, an IPv6 address without brackets, is this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def base_alone(models: Models) -> Choice:
@@ -183,37 +219,55 @@ def mixture(memory: ServedMemory, alpha: float | None) -> Choice:
     return {"model": memory.name} | weight
 
 
-def _json(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError:
-        return {}
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield the lines; httpx's own end at U+2028 too, which stands as it is in vLLM's JSON."""
+    rest = b""
+    async for data in response.aiter_bytes():
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest
 
 
-def _said(told: Any, status: int) -> str:
+def _json(data: bytes) -> dict[str, Any]:
+    found = json.loads(data)
+    if not isinstance(found, dict):
+        raise TypeError("no JSON object")
+    return found
+
+
+def _refusal(found: Any, status: int) -> str:
     """Return what an answer that is none says."""
-    error = told.get("error") if isinstance(told, dict) else None
+    error = found.get("error") if isinstance(found, dict) else None
     message = error.get("message") if isinstance(error, dict) else None
     return str(message or f"The server answered with HTTP {status}: look at its log.")
 
 
-def _part(told: dict[str, Any]) -> Part:
-    ids, logprobs = told.get("token_ids") or [], told.get("logprobs") or {}
+def _chunk(written: dict[str, Any]) -> StreamChunk:
+    ids, logprobs = written.get("token_ids") or [], written.get("logprobs") or {}
     names = logprobs.get("tokens") or []
-    texts = pieces(told.get("text") or "", names)
+    texts = token_texts(written.get("text") or "", names)
     tokens = [
-        Written(token, texts[n], Likely(math.exp(logprobs["token_logprobs"][n]), names[n]))
+        Written(token, texts[n], Likely(_probability(logprobs["token_logprobs"][n]), names[n]))
         for n, token in enumerate(ids)
     ]
-    return Part(told.get("prompt_token_ids") or [], tokens, told.get("finish_reason"))
+    return StreamChunk(written.get("prompt_token_ids") or [], tokens, written.get("finish_reason"))
 
 
 def _likely(row: dict[str, Any], token: int) -> Likely:
     best = min(row.values(), key=lambda entry: entry["rank"])
-    return Likely(math.exp(row[str(token)]["logprob"]), best["decoded_token"] or "")
+    return Likely(_probability(row[str(token)]["logprob"]), best["decoded_token"] or "")
 
 
-def pieces(text: str, tokens: list[str]) -> list[str]:
+def _probability(logprob: float) -> float:
+    if not logprob <= math.log1p(ROUNDING):  # NaN neither
+        raise MemdecError(
+            "The server sends no log-probabilities: start it with --logprobs-mode raw_logprobs."
+        )
+    return math.exp(logprob)
+
+
+def token_texts(text: str, tokens: list[str]) -> list[str]:
     """Return the text of each token: together they are `text`, which the last has the rest of.
 
     Decoded alone, a token of SentencePiece loses the space that it begins with.

@@ -26,12 +26,14 @@ from vllm_memdec.train.playground.vllm_server import Models, VllmServer
 
 HERE = Path(__file__).parent
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+EVERYWHERE = ("0.0.0.0", "::", "")
 ALLOWED = "; img-src data:; connect-src 'self'"  # an empty icon, and questions to this server
 
 
 def application(server: VllmServer, host: str) -> Starlette:
-    """Return the app; host: where it listens. On this machine alone, it has no other name."""
-    hosts = [*LOOPBACK] if host in (*LOOPBACK, "::1") else ["*"]
+    """Return the app; host: where it listens, which is its only name unless it is everywhere."""
+    name = f"[{host}]" if ":" in host else host
+    hosts = ["*"] if host in EVERYWHERE else [*LOOPBACK, name]
 
     async def show_page(request: Request) -> Response:
         return HTMLResponse(page())
@@ -49,7 +51,7 @@ def application(server: VllmServer, host: str) -> Starlette:
             asked = json.loads(await request.body())
             models = await server.models()
             question = _question(asked, models)
-        except (MemdecError, json.JSONDecodeError) as error:
+        except (MemdecError, json.JSONDecodeError, UnicodeDecodeError) as error:
             return JSONResponse({"error": str(error)}, 400)
         lines = _lines(Answer(server, models, question))
         return StreamingResponse(lines, media_type="application/x-ndjson")
@@ -107,6 +109,8 @@ def _question(asked: Any, models: Models) -> Question:
     prompt, tokens = asked.get("prompt"), asked.get("tokens")
     if not isinstance(prompt, str) or not prompt:
         raise MemdecError("The prompt is empty: write a few words.")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise MemdecError("The prompt has half a character, a lone surrogate: delete it.")
     if type(tokens) is not int or not 0 < tokens < models.max_model_len:
         raise MemdecError(
             f"Tokens must be a number from 1 to {models.max_model_len - 1}, got {brief(tokens)}."
