@@ -158,15 +158,17 @@ def test_a_stray_shard_is_seen(copy):
 
 def test_a_file_of_the_user_s_is_not_to_be_deleted(copy):
     """What the sentence says is done: the file is moved, nothing is made again."""
-    (copy / "export/README.md").write_text("My model card.")
+    (copy / "export/notes.md").write_text("My notes.")
     fix = checked(copy)["files"].fix
-    assert fix == "move export/README.md out of the build's folders and verify again."
-    (copy / "export/README.md").rename(copy / "README.md")
+    assert fix == "move export/notes.md out of the build's folders and verify again."
+    (copy / "export/notes.md").rename(copy / "notes.md")
     assert failed(checked(copy)) == []
-    (copy / "export/README.md").write_text("My model card.")
+    (copy / "export/README.md").write_text("My model card.")  # `memdec push` uploads it
+    assert failed(checked(copy)) == []
+    (copy / "export/notes.md").write_text("My notes.")
     truncated(copy / "targets/ids-00000.npy")
     fix = checked(copy)["files"].fix
-    assert fix.startswith("move export/README.md out of the build's folders; then delete the tar")
+    assert fix.startswith("move export/notes.md out of the build's folders; then delete the tar")
 
 
 def test_manifests_of_others(copy):
