@@ -203,6 +203,20 @@ def test_bench_serve(served, models):
     assert (result["completed"], result["total_output_tokens"]) == (6, 48)
 
 
+@feature("a memory by the model's name")
+@each_base
+def test_a_memory_is_a_model(client, models):
+    for name in ("law", "bio", "none"):
+        found = http_rows.complete(client, models, model=name, echo=True)
+        said = found.choices[0].logprobs
+        ids = http_rows.token_ids(said.tokens)
+        key_TV = mixture(models, Choice(name), ids)
+        assert found.model == name
+        for position in range(1, len(ids)):
+            wanted = key_TV[position - 1, ids[position]].item()
+            assert said.token_logprobs[position] == pytest.approx(wanted, abs=oracle.TOLERANCE)
+
+
 @feature("LoRA on the base")
 @pytest.mark.parametrize(
     "base", [name for name in OTHER_BASES if name not in NO_LORA], indirect=True
