@@ -17,7 +17,15 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.corpora import choices, download, questions
 from benchmarks.corpora.factbook import Fact
-from benchmarks.quality import estimate, pair, plug_and_play, quality, recall_curve, tasks
+from benchmarks.quality import (
+    estimate,
+    measuring,
+    pair,
+    plug_and_play,
+    quality,
+    recall_curve,
+    tasks,
+)
 from benchmarks.quality.pair import Pair
 from benchmarks.systems import slim
 from benchmarks.systems.base import Base
@@ -27,6 +35,7 @@ from benchmarks.systems.knn_lm import KnnLm
 from benchmarks.systems.memory import Memory
 from benchmarks.systems.rag import Bm25Rag
 from benchmarks.systems.trained import budget, parameters, trial_share
+from vllm_memdec.errors import MemdecError
 from vllm_memdec.train.data.blocks import load_blocks
 from vllm_memdec.train.model.devices import products
 from vllm_memdec.train.model.huggingface import load_config, load_model
@@ -182,6 +191,33 @@ def test_products_in_another_dtype_are_another_artifact(domain, monkeypatch):
         for dtype, beside in (("bfloat16", trained), ("float32", {})):
             settings = asked.changed(dtype=dtype)
             assert memory.plan(settings) == settings.recorded() | plan | beside
+
+
+def test_the_whole_base_as_memory(models, monkeypatch):
+    """Options of the commands: the memory begins as the base, the keys are the base's."""
+    monkeypatch.setattr(pair, "smollm2", lambda: models[0])
+
+    def made(*words):
+        monkeypatch.setattr("sys.argv", ["quality", "--pair", "smollm2-whole", *words])
+        options = measuring.parsed(measuring.new_parser(None, ["law"]))
+        return measuring.domains_of(options)[0]
+
+    domain = made("--budget", "paper")
+    assert (domain.pair.label, domain.pair.budget) == ("smollm2-whole", "paper")
+    assert domain.settings.memory.init == domain.pair.key_model == domain.base == models[0]
+    assert domain.system(Memory).rates == pair.WHOLE_RATES["memory"]
+    assert domain.system(Dapt).rates == Dapt.usual_rates
+    with pytest.raises(SystemExit, match="smollm2-whole has one model: leave --keys out"):
+        made("--keys", "base")
+
+
+def test_a_model_without_its_weights_is_not_kept(domain, monkeypatch):
+    """As where another run of the same comparison has taken them away."""
+    monkeypatch.setattr(Dapt, "write", lambda self, settings, work: None)
+    dapt = domain.system(Dapt)
+    with pytest.raises(MemdecError, match="config.json"):
+        dapt.train(1e-3)
+    assert not [path for path in domain.folder.glob("dapt*") if (path / "manifest.json").exists()]
 
 
 def test_a_pair_is_measured_at_equal_flops(domain, models, monkeypatch):

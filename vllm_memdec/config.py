@@ -146,12 +146,12 @@ class MemDecConfig:
         {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
         NAME} are several. Beside either, "speculative_tokens", "overlap", "base_served_as".
         """
-        tokens, overlap, bare = 0, False, None
+        tokens, overlap, base_name = 0, False, None
         if isinstance(settings, dict):
             settings = dict(settings)
             tokens = settings.pop(SPECULATIVE, 0)
             overlap = settings.pop(OVERLAP, False)
-            bare = settings.pop(BASE_SERVED_AS, None)
+            base_name = settings.pop(BASE_SERVED_AS, None)
         adapts = tokens == AUTO
         if adapts:
             tokens = MAX_DRAFTS
@@ -162,12 +162,12 @@ class MemDecConfig:
             )
         if type(overlap) is not bool:
             raise ValueError(f"memdec {OVERLAP!r} must be true or false, got {overlap!r}.")
-        if bare is not None and (not isinstance(bare, str) or not bare):
-            raise ValueError(f"memdec {BASE_SERVED_AS!r} must be a name, got {bare!r}.")
+        if base_name is not None and (not isinstance(base_name, str) or not base_name):
+            raise ValueError(f"memdec {BASE_SERVED_AS!r} must be a name, got {base_name!r}.")
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
             return cls(
-                (memory,), ONLY, tokens, adapts, overlap, check_names([memory], bare or NONE)
+                (memory,), ONLY, tokens, adapts, overlap, check_names([memory], base_name or NONE)
             )
         if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
             raise ValueError(
@@ -192,9 +192,13 @@ class MemDecConfig:
         if default not in (*names, NONE):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         memories = [MemoryConfig.parse(*item) for item in settings["memories"].items()]
-        if bare is None and default != NONE:  # else the base's own name is that of the base alone
-            bare = NONE
-        return cls(tuple(memories), default, tokens, adapts, overlap, check_names(memories, bare))
+        if (
+            base_name is None and default != NONE
+        ):  # else the base's own name is that of the base alone
+            base_name = NONE
+        return cls(
+            tuple(memories), default, tokens, adapts, overlap, check_names(memories, base_name)
+        )
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
@@ -230,20 +234,20 @@ def parse_names(
     return names
 
 
-def check_names(memories: "list[MemoryConfig]", bare: str | None) -> str | None:
+def check_names(memories: "list[MemoryConfig]", base_name: str | None) -> str | None:
     """Return the name of the base alone as a model; raise ValueError if a name means two things.
 
     The name of a memory, by which vllm_xargs choose, is no other's as a model.
     """
-    meant = {name: said(name) for name in (NONE, *(memory.name for memory in memories))}
-    served = [(name, said(memory.name)) for memory in memories for name in memory.served_as]
-    for name, what in [*([(bare, said(NONE))] if bare else []), *served]:
+    meant = {name: in_words(name) for name in (NONE, *(memory.name for memory in memories))}
+    served = [(name, in_words(memory.name)) for memory in memories for name in memory.served_as]
+    for name, what in [*([(base_name, in_words(NONE))] if base_name else []), *served]:
         if meant.setdefault(name, what) != what:
             raise clash(name, meant[name], what)
-    return bare
+    return base_name
 
 
-def said(memory: str) -> str:
+def in_words(memory: str) -> str:
     """Return in words what the name of a memory, or "none", stands for."""
     return "the base alone" if memory == NONE else f"the memory {memory!r}"
 

@@ -57,13 +57,13 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 def describe_model(description: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Return what describe() told of the memory that a model stands for, with the model's weight.
+    """Return describe()'s part of the memory that a model stands for, with the model's weight.
 
     asked: what the model's name asks for, as extra_args of a request.
     """
     name = asked[MEMORY]
-    told = description["base"] if name == NONE else description["memories"][name]
-    return {"memory": name, **told} | ({"alpha": asked[ALPHA]} if ALPHA in asked else {})
+    described = description["base"] if name == NONE else description["memories"][name]
+    return {"memory": name, **described} | ({"alpha": asked[ALPHA]} if ALPHA in asked else {})
 
 
 def kv_bytes_per_token(model: ModelConfig, vllm_config: VllmConfig, dtype: str) -> int | None:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
-from vllm_memdec.config import ALONE, AUTO, NONE, MemDecConfig, clash, memdec_block, said
+from vllm_memdec.config import ALONE, AUTO, NONE, MemDecConfig, clash, in_words, memdec_block
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 NO_MEMORY = -1  # in place of a memory's number
@@ -154,7 +154,7 @@ class Choices:
             del meant[NONE]  # that is the base alone
         for name in names:
             if name in meant:
-                raise clash(name, what, said(meant[name]))
+                raise clash(name, what, in_words(meant[name]))
 
     def asked(self, model: Any, extra_args: dict[str, Any] | None) -> dict[str, Any]:
         """Return the extra_args of a request with those that the model it names stands for.
@@ -165,13 +165,13 @@ class Choices:
         given = extra_args or {}
         if named and given.get(MEMORY, named[MEMORY]) != named[MEMORY]:
             raise ValueError(
-                f"The model {model!r} is {said(named[MEMORY])}, but {MEMORY} is "
+                f"The model {model!r} is {in_words(named[MEMORY])}, but {MEMORY} is "
                 f"{brief(given[MEMORY])}: leave it out, or name the base's model."
             )
         if named and named[MEMORY] == NONE and given.get(ALPHA):
             raise ValueError(
-                f"The model {model!r} is {said(NONE)}, but {ALPHA} is {brief(given[ALPHA])}: leave "
-                "it out, or name a memory's model."
+                f"The model {model!r} is {in_words(NONE)}, but {ALPHA} is {brief(given[ALPHA])}: "
+                "leave it out, or name a memory's model."
             )
         return named | given
 
@@ -210,7 +210,9 @@ class Choices:
         number, _ = self.resolve(extra_args, images)
         return NONE if number == NO_MEMORY else self.names[number]
 
-    def told(self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None) -> str:
+    def described(
+        self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
+    ) -> str:
         """Return memory and weight of a request in words, for a log."""
         number, alpha = self.resolve(extra_args, images)
         if number == NO_MEMORY:

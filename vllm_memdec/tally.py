@@ -32,7 +32,7 @@ class Tally:
         self.given_M2 = zeros_M2.to(device, copy=True)
         self.slots = [self.given_M2[number] for number in range(len(zeros_M2))]
         self.nothing: list[list[float]] = zeros_M2.tolist()
-        self.told = self.nothing  # of the buffer, by take()
+        self.reported = self.nothing  # of the buffer, by the last take()
         # Of a GPU: where the buffer is copied to, the end of the copy that is under way, if one is,
         # and when the next one may begin.
         self.host_M2 = zeros_M2 if self.on_cpu else zeros_M2.pin_memory()
@@ -59,19 +59,19 @@ class Tally:
     def restart(self) -> None:
         """Begin at 0: weights are loaded, and what was on the device may have been dropped."""
         self.given_M2.zero_()
-        self.told, self.copied = self.nothing, None
+        self.reported, self.copied = self.nothing, None
 
     def take(self) -> Figures:
         """Return what has been added since the last call, as far as the host knows it."""
         figures, self.seconds = self.seconds, {}
         if (given := self._read()) is None:
             return figures
-        for name, now, before in zip(self.names, given, self.told, strict=False):
+        for name, now, before in zip(self.names, given, self.reported, strict=False):
             # Less, or no number: the device lost the buffer with its weights. Begin from there.
             if now != before and now[0] >= before[0] and now[1] >= before[1]:
                 figures.setdefault(WEIGHT, {})[name] = now[0] - before[0]
                 figures.setdefault(ROWS, {})[name] = now[1] - before[1]
-        self.told = given
+        self.reported = given
         return figures
 
     def _read(self) -> list[list[float]] | None:

@@ -40,7 +40,11 @@ def parsed(
 
 def domains_of(options: argparse.Namespace) -> list[Domain]:
     """Return the domains of the options, in their sizes, beside the pair of the options."""
-    pair, settings, progress = chosen(options), load_settings(SETTINGS), Progress()
+    try:
+        pair = chosen(options)
+    except ValueError as error:  # options that do not go together
+        raise SystemExit(str(error)) from None
+    settings, progress = load_settings(SETTINGS), Progress()
     return [
         Domain(
             name,

@@ -208,7 +208,7 @@ def test_a_weight_without_a_memory(alpha):
 
 
 @pytest.mark.parametrize(
-    ("extra_args", "told"),
+    ("extra_args", "words"),
     [
         (None, "memory 'law', alpha 0.6"),
         ({"memdec_alpha": 0}, "no memory"),
@@ -222,7 +222,7 @@ def test_a_weight_without_a_memory(alpha):
         ({"memdec_memory": "steps", "memdec_alpha": 1}, "memory 'steps', alpha 1.0"),
     ],
 )
-def test_words_for_a_log(extra_args, told):
+def test_words_for_a_log(extra_args, words):
     alphas = {"law": 0.6, "gated": "auto", "steps": "auto"}
     choices = Choices(alphas, "law", gated=("gated",), by_context=("steps",))
-    assert choices.told(extra_args) == told
+    assert choices.described(extra_args) == words

@@ -96,15 +96,15 @@ def page(explanation: Explanation) -> str:
     spans, rows, sections = [html.escape(explanation.first)], [], []
     for n, token in enumerate(explanation.tokens):
         given = token.base, token.memory, token.mixture
-        told, percents = numbers(*given, token.decided), map(percent, given)
-        spans.append(_span(token, f"of-{n}", told))
+        words, percents = numbers(*given, token.decided), map(percent, given)
+        spans.append(_span(token, f"of-{n}", words))
         cells = [visible(token.text), f"{token.alpha:.2f}", *percents, token.decided]
         cells += [visible(token.base_says), visible(token.memory_says)]
         if explanation.build is not None:
             cells.append("; ".join(f"{s.title} ({s.percent})" for s in token.sources[:1]))
         rows.append("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>")
         if token.sources:
-            sections.append(_section(token, f"of-{n}", told))
+            sections.append(_section(token, f"of-{n}", words))
     body, sourced = f'<p class="text">{"".join(spans)}</p>', explanation.build is not None
     if sourced:
         hint = HINT.format(build=html.escape(Path(explanation.build or "").name))
@@ -125,24 +125,24 @@ def page(explanation: Explanation) -> str:
     )
 
 
-def _span(token: Token, name: str, told: str) -> str:
+def _span(token: Token, name: str, words: str) -> str:
     """Return a token of the heat map; name: of the section that has its sources."""
     kinds = ["written" if token.written else "given", *["sourced"][: len(token.sources)]]
     to_show = f' data-of="{name}" tabindex="0" role="button"' if token.sources else ""
     return (
-        f'<span class="{" ".join(kinds)}" title="{told}"{to_show} '
+        f'<span class="{" ".join(kinds)}" title="{words}"{to_show} '
         f'style="background: {shade(token.share, token.mixture)}">'
         f"{html.escape(token.text)}</span>"
     )
 
 
-def _section(token: Token, name: str, told: str) -> str:
+def _section(token: Token, name: str, words: str) -> str:
     """Return what is shown beside the text of a token: its numbers and its sources."""
     items = "".join(_item(source) for source in token.sources)
     text = html.escape(visible(token.text))
     return (
         f'<section id="{name}" hidden><h2>Where <code>{text}</code> comes from</h2>'
-        f'<p class="small">{told}</p><ol>{items}</ol></section>'
+        f'<p class="small">{words}</p><ol>{items}</ol></section>'
     )
 
 

@@ -75,7 +75,7 @@ def push(
         progress.say(f"{total} for {naming.repo}; with --dry-run nothing is uploaded.")
         return
     progress.say(f"uploading {total} to {naming.repo}")
-    with talking(naming.repo):
+    with hub_session(naming.repo):
         commit = upload(files, naming, private, progress.say)
     progress.say(f"The memory is {naming.repo}@{commit}. Serve it beside its base:")
     progress.say(serve(replace(naming, revision=commit), base))
@@ -235,7 +235,7 @@ def check_replaceable(naming: Naming, names: list[str], card: Path) -> None:
 
 
 @contextlib.contextmanager
-def talking(repo: str) -> Iterator[None]:
+def hub_session(repo: str) -> Iterator[None]:
     """Let the hub be asked with the user's token; what fails is raised as one sentence."""
     from huggingface_hub import get_token
     from huggingface_hub.errors import HfHubHTTPError
@@ -294,7 +294,7 @@ def refusal(error: BaseException, repo: str) -> str | None:
     if status == 400:
         said = answers[0] if isinstance(error, HfHubHTTPError) else error
         return (
-            f"the Hugging Face hub refuses what it was sent ({told(said)}): check --license, "
+            f"the Hugging Face hub refuses what it was sent ({message_of(said)}): check --license, "
             "--language and --revision."
         )
     again = "run again later, what it has is not sent again"
@@ -303,7 +303,7 @@ def refusal(error: BaseException, repo: str) -> str | None:
     return f"the Hugging Face hub answered {status} for {repo}: {again}."
 
 
-def told(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """Return what the hub said of a request, in one line."""
     message = getattr(error, "server_message", None) or str(error)
     return " ".join(re.sub(r"\.?\s*\n- ", ": ", message).split()).rstrip(".")

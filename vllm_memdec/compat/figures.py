@@ -68,14 +68,14 @@ def install_v1() -> None:
     """Hook the V1 runner; called by the composite, so only in a worker that serves it."""
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    wrap(GPUModelRunner, "sample_tokens", _told)
+    wrap(GPUModelRunner, "sample_tokens", _with_figures)
 
 
 def install_v2() -> None:
     """Hook the V2 runner, likewise."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
 
-    wrap(GPUModelRunner, "sample_tokens", _told)
+    wrap(GPUModelRunner, "sample_tokens", _with_figures)
 
 
 def add(figures: Figures, more: Figures) -> None:
@@ -86,7 +86,7 @@ def add(figures: Figures, more: Figures) -> None:
             sums[name] = sums.get(name, 0.0) + value
 
 
-def _told(original: Callable) -> Callable:
+def _with_figures(original: Callable) -> Callable:
     def sample_tokens(self: Any, grammar_output: Any) -> Any:
         output = original(self, grammar_output)
         tally = getattr(self.get_model(), "tally", None)

@@ -160,8 +160,8 @@ def _salt(processor: Any, request: Any, choices: Choices) -> None:
     request.cache_salt = f"{name}\0{request.cache_salt or ''}"
     metrics.note_memory(request.request_id, name)
     if getattr(processor, "memdec_logs_requests", False):  # see server.py
-        told = choices.told(extra_args, images)
-        logger.info("memdec: request %s has %s.", request.request_id, told)
+        described = choices.described(extra_args, images)
+        logger.info("memdec: request %s has %s.", request.request_id, described)
 
 
 def _forget_images(processor: Any, prompt: Any) -> None:

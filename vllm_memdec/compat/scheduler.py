@@ -3,6 +3,7 @@
 Those without a memory or past the end of theirs, and samples with a seed.
 AsyncScheduler._update_after_schedule and Scheduler.update_draft_token_ids plan the drafts of each
 request; plans for these are dropped.
+Scheduler.__init__ reads how long the memories are, while the engine starts.
 Scheduler._update_after_schedule closes a step, which has placeholders of drafts for a request that
 joins with one token to compute; they are taken out of it. vLLM drafts for all requests alike.
 
@@ -24,6 +25,10 @@ SIGNATURES = {
     "vllm.v1.core.sched.async_scheduler:AsyncScheduler._update_after_schedule": (
         "self scheduler_output"
     ),
+    "vllm.v1.core.sched.scheduler:Scheduler.__init__": (
+        "self vllm_config kv_cache_config structured_output_manager block_size hash_block_size "
+        "mm_registry include_finished_set log_stats"
+    ),
     "vllm.v1.core.sched.scheduler:Scheduler._update_after_schedule": "self scheduler_output",
     "vllm.v1.core.sched.scheduler:Scheduler.update_draft_token_ids": "self draft_token_ids",
 }
@@ -39,9 +44,19 @@ ATTRIBUTES = {
 
 def install() -> None:
     """Hook what plans the drafts."""
+    wrap(Scheduler, "__init__", _with_lengths)
     wrap(Scheduler, "_update_after_schedule", _without_placeholders)
     wrap(AsyncScheduler, "_update_after_schedule", _planned_drafts)
     wrap(Scheduler, "update_draft_token_ids", _taken_drafts)
+
+
+def _with_lengths(original: Callable) -> Callable:
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if (choices := choices_of(self)) is not None and choices.drafts:
+            self.memdec_lengths = memory_lengths(self.vllm_config)
+
+    return __init__
 
 
 def _without_placeholders(original: Callable) -> Callable:
@@ -101,8 +116,6 @@ def _limits(scheduler: Any, starts: dict[str, int]) -> Iterator[tuple[str, int]]
     """
     if (choices := choices_of(scheduler)) is None or not choices.drafts:
         return
-    if not hasattr(scheduler, "memdec_lengths"):
-        scheduler.memdec_lengths = memory_lengths(scheduler.vllm_config)
     for name, start in starts.items():
         request = scheduler.requests[name]
         if (params := request.sampling_params) is None:
