@@ -2,6 +2,7 @@
 
 import random
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -226,6 +227,13 @@ def test_every_system_gets_the_same_flops_and_is_made_once(domain, monkeypatch):
         monkeypatch.setattr(module, name, again)
     same = Domain("tiny", domain.pair, domain.sizes, domain.settings, Progress())
     assert quality.rows_of(same) == rows
+
+
+def test_facts_that_can_be_guessed_are_not_asked_for():
+    """Nor long ones: what is forgotten must have been known from one document alone."""
+    values = Counter(["Africa", "Africa", "Oslo", "x" * 61])
+    facts = [Fact("Norway", "field", value) for value in ("Africa", "Oslo", "x" * 61)]
+    assert [update.askable(fact, values) for fact in facts] == [False, True, False]
 
 
 def test_updates_are_measured_beside_builds_from_scratch(base, tmp_path):

@@ -198,7 +198,8 @@ def measure(
         bos_of(tokenizer),
     )
     asked = {}
-    every = Counter(fact.value for own in text.rest + text.tenth + text.test for fact in own)
+    pages = (page for part in vars(text).values() for page in part)
+    every = Counter(fact.value for page in pages for fact in page)
     for name, documents in (("tenth", text.tenth), ("rest", text.rest)):
         # A value that other documents have too ("Africa") can be guessed, and is not forgotten.
         short = [fact for own in documents for fact in own if askable(fact, every)]
