@@ -92,7 +92,7 @@ def test_answers_before_and_beyond(llm, models):
     assert cached[PAST] > LENGTHS["steps"] and cached[END] > LENGTHS["gated"]
 
 
-def test_beyond_its_end_the_base_answers_bit_for_bit(llm):
+def check_the_base_answers_beyond(llm):
     """At any weight, 1 too; one row before that it is mixed."""
     chosen = [("short", 0.0), ("short", None), ("short", 1.0), ("learned", None)]
     alone, *others = [
@@ -103,6 +103,15 @@ def test_beyond_its_end_the_base_answers_bit_for_bit(llm):
         assert rows(output, END + 1) == rows(alone, END + 1)
         own, base = rows(output, END)[0], rows(alone, END)[0]
         assert any(abs(own[token] - base[token]) > 0.1 for token in own.keys() & base)
+
+
+def test_beyond_its_end_the_base_answers_bit_for_bit(llm):
+    check_the_base_answers_beyond(llm)
+
+
+def test_bit_for_bit_in_bfloat16(engine, models):
+    with engine(models["base"], ending.block(models), dtype="bfloat16", **OPTIONS) as llm:
+        check_the_base_answers_beyond(llm)
 
 
 def test_a_memory_does_not_run_beyond_its_end(llm):
