@@ -24,7 +24,8 @@ HEAD: dict[str, Any] = {
 }
 TAGS = ["memory-decoder", "vllm-memdec"]
 OF_HUB = re.compile(r"(?P<id>[^@]+)@(?P<commit>[0-9a-f]{40})")  # a base that came from the hub
-INSTALL = "pip install 'vllm-memdec[cuda]'  # in a checkout of it: pip install '.[cuda]'"
+# No name of an index: the package is in none, where anybody might put another of its name.
+INSTALL = "pip install '.[cuda]'  # in a checkout of vllm-memdec"
 
 
 @dataclass(frozen=True)
