@@ -109,11 +109,6 @@ def test_beyond_its_end_the_base_answers_bit_for_bit(llm):
     check_the_base_answers_beyond(llm)
 
 
-def test_bit_for_bit_in_bfloat16(engine, models):
-    with engine(models["base"], ending.block(models), dtype="bfloat16", **OPTIONS) as llm:
-        check_the_base_answers_beyond(llm)
-
-
 def test_a_memory_does_not_run_beyond_its_end(llm):
     core = llm.llm_engine.engine_core.engine_core
     model = core.model_executor.driver_worker.worker.model_runner.get_model()
@@ -191,3 +186,9 @@ def test_drafts_end_with_the_memory(engine, models, tokens):
     assert all(drafted == accepted for drafted, accepted in counts), counts
     assert counts[0][0] > 10 and counts[3:] == [(0, 0)] * 3
     assert tokens == "auto" or counts[1:3] == [(2, 2), (1, 1)]
+
+
+def test_bit_for_bit_in_bfloat16(engine, models):
+    """Last: where it ends, an engine takes vLLM's groups of processes of the module's with it."""
+    with engine(models["base"], ending.block(models), dtype="bfloat16", **OPTIONS) as llm:
+        check_the_base_answers_beyond(llm)
