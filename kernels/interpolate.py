@@ -58,6 +58,7 @@ def interpolate(
     as_logits: bool = False,
     out: Tensor | None = None,
     tally_2: Tensor | None = None,
+    used_N: Tensor | None = None,
     compiled: bool = False,
     invariant: bool = False,
     split: bool | None = None,
@@ -71,15 +72,18 @@ def interpolate(
     tally_2: float64 [2]; the sum of this memory's weights, and of how many rows, are added to it. A
     weight of NaN is not.
 
+    used_N: contiguous float32 [N]; the weight that each row was mixed with is written there, as a
+    gate gave it. Rows that `others="keep"` keeps are not written there either.
+
     Rows may be strided, each input may be bf16, fp16 or fp32, and `out` may be `base_NV` itself.
     `compiled` is for the CPU: torch.compile, which needs a C++ compiler and seconds on first use.
 
     On a GPU `split` says whether several programs share a row; by default they share a wide one.
     With `invariant` the bits of a row do not depend on that.
     """
-    out_NV = _check(base_NV, memory_NW, weights, gate, out, tally_2)
+    out_NV = _check(base_NV, memory_NW, weights, gate, out, tally_2, used_N)
     if len(out_NV):  # CUDA refuses an empty grid
-        rows = (base_NV, memory_NW, weights, gate, as_logits, out_NV, tally_2)
+        rows = (base_NV, memory_NW, weights, gate, as_logits, out_NV, tally_2, used_N)
         if INTERPRETED or (triton is not None and base_NV.is_cuda):
             interpolate_triton(*rows, invariant, split)
         else:
@@ -123,6 +127,7 @@ def interpolate_triton(
     as_logits: bool,
     out_NV: Tensor,
     tally_2: Tensor | None,
+    used_N: Tensor | None,
     invariant: bool,
     split: bool | None,
 ) -> None:
@@ -136,6 +141,7 @@ def interpolate_triton(
         columns, keep, weights_NA, number = False, False, weights, 0.0
     score_N, certainty_4K = gate or (out_NV, out_NV)  # not looked at without a gate
     sums_2 = out_NV if tally_2 is None else tally_2
+    told_N = out_NV if used_N is None else used_N
     K = certainty_4K.shape[1] if gate else 1
     if split is None:
         # Even with 1,024 rows on an H100 (benchmarks/results/kernel.csv). A row that is one slice
@@ -148,18 +154,18 @@ def interpolate_triton(
         "KEEP": keep,
         "GATED": gate is not None,
         "AS_LOGITS": as_logits,
-        "COUNT": tally_2 is not None,
         "num_warps": plan.warps,
         # The compiler may fuse other operations in one kernel than in another.
         "enable_fp_fusion": not invariant,
     }
     units = {"UNITS": triton.next_power_of_2(K)}
+    units |= {"COUNT": tally_2 is not None, "TELL": used_N is not None}
     strides = (base_NV.stride(0), memory_NW.stride(0), weights_NA.stride(0))
     with torch.cuda.device_of(base_NV):
         if not split:
             whole_kernel[(N,)](
-                base_NV, memory_NW, weights_NA, score_N, certainty_4K, sums_2, out_NV, *strides,
-                out_NV.stride(0), number, V, shared, K, S, plan.blocks, **units, **flags,
+                base_NV, memory_NW, weights_NA, score_N, certainty_4K, sums_2, told_N, out_NV,
+                *strides, out_NV.stride(0), number, V, shared, K, S, plan.blocks, **units, **flags,
             )  # fmt: skip
             return
         size = (N, flags["PARTIALS"], 8)
@@ -168,8 +174,8 @@ def interpolate_triton(
             base_NV, memory_NW, weights_NA, partials, *strides, number, V, shared, S, **flags
         )
         combine_kernel[(N * S,)](
-            base_NV, memory_NW, weights_NA, score_N, certainty_4K, sums_2, partials, out_NV,
-            *strides, out_NV.stride(0), number, V, shared, K, S, **units, **flags,
+            base_NV, memory_NW, weights_NA, score_N, certainty_4K, sums_2, told_N, partials,
+            out_NV, *strides, out_NV.stride(0), number, V, shared, K, S, **units, **flags,
         )  # fmt: skip
 
 
@@ -267,6 +273,7 @@ def interpolate_torch(
     as_logits: bool,
     out_NV: Tensor,
     tally_2: Tensor | None,
+    used_N: Tensor | None,
     compiled: bool,
 ) -> None:
     """Run the formula in PyTorch: compiled, or a few rows at a time so that they stay in cache."""
@@ -292,6 +299,9 @@ def interpolate_torch(
                 right_N &= mine_N[part]
             total = torch.where(right_N, given_N, 0).sum(dtype=tally_2.dtype)
             tally_2 += torch.stack([total, right_N.sum(dtype=tally_2.dtype)])
+        if used_N is not None:
+            used = used_N[part]
+            used.copy_(given_N if kept_N is None else torch.where(kept_N[part], used, given_N))
         # Choosing rows by a mask would make the host wait for their number.
         out = out_NV[part]
         out.copy_(mixed if kept_N is None else torch.where(kept_N[part, None], out, mixed))
@@ -304,6 +314,7 @@ def _check(
     gate: tuple[Tensor, Tensor] | None,
     out: Tensor | None,
     tally_2: Tensor | None,
+    used_N: Tensor | None,
 ) -> Tensor:
     """Raise ValueError unless the arguments fit together; return `out`, allocated if None."""
     named = {"base": base_NV, "memory": memory_NW}
@@ -344,7 +355,11 @@ def _check(
         tally_2.shape != (2,) or tally_2.dtype != torch.float64 or not tally_2.is_contiguous()
     ):
         raise ValueError(f"a tally must be float64 [2], got {tally_2.dtype} {tally_2.shape}.")
-    counted = () if tally_2 is None else (tally_2,)
+    if used_N is not None and (
+        used_N.shape != (N,) or used_N.dtype != torch.float32 or not used_N.is_contiguous()
+    ):
+        raise ValueError(f"used weights must be float32 [{N}], got {used_N.dtype} {used_N.shape}.")
+    counted = [x for x in (tally_2, used_N) if x is not None]
     devices = {x.device for x in (*named.values(), weights, *(gate or ()), *counted)}
     if len(devices) > 1:
         raise ValueError(f"all tensors must be on one device, got {sorted(map(str, devices))}.")

@@ -122,8 +122,7 @@ def _sum_slice(
 ):  # fmt: skip
     """Return the triples of base and memory over the whole vectors of columns start..end."""
     # Lanes are merged after the loop: no exchange between threads inside it.
-    b_sums = _nothing(BLOCK // VECTOR)
-    m_sums = _nothing(BLOCK // VECTOR)
+    b_sums, m_sums = _nothing(BLOCK // VECTOR), _nothing(BLOCK // VECTOR)
     for at in range(start, end, BLOCK):
         columns = _columns(at, BLOCK)
         b_mask, m_mask = _masks(columns, V, shared, shared, EDGES)
@@ -214,11 +213,14 @@ def _terms(
 
 
 @jit
-def _count(tally, weight, first):
-    """Add a row's weight, and the row, to what its memory gave; once, and no NaN."""
-    right = first & (weight == weight)
-    tl.atomic_add(tally, weight.to(tl.float64), mask=right, sem="relaxed")
-    tl.atomic_add(tally + 1, (weight * 0 + 1).to(tl.float64), mask=right, sem="relaxed")
+def _tell(tally, used, weight, mine, first, COUNT: tl.constexpr, TELL: tl.constexpr):
+    """Add a row's weight, and the row, to what its memory gave, no NaN; write the weight. Once."""
+    if COUNT:
+        right = first & mine & (weight == weight)
+        tl.atomic_add(tally, weight.to(tl.float64), mask=right, sem="relaxed")
+        tl.atomic_add(tally + 1, (weight * 0 + 1).to(tl.float64), mask=right, sem="relaxed")
+    if TELL:
+        tl.store(used, weight, mask=first)
 
 
 @jit
@@ -279,6 +281,7 @@ def whole_kernel(
     score,  # [N]
     certainty,  # [4, K]
     tally,  # [2] in float64: the sum of the weights, and of how many rows
+    used,  # [N], the weights
     out,  # [N, V]
     base_stride,
     memory_stride,
@@ -297,6 +300,7 @@ def whole_kernel(
     GATED: tl.constexpr,
     AS_LOGITS: tl.constexpr,
     COUNT: tl.constexpr,  # whether to add to the tally
+    TELL: tl.constexpr,  # whether to write the weights
     EDGES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -309,8 +313,7 @@ def whole_kernel(
     if AS_LOGITS:
         S = tl.where(a == 0, 0, S)  # the base's own row needs no normalisers
     i = tl.arange(0, PARTIALS)
-    b_sums = _nothing(PARTIALS)
-    m_sums = _nothing(PARTIALS)
+    b_sums, m_sums = _nothing(PARTIALS), _nothing(PARTIALS)
     if EDGES:
         b_part, m_part = _sum_edges(base, memory, V, shared, GATED)
         b_sums = _put(b_sums, b_part, i == PARTIALS - 1)
@@ -323,8 +326,7 @@ def whole_kernel(
         m_sums = _put(m_sums, m_part, i == s)
     tl.debug_barrier()  # `out` may be the base: all threads have read it
     terms = _terms(a, b_sums, m_sums, score + n, certainty, K, GATED, UNITS, AS_LOGITS)
-    if COUNT:
-        _count(tally, terms[0], mine)
+    _tell(tally, used + n, terms[0], mine, n >= 0, COUNT, TELL)
     out += n * out_stride
     _write(base, memory, out, 0, V, V, shared, terms, AS_LOGITS, EDGES, BLOCK)
 
@@ -341,7 +343,7 @@ def partial_kernel(
     base, memory, weights, partials,  # [N, PARTIALS, 8]: both triples of each slice, of the edges
     base_stride, memory_stride, weights_stride, number, V, shared, S,
     PARTIALS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, GATED: tl.constexpr,
-    AS_LOGITS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
+    AS_LOGITS: tl.constexpr, EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     n = (tl.program_id(0) // S).to(tl.int64)
     s = tl.program_id(0) % S
@@ -361,11 +363,11 @@ def partial_kernel(
 
 @jit
 def combine_kernel(
-    base, memory, weights, score, certainty, tally, partials, out,
+    base, memory, weights, score, certainty, tally, used, partials, out,
     base_stride, memory_stride, weights_stride, out_stride, number, V, shared, K, S,
     PARTIALS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
-    GATED: tl.constexpr, AS_LOGITS: tl.constexpr, COUNT: tl.constexpr, EDGES: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GATED: tl.constexpr, AS_LOGITS: tl.constexpr, COUNT: tl.constexpr, TELL: tl.constexpr,
+    EDGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Backwards: the L2 cache still holds the rows that the first launch read last.
     program = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -390,8 +392,7 @@ def combine_kernel(
         tl.load(at + 5, mask=there, other=0.0),
     )
     terms = _terms(a, b_sums, m_sums, score + n, certainty, K, GATED, UNITS, AS_LOGITS)
-    if COUNT:
-        _count(tally, terms[0], mine & (s == 0))
+    _tell(tally, used + n, terms[0], mine, s == 0, COUNT, TELL)
     base += n * base_stride
     memory += n * memory_stride
     out += n * out_stride

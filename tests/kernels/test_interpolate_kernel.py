@@ -126,6 +126,25 @@ def test_the_tally_stays_a_number(mix):
     assert tally_2.tolist() == [1.25, 2]
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_weights_used_are_told(mix, gated):
+    """Of the memory's own rows, as given and as a gate gave them; rows that are kept are not."""
+    base_NV, (memory_NW, _), columns_NA, (gate, _) = rows(FP32, 1203, 1203, gated)
+    asked_N, mine_N = row_weights_reference(columns_NA.cpu(), 0, gated)
+    for n in asked_N.lt(0).nonzero().flatten().tolist():
+        logp_W, _ = log_softmax_or_nothing(memory_NW[n].cpu().double())
+        asked_N[n] = min(gate_reference(logp_W, gate[0][n].cpu(), gate[1].cpu()), -asked_N[n])
+    given = {"gate": gate, "as_logits": True}
+    for others, rest in (("base", 0.0), ("keep", 7.0)):
+        used_N = torch.full((len(base_NV),), 7.0, device=DEVICE)
+        weights = RowWeights(columns_NA, 0, others)
+        out, plain = (torch.zeros(base_NV.shape, device=DEVICE) for _ in range(2))
+        mix(base_NV, memory_NW, weights, **given, out=out, used_N=used_N)
+        assert bits(out) == bits(mix(base_NV, memory_NW, weights, **given, out=plain))
+        wanted = torch.where(mine_N, asked_N, rest)
+        assert torch.allclose(used_N.cpu().double(), wanted, rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
 def test_columns_hold_the_float32_weight_bit_for_bit(mix, dtype):
     base_NV, (memory_NW, _), columns_NA, _ = rows(dtype, 50, 50, False)
@@ -199,6 +218,8 @@ def test_the_host_does_not_wait(monkeypatch):
     ids=range(8),
 )
 def test_misuse_is_a_value_error(weights):
+    with pytest.raises(ValueError, match=r"used weights must be float32 \[2\]"):
+        interpolate(*torch.zeros(2, 2, 5), torch.zeros(2), used_N=torch.zeros(3))
     with pytest.raises(ValueError, match=r"(must|needs) .*\.$"):
         interpolate(torch.zeros(2, 5), torch.zeros(2, 6), weights)
 
@@ -268,13 +289,14 @@ COMPILE = """
     from vllm_memdec.kernels import interpolate as op
 
     KERNELS = {"whole": op.whole_kernel, "partial": op.partial_kernel, "combine": op.combine_kernel}
-    POINTERS = ("base", "memory", "weights", "score", "certainty", "tally", "out", "partials")
+    POINTERS = ("base", "memory", "weights", "score", "certainty", "tally", "used", "partials")
+    POINTERS += ("out",)
 
     def build(name, capability, V, dtype, gated, columns):
         kernel, plan = KERNELS[name], op.Plan.of(V, V, (dtype,), sliced=name != "whole")
         flags, warps = dict(plan.flags), plan.warps
         flags |= {"COLUMNS": columns, "KEEP": columns, "GATED": gated, "AS_LOGITS": True}
-        flags["COUNT"] = True
+        flags |= {"COUNT": True, "TELL": gated}  # one store more, of 4 bytes
         flags["UNITS"] = 16
         names = kernel.arg_names
         flags = {k: v for k, v in flags.items() if k in names}
