@@ -4,7 +4,8 @@ Both runners hand compute_logits() a selection of hidden-state rows, without the
 memory and weight travel inside the row, in extra columns behind the hidden states. These have
 the dtype of the model: three numbers of 8 significant bits (bfloat16) hold the 24 bits of a
 float32, so their sum is the float32 weight again, not a rounding of it; the memory's number is a
-small integer, exact in any of them.
+small integer, exact in any of them. A request that mixes several memories has a slot of columns for
+each, the first of them that of the memory that drafts; other requests have the first alone.
 
 A memory that drafted has already run on most tokens of the next step. The row of such a token holds
 the place of its results in the draft, and the memory does not run on it again.
@@ -13,7 +14,7 @@ A request whose memory has a gate travels with its cap, the gate's maximum, as a
 does one whose weight depends on the context, until the forward pass, which knows the positions,
 puts the row's own weight in its place.
 
-Shapes: B requests, T tokens, N rows, A columns, R rows of a draft, W memory vocabulary.
+Shapes: B requests, S slots, T tokens, N rows, A columns, R rows of a draft, W memory vocabulary.
 """
 
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from torch import Tensor
 from vllm_memdec.kernels.weights import PARTS, STEP
 from vllm_memdec.request import NO_MEMORY
 
-CONTEXT = PARTS + 2  # the column of log(1 + position), after those of memory and draft
+SLOT = PARTS + 1  # columns of a slot: weight and memory; behind all slots come DRAFT and CONTEXT
+DRAFT, CONTEXT = 0, 1  # of a draft's row, and of log(1 + position)
 MAX_REUSED = 256  # rows of a draft: a whole number up to here is exact in bfloat16
 MAX_SINGLE_SETS = 8  # memories; with more, capturing each by itself would take minutes
 
@@ -43,6 +45,11 @@ def encode(alpha_B: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
+def slot(columns_NA: Tensor, number: int) -> Tensor:
+    """Return the columns [N, SLOT] of one slot; the functions below take them, or all columns."""
+    return columns_NA[:, number * SLOT : (number + 1) * SLOT]
+
+
 def decode(columns_NA: Tensor) -> Tensor:
     """Return the float32 weights [N] of rows; a negative one is a gate's cap."""
     alpha_N = columns_NA[:, PARTS - 1].float()
@@ -56,14 +63,19 @@ def decode_memory(columns_NA: Tensor) -> Tensor:
     return columns_NA[:, PARTS]
 
 
-def decode_reused(columns_NA: Tensor) -> Tensor:
+def decode_reused(columns_NA: Tensor, slots: int = 1) -> Tensor:
     """Return for each row [N] which row of a draft holds its memory's results; -1 if none does."""
-    return columns_NA[:, PARTS + 1].long() - 1
+    return columns_NA[:, slots * SLOT + DRAFT].long() - 1
 
 
-def write_context(columns_NA: Tensor, position_N: Tensor) -> None:
+def write_context(columns_NA: Tensor, position_N: Tensor, slots: int = 1) -> None:
     """Write log(1 + position) into the columns of rows, for the gates."""
-    columns_NA[:, CONTEXT] = position_N.float().log1p()
+    columns_NA[:, slots * SLOT + CONTEXT] = position_N.float().log1p()
+
+
+def decode_context(columns_NA: Tensor, slots: int = 1) -> Tensor:
+    """Return log(1 + position) [N] of rows, where it was written."""
+    return columns_NA[:, slots * SLOT + CONTEXT]
 
 
 class ContextTable:
@@ -89,10 +101,13 @@ class ContextTable:
         columns_NA[:, :PARTS] = torch.where(asks_N[:, None], parts_NP, columns_NA[:, :PARTS])
 
 
-def end_memory(columns_NA: Tensor, position_N: Tensor, number: int, length: int) -> None:
+def end_memory(
+    columns_NA: Tensor, position_N: Tensor, number: int, length: int, slots: int = 1
+) -> None:
     """Write weight 0 into the rows of a memory at positions that it does not have."""
-    beyond_N = (position_N >= length) & (decode_memory(columns_NA) == number)
-    columns_NA[:, :PARTS].masked_fill_(beyond_N[:, None], 0)
+    for own_NA in (slot(columns_NA, j) for j in range(slots)):
+        beyond_N = (position_N >= length) & (decode_memory(own_NA) == number)
+        own_NA[:, :PARTS].masked_fill_(beyond_N[:, None], 0)
 
 
 @dataclass(frozen=True)
@@ -154,8 +169,13 @@ class Batch:
         dtype: torch.dtype,
         device: Any,
         lengths: Sequence[int] = (),
+        slots: int = 1,
     ):
-        """lengths: the positions that each memory has; left out, none of them ends."""
+        """lengths: the positions that each memory has; left out, none of them ends.
+
+        slots: S, how many memories a request may mix.
+        """
+        self.slots = slots
         self.sets = graph_sets(memories)
         endless = torch.iinfo(torch.int64).max
         # By the number of a memory; the last is that of NO_MEMORY, -1. On the host, as all that
@@ -165,7 +185,8 @@ class Batch:
         # The memories that a dummy run, or the capture of a graph, runs.
         self.dummy_set = self.sets[0]
         # The head's GEMM wants rows that are a multiple of 8 elements long.
-        width = CONTEXT + 1 + -(hidden_size + CONTEXT + 1) % 8
+        width = slots * SLOT + CONTEXT + 1
+        width += -(hidden_size + width) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
         # Of each token in its request, where the base's own positions have several dimensions.
         self.positions_T = torch.zeros(max_tokens, dtype=torch.int64, device=device)
@@ -178,14 +199,17 @@ class Batch:
     def reset(self) -> None:
         """Ask for all of `dummy_set`, as vLLM's dummy runs and captures need it."""
         nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
-        self.memory_B, self.alpha_B, self.lengths_B = nothing, nothing.float(), nothing
+        self.memory_BS = torch.zeros(0, self.slots, dtype=torch.int64, device="cpu")
+        self.alpha_BS, self.lengths_B = self.memory_BS.float(), nothing
         # Arguments of the last write(): memories, weights, lengths. None where it had drafts.
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None
+        self.drafting = False  # whether the memories draft: each request's first alone runs
         self.is_dummy = True
         self.mode = ""  # in which the step is executed, by the name of vLLM's CUDAGraphMode
         self.shares: dict[int, MemoryShare] = dict.fromkeys(self.dummy_set, MemoryShare())
         self.used: list[int] = [*self.dummy_set]  # by any request
         self.shared = True  # each used memory is that of every row
+        self.several = self.slots > 1 and len(self.dummy_set) > 1  # any request mixes several
         self.reused_T = (
             nothing  # the row of the draft of each token, -1 if it has none; on the host
         )
@@ -208,32 +232,37 @@ class Batch:
 
     def write(
         self,
-        memory_B: Tensor,
-        alpha_B: Tensor,
+        memory_BS: Tensor,
+        alpha_BS: Tensor,
         lengths_B: Tensor,
         reusable: Sequence[range] | None = None,
         mode: str = "NONE",
         starts_B: Tensor | None = None,
+        drafting: bool = False,
     ) -> None:
         """Take over a batch, its requests in order; all arguments on the host.
 
+        memory_BS, alpha_BS: of each slot, those that are not used behind the others; [B] for one.
         reusable: the rows of `draft` that hold each request's first tokens. mode: see plan().
         starts_B: positions of these tokens, or lower ones: beyond its memory's a request has none.
         """
+        if memory_BS.dim() == 1:
+            memory_BS, alpha_BS = memory_BS[:, None], alpha_BS[:, None]
         if starts_B is not None:
-            ended_B = starts_B >= self.length_M[memory_B]
-            memory_B = memory_B.masked_fill(ended_B, NO_MEMORY)
-            alpha_B = alpha_B.masked_fill(ended_B, 0)
+            memory_BS, alpha_BS = self._without_ended(memory_BS, alpha_BS, starts_B)
         is_new = not (reusable and any(map(len, reusable)))
-        asked = (memory_B, alpha_B, lengths_B) if is_new else None
-        if asked and self.asked and all(map(torch.equal, asked, self.asked)):
+        asked = (memory_BS, alpha_BS, lengths_B) if is_new else None
+        drafting = drafting and self.slots > 1
+        same = asked and self.asked and all(map(torch.equal, asked, self.asked))
+        if same and drafting == self.drafting:
             self.plan(mode)
             return  # step by step a decoding batch asks for the same
-        self.is_dummy, self.mode = False, ""
-        self.asked, self.memory_B, self.alpha_B = asked, memory_B, alpha_B
+        self.is_dummy, self.mode, self.drafting = False, "", drafting
+        self.asked, self.memory_BS, self.alpha_BS = asked, memory_BS, alpha_BS
         self.lengths_B = lengths_B
-        self.used = memory_B[memory_B != NO_MEMORY].unique().tolist()
-        self.shared = len(memory_B.unique()) <= 1
+        self.used = memory_BS[memory_BS != NO_MEMORY].unique().tolist()
+        self.several = bool((memory_BS[:, 1:] != NO_MEMORY).any())
+        self.shared = not self.several and len(memory_BS[:, 0].unique()) <= 1
         self.reused = None
         self.reused_T = reused_T = torch.full([int(lengths_B.sum())], -1)
         if mode == "NONE" and self.shared and reusable and not is_new:
@@ -244,9 +273,9 @@ class Batch:
             self.reused = known, reused_T[known]
         self.plan(mode)
 
-        rows_BA = torch.cat(
-            [encode(alpha_B, self.columns_TA.dtype), memory_B[:, None].to(self.columns_TA.dtype)], 1
-        )
+        dtype = self.columns_TA.dtype
+        rows_BSA = torch.cat([encode(alpha_BS, dtype), memory_BS[..., None].to(dtype)], -1)
+        rows_BA = F.pad(rows_BSA.flatten(1), (0, (self.slots - memory_BS.shape[1]) * SLOT))
         rows_TA = rows_BA.repeat_interleave(lengths_B, dim=0)
         rows_TA = torch.cat([rows_TA, (1 + reused_T[:, None]).to(rows_TA.dtype)], dim=1)
         rows_TA = F.pad(rows_TA, (0, self.columns_TA.shape[1] - rows_TA.shape[1]))
@@ -265,17 +294,38 @@ class Batch:
         if mode == self.mode:
             return
         self.mode = mode
+        run_BS = self.memory_BS[:, :1] if self.drafting else self.memory_BS
+        run = run_BS[run_BS != NO_MEMORY].unique().tolist() if self.drafting else self.used
         if mode == "NONE":
             new_T = self.reused_T < 0
-            self.shares = {m: self._share(self.memory_B == m, new_T) for m in self.used}
+            self.shares = {m: self._share((run_BS == m).any(1), new_T) for m in run}
         elif mode == "PIECEWISE":
-            self.shares = dict.fromkeys(self.used, MemoryShare())
+            self.shares = dict.fromkeys(run, MemoryShare())
         else:
-            self.shares = dict.fromkeys(self.set_of(self.used), MemoryShare())
+            self.shares = dict.fromkeys(self.set_of(run), MemoryShare())
 
     def set_of(self, used: Sequence[int]) -> tuple[int, ...]:
         """Return the smallest captured set that holds all used memories."""
         return tuple(used) if tuple(used) in self.sets else self.sets[0]
+
+    def slots_of(self, number: int) -> list[int]:
+        """Return the slots in which rows of a memory that runs may have it."""
+        if self.is_dummy or self.mode == "FULL":  # a captured graph serves any batch
+            return [*range(self.slots if len(self.shares) > 1 else 1)]
+        slots = 1 if self.drafting or not self.several else self.memory_BS.shape[1]
+        return [j for j in range(slots) if (self.memory_BS[:, j] == number).any()]
+
+    def _without_ended(
+        self, memory_BS: Tensor, alpha_BS: Tensor, starts_B: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return memories and weights without memories that have ended, the others first."""
+        ended_BS = starts_B[:, None] >= self.length_M[memory_BS]
+        memory_BS = memory_BS.masked_fill(ended_BS, NO_MEMORY)
+        alpha_BS = alpha_BS.masked_fill(ended_BS, 0)
+        if memory_BS.shape[1] > 1 and ended_BS.any():
+            order_BS = (memory_BS == NO_MEMORY).int().argsort(dim=1, stable=True)
+            memory_BS, alpha_BS = memory_BS.gather(1, order_BS), alpha_BS.gather(1, order_BS)
+        return memory_BS, alpha_BS
 
     def write_positions(self, positions_T: Tensor) -> None:
         """Take over the place of each token in its request, on the device."""
@@ -286,7 +336,8 @@ class Batch:
 
         All of them: prompt log-probabilities may be asked for after this, by the same memories.
         """
-        self.write(self.memory_B, self.alpha_B, torch.ones_like(self.memory_B), mode=mode)
+        ones_B = torch.ones_like(self.lengths_B)
+        self.write(self.memory_BS, self.alpha_BS, ones_B, mode=mode, drafting=True)
 
     def _share(self, mine_B: Tensor, new_T: Tensor) -> MemoryShare:
         if mine_B.all() and new_T.all():

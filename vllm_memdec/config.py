@@ -17,6 +17,7 @@ ARCHITECTURE = "MemDecForCausalLM"
 MODEL_IMPL = "memdec"
 NONE = "none"  # the name by which a request asks for the base alone
 ONLY = "memory"  # the name of a memory that was given without one
+NAME = r"[A-Za-z0-9][A-Za-z0-9_.-]*"  # of a memory
 MAX_MEMORIES = 256  # bfloat16, which carries their numbers, is exact up to there
 NOT_SETTINGS = ("name", "block", "gate_file")
 # Types of the settings that are not text; alpha and served_as are checked apart.
@@ -26,7 +27,7 @@ TYPES: dict[str, type] = {
     "alpha_by_context": list,
     "with_images": bool,
 }
-SPECULATIVE, OVERLAP = "speculative_tokens", "overlap"
+SPECULATIVE, OVERLAP, AT_ONCE = "speculative_tokens", "overlap", "at_once"
 SERVED_AS, BASE_SERVED_AS = "served_as", "base_served_as"
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
@@ -138,13 +139,15 @@ class MemDecConfig:
     adapts: bool = False  # whether fewer are drafted where that is faster
     overlap: bool = False  # whether memories run beside the base within a full CUDA graph
     base_served_as: str | None = None  # the base without a memory as a model; None: none such
+    at_once: int = 1  # how many memories a request may mix
 
     @classmethod
     def parse(cls, settings: Any) -> "MemDecConfig":
         """Return the configuration for a `memdec` block, or raise ValueError.
 
         {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
-        NAME} are several. Beside either, "speculative_tokens", "overlap", "base_served_as".
+        NAME, "at_once": K} are several. Beside either, "speculative_tokens", "overlap",
+        "base_served_as".
         """
         tokens, overlap, base_name = 0, False, None
         if isinstance(settings, dict):
@@ -169,36 +172,45 @@ class MemDecConfig:
             return cls(
                 (memory,), ONLY, tokens, adapts, overlap, check_names([memory], base_name or NONE)
             )
-        if unknown := sorted(set(settings) - {"memories", "default"}, key=str):
+        if unknown := sorted(set(settings) - {"memories", "default", AT_ONCE}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
                 "the settings there are "
-                f"{[BASE_SERVED_AS, 'default', 'memories', OVERLAP, SPECULATIVE]}."
+                f"{[AT_ONCE, BASE_SERVED_AS, 'default', 'memories', OVERLAP, SPECULATIVE]}."
             )
         names = [*settings["memories"]] if isinstance(settings["memories"], dict) else []
         if not names:
             raise ValueError('memdec "memories" must be an object of at least one named memory.')
         for name in names:
-            if name == NONE or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", str(name)):
+            if name in (NONE, AUTO) or not re.fullmatch(NAME, str(name)):
                 raise ValueError(
                     f"A memory cannot be called {name!r}: use letters, digits, '_', '-' and '.', "
-                    f"and not {NONE!r}, which means the base alone."
+                    f"and neither {NONE!r}, which means {in_words(NONE)}, nor {AUTO!r}, "
+                    f"{in_words(AUTO)}."
                 )
         if len(names) > MAX_MEMORIES:
             raise ValueError(f"memdec serves at most {MAX_MEMORIES} memories, got {len(names)}.")
         default: Any = settings.get("default")
         if default is None and len(names) == 1:
             default = names[0]
-        if default not in (*names, NONE):
+        if default not in (*names, NONE, AUTO):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
+        at_once = settings.get(AT_ONCE, 1)
+        if type(at_once) is not int or not 1 <= at_once <= len(names):
+            raise ValueError(
+                f"memdec {AT_ONCE!r} must be an integer from 1 to {len(names)}, the number of "
+                f"memories, got {at_once!r}."
+            )
         memories = [MemoryConfig.parse(*item) for item in settings["memories"].items()]
+        if default == AUTO:
+            gated = sum(memory.gate for memory in memories)
+            check_auto('memdec "default"', gated, at_once)
         if (
             base_name is None and default != NONE
         ):  # else the base's own name is that of the base alone
             base_name = NONE
-        return cls(
-            tuple(memories), default, tokens, adapts, overlap, check_names(memories, base_name)
-        )
+        base_name = check_names(memories, base_name)
+        return cls(tuple(memories), default, tokens, adapts, overlap, base_name, at_once)
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
@@ -247,9 +259,27 @@ def check_names(memories: "list[MemoryConfig]", base_name: str | None) -> str | 
     return base_name
 
 
+def check_auto(what: str, gated: int, at_once: int) -> None:
+    """Raise ValueError if a server cannot mix all its memories with gates in one request.
+
+    what: the setting or argument that is "auto". gated: how many there are.
+    """
+    if gated < 2:
+        raise ValueError(
+            f"{what} {AUTO!r} means {in_words(AUTO)}, and this server has {gated} with a gate: "
+            "name a memory, or run memdec calibrate for two."
+        )
+    if gated > at_once:
+        raise ValueError(
+            f"{what} {AUTO!r} means {in_words(AUTO)}, and a request may mix {at_once} of {gated}: "
+            f'start the server with "{AT_ONCE}": {gated} beside "memories".'
+        )
+
+
 def in_words(memory: str) -> str:
-    """Return in words what the name of a memory, or "none", stands for."""
-    return "the base alone" if memory == NONE else f"the memory {memory!r}"
+    """Return in words what the name of a memory, "none" or "auto" stands for."""
+    words = {NONE: "the base alone", AUTO: "all memories with gates together"}
+    return words.get(memory) or f"the memory {memory!r}"
 
 
 def clash(name: str, one: str, other: str) -> ValueError:

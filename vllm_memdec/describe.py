@@ -13,7 +13,7 @@ from vllm.config import VllmConfig
 from vllm.config.model import ModelConfig
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 
-from vllm_memdec.config import NONE, MemDecConfig
+from vllm_memdec.config import AT_ONCE, AUTO, NONE, MemDecConfig
 from vllm_memdec.engine_config import memory_model_config
 from vllm_memdec.request import ALPHA, MEMORY
 
@@ -53,15 +53,21 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         | ({} if memory.with_images else {"with_images": False})
         for memory, model, part in zip(settings.memories, models[1:], parts[1:], strict=True)
     }
-    return {"base": parts[0], "memories": memories, "default": settings.default}
+    described = {"base": parts[0], "memories": memories, "default": settings.default}
+    return described | ({AT_ONCE: settings.at_once} if settings.at_once > 1 else {})
 
 
 def describe_model(description: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """Return describe()'s part of the memory that a model stands for, with the model's weight.
 
+    Of "auto" the parts of all memories that it mixes.
+
     asked: what the model's name asks for, as extra_args of a request.
     """
     name = asked[MEMORY]
+    if name == AUTO:
+        gated = {name: each for name, each in description["memories"].items() if each["gate"]}
+        return {"memory": AUTO, "memories": gated}
     described = description["base"] if name == NONE else description["memories"][name]
     return {"memory": name, **described} | ({"alpha": asked[ALPHA]} if ALPHA in asked else {})
 

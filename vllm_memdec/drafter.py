@@ -1,6 +1,9 @@
 """The memories of a composite as a draft model: same weights, same KV cache.
 
-Shapes: T tokens, N rows, D width of the widest memory, V base vocabulary, W a memory's, A columns.
+Of several memories that a request mixes the first drafts: the heaviest.
+
+Shapes: T tokens, N rows, S slots, D width of the widest memory, V base vocabulary, W a memory's,
+A columns.
 """
 
 from collections.abc import Iterator
@@ -29,7 +32,7 @@ class Drafter:
     def __call__(
         self, input_ids: torch.Tensor, positions: torch.Tensor, inputs_embeds: None = None
     ) -> torch.Tensor:
-        """Return [T, D + A], as the composite's second half."""
+        """Return [T, S * D + A], as the composite's second half."""
         columns_TA = self.batch.columns_TA
         width = self.memories.width + columns_TA.shape[1]
         out_TD = columns_TA.new_empty(len(input_ids), width)
@@ -41,14 +44,14 @@ class Drafter:
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Return [N, V]: the logits of each row's memory; arbitrary where it has none."""
-        memory_ND, columns_NA = hidden_states.tensor_split([self.memories.width], dim=-1)
+        memory_NX, columns_NA = hidden_states.tensor_split([self.memories.width], dim=-1)
         if self.memories.selects_rows:
-            return self.selected_logits(memory_ND, columns_NA)
+            return self.selected_logits(memory_NX, columns_NA)
         # Of all that ran, not of all that are used: a captured graph computes it for any batch.
         out_NV = None
         for number in self.batch.shares:
             memory = self.memories[number]
-            logits_NV = self.fitted(memory.logits(memory.own_rows(memory_ND)))
+            logits_NV = self.fitted(memory.logits(memory.own_rows(memory_NX)))
             if out_NV is None:
                 out_NV = logits_NV
             else:
@@ -65,10 +68,10 @@ class Drafter:
             logits_NV = torch.nn.functional.pad(logits_NV, (0, V - W), value=-torch.inf)
         return logits_NV
 
-    def selected_logits(self, memory_ND: torch.Tensor, columns_NA: torch.Tensor) -> torch.Tensor:
+    def selected_logits(self, memory_NX: torch.Tensor, columns_NA: torch.Tensor) -> torch.Tensor:
         """Return [N, V], each head on the rows of its own requests; zeros where a row has none."""
-        out_NV = memory_ND.new_zeros(len(memory_ND), self.vocabulary, dtype=self.dtype)
-        for _, rows, _, memory_NW in self.memories.selected_logits(memory_ND, columns_NA):
+        out_NV = memory_NX.new_zeros(len(memory_NX), self.vocabulary, dtype=self.dtype)
+        for _, rows, _, memory_NW in self.memories.selected_logits(memory_NX, columns_NA):
             logits_NV = self.fitted(memory_NW)
             if self.batch.shared and memory_NW is not None:
                 self.draft_logits.append(memory_NW)

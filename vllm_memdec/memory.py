@@ -11,7 +11,7 @@ from vllm.config import VllmConfig
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
 from vllm.model_executor.model_loader import DefaultModelLoader
 
-from vllm_memdec.batch import CONTEXT, Batch, ContextTable, MemoryShare
+from vllm_memdec.batch import Batch, ContextTable, MemoryShare, decode_context
 from vllm_memdec.compat.attention import narrow_attention, narrow_slots
 from vllm_memdec.compat.inner_models import build_memory, dtype_of
 from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
@@ -145,7 +145,7 @@ class Memory:
         """
         if self.gate is None:
             return None
-        score_N = self.gate.score(mine_ND, columns_NA[:, CONTEXT])
+        score_N = self.gate.score(mine_ND, decode_context(columns_NA, self.batch.slots))
         return same_on_all_ranks(score_N), self.gate.certainty
 
 

@@ -1,6 +1,6 @@
 """The memories of a composite on one batch: each row runs through the memory of its request.
 
-Shapes: T tokens, N rows, D width of the widest memory, W a memory's vocabulary, A columns.
+Shapes: T tokens, N rows, S slots, D width of the widest memory, W a memory's vocabulary, A columns.
 """
 
 import functools
@@ -9,7 +9,14 @@ from collections.abc import Iterator
 import torch
 from vllm.config import VllmConfig
 
-from vllm_memdec.batch import Batch, decode_memory, decode_reused, end_memory, write_context
+from vllm_memdec.batch import (
+    Batch,
+    decode_memory,
+    decode_reused,
+    end_memory,
+    slot,
+    write_context,
+)
 from vllm_memdec.compat.inner_models import dtype_of
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.engine_config import memory_vllm_config
@@ -28,7 +35,8 @@ class MemorySet:
             for number, memory in enumerate(settings.memories)
         ]
         models = [config.model_config for config in configs]
-        self.width = max(model.get_hidden_size() for model in models)
+        self.widest = max(model.get_hidden_size() for model in models)
+        self.width = settings.at_once * self.widest  # S * D, of all slots of a row
         # Rows of both models travel side by side: in the wider of their dtypes, so unchanged.
         self.dtype = functools.reduce(torch.promote_types, map(dtype_of, models), dtype_of(base))
         device = vllm_config.device_config.device
@@ -41,6 +49,7 @@ class MemorySet:
             self.dtype,
             self.device,
             [model.max_model_len for model in models],
+            settings.at_once,
         )
         self.tally = Tally([memory.name for memory in settings.memories], self.device)
         # Selecting the rows of a memory makes the host wait for the device. On a CPU there is
@@ -78,7 +87,7 @@ class MemorySet:
     def run(
         self, input_ids: torch.Tensor, positions: torch.Tensor, out_TD: torch.Tensor
     ) -> torch.Tensor:
-        """Fill and return [T, D + A]: hidden states of the row's own memory, its columns.
+        """Fill and return [T, S * D + A]: hidden states of each row's own memories, its columns.
 
         positions: [T], or the base's of several dimensions, in place of which memories get places.
         """
@@ -86,40 +95,59 @@ class MemorySet:
         if positions.dim() > 1:
             positions = batch.positions_T[: len(input_ids)]
         columns_TA = batch.columns_TA[: len(input_ids)]
-        memory_TD, tail_TA = out_TD.tensor_split([self.width], dim=-1)
+        memory_TX, tail_TA = out_TD.tensor_split([self.width], dim=-1)
         tail_TA.copy_(columns_TA)
         if any(memory.reads_context for memory in self.memories):
-            write_context(tail_TA, positions)
+            write_context(tail_TA, positions, batch.slots)
         for memory in self.memories:
             if memory.table is not None:
                 memory.table.write(tail_TA, positions)
             if memory.ends:
-                end_memory(tail_TA, positions, memory.number, memory.length)
+                end_memory(tail_TA, positions, memory.number, memory.length, batch.slots)
         shares = batch.shares
         alone = len(shares) == 1 and all(share.tokens is None for share in shares.values())
         if shares and not alone:
-            memory_TD.zero_()  # a head runs on a row without a memory too: it must be finite
+            memory_TX.zero_()  # a head runs on a row without a memory too: it must be finite
         if batch.reused is not None:
             assert batch.draft is not None
             tokens, rows_R = batch.reused
-            memory_TD[tokens] = batch.draft.hidden_RD[rows_R]
+            memory_TX[tokens] = batch.draft.hidden_RD[rows_R]
         for number, share in shares.items():
             mine = self.memories[number].run(share, input_ids, positions)
-            rows = memory_TD[:, : mine.shape[1]]
-            if share.tokens is not None:
-                rows[share.tokens] = mine.to(self.dtype)
-            elif alone:
-                rows.copy_(mine)
-            else:  # of these rows some may be another memory's
-                own_T1 = decode_memory(columns_TA)[:, None] == number
-                rows.copy_(torch.where(own_T1, mine.to(self.dtype), rows))
+            places = batch.slots_of(number)
+            for place in places:
+                rows = memory_TX[:, place * self.widest :][:, : mine.shape[1]]
+                if alone:
+                    rows.copy_(mine)
+                elif share.tokens is not None and len(places) == 1:
+                    rows[share.tokens] = mine.to(self.dtype)
+                else:  # of these rows some may be another memory's
+                    own_T1 = decode_memory(slot(columns_TA, place))[:, None] == number
+                    where = slice(None) if share.tokens is None else share.tokens
+                    there = torch.where(own_T1[where], mine.to(self.dtype), rows[where])
+                    rows[where] = there
         return out_TD
 
+    def hidden_of(
+        self, memory: Memory, memory_NX: torch.Tensor, columns_NA: torch.Tensor
+    ) -> torch.Tensor:
+        """Return a memory's own part of rows [N, D], in its dtype; arbitrary in those of others."""
+        first_ND, *others = memory_NX.split(self.widest, dim=-1)
+        if self.batch.several:
+            for place, other_ND in enumerate(others, start=1):
+                own_N1 = decode_memory(slot(columns_NA, place))[:, None] == memory.number
+                first_ND = torch.where(own_N1, other_ND, first_ND)
+        return memory.own_rows(first_ND)
+
     def selected_logits(
-        self, memory_ND: torch.Tensor, columns_NA: torch.Tensor
+        self, memory_NX: torch.Tensor, columns_NA: torch.Tensor
     ) -> Iterator[tuple[Memory, slice | torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Yield (memory, its rows, hidden states [rows, D], logits [rows, W]) of those in use."""
+        """Yield (memory, its rows, hidden states [rows, D], logits [rows, W]) of those in use.
+
+        The rows in which it is the only memory, or the first of several.
+        """
         batch = self.batch
+        memory_ND = memory_NX[:, : self.widest]
         for memory in self.used:
             rows: slice | torch.Tensor = slice(None)
             if not batch.shared:
@@ -132,7 +160,7 @@ class MemorySet:
                 continue
             # The batch is this memory's alone.
             assert batch.draft is not None
-            reused_N = decode_reused(columns_NA)
+            reused_N = decode_reused(columns_NA, batch.slots)
             new_N = reused_N < 0
             logits_NW = batch.draft.logits_RW[reused_N.clamp(min=0)]
             new_NW = memory.logits(mine[new_N])

@@ -15,14 +15,14 @@ from vllm_memdec.tally import MEMORY, MIXING, ROWS, WEIGHT, Figures
 RECENT = 100_000  # requests whose memory is known: by age, because aborted ones do not finish
 DRAFTED, ACCEPTED = "draft_tokens", "accepted_draft_tokens"
 FINISHED = {
-    "requests": "Finished requests: their number, by memory.",
-    "prompt_tokens": "Finished requests: tokens of their prompts, by memory.",
-    "generation_tokens": "Finished requests: tokens of their answers, by memory.",
+    "requests": "Finished requests: their number, by memory; of several, with each of them.",
+    "prompt_tokens": "Finished requests: tokens of their prompts, by memory, likewise.",
+    "generation_tokens": "Finished requests: tokens of their answers, by memory, likewise.",
 }
 DRAFTS = {
     DRAFTED: (
-        "Tokens that the memory drafted and that were verified, less those that a grammar refused "
-        "before."
+        "Tokens that the memory drafted (of several the heaviest) and that were verified, less "
+        "those that a grammar refused before."
     ),
     ACCEPTED: "Drafted tokens that were accepted.",
 }
@@ -34,7 +34,8 @@ MIXED = {
     ),
     WEIGHT: (
         "Sum of the memory's weights in these rows, as they were mixed: given, by context or by a "
-        "gate. By memdec:mixed_rows_total it is the mean weight given."
+        "gate; of several memories each one's share. By memdec:mixed_rows_total it is the mean "
+        "weight given."
     ),
 }
 SECONDS = {
@@ -48,12 +49,12 @@ SECONDS = {
     ),
 }
 
-_recent: OrderedDict[str, str] = OrderedDict()
+_recent: OrderedDict[str, list[str]] = OrderedDict()
 
 
-def note_memory(request_id: str, memory: str) -> None:
-    """Keep the memory of a request for the moment it finishes."""
-    _recent[request_id] = memory
+def note_memories(request_id: str, memories: list[str]) -> None:
+    """Keep the memories of a request for the moment it finishes; none of them is "none"."""
+    _recent[request_id] = memories or [NONE]
     if len(_recent) > RECENT:
         _recent.popitem(last=False)
 
@@ -102,7 +103,7 @@ class MemoryMetrics(StatLoggerBase):
         if not self.serving or iteration_stats is None:
             return
         for done in iteration_stats.finished_requests:
-            if (memory := _recent.get(done.request_id)) is not None:
+            for memory in _recent.get(done.request_id, ()):
                 counter("requests").labels(memory).inc()
                 counter("prompt_tokens").labels(memory).inc(done.num_prompt_tokens)
                 counter("generation_tokens").labels(memory).inc(done.num_generation_tokens)

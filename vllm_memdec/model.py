@@ -37,6 +37,7 @@ from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolat
 from vllm_memdec.memory import SOURCE, source_of
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.request import Choices
+from vllm_memdec.several import mix_several
 from vllm_memdec.tally import MIXING
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
@@ -139,9 +140,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         intermediate_tensors: None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Return [T, D_base + D_memory + A]: base, the row's own memory, and the columns of both.
+        """Return [T, D_base + S * D_memory + A]: base, the row's own memories, columns of all.
 
-        D_memory is the widest memory's; what a row does not use is arbitrary.
+        D_memory is the widest memory's, S how many a row may have; what is not used is arbitrary.
         """
         assert intermediate_tensors is None and input_ids is not None
         width = self.split[1] + self.batch.columns_TA.shape[1]
@@ -210,18 +211,21 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         """
         if not self.batch.used:
             return self.base_logits(hidden_states)
-        if self.memories.selects_rows:
+        # Where bits must not depend on the batch, rows of one memory are mixed as those of several.
+        several = self.batch.several or (envs.VLLM_BATCH_INVARIANT and self.settings.at_once > 1)
+        if self.memories.selects_rows and not several:
             return self.mix_selected(hidden_states)
         N, V, W = len(hidden_states), self.vocabulary, self.memories.max_vocabulary
         # vLLM's memory profile has one row a request, a step that verifies drafts has more.
         rows = N * self.rows_per_request if self.batch.is_dummy else N
         out_NV = hidden_states.new_empty(rows, V, dtype=torch.float32)[:N]
         if self.batch.is_dummy:  # no request is to wait until the kernels of few rows are compiled
-            self.mix(hidden_states[:1], out_NV[:1])
+            for each in {False, several}:
+                self.mix(hidden_states[:1], out_NV[:1], each)
         # Both models' logits exist for a slice of the rows only, the mixture's for all.
         size = max(1, SLICE_BYTES // (self.memories.dtype.itemsize * (V + W)))
         slices = [slice(start, start + size) for start in range(0, N, size)]
-        if not all([self.mix(hidden_states[rows], out_NV[rows]) for rows in slices]):
+        if not all([self.mix(hidden_states[rows], out_NV[rows], several) for rows in slices]):
             return None
         return out_NV
 
@@ -230,10 +234,16 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
         base_ND = hidden_states[:, : self.split[0]]
         return self.base.compute_logits(base_ND.to(self.base_dtype).contiguous())
 
-    def mix(self, hidden_states: torch.Tensor, out_NV: torch.Tensor) -> bool:
-        """Write the mixture [N, V] without waiting for the device; False where a rank has none."""
+    def mix(self, hidden_states: torch.Tensor, out_NV: torch.Tensor, several: bool) -> bool:
+        """Write the mixture [N, V] without waiting for the device; False where a rank has none.
+
+        several: whether rows may have several memories.
+        """
         _, memory_ND, columns_NA = hidden_states.tensor_split(self.split, dim=-1)
         base_NV = self.base_logits(hidden_states)
+        options: Any = {"invariant": envs.VLLM_BATCH_INVARIANT, "compiled": self.compiled}
+        if several:
+            return mix_several(base_NV, memory_ND, columns_NA, self.memories, out_NV, **options)
         others: Literal["base", "keep"] = "base"
         for memory in self.memories.used:
             mine_ND = memory.own_rows(memory_ND)
@@ -250,8 +260,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                     as_logits=True,
                     out=out_NV,
                     tally_2=self.tally.slot(memory.number, self.batch.is_dummy),
-                    compiled=self.compiled,
-                    invariant=envs.VLLM_BATCH_INVARIANT,
+                    **options,
                 )
             others = "keep"  # the rows of the memories before
         return others == "keep"
@@ -310,13 +319,14 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                     "use --load-format auto."
                 )
         if self.compiled:
+            mixed = torch.float32 if self.settings.at_once > 1 else self.base_dtype
             # Loading has the model's dtype as the default one, serving float32: part of the graph.
             with set_default_torch_dtype(torch.float32):
                 for memory in self.memories:
                     units = None if memory.gate is None else memory.gate.certainty
-                    compile_rows(
-                        self.vocabulary, memory.vocabulary, self.base_dtype, memory.dtype, units
-                    )
+                    # Where several memories are mixed, one is mixed into a mixture in float32.
+                    for dtype in {self.base_dtype, mixed}:
+                        compile_rows(self.vocabulary, memory.vocabulary, dtype, memory.dtype, units)
         return loaded
 
     def prepare_lora(self) -> None:
@@ -366,6 +376,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 memory.weight,
                 default,
             )
+        if self.settings.at_once > 1:
+            logger.info("memdec: a request may mix %d memories.", self.settings.at_once)
         length = vllm_config.model_config.max_model_len
         for shorter in (memory for memory in self.memories if memory.ends):
             logger.info(

@@ -1,4 +1,4 @@
-"""What requests may ask for: memory and weight, in their extra_args.
+"""What requests may ask for: memory and weight, or several of them, in their extra_args.
 
 A request with weight 0 or the memory "none" has no memory: nothing of it is computed. Nor has one
 with images, or with video or audio, where the memory's settings say so.
@@ -10,7 +10,17 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
-from vllm_memdec.config import ALONE, AUTO, NONE, MemDecConfig, clash, in_words, memdec_block
+from vllm_memdec.config import (
+    ALONE,
+    AUTO,
+    NONE,
+    MemDecConfig,
+    check_auto,
+    clash,
+    in_words,
+    memdec_block,
+)
+from vllm_memdec.memory_weights import EXAMPLE, are_weights, check_weights, read_weights
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 NO_MEMORY = -1  # in place of a memory's number
@@ -62,7 +72,7 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
     names = choices.names if choices else ()
     extra_args = extra_args or {}
     for key, value in extra_args.items():
-        for path, name in names_within(value, str(key)) if choices else ():
+        for path, name in names_within(value, str(key)) if choices and key != MEMORY else ():
             if asks(name, plain=bare(key) in EXTRA_FIELDS):
                 raise ValueError(
                     f"{brief(path)} within the extra argument {brief(key)} is not read: put it "
@@ -80,30 +90,56 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
         if key == ALPHA:
             if value not in (AUTO, ALONE):
                 check_alpha(value, ALPHA)
-        elif not isinstance(value, str) or value not in (*names, NONE):
-            raise ValueError(
-                f"{MEMORY} must be one of {[*names, NONE]}, the memories of this server, "
-                f"got {brief(value)}."
-            )
-    if choices and choices.default == NONE and MEMORY not in extra_args and extra_args.get(ALPHA):
+        elif choices:
+            check_memory(value, choices)
+    if not choices:
+        return
+    default = choices.default
+    memory, alpha = extra_args.get(MEMORY, default), extra_args.get(ALPHA)
+    if are_weights(memory) and ALPHA in extra_args:
+        raise ValueError(
+            f"{ALPHA} goes with one memory, and {MEMORY} has weights of its own: leave {ALPHA} out."
+        )
+    if memory == AUTO and alpha not in (None, 0, AUTO):
+        raise ValueError(
+            f"{ALPHA} goes with one memory, and {MEMORY} {AUTO!r} is several, weighed by their "
+            f"gates: leave it out, or name one of {[*names]} as {MEMORY}."
+        )
+    if default == NONE and MEMORY not in extra_args and alpha:
         raise ValueError(
             f"{ALPHA} needs {MEMORY} here, whose default on this server is {NONE!r}: name one of "
             f"{[*names]}."
         )
-    if choices and extra_args.get(ALPHA) == AUTO:
-        name = extra_args.get(MEMORY, choices.default)
-        if name != NONE and name not in choices.gated and name not in choices.by_context:
-            raise ValueError(
-                f"{ALPHA} {AUTO!r} needs a gate or alpha_by_context, which the memory {name!r} has "
-                "not: give a number between 0 and 1, or run memdec calibrate."
-            )
+    if alpha == AUTO and memory not in (NONE, AUTO, *choices.gated, *choices.by_context):
+        raise ValueError(
+            f"{ALPHA} {AUTO!r} needs a gate or alpha_by_context, which the memory {memory!r} has "
+            "not: give a number between 0 and 1, or run memdec calibrate."
+        )
+
+
+def check_memory(value: Any, choices: "Choices") -> None:
+    """Raise ValueError for a memory, or memories, that a server has not."""
+    if are_weights(value):
+        check_weights(MEMORY, value, choices.names, choices.at_once)
+        return
+    if value == AUTO:
+        choices.check_auto(MEMORY)
+        return
+    if not isinstance(value, str) or value not in (*choices.names, NONE):
+        several = f", or weights as in {EXAMPLE!r}" if choices.at_once > 1 else ""
+        raise ValueError(
+            f"{MEMORY} must be one of {[*choices.names, NONE]}, the memories of this server"
+            f"{several}, got {brief(value)}."
+        )
 
 
 def check_images(extra_args: dict[str, Any] | None, choices: "Choices") -> None:
     """Raise ValueError where a request with images asks for a memory that is off for these."""
     asked = {ALPHA, MEMORY} & {*(extra_args or {})}
-    name = choices.name(extra_args)
-    if asked and name in choices.without_images:
+    if (extra_args or {}).get(MEMORY, choices.default) == AUTO:
+        return  # the others mix
+    off = [name for name in choices.running(extra_args) if name in choices.without_images]
+    for name in off if asked else ():
         raise ValueError(
             f"The memory {name!r} is off for requests with images, video or audio: leave "
             f"{' and '.join(sorted(asked))} out, or ask for the memory {NONE!r}; where the model's "
@@ -123,12 +159,14 @@ class Choices:
         by_context: Collection[str] = (),
         without_images: Collection[str] = (),
         served: dict[str, dict[str, Any]] | None = None,
+        at_once: int = 1,
     ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
         self.by_context = by_context  # memories with an alpha for each length of context
         self.drafts = drafts  # whether the memories draft
         self.without_images = without_images  # memories that are off for requests with images
         self.served = served or {}  # models that are a memory, as extra_args of their requests
+        self.at_once = at_once  # how many memories a request may mix
 
     @classmethod
     def of(cls, config: MemDecConfig) -> "Choices":
@@ -144,12 +182,32 @@ class Choices:
                 served[name] = {MEMORY: memory.name} | ({} if alpha is None else {ALPHA: alpha})
         if config.base_served_as:
             served[config.base_served_as] = {MEMORY: NONE}
-        return cls(alphas, config.default, gated, drafts, by_context, without_images, served)
+        if 1 < len(gated) <= config.at_once:
+            served.setdefault(AUTO, {MEMORY: AUTO})
+        return cls(
+            alphas,
+            config.default,
+            gated,
+            drafts,
+            by_context,
+            without_images,
+            served,
+            config.at_once,
+        )
+
+    def check_auto(self, what: str) -> None:
+        """Raise ValueError if a request cannot have all memories with gates together."""
+        check_auto(what, len(self.gated), self.at_once)
+
+    def give_up(self, names: Collection[str]) -> None:
+        """Leave the model "auto" to others of that name."""
+        if AUTO in names and self.served.get(AUTO) == {MEMORY: AUTO}:
+            del self.served[AUTO]
 
     def check_served(self, names: Collection[str], what: str) -> None:
         """Raise ValueError if one of these names of models is a memory's or the base's alone."""
         meant = {name: name for name in (*self.names, NONE)}
-        meant |= {name: asked[MEMORY] for name, asked in self.served.items()}
+        meant |= {name: a[MEMORY] for name, a in self.served.items() if a[MEMORY] != AUTO}
         if self.default == NONE and what == "the base":
             del meant[NONE]  # that is the base alone
         for name in names:
@@ -177,23 +235,41 @@ class Choices:
 
     def resolve(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
-    ) -> tuple[int, float]:
-        """Return the memory's number and the weight; negative: a gate's cap, or one by context.
+    ) -> tuple[tuple[int, float], ...]:
+        """Return number and weight of each memory that runs, first the one that drafts.
 
-        images: of the request, in vLLM's form (mm_features). Either both results mean "no memory"
-        or neither does.
+        images: of the request, in vLLM's form (mm_features). A negative weight is a gate's cap, or
+        one by context.
         """
         extra_args = extra_args or {}
-        name = extra_args.get(MEMORY, self.default)
-        if name == NONE or (images and name in self.without_images):
-            return NO_MEMORY, 0.0
-        asked = extra_args.get(ALPHA, self.alphas[name])
-        alpha = 1.0 if asked in (AUTO, ALONE) else float(asked)
-        if not alpha:
-            return NO_MEMORY, 0.0
+        asked, alpha = extra_args.get(MEMORY, self.default), extra_args.get(ALPHA)
+        if are_weights(asked):
+            weights = read_weights(asked)
+        elif asked == AUTO:  # each within its own cap
+            weights = {n: self._weight(n, alpha) for n in self.names if n in self.gated}
+        else:
+            weights = {} if asked == NONE else {asked: self._weight(asked, alpha)}
+        runs = [n for n in weights if weights[n] and not (images and n in self.without_images)]
+        # The heaviest drafts; of gates the default's memory.
+        runs.sort(key=self.names.index)
+        runs.sort(key=lambda n: n != self.default if asked == AUTO else -weights[n])
+        return tuple((self.names.index(name), float(weights[name])) for name in runs)
+
+    def _weight(self, name: str, alpha: Any) -> float:
+        """Return the weight of a request's only memory; alpha: None where it asks for none."""
+        asked = self.alphas[name] if alpha is None else alpha
+        weight = 1.0 if asked in (AUTO, ALONE) else float(asked)
         # By context a number is the weight itself.
         capped = asked == AUTO or (name in self.gated and asked != ALONE)
-        return self.names.index(name), -alpha if capped else alpha
+        return -weight if capped else weight
+
+    def slots(
+        self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
+    ) -> tuple[list[int], list[float]]:
+        """Return the numbers and weights of resolve(), one for each slot of a row."""
+        chosen = list(self.resolve(extra_args, images))
+        chosen += [(NO_MEMORY, 0.0)] * (self.at_once - len(chosen))
+        return [number for number, _ in chosen], [weight for _, weight in chosen]
 
     def drafted(self, params: Any, images: Collection[Any] | None = None) -> bool:
         """Return whether the memories draft for a request, by its SamplingParams and its images.
@@ -203,24 +279,25 @@ class Choices:
         """
         if not self.drafts or params.sampling_type.name == "RANDOM_SEED":
             return False
-        return self.resolve(params.extra_args, images)[0] != NO_MEMORY
+        return bool(self.resolve(params.extra_args, images))
 
-    def name(self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None) -> str:
-        """Return the name of the memory that runs for a request, or "none"."""
-        number, _ = self.resolve(extra_args, images)
-        return NONE if number == NO_MEMORY else self.names[number]
+    def running(
+        self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
+    ) -> list[str]:
+        """Return the names of the memories that run for a request, first the one that drafts."""
+        return [self.names[number] for number, _ in self.resolve(extra_args, images)]
 
     def described(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
     ) -> str:
-        """Return memory and weight of a request in words, for a log."""
-        number, alpha = self.resolve(extra_args, images)
-        if number == NO_MEMORY:
-            return "no memory"
-        weight = f"alpha {alpha}"
-        if alpha < 0:
-            weight = f"alpha {AUTO!r}" + (f", at most {-alpha}" if alpha > -1 else "")
-        return f"memory {self.names[number]!r}, {weight}"
+        """Return memories and weights of a request in words, for a log."""
+        words = []
+        for number, alpha in self.resolve(extra_args, images):
+            weight = f"alpha {alpha}"
+            if alpha < 0:
+                weight = f"alpha {AUTO!r}" + (f", at most {-alpha}" if alpha > -1 else "")
+            words.append(f"memory {self.names[number]!r}, {weight}")
+        return "; ".join(words) or "no memory"
 
 
 def choices_of(holder: Any) -> Choices | None:

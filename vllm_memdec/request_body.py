@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import Any
 
 from vllm_memdec.checkpoint import brief
+from vllm_memdec.memory_weights import as_text
 from vllm_memdec.request import (
     ALPHA,
     EXTRA_FIELDS,
@@ -54,6 +55,13 @@ def check_body(
             continue
         if isinstance(given, dict):
             check_extra_args(choices.asked(body.get("model"), given), choices)
+
+
+def write_weights(body: Any) -> None:
+    """Write weights of several memories within a body as the string that vLLM's classes take."""
+    given = body.get(XARGS) if isinstance(body, dict) else None
+    if isinstance(given, dict) and isinstance(given.get(MEMORY), dict):
+        given[MEMORY] = as_text(given[MEMORY])
 
 
 def search(value: Any, field: str, plain: bool, place: str | None) -> None:

@@ -53,7 +53,7 @@ def test_a_memory_that_ends(dtype):
     memory_B, alpha_B = torch.tensor([0, 0, 1, NO_MEMORY]), torch.tensor([-0.3, 1.0, 0.6, 0.0])
     starts_B = torch.tensor([7, 8, 99, 500])
     batch.write(memory_B, alpha_B, torch.tensor([2, 2, 2, 2]), starts_B=starts_B)
-    assert batch.used == [0, 1] and batch.memory_B.tolist() == [0, NO_MEMORY, 1, NO_MEMORY]
+    assert batch.used == [0, 1] and batch.memory_BS[:, 0].tolist() == [0, NO_MEMORY, 1, NO_MEMORY]
     position_N = torch.tensor([7, 8, 8, 9, 99, 100, 500, 501])
     for number, length in enumerate([8, 100]):
         end_memory(batch.columns_TA, position_N, number, length)
@@ -67,7 +67,7 @@ def test_what_is_asked_stays_on_the_host():
         batch = Batch(1, 64, max_tokens=8, dtype=torch.float32, device="cpu", lengths=[4])
     asked = torch.tensor([0, 0]), torch.tensor([0.3, 0.3]), torch.tensor([2, 2])
     batch.write(*asked, starts_B=torch.tensor([3, 4]))
-    assert batch.memory_B.tolist() == [0, NO_MEMORY]
+    assert batch.memory_BS[:, 0].tolist() == [0, NO_MEMORY]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -346,7 +346,7 @@ def test_weights_by_context_of_a_server(models, tmp_path):
 
 def test_a_weight_that_is_asked_for_is_no_cap():
     choices = Choices({"steps": "auto", "law": "auto"}, "steps", {"law"}, by_context={"steps"})
-    found = [choices.resolve(args)[1] for args in (
+    found = [choices.resolve(args)[0][1] for args in (
         {}, {"memdec_alpha": 0.4}, {"memdec_memory": "law", "memdec_alpha": 0.4},
         {"memdec_memory": "law", "memdec_alpha": "alone"}, {"memdec_alpha": "alone"},
     )]  # fmt: skip

@@ -6,7 +6,6 @@ from vllm_memdec.config import NONE
 from vllm_memdec.request import (
     ALPHA,
     MEMORY,
-    NO_MEMORY,
     Choices,
     check_extra_args,
     check_images,
@@ -22,7 +21,7 @@ def test_bad_weights_are_refused(value):
         check_extra_args({"memdec_alpha": value}, CHOICES)
 
 
-@pytest.mark.parametrize("value", ["tax", "", "LAW", 0, None, ["law"], {"law": 1}])
+@pytest.mark.parametrize("value", ["tax", "", "LAW", 0, None, ["law"], True])
 def test_bad_memories_are_refused(value):
     sentence = r"memdec_memory must be one of \['law', 'bio', 'none'\]"
     with pytest.raises(ValueError, match=sentence):
@@ -111,38 +110,38 @@ def test_arguments_of_others():
 
 
 @pytest.mark.parametrize(
-    ("extra_args", "name", "choice"),
+    ("extra_args", "names", "choice"),
     [
-        (None, "law", (0, 0.6)),
-        ({"other": 1}, "law", (0, 0.6)),
-        ({"memdec_alpha": 0.2}, "law", (0, 0.2)),
-        ({"memdec_memory": "bio"}, "bio", (1, 0.4)),
-        ({"memdec_memory": "bio", "memdec_alpha": 1}, "bio", (1, 1.0)),
-        ({"memdec_memory": "none"}, "none", (NO_MEMORY, 0.0)),
-        ({"memdec_memory": "none", "memdec_alpha": 0.5}, "none", (NO_MEMORY, 0.0)),
-        ({"memdec_memory": "bio", "memdec_alpha": 0}, "none", (NO_MEMORY, 0.0)),
-        ({"memdec_memory": "off"}, "none", (NO_MEMORY, 0.0)),
-        ({"memdec_memory": "off", "memdec_alpha": 0.1}, "off", (2, 0.1)),
+        (None, ["law"], ((0, 0.6),)),
+        ({"other": 1}, ["law"], ((0, 0.6),)),
+        ({"memdec_alpha": 0.2}, ["law"], ((0, 0.2),)),
+        ({"memdec_memory": "bio"}, ["bio"], ((1, 0.4),)),
+        ({"memdec_memory": "bio", "memdec_alpha": 1}, ["bio"], ((1, 1.0),)),
+        ({"memdec_memory": "none"}, [], ()),
+        ({"memdec_memory": "none", "memdec_alpha": 0.5}, [], ()),
+        ({"memdec_memory": "bio", "memdec_alpha": 0}, [], ()),
+        ({"memdec_memory": "off"}, [], ()),
+        ({"memdec_memory": "off", "memdec_alpha": 0.1}, ["off"], ((2, 0.1),)),
     ],
 )
-def test_choice(extra_args, name, choice):
+def test_choice(extra_args, names, choice):
     """What the front end calls it for the cache and what the worker runs agree."""
     choices = Choices({"law": 0.6, "bio": 0.4, "off": 0.0}, "law")
-    assert choices.name(extra_args) == name
+    assert choices.running(extra_args) == names
     assert choices.resolve(extra_args) == choice
 
 
 @pytest.mark.parametrize(
     ("extra_args", "choice"),
     [
-        (None, (0, -1.0)),
-        ({"memdec_alpha": "auto"}, (0, -1.0)),
-        ({"memdec_alpha": 0.3}, (0, -0.3)),
-        ({"memdec_alpha": 0}, (NO_MEMORY, 0.0)),
-        ({"memdec_memory": "capped"}, (1, -0.5)),
-        ({"memdec_memory": "capped", "memdec_alpha": "auto"}, (1, -1.0)),
-        ({"memdec_memory": "fixed"}, (2, 0.4)),
-        ({"memdec_memory": "none", "memdec_alpha": "auto"}, (NO_MEMORY, 0.0)),
+        (None, ((0, -1.0),)),
+        ({"memdec_alpha": "auto"}, ((0, -1.0),)),
+        ({"memdec_alpha": 0.3}, ((0, -0.3),)),
+        ({"memdec_alpha": 0}, ()),
+        ({"memdec_memory": "capped"}, ((1, -0.5),)),
+        ({"memdec_memory": "capped", "memdec_alpha": "auto"}, ((1, -1.0),)),
+        ({"memdec_memory": "fixed"}, ((2, 0.4),)),
+        ({"memdec_memory": "none", "memdec_alpha": "auto"}, ()),
     ],
 )
 def test_choice_with_gates(extra_args, choice):
@@ -180,16 +179,16 @@ def test_a_model_s_name():
 
 
 def test_default_none():
-    assert Choices({"law": 0.6}, "none").resolve(None) == (NO_MEMORY, 0.0)
+    assert Choices({"law": 0.6}, "none").resolve(None) == ()
 
 
 def test_requests_with_images():
     """A memory that is off for them: what asks for it by name or weight is refused."""
     choices = Choices({"law": 0.6, "bio": 0.4}, "law", without_images=["law"])
     images = ["an image"]
-    assert choices.resolve(None) == choices.resolve(None, []) == (0, 0.6)
-    assert choices.resolve(None, images) == (NO_MEMORY, 0.0) and choices.name(None, images) == NONE
-    assert choices.resolve({MEMORY: "bio"}, images) == (1, 0.4)
+    assert choices.resolve(None) == choices.resolve(None, []) == ((0, 0.6),)
+    assert choices.resolve(None, images) == () and choices.running(None, images) == []
+    assert choices.resolve({MEMORY: "bio"}, images) == ((1, 0.4),)
     for fine in (None, {ALPHA: 0}, {MEMORY: NONE}, {MEMORY: "bio", ALPHA: 0.2}):
         check_images(fine, choices)
     for asked in ({ALPHA: 0.3}, {MEMORY: "law"}):

@@ -26,6 +26,7 @@ from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
 
 from vllm_memdec import metrics
 from vllm_memdec.compat.hooks import wrap
+from vllm_memdec.config import NONE
 from vllm_memdec.request import choices_of
 from vllm_memdec.tally import Figures
 
@@ -117,7 +118,8 @@ def _counted_drafts(original: Callable) -> Callable:
         choices = choices_of(self)
         if self.log_stats and choices is not None and choices.drafts:
             request = self.requests[request_id]
-            name = choices.name(request.sampling_params.extra_args, request.mm_features)
+            names = choices.running(request.sampling_params.extra_args, request.mm_features)
+            name = names[0] if names else NONE  # the first drafts
             # As vLLM counts: without those that a grammar refused before they were verified.
             made = num_draft_tokens - (num_invalid_spec_tokens or {}).get(request_id, 0)
             figures: Figures = {

@@ -9,9 +9,10 @@ SamplingParams._validate_spec_decode  Lets min_p and logit_bias through where th
     V2 runner applies them to drafts, and on V1 we do (see v1_sampling.py).
 InputProcessor.process_inputs  The memory becomes part of the request's cache salt. Blocks of the KV
     cache hold keys and values of the memory that ran, and of no other, so a request may only reuse
-    those of requests with the same memory; vLLM itself tells images apart. It also refuses a memory
-    that is off for requests with images, and what would end a worker of the V2 runner, whose lists
-    of tokens have limits that only the worker checks. Images of a refused request are forgotten:
+    those of requests with the same memory, or the same several; vLLM itself tells images apart. It
+    also refuses a memory that is off for requests with images, and what would end a worker of the
+    V2 runner, whose lists of tokens have limits that only the worker checks. Images of a refused
+    request are forgotten:
     vLLM has noted them as sent by then, and the next request with one would go without its data.
     Where requests are logged it logs memory and weight: vLLM's line has what was asked for alone.
 
@@ -30,6 +31,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_memdec import metrics, startup
 from vllm_memdec.compat.hooks import wrap
+from vllm_memdec.config import NONE
 from vllm_memdec.request import Choices, check_extra_args, check_images, choices_of
 from vllm_memdec.request_error import RequestError
 
@@ -155,10 +157,10 @@ def _salt(processor: Any, request: Any, choices: Choices) -> None:
             check_images(extra_args, choices)
         except ValueError as error:
             raise RequestError(str(error)) from None
-    name = choices.name(extra_args, images)
-    # A name holds no NUL, so two pairs of name and salt never give the same text.
-    request.cache_salt = f"{name}\0{request.cache_salt or ''}"
-    metrics.note_memory(request.request_id, name)
+    names = choices.running(extra_args, images)
+    # A name holds no NUL and no plus, so two pairs of names and salt never give the same text.
+    request.cache_salt = f"{'+'.join(sorted(names)) or NONE}\0{request.cache_salt or ''}"
+    metrics.note_memories(request.request_id, names)
     if getattr(processor, "memdec_logs_requests", False):  # see server.py
         described = choices.described(extra_args, images)
         logger.info("memdec: request %s has %s.", request.request_id, described)

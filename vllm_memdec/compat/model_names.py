@@ -17,7 +17,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.request import MEMORY, Choices, check_extra_args, choices_of
+from vllm_memdec.request import Choices, check_extra_args, choices_of
 
 PASS_ON = "to_chat_completion_request"  # of requests that hand over what they do not know
 
@@ -58,6 +58,10 @@ def _with_memories(original: Callable) -> Callable:
         self: Any, engine_client: Any, base_model_paths: Any, *, lora_modules: Any = None
     ) -> None:
         if choices := choices_of(engine_client):
+            names = [each.name for each in (*base_model_paths, *(lora_modules or ()))]
+            for holder in (engine_client, engine_client.input_processor):
+                if known := choices_of(holder):
+                    known.give_up(names)
             choices.check_served([path.name for path in base_model_paths], "the base")
             choices.check_served([lora.name for lora in lora_modules or ()], "a LoRA adapter")
             folder = base_model_paths[0].model_path
@@ -109,7 +113,7 @@ def _choose(handler: Any, request: Any, choices: Choices) -> None:
     asked = choices.asked(request.model, given)
     check_extra_args(asked, choices)
     own = choices.resolve(asked) != choices.resolve(None)
-    if asked and asked.get(MEMORY, choices.default) in choices.without_images:
+    if asked and any(name in choices.without_images for name in choices.running(asked)):
         own = True  # off for requests with images, which a named one is refused for
     if own and getattr(request, "use_beam_search", False):
         raise ValueError(

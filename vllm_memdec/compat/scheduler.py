@@ -123,6 +123,6 @@ def _limits(scheduler: Any, starts: dict[str, int]) -> Iterator[tuple[str, int]]
         if not choices.drafted(params, request.mm_features):
             yield name, 0
             continue
-        number, _ = choices.resolve(params.extra_args, request.mm_features)
+        number, _ = choices.resolve(params.extra_args, request.mm_features)[0]
         # A token is drafted at the position before its own.
         yield name, max(0, scheduler.memdec_lengths[number] + 1 - start)

@@ -2,7 +2,8 @@
 
 register_api_routers: every endpoint that reads JSON depends on validate_json_request, and FastAPI
 lets an application put another dependency in its place. Ours then looks into the body, of which
-vLLM's own classes keep only what they know.
+vLLM's own classes keep only what they know, and writes weights of several memories as a string,
+for these classes take no object there.
 OpenAIServingChat.create_chat_completion and OpenAIServingCompletion.create_completion look again,
 into what their classes kept: `vllm run-batch` and Ray Serve call them without that endpoint.
 OpenAIServingModels.show_available_models gets a description of base and memories on each card, and
@@ -25,7 +26,7 @@ from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.compat.model_names import PASS_ON
 from vllm_memdec.describe import describe, describe_model
 from vllm_memdec.request import Choices, choices_of
-from vllm_memdec.request_body import check_body
+from vllm_memdec.request_body import check_body, write_weights
 from vllm_memdec.request_error import RequestError
 
 # The last part of addresses that only count or convert: no weight decides their answers.
@@ -121,6 +122,7 @@ def _checked_routers(original: Callable) -> Callable:
             check_body(body, fields, passes_on, choices, raw_request.query_params)
         except ValueError as error:
             raise RequestError(str(error)) from None
+        write_weights(body)  # in place: FastAPI makes vLLM's request of the same object
 
     def register_api_routers(args: Any, app: Any, *others: Any, **options: Any) -> None:
         original(args, app, *others, **options)
@@ -167,7 +169,8 @@ def _described_models(original: Callable) -> Callable:
                 card.memdec = self.memdec_description
                 if (asked := choices.served.get(card.id)) is not None:
                     card.memdec = describe_model(self.memdec_description, asked)
-                    card.root, card.parent = card.memdec["model"], self.base_model_paths[0].name
+                    card.root = card.memdec.get("model", card.root)
+                    card.parent = self.base_model_paths[0].name
         return models
 
     return show_available_models

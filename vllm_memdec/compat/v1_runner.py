@@ -77,10 +77,10 @@ def _inputs(original: Callable) -> Callable:
             names = self.input_batch.req_ids[: self.input_batch.num_reqs]
             states = [self.requests[name] for name in names]
             chosen = [
-                choices.resolve(state.sampling_params.extra_args, state.mm_features)
+                choices.slots(state.sampling_params.extra_args, state.mm_features)
                 for state in states
             ]
-            memory_B, alpha_B = zip(*chosen, strict=True)
+            memory_BS, alpha_BS = zip(*chosen, strict=True)
             starts = torch.from_numpy(self.query_start_loc.np[: len(names) + 1])
             lengths_B = starts.diff()
             if self.uses_mrope:
@@ -90,14 +90,14 @@ def _inputs(original: Callable) -> Callable:
                 reusable = _reusable_rows(self.input_batch, batch.draft, lengths_B)
             computed_B = torch.from_numpy(self.input_batch.num_computed_tokens_cpu[: len(names)])
             batch.write(
-                torch.tensor(memory_B),
-                torch.tensor(alpha_B),
+                torch.tensor(memory_BS),
+                torch.tensor(alpha_BS),
                 lengths_B,
                 reusable,
                 starts_B=self.get_model().first_positions(computed_B),
             )
             if choices.drafts:
-                ends = batch.length_M[[*memory_B]].tolist()
+                ends = batch.length_M[[first for first, *_ in memory_BS]].tolist()
                 left = [_remaining(self, choices, *each) for each in zip(states, ends, strict=True)]
                 batch.track(names, left)
         return result

@@ -63,9 +63,9 @@ class MemDecModelState(DefaultModelState):
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.composite, self.choices, self.batch = model, model.choices, model.batch
-        # By the request's slot in the runner's table.
-        self.memory_R = torch.full((self.max_num_reqs,), NO_MEMORY)
-        self.alpha_R = torch.zeros(self.max_num_reqs)
+        # By the request's slot in the runner's table, and the slots of its rows.
+        size = self.max_num_reqs, self.choices.at_once
+        self.memory_RS, self.alpha_RS = torch.full(size, NO_MEMORY), torch.zeros(size)
         self.drafted_R = np.zeros(self.max_num_reqs, dtype=bool)
         self.is_real = False  # the batch being prepared
 
@@ -77,8 +77,9 @@ class MemDecModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         images = new_req_data.mm_features
-        chosen = self.choices.resolve(params.extra_args, images)
-        self.memory_R[req_index], self.alpha_R[req_index] = chosen
+        numbers, weights = self.choices.slots(params.extra_args, images)
+        self.memory_RS[req_index] = torch.tensor(numbers)
+        self.alpha_RS[req_index] = torch.tensor(weights)
         self.drafted_R[req_index] = self.choices.drafted(params, images)
 
     # In order of their calls: preprocess_state (real batches only), prepare_attn (not in every
@@ -95,8 +96,8 @@ class MemDecModelState(DefaultModelState):
             slots = torch.from_numpy(input_batch.idx_mapping_np)
             starts = torch.from_numpy(input_batch.query_start_loc_np[: len(slots) + 1])
             self.batch.write(
-                self.memory_R[slots],
-                self.alpha_R[slots],
+                self.memory_RS[slots],
+                self.alpha_RS[slots],
                 starts.diff(),
                 mode=cudagraph_mode.name,
                 starts_B=self.composite.first_positions(
