@@ -208,6 +208,9 @@ class Batch:
         self.mode = ""  # in which the step is executed, by the name of vLLM's CUDAGraphMode
         self.shares: dict[int, MemoryShare] = dict.fromkeys(self.dummy_set, MemoryShare())
         self.used: list[int] = [*self.dummy_set]  # by any request
+        # The slots in which rows may have each memory that runs. A captured graph serves any batch.
+        slots = [*range(self.slots if len(self.dummy_set) > 1 else 1)]
+        self.places: dict[int, list[int]] = dict.fromkeys(self.dummy_set, slots)
         self.shared = True  # each used memory is that of every row
         self.several = self.slots > 1 and len(self.dummy_set) > 1  # any request mixes several
         self.reused_T = (
@@ -303,17 +306,16 @@ class Batch:
             self.shares = dict.fromkeys(run, MemoryShare())
         else:
             self.shares = dict.fromkeys(self.set_of(run), MemoryShare())
+        if not self.several or self.drafting:
+            self.places = dict.fromkeys(self.shares, [0])
+        elif mode == "FULL":
+            self.places = dict.fromkeys(self.shares, [*range(self.slots)])
+        else:
+            self.places = {m: (run_BS == m).any(0).nonzero().flatten().tolist() for m in run}
 
     def set_of(self, used: Sequence[int]) -> tuple[int, ...]:
         """Return the smallest captured set that holds all used memories."""
         return tuple(used) if tuple(used) in self.sets else self.sets[0]
-
-    def slots_of(self, number: int) -> list[int]:
-        """Return the slots in which rows of a memory that runs may have it."""
-        if self.is_dummy or self.mode == "FULL":  # a captured graph serves any batch
-            return [*range(self.slots if len(self.shares) > 1 else 1)]
-        slots = 1 if self.drafting or not self.several else self.memory_BS.shape[1]
-        return [j for j in range(slots) if (self.memory_BS[:, j] == number).any()]
 
     def _without_ended(
         self, memory_BS: Tensor, alpha_BS: Tensor, starts_B: Tensor

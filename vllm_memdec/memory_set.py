@@ -114,7 +114,7 @@ class MemorySet:
             memory_TX[tokens] = batch.draft.hidden_RD[rows_R]
         for number, share in shares.items():
             mine = self.memories[number].run(share, input_ids, positions)
-            places = batch.slots_of(number)
+            places = batch.places[number]
             for place in places:
                 rows = memory_TX[:, place * self.widest :][:, : mine.shape[1]]
                 if alone:

@@ -7,11 +7,14 @@ from vllm_memdec.batch import (
     Batch,
     ContextTable,
     decode,
+    decode_context,
     decode_memory,
     decode_reused,
     encode,
     end_memory,
     graph_sets,
+    slot,
+    write_context,
 )
 from vllm_memdec.request import NO_MEMORY
 
@@ -84,6 +87,52 @@ def test_weights_by_context(dtype):
         ContextTable(table, 1, dtype, "cpu").write(rows, position_N)
         assert torch.equal(decode(rows), torch.tensor(expected))
         assert torch.equal(rows[:, 3:], batch.columns_TA[:, 3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("hidden", [160, 7])
+def test_several_memories_in_a_row(dtype, hidden):
+    """A slot for each, all float32 weights whole, then the columns that rows have once."""
+    batch = Batch(
+        3, hidden, max_tokens=8, dtype=dtype, device="cpu", lengths=[9, 100, 100], slots=2
+    )
+    assert (hidden + batch.columns_TA.shape[1]) % 8 == 0
+    assert batch.is_dummy and batch.several and batch.places[2] == [0, 1]
+    memory_BS = torch.tensor([[2, 0], [1, NO_MEMORY], [0, 1], [NO_MEMORY] * 2])
+    alpha_BS = torch.tensor([[0.37, 1 / 3], [-0.3, 0], [0.2, 1 / 7], [0, 0]])
+    lengths_B = torch.tensor([2, 1, 1, 1])
+    batch.write(memory_BS, alpha_BS, lengths_B, starts_B=torch.tensor([7, 7, 9, 7]))
+    # The third request is past the end of its first memory: the second takes its place.
+    memory_BS[2], alpha_BS[2] = torch.tensor([1, NO_MEMORY]), torch.tensor([1 / 7, 0])
+    for place in (0, 1):
+        rows_NA = slot(batch.columns_TA, place)[:5]
+        wanted = memory_BS[:, place].repeat_interleave(lengths_B)
+        assert decode_memory(rows_NA).tolist() == wanted.tolist()
+        assert torch.equal(decode(rows_NA), alpha_BS[:, place].repeat_interleave(lengths_B))
+    assert (decode_reused(batch.columns_TA, 2)[:5] == -1).all()
+    position_N = torch.arange(7, 15)
+    write_context(batch.columns_TA, position_N, 2)
+    wanted = position_N.float().log1p().to(dtype)
+    assert torch.equal(decode_context(batch.columns_TA, 2), wanted)
+    end_memory(batch.columns_TA, torch.tensor([8, 9, 9, 9, 9, 0, 0, 0]), 0, 9, 2)
+    assert decode(slot(batch.columns_TA, 1))[:2].tolist() == [alpha_BS[0, 1], 0]
+
+    assert batch.used == [0, 1, 2] and batch.several and not batch.shared
+    assert [batch.places[number] for number in (0, 1, 2)] == [[1], [0], [0]]
+    tokens = {number: share.tokens.tolist() for number, share in batch.shares.items()}
+    assert tokens == {0: [0, 1], 1: [2, 3], 2: [0, 1]}
+    batch.write_drafting()  # by each request's first
+    assert sorted(batch.shares) == [1, 2] and batch.used == [0, 1, 2] and batch.several
+    assert batch.shares[1].tokens.tolist() == [1, 2] and batch.places[2] == [0]
+    batch.plan("FULL")
+    assert sorted(batch.shares) == [0, 1, 2] and batch.places[1] == [0]
+    ones_B = torch.ones(4, dtype=torch.int64)
+    batch.write(batch.memory_BS, batch.alpha_BS, ones_B)
+    assert sorted(batch.shares) == [0, 1, 2], "all of them run again"
+    batch.plan("FULL")
+    assert batch.places[1] == [0, 1]
+    batch.write(memory_BS[1:2], alpha_BS[1:2], ones_B[:1])
+    assert batch.shared and not batch.several and batch.shares[1].tokens is None
 
 
 def test_shares():

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from support import ending, long_base, oracle, v2_process
+from support import ending, long_base, oracle, several, v2_process
 from support.choices import (
     CHOICES,
     PROMPT,
@@ -53,6 +53,12 @@ ENDING = [
         ending.request(ending.END - 5, "learned"),
         ending.request(ending.END, "short"),
     ],
+]
+# Of several memories in one request; the runner has four at a time. Graphs, drafts.
+SEVERAL_RUN = [(None, 2), ("piecewise", 0), ("full", 2)]
+SEVERAL = [
+    [*zip(oracle.prompts(4, 30, 38, VOCAB, seed=n), several.ASKED[4 * n : 4 * n + 4], strict=False)]
+    for n in range(4)
 ]
 SAME_TO_ITS_END = [
     ending.request(size, "same", max_tokens=25)
@@ -159,7 +165,12 @@ def shorter(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter):
+def together(tiny_model, tmp_path_factory):
+    return several.make(tiny_model, tmp_path_factory.mktemp("together"))
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter, together):
     """Return what the V2 runner makes of all jobs, in one process."""
     base, folders = mixed
     memories = {
@@ -213,6 +224,18 @@ def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter):
             max_model_len=ending.POSITIONS,
             max_num_batched_tokens=64,
             **counted,
+        )
+    params = GREEDY | {"max_tokens": 8, "logprobs": 4}
+    for graphs, drafts in SEVERAL_RUN:
+        batches = [
+            [
+                (ids, params | {"extra_args": several.extra_args(each), "prompt_logprobs": 4 - n})
+                for n, (ids, each) in enumerate(batch)
+            ]
+            for batch in SEVERAL
+        ]
+        jobs[f"several, {graphs}, {drafts}"] = v2_process.job(
+            together["base"], several.block(together, speculative_tokens=drafts), batches, graphs
         )
     return v2_process.run(jobs, subprocess_env)
 
@@ -362,3 +385,21 @@ def test_beyond_a_memory_s_end(graphs, drafts, results, shorter):
         # None is refused: all were drafted at positions of the memory.
         assert counts[0][0] >= 8 and all(drafted == accepted for drafted, accepted in counts)
         assert counts[-2:] == [[0, 0]] * 2
+
+
+@pytest.mark.drafts
+@pytest.mark.feature("several memories in one request")
+@pytest.mark.parametrize(("graphs", "drafts"), SEVERAL_RUN)
+def test_several_memories_in_one_request(graphs, drafts, results, together):
+    """Beside requests of one memory and of none, past the end of one; prompts in chunks."""
+    result = v2_process.answered(results, f"several, {graphs}, {drafts}")
+    asked = [each for batch in SEVERAL for _, each in batch]
+    for (prompt, sampled, *rows), each in zip(result["requests"], asked, strict=True):
+        assert several.worst(together, each, prompt, sampled, *rows) < oracle.TOLERANCE, each
+        key_TV = several.mixture(together, each, [*prompt, *sampled])
+        assert key_TV[len(prompt) - 1 : -1].argmax(-1).tolist() == sampled, each
+    for step in result["steps"]:  # a set that is not captured takes that of all
+        full = v2_process.ran(step, mode="FULL")
+        assert v2_process.ran(step) in ({*step["used"]}, full), step
+        assert v2_process.ran(step, "draft") <= full | {*step["used"]}, step
+    assert bool(result["drafted"]) == bool(drafts)
