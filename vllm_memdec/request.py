@@ -7,12 +7,25 @@ with images, or with video or audio, where the memory's settings say so.
 import difflib
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
-from vllm_memdec.config import ALONE, AUTO, NONE, MemDecConfig, clash, in_words, memdec_block
+from vllm_memdec.config import (
+    ALONE,
+    AUTO,
+    NONE,
+    MemDecConfig,
+    MemoryConfig,
+    clash,
+    in_words,
+    memdec_block,
+)
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
+# What the front end makes of both where the memory is in a slot: [its number, weight]. Nobody else
+# resolves its name, which may be another's by the time that the request runs.
+PLACE = "memdec_place"
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
 PLAIN = ("alpha", "memory")
@@ -69,13 +82,13 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
                     f"beside that, as {ALPHA!r} or {MEMORY!r}."
                 )
         # On a server without a memory plain names are another plugin's.
-        if not asks(key, plain=bool(names)):
+        if not asks(key, plain=choices is not None):
             continue
         if key not in (ALPHA, MEMORY):
             raise ValueError(
                 f"Unknown extra argument {brief(key)}: the arguments are {ALPHA!r} and {MEMORY!r}."
             )
-        if not names:
+        if choices is None:
             raise ValueError(f"{key} was given, but this server runs without a memory.")
         if key == ALPHA:
             if value not in (AUTO, ALONE):
@@ -111,6 +124,20 @@ def check_images(extra_args: dict[str, Any] | None, choices: "Choices") -> None:
         )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A memory in a slot."""
+
+    number: int
+    settings: MemoryConfig
+    digest: str  # of its weights
+
+    @property
+    def salt(self) -> str:
+        """What tells its blocks of the KV cache from those of any other memory, ever."""
+        return f"{self.number}.{self.digest}"
+
+
 class Choices:
     """What requests may choose from; resolves their arguments, once checked."""
 
@@ -123,28 +150,35 @@ class Choices:
         by_context: Collection[str] = (),
         without_images: Collection[str] = (),
         served: dict[str, dict[str, Any]] | None = None,
+        loaded: Collection[Loaded] = (),
     ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
         self.by_context = by_context  # memories with an alpha for each length of context
         self.drafts = drafts  # whether the memories draft
         self.without_images = without_images  # memories that are off for requests with images
         self.served = served or {}  # models that are a memory, as extra_args of their requests
+        self.loaded = {each.settings.name: each for each in loaded}  # those in slots
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+        self.numbers |= {name: each.number for name, each in self.loaded.items()}
 
     @classmethod
-    def of(cls, config: MemDecConfig) -> "Choices":
-        """Return what a server with this configuration offers."""
-        alphas = {memory.name: memory.alpha for memory in config.memories}
-        gated = {memory.name for memory in config.memories if memory.gate}
-        by_context = {memory.name for memory in config.memories if memory.alpha_by_context}
-        without_images = {memory.name for memory in config.memories if not memory.with_images}
+    def of(cls, config: MemDecConfig, loaded: Collection[Loaded] = ()) -> "Choices":
+        """Return what a server with this configuration offers; loaded: what is in its slots."""
+        memories = [*config.memories, *(each.settings for each in loaded)]
+        alphas = {memory.name: memory.alpha for memory in memories}
+        gated = {memory.name for memory in memories if memory.gate}
+        by_context = {memory.name for memory in memories if memory.alpha_by_context}
+        without_images = {memory.name for memory in memories if not memory.with_images}
         drafts = config.speculative_tokens > 0
         served: dict[str, dict[str, Any]] = {}
-        for memory in config.memories:
+        for memory in memories:
             for name, alpha in memory.served_as.items():
                 served[name] = {MEMORY: memory.name} | ({} if alpha is None else {ALPHA: alpha})
         if config.base_served_as:
             served[config.base_served_as] = {MEMORY: NONE}
-        return cls(alphas, config.default, gated, drafts, by_context, without_images, served)
+        return cls(
+            alphas, config.default, gated, drafts, by_context, without_images, served, loaded
+        )
 
     def check_served(self, names: Collection[str], what: str) -> None:
         """Raise ValueError if one of these names of models is a memory's or the base's alone."""
@@ -184,6 +218,9 @@ class Choices:
         or neither does.
         """
         extra_args = extra_args or {}
+        if PLACE in extra_args:
+            number, alpha = extra_args[PLACE]
+            return int(number), float(alpha)
         name = extra_args.get(MEMORY, self.default)
         if name == NONE or (images and name in self.without_images):
             return NO_MEMORY, 0.0
@@ -193,7 +230,7 @@ class Choices:
             return NO_MEMORY, 0.0
         # By context a number is the weight itself.
         capped = asked == AUTO or (name in self.gated and asked != ALONE)
-        return self.names.index(name), -alpha if capped else alpha
+        return self.numbers[name], -alpha if capped else alpha
 
     def drafted(self, params: Any, images: Collection[Any] | None = None) -> bool:
         """Return whether the memories draft for a request, by its SamplingParams and its images.
@@ -208,7 +245,19 @@ class Choices:
     def name(self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None) -> str:
         """Return the name of the memory that runs for a request, or "none"."""
         number, _ = self.resolve(extra_args, images)
-        return NONE if number == NO_MEMORY else self.names[number]
+        return NONE if number == NO_MEMORY else (extra_args or {}).get(MEMORY, self.default)
+
+    def salt(self, name: str) -> str:
+        """Return what keeps blocks of the KV cache apart of memories that had the same name."""
+        return f"{self.loaded[name].salt}\0" if name in self.loaded else ""
+
+    def placed(
+        self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Return the extra_args that a request whose memory is in a slot runs with; else None."""
+        if (name := self.name(extra_args, images)) not in self.loaded:
+            return None
+        return {**(extra_args or {}), MEMORY: name, PLACE: [*self.resolve(extra_args, images)]}
 
     def described(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
@@ -220,7 +269,7 @@ class Choices:
         weight = f"alpha {alpha}"
         if alpha < 0:
             weight = f"alpha {AUTO!r}" + (f", at most {-alpha}" if alpha > -1 else "")
-        return f"memory {self.names[number]!r}, {weight}"
+        return f"memory {self.name(extra_args, images)!r}, {weight}"
 
 
 def choices_of(holder: Any) -> Choices | None:

@@ -74,12 +74,15 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     check_state(base)
-    for memory in config.memories:
+    for memory in config.places:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
         check_model(model, "The memory")
         check_cache_on_cpu(memory, model)
-        check_tokenizers(base, memory)
+        if memory in config.slots:
+            check_slot(model, config, engine_args)
+        else:
+            check_tokenizers(base, memory)
         if memory.gate_file is not None:
             gate = read_gate(memory.gate_file, model.get_hidden_size())
             if warning := check_gate(memory.gate_file, gate):
@@ -129,6 +132,27 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) 
             )
         args.async_scheduling = False
     args.speculative_config = wanted
+
+
+def check_slot(model: "ModelConfig", config: MemDecConfig, args: "EngineArgs") -> None:
+    """Refuse slots that could not be filled while the server runs; let workers fill the others."""
+    from vllm_memdec.compat.slots import WORKER
+
+    if model.quantization is not None:
+        raise ValueError(
+            f"memdec 'slots' hold no quantised memories yet, and {model.model} is one "
+            f"({model.quantization}): give a folder that is not, or name it in 'memories'."
+        )
+    if args.data_parallel_size > 1:
+        raise ValueError("memdec 'slots' do not work with data parallelism yet: drop one.")
+    if args.tensor_parallel_size > 1 and any(m.tensor_parallel_size == 1 for m in config.memories):
+        raise ValueError(
+            "memdec 'slots' do not work beside a memory with \"tensor_parallel_size\": 1 yet: "
+            "drop one."
+        )
+    if args.worker_extension_cls not in ("", WORKER):
+        raise ValueError("memdec 'slots' need --worker-extension-cls themselves: leave it out.")
+    args.worker_extension_cls = WORKER
 
 
 def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
@@ -248,11 +272,18 @@ def check_state(base: "ModelConfig") -> None:
 def check_engine(vllm_config: "VllmConfig") -> None:
     """Refuse what depends on the runner that vLLM has chosen for a memdec start."""
     settings = memdec_block(vllm_config.additional_config)
-    if settings is None or vllm_config.speculative_config is None:
+    if settings is None:
         return
     config = MemDecConfig.parse(settings)
+    if config.slots and vllm_config.parallel_config._api_process_count > 1:
+        raise ValueError(
+            "Several API servers would not learn what is in memdec 'slots': leave "
+            "--api-server-count out, or 'slots'."
+        )
+    if vllm_config.speculative_config is None:
+        return
     base = vllm_config.model_config
-    memories = [memory_model_config(m, base) for m in config.memories]
+    memories = [memory_model_config(m, base) for m in config.places]
     check_speculation(vllm_config, [base, *memories], config)
 
 

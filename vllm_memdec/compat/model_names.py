@@ -68,6 +68,15 @@ def _with_memories(original: Callable) -> Callable:
     return __init__
 
 
+def offer(models: Any, before: Choices, now: Choices) -> None:
+    """Name the memories of a server as they are now; models: its OpenAIServingModels."""
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+    paths = [path for path in models.base_model_paths if path.name not in before.served]
+    paths += [BaseModelPath(name, paths[0].model_path) for name in now.served]
+    models.base_model_paths[:] = paths  # the list that vLLM's registry has, too
+
+
 def _as_asked(original: Callable) -> Callable:
     def model_name(self: Any, lora_request: Any = None) -> str:
         return _asked.get() or original(self, lora_request)
