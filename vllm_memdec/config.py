@@ -164,7 +164,7 @@ class MemDecConfig:
         if isinstance(settings, dict):
             settings = dict(settings)
             slots = parse_slots(settings.pop(SLOTS, None))
-            if slots and not settings.get("memories") and "model" not in settings:
+            if slots and settings.get("memories") is None and "model" not in settings:
                 settings["memories"] = {}
             tokens = settings.pop(SPECULATIVE, 0)
             overlap = settings.pop(OVERLAP, False)

@@ -115,8 +115,6 @@ class Spare:
 
     def _read(self, reading: Reading) -> None:
         """Make a memory ready, or note why it cannot be had."""
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)  # of this thread: the cores are the running step's
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self._fill(reading)
@@ -128,7 +126,6 @@ class Spare:
                 f"({type(error).__name__}: {said_by(error)}): copy it again."
             )
         finally:
-            torch.set_num_threads(threads)
             reading.done.set()
 
     def _fill(self, reading: Reading) -> None:
