@@ -252,7 +252,7 @@ def parse_slots(settings: Any) -> tuple[MemoryConfig, ...]:
         value = settings.get(key)
         if value is not None and not isinstance(value, str) or (key == "model" and not value):
             raise ValueError(f"memdec {SLOTS!r}: {key!r} must be a text, got {brief(value)}.")
-    given = {key: settings.get(key) for key in SLOT_SETTINGS}
+    given: dict[str, Any] = {key: settings.get(key) for key in SLOT_SETTINGS}
     given["model"] = os.path.expanduser(given["model"])
     # No name of a memory has a space in it.
     return tuple(

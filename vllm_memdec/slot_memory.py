@@ -74,7 +74,7 @@ class Reading:
 class Spare:
     """A module on the host in which memories are made ready, one after the other."""
 
-    def __init__(self, module: nn.Module, config: VllmConfig):
+    def __init__(self, module: Any, config: VllmConfig):
         self.module, self.config = module, config
         self.reading: Reading | None = None
         # As vLLM builds it: processing puts other tensors in their place.

@@ -20,8 +20,8 @@ from vllm_memdec.compat.slots import BUSY, COUNT, MOVE
 from vllm_memdec.config import MAX_STEPS, MemDecConfig, MemoryConfig, check_name, check_names
 from vllm_memdec.engine_config import memory_model_config
 from vllm_memdec.gate import check_gate, read_gate
+from vllm_memdec.memory_checks import build_memory, check_tokenizers
 from vllm_memdec.request import Choices, Loaded
-from vllm_memdec.startup import build_memory, check_tokenizers
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -12,7 +12,7 @@ Relies on the names in base_model_paths, on requests that are turned into Sampli
 that check, and on the classes of requests that are not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from typing import Any
 
@@ -68,12 +68,12 @@ def _with_memories(original: Callable) -> Callable:
     return __init__
 
 
-def offer(models: Any, before: Choices, now: Choices) -> None:
+def offer(models: Any, before: Collection[str], now: Collection[str]) -> None:
     """Name the memories of a server as they are now; models: its OpenAIServingModels."""
     from vllm.entrypoints.openai.models.protocol import BaseModelPath
 
-    paths = [path for path in models.base_model_paths if path.name not in before.served]
-    paths += [BaseModelPath(name, paths[0].model_path) for name in now.served]
+    paths = [path for path in models.base_model_paths if path.name not in before]
+    paths += [BaseModelPath(name, paths[0].model_path) for name in now]
     models.base_model_paths[:] = paths  # the list that vLLM's registry has, too
 
 

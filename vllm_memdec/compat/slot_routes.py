@@ -31,6 +31,12 @@ def is_allowed() -> bool:
     return os.environ.get(ALLOWED, "0").strip().lower() in ("1", "true")
 
 
+def served(engine: Any) -> list[str]:
+    """Return the names of models that are memories, or the base alone."""
+    choices = choices_of(engine)
+    return [*choices.served] if choices else []
+
+
 def attach(app: Any) -> None:
     """Add the routes to an application, if they are allowed."""
     if not is_allowed():
@@ -64,9 +70,9 @@ def attach(app: Any) -> None:
 
         async def changed() -> str:
             async with slots_of(engine).lock:
-                before = choices_of(engine)
+                before = served(engine)
                 said = await change(engine, models)
-                offer(models, before, choices_of(engine))
+                offer(models, before, served(engine))
                 return said
 
         task = asyncio.create_task(changed())
@@ -84,8 +90,8 @@ def attach(app: Any) -> None:
     @app.post("/v1/load_memory", dependencies=[Depends(is_json)])
     async def load_memory(request: LoadMemoryRequest, raw_request: Request) -> Any:
         async def load(engine: Any, models: Any) -> str:
-            fixed = choices_of(engine).served
-            bases = [path.name for path in models.base_model_paths if path.name not in fixed]
+            ours = served(engine)
+            bases = [path.name for path in models.base_model_paths if path.name not in ours]
             taken = dict.fromkeys(models.lora_requests, "a LoRA adapter")
             taken |= dict.fromkeys(bases, "the base")
             settings = request.model_dump(exclude={"memory_name", "memory_path"})
