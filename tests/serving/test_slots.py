@@ -1,6 +1,10 @@
 """Memories of slots come and go: each answer is its own memory's, before, during and after."""
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,31 @@ from vllm_memdec import slots
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.gate import FILE, write_gate
 
+TWO_RANKS = """
+import json, sys
+from vllm import LLM, SamplingParams
+from vllm_memdec import slots
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    llm = LLM(**job["llm"])
+    params = SamplingParams(
+        temperature=0, max_tokens=6, ignore_eos=True, extra_args={"memdec_memory": "it"}
+    )
+    found = []
+    for folder, alpha in job["loads"]:
+        try:
+            slots.load_memory(llm, "it", folder, alpha=alpha)
+        except ValueError as error:
+            found.append(str(error))
+            continue
+        outputs = llm.generate(
+            [{"prompt_token_ids": ids} for ids in job["prompts"]], params, use_tqdm=False
+        )
+        found.append([list(o.outputs[0].token_ids) for o in outputs])
+        slots.unload_memory(llm, "it")
+    print(json.dumps(found))
+"""
 PROMPTS = oracle.prompts(3, 40, 70, 1000)  # of a whole block of the prefix cache, and more
 STEPS = [[0, 0.9], [20, 0.1], [45, 0.6]]
 even = {"spread": 0.15}  # of the weights, see tiny_config(): a gate adds to float32's errors
@@ -255,6 +284,48 @@ def test_running_requests_keep_their_memory(models, engine):
         slots.unload_memory(llm, "it")
         core.abort_request(["aborted"])
         assert [s["running_requests"] for s in slots.list_memories(llm)["slots"]] == [0, 0]
+
+
+def test_two_ranks_have_all_of_a_memory_or_nothing(
+    models, tiny_model, engine, subprocess_env, tmp_path
+):
+    """Tensor parallel 2: each rank reads its part; the answers of one rank."""
+    wide = {"hidden": 128, **even}
+    shape, other = tiny_model("llama", seed=2, **wide), tiny_model("llama", seed=3, **wide)
+    cut = changed(shape, tmp_path / "cut", lambda tensors: tensors.pop("model.norm.weight"))
+    block = {"slots": {"model": shape, "count": 1}}
+    loads = [(shape, 0.6), (str(cut), 0.5), (other, 0.4)]
+    found = []
+    with engine(models["base"], block) as llm:
+        for folder, alpha in (loads[0], loads[2]):
+            slots.load_memory(llm, "it", folder, alpha=alpha)
+            found.append(tokens(llm, "it"))
+            slots.unload_memory(llm, "it")
+    job = {
+        "llm": {
+            "model": models["base"],
+            "model_impl": "memdec",
+            "additional_config": {"memdec": block},
+            "tensor_parallel_size": 2,
+            "dtype": "float32",
+            "enforce_eager": True,
+            "max_num_seqs": 16,
+            "num_gpu_blocks_override": 100,
+        },
+        "loads": loads,
+        "prompts": PROMPTS,
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", TWO_RANKS, json.dumps(job)],
+        env=subprocess_env
+        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    [line] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
+    first, refusal, last = json.loads(line)
+    assert [first, last] == found and "is not whole" in refusal
 
 
 @pytest.mark.parametrize(
