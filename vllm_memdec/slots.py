@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from vllm.logger import init_logger
+
 from vllm_memdec.compat.slots import BUSY, COUNT, MOVE
 from vllm_memdec.config import MAX_STEPS, MemDecConfig, MemoryConfig, check_name, check_names
 from vllm_memdec.engine_config import memory_model_config
@@ -26,6 +28,7 @@ from vllm_memdec.request import Choices, Loaded
 if TYPE_CHECKING:
     from vllm import LLM
 
+logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 PATIENCE = 10.0  # seconds that a load waits for the last requests of a slot
 PAUSE = 0.02  # seconds from one question to the workers to the next
 # What of a memory may differ from its slot's: the rest is the slot's own.
@@ -109,12 +112,12 @@ class Slots:
         try:
             digest = yield from self.digest(memory)
             number = yield from self.move(free)
-        except BaseException:
+        except Exception:
             yield Ask("memdec_drop")
             raise
         self.described[name] = description
         self.publish({**self.loaded, number: Loaded(number, memory, digest)})
-        return f"Success: memory {name!r} loaded from {memory.model}."
+        return logged(f"Success: memory {name!r} loaded from {memory.model}.")
 
     def unload(self, name: str) -> str:
         """Take a name away from all requests to come; return a sentence."""
@@ -128,7 +131,7 @@ class Slots:
             raise UnknownMemory(f"No slot has a memory {name!r}.")
         self.publish({n: each for n, each in self.loaded.items() if n != number})
         del self.described[name]
-        return f"Success: memory {name!r} unloaded."
+        return logged(f"Success: memory {name!r} unloaded.")
 
     def listing(self) -> Steps:
         """Return the slots, what is in each and how many requests use it, and other memories."""
@@ -222,6 +225,12 @@ class Slots:
                     "load again when they have ended."
                 )
             yield Pause()
+
+
+def logged(sentence: str) -> str:
+    """Log a sentence, and return it."""
+    logger.info("memdec: %s", sentence)
+    return sentence
 
 
 def slots_of(engine: Any) -> Slots:

@@ -45,6 +45,7 @@ if __name__ == "__main__":
 """
 PROMPTS = oracle.prompts(3, 40, 70, 1000)  # of a whole block of the prefix cache, and more
 STEPS = [[0, 0.9], [20, 0.1], [45, 0.6]]
+FEATURE = pytest.mark.feature("memories that come and go while it runs")
 even = {"spread": 0.15}  # of the weights, see tiny_config(): a gate adds to float32's errors
 
 
@@ -94,6 +95,7 @@ def check(llm, models, name, folder, weight, **extra):
     assert worst(llm, models, name, folder, weight, **extra) < oracle.TOLERANCE
 
 
+@FEATURE
 def test_memories_come_and_go(models, engine):
     """Names, weights, gates, prefix cache and figures are of what is in a slot at that time."""
     with engine(models["base"], settings(models), block_size=32, enable_prefix_caching=True) as llm:
@@ -223,6 +225,7 @@ def test_a_load_that_fails_leaves_all_as_it_was(models, tiny_model, engine, tmp_
         check(llm, models, "new", "two", 0.5)
 
 
+@FEATURE
 @pytest.mark.drafts
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_memories_of_slots_draft(dtype, models, engine):
