@@ -137,15 +137,21 @@ def test_check_command(demo):
     assert printed[1] == "drafts by the memory: work"
 
 
-def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:
-    """Run a server and a request as printed; return the answer's text and the server's log."""
+def serve_and_run(serve: str, commands: list[str], folder: Path) -> tuple[list[str], str]:
+    """Run a server and commands as printed; return what each prints, and the server's log."""
     port = free_port()
     command = shlex.split(serve.replace("\\\n", " "))
     command[0] = str(BIN / command[0])
     options = ["--port", str(port), "--max-model-len", "256", "--enforce-eager"]
     with run_server([*command, *options], port, folder / "log"):
-        answer = json.loads(run(curl.replace(":8000", f":{port}")))
-    return answer["choices"][0]["text"], (folder / "log").read_text()
+        printed = [run(command.replace(":8000", f":{port}")) for command in commands]
+    return printed, (folder / "log").read_text()
+
+
+def serve_and_curl(serve: str, curl: str, folder: Path) -> tuple[str, str]:
+    """Run a server and a request as printed; return the answer's text and the server's log."""
+    [printed], log = serve_and_run(serve, [curl], folder)
+    return json.loads(printed)["choices"][0]["text"], log
 
 
 SERVE = f"vllm serve build/{BASE} --model-impl memdec"
@@ -161,6 +167,19 @@ def test_several_memories(demo, tmp_path):
     serve, curl = block(f"{SERVE} --additional-config").split("curl", maxsplit=1)
     answer, log = serve_and_curl(serve, f"curl{curl}", tmp_path)
     assert answer and len(re.findall(r"memdec: memory '(?:countries|cautious)'", log)) == 2
+
+
+def test_memories_in_and_out(demo, tmp_path, monkeypatch):
+    setting, rest = block("export MEMDEC_").split("\n", maxsplit=1)
+    monkeypatch.setenv(*setting.removeprefix("export ").split("="))
+    serve, *curls = re.split(r"\n(?=curl)", rest)
+    (loaded, listed, answer, unloaded), log = serve_and_run(serve, curls, tmp_path)
+    assert loaded == "Success: memory 'countries' loaded from build/demo-quick/export."
+    assert [slot["name"] for slot in json.loads(listed)["slots"]] == ["countries", None]
+    answer = json.loads(answer)
+    assert answer["model"] == "countries" and answer["choices"][0]["text"]
+    assert unloaded == "Success: memory 'countries' unloaded."
+    assert log.count("memdec: slot ") == 2
 
 
 def test_python_example(demo, monkeypatch):

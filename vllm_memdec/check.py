@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.errors import StrictDataclassError
 
-from vllm_memdec import plugin, startup
+from vllm_memdec import memory_checks, plugin
 from vllm_memdec.checkpoint import MemoryBlock, write_block
 from vllm_memdec.config import MODEL_IMPL, SPECULATIVE
 from vllm_memdec.engine_config import memory_lengths
@@ -149,7 +149,7 @@ def plain_memory(base: str, trust_remote_code: bool, folder: str) -> str:
 
     # As a start does: what is wrong with a config is not to be said of the tokenizer.
     EngineArgs(base, trust_remote_code=trust_remote_code).create_model_config()
-    fingerprint = startup.fingerprint(base, None, trust_remote_code)
+    fingerprint = memory_checks.fingerprint(base, None, trust_remote_code)
     rows = len(read_tokenizer(base, None, trust_remote_code))
     Path(folder, "config.json").write_text(json.dumps(PLAIN | {"vocab_size": rows}))
     write_block(folder, MemoryBlock(0.5, fingerprint, base, 1.0))
@@ -175,7 +175,7 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, MALFORMED):
         name, said = type(error).__name__, " ".join(str(error).split())
         return f"vLLM ends with {name} ({said}), as with a malformed config: check config.json."
-    text = re.split(r"(?<=\.)\s", startup.reason_of(error).strip())[0]
+    text = re.split(r"(?<=\.)\s", memory_checks.reason_of(error).strip())[0]
     told = "--trust-remote-code" in text
     if not told and ("custom code" in text or "trust_remote_code" in text):
         text = f"{text.rstrip('.')}: read its .py files, then give --trust-remote-code."

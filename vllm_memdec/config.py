@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllm_memdec.checkpoint import MemoryBlock, check_alpha, check_table, read_block
+from vllm_memdec.checkpoint import MemoryBlock, brief, check_alpha, check_table, read_block
 from vllm_memdec.draft_length import MAX_DRAFTS
 from vllm_memdec.gate import check_gate, gate_path, read_gate
 
@@ -29,6 +29,10 @@ TYPES: dict[str, type] = {
 }
 SPECULATIVE, OVERLAP, AT_ONCE = "speculative_tokens", "overlap", "at_once"
 SERVED_AS, BASE_SERVED_AS = "served_as", "base_served_as"
+SLOTS = "slots"
+MAX_STEPS = 64  # [position, alpha] pairs of a memory in a slot
+# Settings of the places for memories that come while the server runs: all have one shape.
+SLOT_SETTINGS = ("model", "revision", "dtype", "quantization", "kv_cache_dtype")
 MAX_SPECULATIVE_TOKENS = 16  # a step; even a memory that is always right gains little beyond
 AUTO = "auto"  # in place of their number, or of a weight: what is best
 ALONE = "alone"  # in place of a weight: the memory alone, whatever its gate would give it
@@ -140,18 +144,30 @@ class MemDecConfig:
     overlap: bool = False  # whether memories run beside the base within a full CUDA graph
     base_served_as: str | None = None  # the base without a memory as a model; None: none such
     at_once: int = 1  # how many memories a request may mix
+    # Places for memories that come while the server runs, numbered after `memories`. An empty one
+    # is no memory of a request's; `model` is the folder whose config is its shape.
+    slots: tuple[MemoryConfig, ...] = ()
+
+    @property
+    def places(self) -> tuple[MemoryConfig, ...]:
+        """All that a worker builds, in the order of their numbers: memories, then slots."""
+        return (*self.memories, *self.slots)
 
     @classmethod
     def parse(cls, settings: Any) -> "MemDecConfig":
         """Return the configuration for a `memdec` block, or raise ValueError.
 
         {"model": ..., ...} is one memory, named "memory"; {"memories": {NAME: {...}}, "default":
-        NAME, "at_once": K} are several. Beside either, "speculative_tokens", "overlap",
-        "base_served_as".
+        NAME, "at_once": K} are several, or none where there are "slots". Beside either,
+        "speculative_tokens", "overlap", "base_served_as", "slots".
         """
         tokens, overlap, base_name = 0, False, None
+        slots: tuple[MemoryConfig, ...] = ()
         if isinstance(settings, dict):
             settings = dict(settings)
+            slots = parse_slots(settings.pop(SLOTS, None))
+            if slots and settings.get("memories") is None and "model" not in settings:
+                settings["memories"] = {}
             tokens = settings.pop(SPECULATIVE, 0)
             overlap = settings.pop(OVERLAP, False)
             base_name = settings.pop(BASE_SERVED_AS, None)
@@ -169,37 +185,32 @@ class MemDecConfig:
             raise ValueError(f"memdec {BASE_SERVED_AS!r} must be a name, got {base_name!r}.")
         if not isinstance(settings, dict) or "memories" not in settings:
             memory = MemoryConfig.parse(ONLY, settings)
-            return cls(
-                (memory,), ONLY, tokens, adapts, overlap, check_names([memory], base_name or NONE)
-            )
+            check_count(1 + len(slots))
+            base_name = check_names([memory], base_name or NONE)
+            return cls((memory,), ONLY, tokens, adapts, overlap, base_name, slots=slots)
         if unknown := sorted(set(settings) - {"memories", "default", AT_ONCE}, key=str):
             raise ValueError(
                 f"Unknown memdec setting {unknown[0]!r} beside 'memories': "
                 "the settings there are "
-                f"{[AT_ONCE, BASE_SERVED_AS, 'default', 'memories', OVERLAP, SPECULATIVE]}."
+                f"{[AT_ONCE, BASE_SERVED_AS, 'default', 'memories', OVERLAP, SLOTS, SPECULATIVE]}."
             )
         names = [*settings["memories"]] if isinstance(settings["memories"], dict) else []
-        if not names:
+        if not names and not (slots and settings["memories"] == {}):
             raise ValueError('memdec "memories" must be an object of at least one named memory.')
         for name in names:
-            if name in (NONE, AUTO) or not re.fullmatch(NAME, str(name)):
-                raise ValueError(
-                    f"A memory cannot be called {name!r}: use letters, digits, '_', '-' and '.', "
-                    f"and neither {NONE!r}, which means {in_words(NONE)}, nor {AUTO!r}, "
-                    f"{in_words(AUTO)}."
-                )
-        if len(names) > MAX_MEMORIES:
-            raise ValueError(f"memdec serves at most {MAX_MEMORIES} memories, got {len(names)}.")
+            check_name(name)
+        check_count(len(names) + len(slots))
         default: Any = settings.get("default")
-        if default is None and len(names) == 1:
-            default = names[0]
+        if default is None and len(names) < 2:
+            default = names[0] if names else NONE
         if default not in (*names, NONE, AUTO):
             raise ValueError(f'memdec "default" must be one of {[*names, NONE]}, got {default!r}.')
         at_once = settings.get(AT_ONCE, 1)
-        if type(at_once) is not int or not 1 <= at_once <= len(names):
+        most = len(names) + len(slots)
+        if type(at_once) is not int or not 1 <= at_once <= most:
             raise ValueError(
-                f"memdec {AT_ONCE!r} must be an integer from 1 to {len(names)}, the number of "
-                f"memories, got {at_once!r}."
+                f"memdec {AT_ONCE!r} must be an integer from 1 to {most}, the number of "
+                f"memories{' and slots' if slots else ''}, got {at_once!r}."
             )
         memories = [MemoryConfig.parse(*item) for item in settings["memories"].items()]
         if default == AUTO:
@@ -210,12 +221,56 @@ class MemDecConfig:
         ):  # else the base's own name is that of the base alone
             base_name = NONE
         base_name = check_names(memories, base_name)
-        return cls(tuple(memories), default, tokens, adapts, overlap, base_name, at_once)
+        return cls(tuple(memories), default, tokens, adapts, overlap, base_name, at_once, slots)
 
     @classmethod
     def from_vllm(cls, vllm_config: "VllmConfig") -> "MemDecConfig":
         """Return the configuration a worker was started with."""
         return cls.parse(memdec_block(vllm_config.additional_config))
+
+
+def check_name(name: Any) -> None:
+    """Raise ValueError unless a memory can be called that."""
+    if name in (NONE, AUTO) or not re.fullmatch(NAME, str(name)):
+        raise ValueError(
+            f"A memory cannot be called {brief(name)}: use letters, digits, '_', '-' and '.', and "
+            f"neither {NONE!r}, which means {in_words(NONE)}, nor {AUTO!r}, {in_words(AUTO)}."
+        )
+
+
+def check_count(count: int) -> None:
+    """Raise ValueError for more memories and slots than a row can tell apart."""
+    if count > MAX_MEMORIES:
+        raise ValueError(f"memdec serves at most {MAX_MEMORIES} memories and slots, got {count}.")
+
+
+def parse_slots(settings: Any) -> tuple[MemoryConfig, ...]:
+    """Return the slots that a "slots" setting reserves; raise ValueError if it is wrong."""
+    if settings is None:
+        return ()
+    count = settings.get("count") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict) or type(count) is not int or count < 1:
+        raise ValueError(
+            f"memdec {SLOTS!r} must be the folder whose shape they have and their number, as in "
+            f'{{"model": "MEMORY", "count": 2}}, got {brief(settings)}.'
+        )
+    check_count(count)
+    if unknown := sorted({*settings} - {*SLOT_SETTINGS, "count"}, key=str):
+        raise ValueError(
+            f"Unknown setting {unknown[0]!r} of memdec {SLOTS!r}: the settings are "
+            f"{sorted([*SLOT_SETTINGS, 'count'])}."
+        )
+    for key in SLOT_SETTINGS:
+        value = settings.get(key)
+        if value is not None and not isinstance(value, str) or (key == "model" and not value):
+            raise ValueError(f"memdec {SLOTS!r}: {key!r} must be a text, got {brief(value)}.")
+    given: dict[str, Any] = {key: settings.get(key) for key in SLOT_SETTINGS}
+    given["model"] = os.path.expanduser(given["model"])
+    # No name of a memory has a space in it.
+    return tuple(
+        MemoryConfig(name=f"slot {number}", alpha=0.0, gate=False, **given)
+        for number in range(count)
+    )
 
 
 def parse_names(

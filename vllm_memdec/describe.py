@@ -18,17 +18,18 @@ from vllm_memdec.engine_config import memory_model_config
 from vllm_memdec.request import ALPHA, MEMORY
 
 
-def describe(vllm_config: VllmConfig) -> dict[str, Any]:
+def describe(vllm_config: VllmConfig, settings: MemDecConfig | None = None) -> dict[str, Any]:
     """Return base and memories: alpha, parameters, share of the KV cache (None where unknown).
 
-    Of a memory the positions too, in tokens, at which it has a weight.
+    Of a memory the positions too, in tokens, at which it has a weight. settings: the server's, if
+    left out; those in slots are described by the names that they have there.
     """
-    settings = MemDecConfig.from_vllm(vllm_config)
+    settings = settings or MemDecConfig.from_vllm(vllm_config)
     base = vllm_config.model_config
     ranks = vllm_config.parallel_config.tensor_parallel_size
     models = [base]
     sizes = [kv_bytes_per_token(base, vllm_config, vllm_config.cache_config.cache_dtype)]
-    for memory in settings.memories:
+    for memory in settings.places:
         models.append(memory_model_config(memory, base))
         dtype = memory.kv_cache_dtype or vllm_config.cache_config.cache_dtype
         copies = ranks if memory.tensor_parallel_size == 1 else 1
@@ -51,7 +52,7 @@ def describe(vllm_config: VllmConfig) -> dict[str, Any]:
         }
         | ({"alpha_by_context": memory.alpha_by_context} if memory.alpha_by_context else {})
         | ({} if memory.with_images else {"with_images": False})
-        for memory, model, part in zip(settings.memories, models[1:], parts[1:], strict=True)
+        for memory, model, part in zip(settings.places, models[1:], parts[1:], strict=True)
     }
     described = {"base": parts[0], "memories": memories, "default": settings.default}
     return described | ({AT_ONCE: settings.at_once} if settings.at_once > 1 else {})

@@ -5,6 +5,8 @@ Shapes: T tokens, N rows, D width of the memory, W its vocabulary, A columns.
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from vllm.config import VllmConfig
@@ -17,6 +19,7 @@ from vllm_memdec.compat.inner_models import build_memory, dtype_of
 from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
 from vllm_memdec.config import MemoryConfig
 from vllm_memdec.gate import Gate, read_gate
+from vllm_memdec.slot_memory import SlotTable, Spare
 from vllm_memdec.tally import MEMORY, Tally
 
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
@@ -34,6 +37,7 @@ class Memory:
         batch: Batch,
         tally: Tally,
         prefix: str,
+        is_slot: bool = False,
     ):
         """Build the memory; config is its own, see memory_vllm_config(), vllm_config the base's."""
         self.number, self.settings, self.config, self.batch = number, settings, config, batch
@@ -57,6 +61,9 @@ class Memory:
             self.clamped_positions_T = torch.zeros_like(batch.positions_T)
         self.gate: Gate | None = None
         self.table: ContextTable | None = None
+        self.is_slot = is_slot  # a place for memories, at first without any
+        if is_slot:
+            self.table = SlotTable(number, batch.columns_TA.dtype, batch.columns_TA.device)
         self.load_gate()
         layers = vllm_config.compilation_config.static_forward_context
         before = set(layers)
@@ -80,13 +87,32 @@ class Memory:
 
     @property
     def reads_context(self) -> bool:
-        """Whether its gate depends on a token's position."""
-        return self.gate is not None and self.gate.context is not None
+        """Whether its gate depends on a token's position, or that of a memory to come may."""
+        return self.is_slot or (self.gate is not None and self.gate.context is not None)
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load tensors and return their names."""
         with self.ranks():
             return self.module.load_weights(weights)
+
+    def clear(self) -> set[str]:
+        """Set the weights of a slot to 0, as it has no memory; return their names."""
+        for _, parameter in self.module.named_parameters():
+            parameter.data.zero_()
+        return {name for name, _ in self.module.named_parameters()}
+
+    def take(self, spare: Spare) -> None:
+        """Become the memory that was read into the spare."""
+        reading = spare.reading
+        assert reading is not None and not reading.error and isinstance(self.table, SlotTable)
+        settings, device = reading.settings, self.batch.columns_TA.device
+        spare.move(self.module)
+        self.gate = None if reading.gate is None else Gate(reading.gate, device)
+        self.table.take(settings["alpha_by_context"])
+        gate_file = settings["gate_file"] and Path(settings["gate_file"])
+        named = {key: settings[key] for key in ("name", "model", "revision")}
+        self.settings = replace(self.settings, gate_file=gate_file, **named)
+        self.tally.rename(self.number, settings["name"])
 
     def load_gate(self) -> None:
         """Read the gate if it has one, or its weights by context."""

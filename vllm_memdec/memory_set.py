@@ -17,10 +17,11 @@ from vllm_memdec.batch import (
     slot,
     write_context,
 )
-from vllm_memdec.compat.inner_models import dtype_of
+from vllm_memdec.compat.inner_models import build_spare, dtype_of
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.engine_config import memory_vllm_config
 from vllm_memdec.memory import Memory
+from vllm_memdec.slot_memory import Spare
 from vllm_memdec.tally import Tally
 
 
@@ -32,7 +33,7 @@ class MemorySet:
         base = vllm_config.model_config
         configs = [
             memory_vllm_config(vllm_config, memory, number)
-            for number, memory in enumerate(settings.memories)
+            for number, memory in enumerate(settings.places)
         ]
         models = [config.model_config for config in configs]
         self.widest = max(model.get_hidden_size() for model in models)
@@ -51,14 +52,19 @@ class MemorySet:
             [model.max_model_len for model in models],
             settings.at_once,
         )
-        self.tally = Tally([memory.name for memory in settings.memories], self.device)
+        self.tally = Tally([memory.name for memory in settings.places], self.device)
         # Selecting the rows of a memory makes the host wait for the device. On a CPU there is
         # nothing to wait for; elsewhere each head runs on all rows, and few rows cost no more.
         self.selects_rows = self.device.type == "cpu" and not vllm_config.use_v2_model_runner
+        built = self.batch, self.tally, prefix
         self.memories = [
-            Memory(number, memory, config, vllm_config, self.batch, self.tally, prefix)
-            for number, (memory, config) in enumerate(zip(settings.memories, configs, strict=True))
+            Memory(number, memory, config, vllm_config, *built, memory in settings.slots)
+            for number, (memory, config) in enumerate(zip(settings.places, configs, strict=True))
         ]
+        self.spare: Spare | None = None
+        if settings.slots:
+            layers = vllm_config.compilation_config.static_forward_context
+            self.spare = Spare(build_spare(configs[-1], layers, prefix), configs[-1])
 
     def __iter__(self) -> Iterator[Memory]:
         return iter(self.memories)
@@ -83,6 +89,12 @@ class MemorySet:
     def max_vocabulary(self) -> int:
         """The width of the widest memory's logits."""
         return max(memory.vocabulary for memory in self.memories)
+
+    def move(self, number: int) -> None:
+        """Put the memory that was read into the spare into a slot."""
+        assert self.spare is not None
+        self.memories[number].take(self.spare)
+        self.spare.drop()
 
     def run(
         self, input_ids: torch.Tensor, positions: torch.Tensor, out_TD: torch.Tensor

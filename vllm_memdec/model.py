@@ -38,6 +38,7 @@ from vllm_memdec.memory import SOURCE, source_of
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.request import Choices
 from vllm_memdec.several import mix_several
+from vllm_memdec.slot_memory import UNITS
 from vllm_memdec.tally import MIXING
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
@@ -74,7 +75,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             self.drafter = Drafter(self.memories, self.vocabulary, model_config.head_dtype)
         layers = vllm_config.compilation_config.static_forward_context
         self.beside = self.may_overlap(layers.values())
-        self.secondary_weights = [memory.source for memory in self.memories]
+        fixed = [memory for memory in self.memories if not memory.is_slot]
+        self.secondary_weights = [memory.source for memory in fixed]
         self.make_empty_intermediate_tensors = self.base.make_empty_intermediate_tensors
         multimodal.answer_for(self.base, self)
         # Memories need token ids where the base gets embeddings, of which some are an image's.
@@ -306,6 +308,9 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             memory, cut = self.memories[source], len(f"{SOURCE}{source}.")
             names = memory.load((name[cut:], tensor) for name, tensor in group)
             loaded |= {f"{memory.name}.{name}" for name in names}
+        for memory in self.memories:
+            if memory.is_slot and not self.loaded:  # later calls leave a slot what it has
+                loaded |= {f"{memory.name}.{name}" for name in memory.clear()}
         self.loaded |= loaded  # later calls may update the base alone
         # Again, and the batch too: what is on a device may have been dropped since.
         for memory in self.memories:
@@ -323,10 +328,13 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             # Loading has the model's dtype as the default one, serving float32: part of the graph.
             with set_default_torch_dtype(torch.float32):
                 for memory in self.memories:
-                    units = None if memory.gate is None else memory.gate.certainty
                     # Where several memories are mixed, one is mixed into a mixture in float32.
                     for dtype in {self.base_dtype, mixed}:
-                        compile_rows(self.vocabulary, memory.vocabulary, dtype, memory.dtype, units)
+                        widths = self.vocabulary, memory.vocabulary, dtype, memory.dtype
+                        gate = memory.gate
+                        compile_rows(*widths, None if gate is None else gate.certainty)
+                        if memory.is_slot:
+                            compile_rows(*widths, torch.zeros(4, UNITS))
         return loaded
 
     def prepare_lora(self) -> None:
@@ -366,7 +374,10 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             for (model, _), size in zip(models, sizes, strict=True)
         ]
         logger.info("memdec: base %s (%s).", vllm_config.model_config.model, described[0])
-        for memory, text in zip(self.settings.memories, described[1:], strict=True):
+        for memory, text in zip(self.settings.places, described[1:], strict=True):
+            if memory in self.settings.slots:
+                logger.info("memdec: %s, as %s (%s).", memory.name, memory.model, text)
+                continue
             default = ", the default" if memory.name == self.settings.default else ""
             logger.info(
                 "memdec: memory %r %s (%s), alpha %s%s.",

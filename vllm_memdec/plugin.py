@@ -30,7 +30,14 @@ def register() -> None:
         ) from error
     check_version(vllm.__version__)
     try:
-        from vllm_memdec.compat import draft_config, figures, front_end, multimodal, scheduler
+        from vllm_memdec.compat import (
+            draft_config,
+            figures,
+            front_end,
+            multimodal,
+            scheduler,
+            slots,
+        )
         from vllm_memdec.config import ARCHITECTURE
     except ImportError as error:
         raise RuntimeError(
@@ -42,3 +49,4 @@ def register() -> None:
     multimodal.install()
     scheduler.install()
     figures.install()
+    slots.install()

@@ -7,6 +7,7 @@ with images, or with video or audio, where the memory's settings say so.
 import difflib
 import re
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_memdec.checkpoint import brief, check_alpha
@@ -15,6 +16,7 @@ from vllm_memdec.config import (
     AUTO,
     NONE,
     MemDecConfig,
+    MemoryConfig,
     check_auto,
     clash,
     in_words,
@@ -23,6 +25,9 @@ from vllm_memdec.config import (
 from vllm_memdec.memory_weights import EXAMPLE, are_weights, check_weights, read_weights
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
+# What the front end makes of both where a memory is in a slot: number, weight and name of each.
+# Nobody else resolves its name, which may be another's by the time that the request runs.
+PLACE = "memdec_place"
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
 PLAIN = ("alpha", "memory")
@@ -79,13 +84,13 @@ def check_extra_args(extra_args: dict[str, Any] | None, choices: "Choices | None
                     f"beside that, as {ALPHA!r} or {MEMORY!r}."
                 )
         # On a server without a memory plain names are another plugin's.
-        if not asks(key, plain=bool(names)):
+        if not asks(key, plain=choices is not None):
             continue
         if key not in (ALPHA, MEMORY):
             raise ValueError(
                 f"Unknown extra argument {brief(key)}: the arguments are {ALPHA!r} and {MEMORY!r}."
             )
-        if not names:
+        if choices is None:
             raise ValueError(f"{key} was given, but this server runs without a memory.")
         if key == ALPHA:
             if value not in (AUTO, ALONE):
@@ -147,6 +152,20 @@ def check_images(extra_args: dict[str, Any] | None, choices: "Choices") -> None:
         )
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A memory in a slot."""
+
+    number: int
+    settings: MemoryConfig
+    digest: str  # of its weights
+
+    @property
+    def salt(self) -> str:
+        """What tells its blocks of the KV cache from those of any other memory, ever."""
+        return f"{self.number}.{self.digest}"
+
+
 class Choices:
     """What requests may choose from; resolves their arguments, once checked."""
 
@@ -160,6 +179,7 @@ class Choices:
         without_images: Collection[str] = (),
         served: dict[str, dict[str, Any]] | None = None,
         at_once: int = 1,
+        loaded: Collection[Loaded] = (),
     ):
         self.names, self.alphas, self.default, self.gated = (*alphas,), alphas, default, gated
         self.by_context = by_context  # memories with an alpha for each length of context
@@ -167,17 +187,21 @@ class Choices:
         self.without_images = without_images  # memories that are off for requests with images
         self.served = served or {}  # models that are a memory, as extra_args of their requests
         self.at_once = at_once  # how many memories a request may mix
+        self.loaded = {each.settings.name: each for each in loaded}  # those in slots
+        self.numbers = {name: number for number, name in enumerate(self.names)}
+        self.numbers |= {name: each.number for name, each in self.loaded.items()}
 
     @classmethod
-    def of(cls, config: MemDecConfig) -> "Choices":
-        """Return what a server with this configuration offers."""
-        alphas = {memory.name: memory.alpha for memory in config.memories}
-        gated = {memory.name for memory in config.memories if memory.gate}
-        by_context = {memory.name for memory in config.memories if memory.alpha_by_context}
-        without_images = {memory.name for memory in config.memories if not memory.with_images}
+    def of(cls, config: MemDecConfig, loaded: Collection[Loaded] = ()) -> "Choices":
+        """Return what a server with this configuration offers; loaded: what is in its slots."""
+        memories = [*config.memories, *(each.settings for each in loaded)]
+        alphas = {memory.name: memory.alpha for memory in memories}
+        gated = {memory.name for memory in memories if memory.gate}
+        by_context = {memory.name for memory in memories if memory.alpha_by_context}
+        without_images = {memory.name for memory in memories if not memory.with_images}
         drafts = config.speculative_tokens > 0
         served: dict[str, dict[str, Any]] = {}
-        for memory in config.memories:
+        for memory in memories:
             for name, alpha in memory.served_as.items():
                 served[name] = {MEMORY: memory.name} | ({} if alpha is None else {ALPHA: alpha})
         if config.base_served_as:
@@ -193,6 +217,7 @@ class Choices:
             without_images,
             served,
             config.at_once,
+            loaded,
         )
 
     def check_auto(self, what: str) -> None:
@@ -242,6 +267,15 @@ class Choices:
         one by context.
         """
         extra_args = extra_args or {}
+        if PLACE in extra_args:
+            return tuple((int(number), float(weight)) for number, weight, _ in extra_args[PLACE])
+        weights = self._weights(extra_args, images)
+        return tuple((self.numbers[name], weights[name]) for name in weights)
+
+    def _weights(
+        self, extra_args: dict[str, Any], images: Collection[Any] | None
+    ) -> dict[str, float]:
+        """Return the weight of each memory that runs, by its name; see resolve()."""
         asked, alpha = extra_args.get(MEMORY, self.default), extra_args.get(ALPHA)
         if are_weights(asked):
             weights = read_weights(asked)
@@ -253,7 +287,7 @@ class Choices:
         # The heaviest drafts; of gates the default's memory.
         runs.sort(key=self.names.index)
         runs.sort(key=lambda n: n != self.default if asked == AUTO else -weights[n])
-        return tuple((self.names.index(name), float(weights[name])) for name in runs)
+        return {name: float(weights[name]) for name in runs}
 
     def _weight(self, name: str, alpha: Any) -> float:
         """Return the weight of a request's only memory; alpha: None where it asks for none."""
@@ -285,18 +319,36 @@ class Choices:
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
     ) -> list[str]:
         """Return the names of the memories that run for a request, first the one that drafts."""
-        return [self.names[number] for number, _ in self.resolve(extra_args, images)]
+        extra_args = extra_args or {}
+        if PLACE in extra_args:
+            return [name for _, _, name in extra_args[PLACE]]
+        return [*self._weights(extra_args, images)]
+
+    def salt(self, names: Collection[str]) -> str:
+        """Return what keeps blocks of the KV cache apart of which other memories wrote a part."""
+        marks = {name: f"\0{each.salt}" for name, each in self.loaded.items()}
+        return "+".join(name + marks.get(name, "") for name in sorted(names)) or NONE
+
+    def placed(
+        self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
+    ) -> dict[str, Any] | None:
+        """Return the extra_args that a request with a memory of a slot runs with; else None."""
+        weights = self._weights(extra_args or {}, images)
+        if not any(name in self.loaded for name in weights):
+            return None
+        places = [[self.numbers[name], weight, name] for name, weight in weights.items()]
+        return {**(extra_args or {}), PLACE: places}
 
     def described(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
     ) -> str:
         """Return memories and weights of a request in words, for a log."""
         words = []
-        for number, alpha in self.resolve(extra_args, images):
+        for name, alpha in self._weights(extra_args or {}, images).items():
             weight = f"alpha {alpha}"
             if alpha < 0:
                 weight = f"alpha {AUTO!r}" + (f", at most {-alpha}" if alpha > -1 else "")
-            words.append(f"memory {self.names[number]!r}, {weight}")
+            words.append(f"memory {name!r}, {weight}")
         return "; ".join(words) or "no memory"
 
 

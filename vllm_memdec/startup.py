@@ -3,14 +3,12 @@
 The checks run in the front end, when vLLM turns its arguments into a ModelConfig: before any worker
 exists, so that the sentence a user has to read is the last line on the screen. There the base's own
 ModelConfig is built by vLLM as always, and only the class to load is exchanged for the composite.
-Only functions import vLLM here, so that a tokenizer can be checked without it.
 """
 
 import copy
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from vllm_memdec.checkpoint import read_tokenizer, tokenizer_fingerprint
 from vllm_memdec.config import (
     ARCHITECTURE,
     AUTO,
@@ -23,6 +21,7 @@ from vllm_memdec.config import (
 )
 from vllm_memdec.engine_config import memory_model_config
 from vllm_memdec.gate import check_gate, read_gate
+from vllm_memdec.memory_checks import build_memory, check_tokenizers
 from vllm_memdec.request import Choices
 
 if TYPE_CHECKING:
@@ -74,12 +73,15 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     check_state(base)
-    for memory in config.memories:
+    for memory in config.places:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
         check_model(model, "The memory")
         check_cache_on_cpu(memory, model)
-        check_tokenizers(base, memory)
+        if memory in config.slots:
+            check_slot(model, config, engine_args)
+        else:
+            check_tokenizers(base, memory)
         if memory.gate_file is not None:
             gate = read_gate(memory.gate_file, model.get_hidden_size())
             if warning := check_gate(memory.gate_file, gate):
@@ -131,25 +133,25 @@ def draft_with_memory(args: "EngineArgs", base: str, tokens: int, adapts: bool) 
     args.speculative_config = wanted
 
 
-def build_memory(memory: MemoryConfig, base: "ModelConfig") -> "ModelConfig":
-    """Return vLLM's ModelConfig of a memory, or one sentence that says why it has none."""
-    try:
-        return memory_model_config(memory, base)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"vLLM refuses the memory {memory.model}: {reason_of(error)}") from error
+def check_slot(model: "ModelConfig", config: MemDecConfig, args: "EngineArgs") -> None:
+    """Refuse slots that could not be filled while the server runs; let workers fill the others."""
+    from vllm_memdec.compat.slots import WORKER
 
-
-def reason_of(error: Exception) -> str:
-    """Return what an error of vLLM's says, without what pydantic says around it."""
-    from pydantic import ValidationError
-
-    if not isinstance(error, ValidationError):
-        return str(error)
-    first = error.errors()[0]
-    reason = first["msg"].removeprefix("Value error, ")
-    if first["loc"]:  # one setting, not the whole
-        reason = f"{first['loc'][0]}: {reason}, got {first['input']!r}."
-    return reason
+    if model.quantization is not None:
+        raise ValueError(
+            f"memdec 'slots' hold no quantised memories yet, and {model.model} is one "
+            f"({model.quantization}): give a folder that is not, or name it in 'memories'."
+        )
+    if args.data_parallel_size > 1:
+        raise ValueError("memdec 'slots' do not work with data parallelism yet: drop one.")
+    if args.tensor_parallel_size > 1 and any(m.tensor_parallel_size == 1 for m in config.memories):
+        raise ValueError(
+            "memdec 'slots' do not work beside a memory with \"tensor_parallel_size\": 1 yet: "
+            "drop one."
+        )
+    if args.worker_extension_cls not in ("", WORKER):
+        raise ValueError("memdec 'slots' need --worker-extension-cls themselves: leave it out.")
+    args.worker_extension_cls = WORKER
 
 
 def check_kv_cache_dtype(memory: MemoryConfig) -> None:
@@ -248,11 +250,18 @@ def check_state(base: "ModelConfig") -> None:
 def check_engine(vllm_config: "VllmConfig") -> None:
     """Refuse what depends on the runner that vLLM has chosen for a memdec start."""
     settings = memdec_block(vllm_config.additional_config)
-    if settings is None or vllm_config.speculative_config is None:
+    if settings is None:
         return
     config = MemDecConfig.parse(settings)
+    if config.slots and vllm_config.parallel_config._api_process_count > 1:
+        raise ValueError(
+            "Several API servers would not learn what is in memdec 'slots': leave "
+            "--api-server-count out, or 'slots'."
+        )
+    if vllm_config.speculative_config is None:
+        return
     base = vllm_config.model_config
-    memories = [memory_model_config(m, base) for m in config.memories]
+    memories = [memory_model_config(m, base) for m in config.places]
     check_speculation(vllm_config, [base, *memories], config)
 
 
@@ -325,33 +334,3 @@ def check_heads(memory: "ModelConfig", own_size: int | None, base_size: int) -> 
             f"--tensor-parallel-size {base_size} does not divide the memory's {heads} attention "
             'heads: add "tensor_parallel_size": 1 to the memory, for a whole copy on each rank.'
         )
-
-
-def check_tokenizers(base: "ModelConfig", memory: MemoryConfig) -> None:
-    """Refuse a memory whose token ids mean other text than the base's."""
-    ours = fingerprint(base.tokenizer, base.tokenizer_revision, base.trust_remote_code)
-    if memory.block is not None:
-        theirs = memory.block.tokenizer_fingerprint
-        hint = f"it was compiled for {memory.block.base}; build a memory for this base"
-    else:
-        theirs = fingerprint(memory.model, memory.revision, base.trust_remote_code)
-        hint = "use two models of one family"
-    if ours != theirs:
-        raise ValueError(
-            f"The memory {memory.model} has another tokenizer than the base {base.model}: {hint}."
-        )
-
-
-def fingerprint(name: str, revision: str | None, trust_remote_code: bool) -> str:
-    """Return the fingerprint of the tokenizer in a folder or hub repository."""
-    try:
-        tokenizer = read_tokenizer(name, revision, trust_remote_code)
-    except Exception as error:  # tokenizers raises that very class
-        hint = "copy the tokenizer files into it"
-        if "trust_remote_code" in str(error):
-            hint = "it is custom code: read its .py files, then give --trust-remote-code"
-        raise ValueError(
-            f"{name} has no readable tokenizer, so nothing shows that base and memory share one "
-            f"({type(error).__name__}): {hint}."
-        ) from error
-    return tokenizer_fingerprint(tokenizer)

@@ -26,7 +26,7 @@ class Tally:
 
     def __init__(self, names: Sequence[str], device: torch.device):
         """names: of the memories, in the order of their numbers."""
-        self.names, self.on_cpu = names, device.type == "cpu"
+        self.names, self.on_cpu = [*names], device.type == "cpu"
         # Sums and rows: at one address for good. A float64 counts rows exactly up to 2^53.
         zeros_M2 = torch.zeros(len(names) + 1, 2, dtype=torch.float64, device="cpu")
         self.given_M2 = zeros_M2.to(device, copy=True)
@@ -61,18 +61,28 @@ class Tally:
         self.given_M2.zero_()
         self.reported, self.copied = self.nothing, None
 
+    def rename(self, number: int, name: str) -> None:
+        """Count for another memory from now on; waits for the device."""
+        self._add(self.given_M2.tolist(), self.seconds)  # what is left is the memory's before
+        self.copied = None  # of a copy that is older
+        self.names[number] = name
+
     def take(self) -> Figures:
         """Return what has been added since the last call, as far as the host knows it."""
         figures, self.seconds = self.seconds, {}
-        if (given := self._read()) is None:
-            return figures
+        if (given := self._read()) is not None:
+            self._add(given, figures)
+        return figures
+
+    def _add(self, given: list[list[float]], figures: Figures) -> None:
+        """Add to figures what the buffer has more than at the last call."""
         for name, now, before in zip(self.names, given, self.reported, strict=False):
             # Less, or no number: the device lost the buffer with its weights. Begin from there.
             if now != before and now[0] >= before[0] and now[1] >= before[1]:
-                figures.setdefault(WEIGHT, {})[name] = now[0] - before[0]
-                figures.setdefault(ROWS, {})[name] = now[1] - before[1]
+                for figure, place in ((WEIGHT, 0), (ROWS, 1)):
+                    sums = figures.setdefault(figure, {})
+                    sums[name] = sums.get(name, 0.0) + now[place] - before[place]
         self.reported = given
-        return figures
 
     def _read(self) -> list[list[float]] | None:
         """Return the buffer if the host has it, without waiting."""

@@ -118,7 +118,8 @@ def long_models(tiny_model):
 def server_env(subprocess_env):
     """Return the environment of a server."""
     # A kernel for each number of rows, up to 1024 of them, grows by 400 MB before it is full.
-    return subprocess_env | {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+    few = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8"}
+    return subprocess_env | few | {"MEMDEC_ALLOW_RUNTIME_LOADING": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +168,7 @@ NOTED = pytest.StashKey[dict]()  # name of a base -> what tests noted of it
 
 def pytest_addoption(parser):
     parser.addoption("--features", metavar="FILE", help="write what the marked tests showed: CSV")
+    parser.addoption("--loads", type=int, default=20, help="of memories, by test_slots_http.py")
     parser.addoption("--bases", metavar="FILE", help="write what was noted of bases: CSV")
 
 

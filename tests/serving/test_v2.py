@@ -75,6 +75,13 @@ SEEDS = [  # the second reads its prompt from the cache
     [request(20, "none"), request(33, "law", **SEEDED, n=2)],
     [request(33, "law", **SEEDED | {"seed": 8})],
 ]
+# What is in a slot, one after the other: a memory of SLOTTED, the server's weight, what is asked.
+SLOTTED = [
+    ("one", {"alpha": 0.6}, 0.6),
+    ("gated", {}, "auto"),
+    ("two", {"alpha_by_context": STEPS}, STEPS),
+]
+SLOTS_RUN = [(None, 0), ("full", 2)]  # graphs, drafts
 NONE, MIXED = [Choice("none")] * 2, [Choice(), Choice("bio"), Choice("none"), Choice("bio", 1.0)]
 
 
@@ -170,7 +177,18 @@ def together(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter, together):
+def slotted(tiny_model, tmp_path_factory):
+    """Return the folders of a base, a memory of the settings and three of one shape."""
+    gated = tmp_path_factory.mktemp("slotted") / "gated"
+    shutil.copytree(tiny_model("llama", seed=3, spread=0.15), gated)
+    write_gate(gated, random_gate(64, 3))
+    made = {name: tiny_model("llama", seed=n, spread=0.15) for n, name in ((2, "one"), (4, "two"))}
+    law = tiny_model("llama", seed=1, hidden=96, layers=1, spread=0.15)
+    return made | {"base": tiny_model("llama", spread=0.15), "law": law, "gated": str(gated)}
+
+
+@pytest.fixture(scope="module")
+def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter, together, slotted):
     """Return what the V2 runner makes of all jobs, in one process."""
     base, folders = mixed
     memories = {
@@ -237,7 +255,23 @@ def results(tiny_model, subprocess_env, mixed, drafters, stretched, shorter, tog
         jobs[f"several, {graphs}, {drafts}"] = v2_process.job(
             together["base"], several.block(together, speculative_tokens=drafts), batches, graphs
         )
+    for graphs, drafts in SLOTS_RUN:
+        jobs[f"slots, {graphs}, {drafts}"] = slots_job(slotted, graphs, drafts)
     return v2_process.run(jobs, subprocess_env)
+
+
+def slots_job(models, graphs, drafts):
+    """Return a job whose only slot has each memory of SLOTTED, one after the other."""
+    block = {"slots": {"model": models["one"], "count": 1}, "speculative_tokens": drafts}
+    block["memories"] = {"law": {"model": models["law"], "alpha": LAW}}
+    asked = [{"memdec_memory": name} for name in ("it", "law")]
+    params = [GREEDY | {"max_tokens": 4, "logprobs": 5, "extra_args": extra} for extra in asked]
+    batches = []
+    for number, (name, own, _) in enumerate(SLOTTED):
+        load = {"name": "it", "folder": models[name], **own}
+        batches.append({"unload": "it" if number else None, "load": load})
+        batches.append([*zip(oracle.prompts(2, 18, 18, VOCAB, seed=20), params, strict=True)])
+    return v2_process.job(models["base"], block, batches, graphs)
 
 
 @pytest.mark.feature("V2 model runner", note="on a CPU through Triton's interpreter")
@@ -403,3 +437,17 @@ def test_several_memories_in_one_request(graphs, drafts, results, together):
         assert v2_process.ran(step) in ({*step["used"]}, full), step
         assert v2_process.ran(step, "draft") <= full | {*step["used"]}, step
     assert bool(result["drafted"]) == bool(drafts)
+
+
+@pytest.mark.parametrize(("graphs", "drafts"), SLOTS_RUN)
+def test_memories_in_a_slot(graphs, drafts, results, slotted):
+    """One after the other in the same tensors, which captured graphs read; see test_slots.py."""
+    result = v2_process.answered(results, f"slots, {graphs}, {drafts}")
+    wanted = [each for name, _, alpha in SLOTTED for each in ((name, alpha), ("law", LAW))]
+    for (prompt, sampled, *rows), (name, alpha) in zip(result["requests"], wanted, strict=True):
+        if not isinstance(alpha, float):
+            cap = 1.0 if alpha == "auto" else alpha
+            alpha = gate_weights(slotted, name, cap, [*prompt, *sampled])
+        error = oracle.worst_error(prompt, sampled, *rows, slotted["base"], slotted[name], alpha)
+        assert error < oracle.TOLERANCE, (name, alpha)
+    assert not drafts or result["drafted"] > 0

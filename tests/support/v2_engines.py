@@ -10,6 +10,8 @@ from support.emulation import Captured, Hostile, Log, no_wait, watch
 from vllm import LLM, SamplingParams
 from vllm.multimodal.utils import fetch_image
 
+from vllm_memdec import slots
+
 
 def rows(found):
     return [{t: e.logprob for t, e in row.items()} if row else None for row in found or []]
@@ -46,6 +48,14 @@ def run(job, log):
             llm.llm_engine.engine_core.shutdown()
 
 
+def change_memories(llm, unload=None, load=None):
+    """Empty the slot of a memory; put another one, of arguments of load_memory(), into it."""
+    if unload is not None:
+        slots.unload_memory(llm, unload)
+    if load is not None:
+        slots.load_memory(llm, **load)
+
+
 def generate(llm, job, log):
     """Return the answers of a job and what was drafted, accepted and run for them."""
     assert llm.llm_engine.vllm_config.use_v2_model_runner
@@ -56,6 +66,9 @@ def generate(llm, job, log):
     found, by_request, before = [], [], counters.read()
     with guard:
         for batch in job["batches"]:
+            if isinstance(batch, dict):
+                change_memories(llm, **batch)
+                continue
             outputs = llm.generate(
                 [prompt(given) for given, _ in batch],
                 [sampling(params) for _, params in batch],

@@ -5,7 +5,7 @@ back ends, whose driver is never active, vLLM takes V2 and Triton runs its kerne
 Stdin: JSON of a list of jobs, each an engine, one after the other:
     "llm": arguments of LLM
     "batches": lists of [prompt, SamplingParams arguments] that run one after the other; a prompt is
-        ids, or {"text": ..., "images": URLs}
+        ids, or {"text": ..., "images": URLs}. Between them {"unload": name, "load": arguments}
     "graphs": perhaps "full" or "piecewise", the graphs that recorded_graphs.py stands in for
     "no_wait": whether to raise where our code makes the host wait for the device
 Last line of stdout: JSON of one object a job, with "requests": [prompt ids, sampled ids, prompt

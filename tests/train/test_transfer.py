@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from vllm_memdec.checkpoint import read_block, tokenizer_fingerprint
 from vllm_memdec.config import MemoryConfig
-from vllm_memdec.startup import check_tokenizers
+from vllm_memdec.memory_checks import check_tokenizers
 from vllm_memdec.train.model.decoder import build_memory, training_budget
 from vllm_memdec.train.model.vocabulary_transfer import exchange
 from vllm_memdec.train.pipeline import STAGES

@@ -31,7 +31,6 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_memdec import metrics, startup
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.config import NONE
 from vllm_memdec.request import Choices, check_extra_args, check_images, choices_of
 from vllm_memdec.request_error import RequestError
 
@@ -138,7 +137,7 @@ def _salted_inputs(original: Callable) -> Callable:
         try:
             request = original(self, request_id, prompt, *args, **kwargs)
             if (choices := choices_of(self)) and request.sampling_params is not None:
-                _salt(self, request, choices)
+                _salt(self, request, choices, bool(kwargs.get("resumable")))
         except Exception:
             _forget_images(self, prompt)
             raise
@@ -147,19 +146,29 @@ def _salted_inputs(original: Callable) -> Callable:
     return process_inputs
 
 
-def _salt(processor: Any, request: Any, choices: Choices) -> None:
-    """Make the memory part of a request's cache salt, or raise RequestError."""
+def _salt(processor: Any, request: Any, choices: Choices, resumable: bool) -> None:
+    """Make the memory part of a request's cache salt, or raise RequestError.
+
+    Where it is in a slot the request carries the slot from here on: names change.
+    """
     if processor.vllm_config.use_v2_model_runner:
         _check_sizes(request.sampling_params)
     extra_args, images = request.sampling_params.extra_args, request.mm_features
-    if images:
-        try:
+    try:
+        check_extra_args(extra_args, choices)  # again: a slot may be empty since
+        if images:
             check_images(extra_args, choices)
-        except ValueError as error:
-            raise RequestError(str(error)) from None
-    names = choices.running(extra_args, images)
+        names = choices.running(extra_args, images)
+        if resumable and (in_slots := [name for name in names if name in choices.loaded]):
+            raise ValueError(
+                f"The memory {in_slots[0]!r} is in a slot, which serves no streamed input."
+            )
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    if (placed := choices.placed(extra_args, images)) is not None:
+        request.sampling_params.extra_args = placed  # of a copy that is the request's own
     # A name holds no NUL and no plus, so two pairs of names and salt never give the same text.
-    request.cache_salt = f"{'+'.join(sorted(names)) or NONE}\0{request.cache_salt or ''}"
+    request.cache_salt = f"{choices.salt(names)}\0{request.cache_salt or ''}"
     metrics.note_memories(request.request_id, names)
     if getattr(processor, "memdec_logs_requests", False):  # see server.py
         described = choices.described(extra_args, images)

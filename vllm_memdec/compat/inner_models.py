@@ -39,6 +39,16 @@ def build_memory(config: VllmConfig, name: str, prefix: str) -> Any:
         return initialize_model(config, prefix=maybe_prefix(prefix, name))
 
 
+def build_spare(config: VllmConfig, layers: dict[str, Any], prefix: str) -> Any:
+    """Return a memory on the host that no step runs; its layers leave those that vLLM serves."""
+    before = dict(layers)
+    with torch.device("cpu"):
+        module = build_memory(config, "spare", prefix)
+    layers.clear()
+    layers.update(before)
+    return module
+
+
 def dtype_of(model: ModelConfig) -> torch.dtype:
     """Return the dtype of a model that vLLM has configured."""
     assert isinstance(model.dtype, torch.dtype)

@@ -12,7 +12,7 @@ Relies on the names in base_model_paths, on requests that are turned into Sampli
 that check, and on the classes of requests that are not.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from typing import Any
 
@@ -70,6 +70,15 @@ def _with_memories(original: Callable) -> Callable:
         original(self, engine_client, base_model_paths, lora_modules=lora_modules)
 
     return __init__
+
+
+def offer(models: Any, before: Collection[str], now: Collection[str]) -> None:
+    """Name the memories of a server as they are now; models: its OpenAIServingModels."""
+    from vllm.entrypoints.openai.models.protocol import BaseModelPath
+
+    paths = [path for path in models.base_model_paths if path.name not in before]
+    paths += [BaseModelPath(name, paths[0].model_path) for name in now]
+    models.base_model_paths[:] = paths  # the list that vLLM's registry has, too
 
 
 def _as_asked(original: Callable) -> Callable:

@@ -9,7 +9,7 @@ into what their classes kept: `vllm run-batch` and Ray Serve call them without t
 OpenAIServingModels.show_available_models gets a description of base and memories on each card, and
 on that of a memory its folder and its base (model_names.py makes it a model).
 AsyncLLM.add_request tells the input processor, which knows memory and weight, whether requests are
-logged.
+logged, and notes that a request is on its way, until the engine has it.
 metrics.py derives from StatLoggerBase, which vLLM offers to plugins.
 
 May go when a plugin can add fields to /v1/models, and vLLM refuses fields it does not know.
@@ -21,13 +21,15 @@ import functools
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
-from vllm_memdec.compat import model_names
+from vllm_memdec.compat import model_names, slot_routes
 from vllm_memdec.compat.hooks import wrap
 from vllm_memdec.compat.model_names import PASS_ON
+from vllm_memdec.config import MemDecConfig
 from vllm_memdec.describe import describe, describe_model
 from vllm_memdec.request import Choices, choices_of
 from vllm_memdec.request_body import check_body, write_weights
 from vllm_memdec.request_error import RequestError
+from vllm_memdec.slots import adding, slots_of
 
 # The last part of addresses that only count or convert: no weight decides their answers.
 NO_ANSWERS = ("tokenize", "detokenize", "count_tokens", "derender")
@@ -59,7 +61,7 @@ ATTRIBUTES = {
     "vllm.entrypoints.openai.chat_completion.protocol:BatchChatCompletionRequest": PASS_ON,
     "vllm.entrypoints.openai.completion.protocol:CompletionRequest": "vllm_xargs",
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion": "engine_client",
-    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": "input_processor",
+    "vllm.entrypoints.openai.models.serving:OpenAIServingModels": ("engine_client input_processor"),
     "vllm.v1.engine.async_llm:AsyncLLM": "input_processor log_requests",
     "vllm.v1.metrics.stats:FinishedRequestStats": (
         "num_generation_tokens num_prompt_tokens request_id"
@@ -85,9 +87,10 @@ def install() -> None:
 
 
 def _logged(original: Callable) -> Callable:
-    def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
+    async def add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.input_processor.memdec_logs_requests = self.log_requests
-        return original(self, *args, **kwargs)
+        with adding(self):
+            return await original(self, *args, **kwargs)
 
     return add_request
 
@@ -127,6 +130,7 @@ def _checked_routers(original: Callable) -> Callable:
     def register_api_routers(args: Any, app: Any, *others: Any, **options: Any) -> None:
         original(args, app, *others, **options)
         app.dependency_overrides[validate_json_request] = checked_json_request
+        slot_routes.attach(app)
 
     return register_api_routers
 
@@ -164,11 +168,17 @@ def _described_models(original: Callable) -> Callable:
         models = await original(self)
         if choices := choices_of(self.input_processor):
             if not hasattr(self, "memdec_description"):
-                self.memdec_description = describe(self.input_processor.vllm_config)
+                vllm_config = self.input_processor.vllm_config
+                self.memdec_description = describe(vllm_config)
+                for slot in MemDecConfig.from_vllm(vllm_config).slots:
+                    del self.memdec_description["memories"][slot.name]  # no memory of a request's
+            described = self.memdec_description
+            if in_slots := slots_of(self.engine_client).described:
+                described = described | {"memories": described["memories"] | in_slots}
             for card in models.data:
-                card.memdec = self.memdec_description
+                card.memdec = described
                 if (asked := choices.served.get(card.id)) is not None:
-                    card.memdec = describe_model(self.memdec_description, asked)
+                    card.memdec = describe_model(described, asked)
                     card.root = card.memdec.get("model", card.root)
                     card.parent = self.base_model_paths[0].name
         return models
