@@ -68,6 +68,36 @@ def interpolate_reference(
     return out_NV
 
 
+def several_reference(
+    base_NV: Tensor,
+    memories: list[Tensor],
+    alpha_KN: Tensor,
+    gates: list[tuple[Tensor, Tensor]] | None = None,
+) -> Tensor:
+    """Return log((1 - sum a) softmax(base) + sum a_k softmax(memory_k)) [N, V] in float64.
+
+    gates: each memory takes its part of what those before it left, in place of a: a softmax over
+    the base, whose score is 0, and the memories, but for the largest weight of a gate.
+    """
+    out_NV = torch.empty(base_NV.shape, dtype=torch.float64)
+    for n in range(len(base_NV)):
+        base_V = base_NV[n].double().softmax(0)
+        parts = [memory_NV[n].double().softmax(0) for memory_NV in memories]
+        if gates is None:
+            shares = alpha_KN[:, n].double()
+            out_NV[n] = (1 - shares.sum()).clamp(min=0) * base_V
+            for share, part_V in zip(shares, parts, strict=True):
+                out_NV[n] += share * part_V
+        else:
+            out_NV[n], rest = base_V, 1.0
+            for part_V, (score_N, certainty_4K) in zip(parts, gates, strict=True):
+                alone = gate_reference(part_V.log(), score_N[n], certainty_4K)
+                b = 0.999 * torch.sigmoid((alone / 0.999).logit() + math.log(rest))
+                out_NV[n] = (1 - b) * out_NV[n] + b * part_V
+                rest *= 1 - b.item()
+    return out_NV.log()
+
+
 def sparse_kl_reference(
     logits_NV: Tensor,
     labels_N: Tensor,

@@ -4,8 +4,8 @@ Both runners hand compute_logits() a selection of hidden-state rows, without the
 memory and weight travel inside the row, in extra columns behind the hidden states. These have
 the dtype of the model: three numbers of 8 significant bits (bfloat16) hold the 24 bits of a
 float32, so their sum is the float32 weight again, not a rounding of it; the memory's number is a
-small integer, exact in any of them. A request that mixes several memories has a slot of columns for
-each, the first of them that of the memory that drafts; other requests have the first alone.
+small integer, exact in any of them. A request that mixes several memories has a place, such
+columns, for each, the first of them that of the memory that drafts; others have the first alone.
 
 A memory that drafted has already run on most tokens of the next step. The row of such a token holds
 the place of its results in the draft, and the memory does not run on it again.
@@ -14,7 +14,7 @@ A request whose memory has a gate travels with its cap, the gate's maximum, as a
 does one whose weight depends on the context, until the forward pass, which knows the positions,
 puts the row's own weight in its place.
 
-Shapes: B requests, S slots, T tokens, N rows, A columns, R rows of a draft, W memory vocabulary.
+Shapes: B requests, S places, T tokens, N rows, A columns, R rows of a draft, W memory vocabulary.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from torch import Tensor
 from vllm_memdec.kernels.weights import PARTS, STEP
 from vllm_memdec.request import NO_MEMORY
 
-SLOT = PARTS + 1  # columns of a slot: weight and memory; behind all slots come DRAFT and CONTEXT
+PLACE = PARTS + 1  # columns of a place: weight and memory; behind all places come DRAFT and CONTEXT
 DRAFT, CONTEXT = 0, 1  # of a draft's row, and of log(1 + position)
 MAX_REUSED = 256  # rows of a draft: a whole number up to here is exact in bfloat16
 MAX_SINGLE_SETS = 8  # memories; with more, capturing each by itself would take minutes
@@ -45,9 +45,9 @@ def encode(alpha_B: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.stack(parts, dim=-1)
 
 
-def slot(columns_NA: Tensor, number: int) -> Tensor:
-    """Return the columns [N, SLOT] of one slot; the functions below take them, or all columns."""
-    return columns_NA[:, number * SLOT : (number + 1) * SLOT]
+def place_of(columns_NA: Tensor, place: int) -> Tensor:
+    """Return the columns [N, PLACE] of one place; the functions below take them, or all columns."""
+    return columns_NA[:, place * PLACE : (place + 1) * PLACE]
 
 
 def decode(columns_NA: Tensor) -> Tensor:
@@ -63,19 +63,19 @@ def decode_memory(columns_NA: Tensor) -> Tensor:
     return columns_NA[:, PARTS]
 
 
-def decode_reused(columns_NA: Tensor, slots: int = 1) -> Tensor:
+def decode_reused(columns_NA: Tensor, at_once: int = 1) -> Tensor:
     """Return for each row [N] which row of a draft holds its memory's results; -1 if none does."""
-    return columns_NA[:, slots * SLOT + DRAFT].long() - 1
+    return columns_NA[:, at_once * PLACE + DRAFT].long() - 1
 
 
-def write_context(columns_NA: Tensor, position_N: Tensor, slots: int = 1) -> None:
+def write_context(columns_NA: Tensor, position_N: Tensor, at_once: int = 1) -> None:
     """Write log(1 + position) into the columns of rows, for the gates."""
-    columns_NA[:, slots * SLOT + CONTEXT] = position_N.float().log1p()
+    columns_NA[:, at_once * PLACE + CONTEXT] = position_N.float().log1p()
 
 
-def decode_context(columns_NA: Tensor, slots: int = 1) -> Tensor:
+def decode_context(columns_NA: Tensor, at_once: int = 1) -> Tensor:
     """Return log(1 + position) [N] of rows, where it was written."""
-    return columns_NA[:, slots * SLOT + CONTEXT]
+    return columns_NA[:, at_once * PLACE + CONTEXT]
 
 
 class ContextTable:
@@ -102,10 +102,10 @@ class ContextTable:
 
 
 def end_memory(
-    columns_NA: Tensor, position_N: Tensor, number: int, length: int, slots: int = 1
+    columns_NA: Tensor, position_N: Tensor, number: int, length: int, at_once: int = 1
 ) -> None:
     """Write weight 0 into the rows of a memory at positions that it does not have."""
-    for own_NA in (slot(columns_NA, j) for j in range(slots)):
+    for own_NA in (place_of(columns_NA, j) for j in range(at_once)):
         beyond_N = (position_N >= length) & (decode_memory(own_NA) == number)
         own_NA[:, :PARTS].masked_fill_(beyond_N[:, None], 0)
 
@@ -169,13 +169,13 @@ class Batch:
         dtype: torch.dtype,
         device: Any,
         lengths: Sequence[int] = (),
-        slots: int = 1,
+        at_once: int = 1,
     ):
         """lengths: the positions that each memory has; left out, none of them ends.
 
-        slots: S, how many memories a request may mix.
+        at_once: S, how many memories a request may mix.
         """
-        self.slots = slots
+        self.at_once = at_once
         self.sets = graph_sets(memories)
         endless = torch.iinfo(torch.int64).max
         # By the number of a memory; the last is that of NO_MEMORY, -1. On the host, as all that
@@ -185,7 +185,7 @@ class Batch:
         # The memories that a dummy run, or the capture of a graph, runs.
         self.dummy_set = self.sets[0]
         # The head's GEMM wants rows that are a multiple of 8 elements long.
-        width = slots * SLOT + CONTEXT + 1
+        width = at_once * PLACE + CONTEXT + 1
         width += -(hidden_size + width) % 8
         self.columns_TA = torch.zeros(max_tokens, width, dtype=dtype, device=device)
         # Of each token in its request, where the base's own positions have several dimensions.
@@ -199,7 +199,7 @@ class Batch:
     def reset(self) -> None:
         """Ask for all of `dummy_set`, as vLLM's dummy runs and captures need it."""
         nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
-        self.memory_BS = torch.zeros(0, self.slots, dtype=torch.int64, device="cpu")
+        self.memory_BS = torch.zeros(0, self.at_once, dtype=torch.int64, device="cpu")
         self.alpha_BS, self.lengths_B = self.memory_BS.float(), nothing
         # Arguments of the last write(): memories, weights, lengths. None where it had drafts.
         self.asked: tuple[Tensor, Tensor, Tensor] | None = None
@@ -208,11 +208,11 @@ class Batch:
         self.mode = ""  # in which the step is executed, by the name of vLLM's CUDAGraphMode
         self.shares: dict[int, MemoryShare] = dict.fromkeys(self.dummy_set, MemoryShare())
         self.used: list[int] = [*self.dummy_set]  # by any request
-        # The slots in which rows may have each memory that runs. A captured graph serves any batch.
-        slots = [*range(self.slots if len(self.dummy_set) > 1 else 1)]
-        self.places: dict[int, list[int]] = dict.fromkeys(self.dummy_set, slots)
+        # In which rows may have each memory that runs. A captured graph serves any batch.
+        places = [*range(self.at_once if len(self.dummy_set) > 1 else 1)]
+        self.places: dict[int, list[int]] = dict.fromkeys(self.dummy_set, places)
         self.shared = True  # each used memory is that of every row
-        self.several = self.slots > 1 and len(self.dummy_set) > 1  # any request mixes several
+        self.several = self.at_once > 1 and len(self.dummy_set) > 1  # any request mixes several
         self.reused_T = (
             nothing  # the row of the draft of each token, -1 if it has none; on the host
         )
@@ -245,7 +245,7 @@ class Batch:
     ) -> None:
         """Take over a batch, its requests in order; all arguments on the host.
 
-        memory_BS, alpha_BS: of each slot, those that are not used behind the others; [B] for one.
+        memory_BS, alpha_BS: of each place, those that are not used behind the others; [B] for one.
         reusable: the rows of `draft` that hold each request's first tokens. mode: see plan().
         starts_B: positions of these tokens, or lower ones: beyond its memory's a request has none.
         """
@@ -255,7 +255,7 @@ class Batch:
             memory_BS, alpha_BS = self._without_ended(memory_BS, alpha_BS, starts_B)
         is_new = not (reusable and any(map(len, reusable)))
         asked = (memory_BS, alpha_BS, lengths_B) if is_new else None
-        drafting = drafting and self.slots > 1
+        drafting = drafting and self.at_once > 1
         same = asked and self.asked and all(map(torch.equal, asked, self.asked))
         if same and drafting == self.drafting:
             self.plan(mode)
@@ -278,7 +278,7 @@ class Batch:
 
         dtype = self.columns_TA.dtype
         rows_BSA = torch.cat([encode(alpha_BS, dtype), memory_BS[..., None].to(dtype)], -1)
-        rows_BA = F.pad(rows_BSA.flatten(1), (0, (self.slots - memory_BS.shape[1]) * SLOT))
+        rows_BA = F.pad(rows_BSA.flatten(1), (0, (self.at_once - memory_BS.shape[1]) * PLACE))
         rows_TA = rows_BA.repeat_interleave(lengths_B, dim=0)
         rows_TA = torch.cat([rows_TA, (1 + reused_T[:, None]).to(rows_TA.dtype)], dim=1)
         rows_TA = F.pad(rows_TA, (0, self.columns_TA.shape[1] - rows_TA.shape[1]))
@@ -309,7 +309,7 @@ class Batch:
         if not self.several or self.drafting:
             self.places = dict.fromkeys(self.shares, [0])
         elif mode == "FULL":
-            self.places = dict.fromkeys(self.shares, [*range(self.slots)])
+            self.places = dict.fromkeys(self.shares, [*range(self.at_once)])
         else:
             self.places = {m: (run_BS == m).any(0).nonzero().flatten().tolist() for m in run}
 

@@ -2,7 +2,7 @@
 
 Of several memories that a request mixes the first drafts: the heaviest.
 
-Shapes: T tokens, N rows, S slots, D width of the widest memory, V base vocabulary, W a memory's,
+Shapes: T tokens, N rows, S places, D width of the widest memory, V base vocabulary, W a memory's,
 A columns.
 """
 

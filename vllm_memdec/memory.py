@@ -171,7 +171,7 @@ class Memory:
         """
         if self.gate is None:
             return None
-        score_N = self.gate.score(mine_ND, decode_context(columns_NA, self.batch.slots))
+        score_N = self.gate.score(mine_ND, decode_context(columns_NA, self.batch.at_once))
         return same_on_all_ranks(score_N), self.gate.certainty
 
 

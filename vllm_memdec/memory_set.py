@@ -1,6 +1,7 @@
 """The memories of a composite on one batch: each row runs through the memory of its request.
 
-Shapes: T tokens, N rows, S slots, D width of the widest memory, W a memory's vocabulary, A columns.
+Shapes: T tokens, N rows, S places of a row, D width of the widest memory, X = S * D, W a memory's
+vocabulary, A columns.
 """
 
 import functools
@@ -14,7 +15,7 @@ from vllm_memdec.batch import (
     decode_memory,
     decode_reused,
     end_memory,
-    slot,
+    place_of,
     write_context,
 )
 from vllm_memdec.compat.inner_models import build_spare, dtype_of
@@ -37,7 +38,7 @@ class MemorySet:
         ]
         models = [config.model_config for config in configs]
         self.widest = max(model.get_hidden_size() for model in models)
-        self.width = settings.at_once * self.widest  # S * D, of all slots of a row
+        self.width = settings.at_once * self.widest  # S * D, of all places of a row
         # Rows of both models travel side by side: in the wider of their dtypes, so unchanged.
         self.dtype = functools.reduce(torch.promote_types, map(dtype_of, models), dtype_of(base))
         device = vllm_config.device_config.device
@@ -110,12 +111,12 @@ class MemorySet:
         memory_TX, tail_TA = out_TD.tensor_split([self.width], dim=-1)
         tail_TA.copy_(columns_TA)
         if any(memory.reads_context for memory in self.memories):
-            write_context(tail_TA, positions, batch.slots)
+            write_context(tail_TA, positions, batch.at_once)
         for memory in self.memories:
             if memory.table is not None:
                 memory.table.write(tail_TA, positions)
             if memory.ends:
-                end_memory(tail_TA, positions, memory.number, memory.length, batch.slots)
+                end_memory(tail_TA, positions, memory.number, memory.length, batch.at_once)
         shares = batch.shares
         alone = len(shares) == 1 and all(share.tokens is None for share in shares.values())
         if shares and not alone:
@@ -134,7 +135,7 @@ class MemorySet:
                 elif share.tokens is not None and len(places) == 1:
                     rows[share.tokens] = mine.to(self.dtype)
                 else:  # of these rows some may be another memory's
-                    own_T1 = decode_memory(slot(columns_TA, place))[:, None] == number
+                    own_T1 = decode_memory(place_of(columns_TA, place))[:, None] == number
                     where = slice(None) if share.tokens is None else share.tokens
                     there = torch.where(own_T1[where], mine.to(self.dtype), rows[where])
                     rows[where] = there
@@ -147,7 +148,7 @@ class MemorySet:
         first_ND, *others = memory_NX.split(self.widest, dim=-1)
         if self.batch.several:
             for place, other_ND in enumerate(others, start=1):
-                own_N1 = decode_memory(slot(columns_NA, place))[:, None] == memory.number
+                own_N1 = decode_memory(place_of(columns_NA, place))[:, None] == memory.number
                 first_ND = torch.where(own_N1, other_ND, first_ND)
         return memory.own_rows(first_ND)
 
@@ -172,7 +173,7 @@ class MemorySet:
                 continue
             # The batch is this memory's alone.
             assert batch.draft is not None
-            reused_N = decode_reused(columns_NA, batch.slots)
+            reused_N = decode_reused(columns_NA, batch.at_once)
             new_N = reused_N < 0
             logits_NW = batch.draft.logits_RW[reused_N.clamp(min=0)]
             new_NW = memory.logits(mine[new_N])

@@ -297,10 +297,10 @@ class Choices:
         capped = asked == AUTO or (name in self.gated and asked != ALONE)
         return -weight if capped else weight
 
-    def slots(
+    def placed(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
     ) -> tuple[list[int], list[float]]:
-        """Return the numbers and weights of resolve(), one for each slot of a row."""
+        """Return the numbers and weights of resolve(), one for each place of a row."""
         chosen = list(self.resolve(extra_args, images))
         chosen += [(NO_MEMORY, 0.0)] * (self.at_once - len(chosen))
         return [number for number, _ in chosen], [weight for _, weight in chosen]

@@ -10,7 +10,8 @@ p = (1 - sum a) p_base + sum a_k p_memory_k. Of gates (negative weights, see bat
 gets + log rest_k, rest_k = (1 - b_1) ... (1 - b_{k-1}), a softmax over base and memories. The share
 of a memory in the result is b_k (1 - b_{k+1}) ... (1 - b_K).
 
-Shapes: N rows, S slots, M memories in use, V base vocabulary, A columns, X hidden states of slots.
+Shapes: N rows, S places of a row, M memories in use, V base vocabulary, A columns, X hidden states
+of all places.
 """
 
 from typing import Any, Literal
@@ -18,9 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vllm_memdec.batch import decode, decode_memory, slot
+from vllm_memdec.batch import PLACE, decode, decode_memory
 from vllm_memdec.kernels.interpolate import RowWeights, interpolate
-from vllm_memdec.kernels.weights import PARTS
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.memory_weights import ROUNDING
 from vllm_memdec.request import NO_MEMORY
@@ -30,39 +30,34 @@ from vllm_memdec.tally import MIXING
 class Turns:
     """The weights of rows with which memories are mixed one after the other."""
 
-    def __init__(self, columns_NA: Tensor, slots: int, memories: list[int]):
+    def __init__(self, columns_NA: Tensor, at_once: int, memories: list[int]):
         """memories: the numbers of all that rows may have, in the order of their turns."""
-        parts = [slot(columns_NA, j) for j in range(slots)]
-        self.number_NS = torch.stack([decode_memory(part) for part in parts], 1)
-        self.alpha_NS = torch.stack([decode(part) for part in parts], 1)
-        given_NS = self.alpha_NS.clamp(min=0).double()
+        N = len(columns_NA)
+        cells = columns_NA[:, : at_once * PLACE].reshape(N * at_once, PLACE)
+        number_NS, alpha_NS = decode_memory(cells).view(N, at_once), decode(cells).view(N, at_once)
+        given_NS = alpha_NS.clamp(min=0).double()
         base_N1 = 1 - given_NS.sum(1, keepdim=True)
         # Weights of several that make 1 but for rounding leave the base nothing.
         several_N1 = (given_NS > 0).sum(1, keepdim=True) > 1
         base_N1 = torch.where(several_N1 & (base_N1 < ROUNDING), 0, base_N1)
         # Not 1 - (those after), in which a weight that is left would be no sum of weights.
-        before_NSS = self.number_NS[:, None] <= self.number_NS[:, :, None]
+        before_NSS = number_NS[:, None] <= number_NS[:, :, None]
         mixed_NS = base_N1 + (before_NSS * given_NS[:, None]).sum(-1)
         turn_NS = (given_NS / torch.where(mixed_NS == 0, 1, mixed_NS)).float()
-        self.turn_NS = torch.where(self.alpha_NS < 0, self.alpha_NS, turn_NS)
-        N, M = len(columns_NA), len(memories)
+        turn_NS = torch.where(alpha_NS < 0, alpha_NS, turn_NS)
         self.memories = memories
-        self.mine_MN = torch.stack([(self.number_NS == m).any(1) for m in memories])
-        self.used_MN = self.turn_NS.new_zeros(M, N)  # b of each turn, 0 in rows of others
-        self.rest_N = self.turn_NS.new_ones(N)
-
-    def weights(self, turn: int) -> Tensor:
-        """Return with which weight [N] a turn's memory is asked for, negative where by its gate."""
-        own_NS = self.number_NS == self.memories[turn]
-        return torch.where(own_NS, self.turn_NS, 0).sum(1)
+        own = [number_NS == number for number in memories]
+        self.mine = [own_NS.any(1) for own_NS in own]  # each memory's rows [N]
+        # With which weight a memory is asked for, negative where by its gate; 0 in rows of others.
+        self.asked = [torch.where(own_NS, turn_NS, 0).sum(1) for own_NS in own]
+        self.used_MN = turn_NS.new_zeros(len(memories), N)  # b, as the turns were mixed
+        self.rest_N = turn_NS.new_ones(N)
 
     def columns(self, turn: int) -> Tensor:
-        """Return the same as columns [N, PARTS + 1] in float32, as RowWeights have them."""
-        weight_N = self.weights(turn)
-        columns_NA = weight_N.new_zeros(len(weight_N), PARTS + 1)
-        columns_NA[:, 0] = weight_N
-        columns_NA[:, PARTS] = torch.where(self.mine_MN[turn], self.memories[turn], NO_MEMORY)
-        return columns_NA
+        """Return what a memory is asked for as columns [N, PLACE] in float32, see RowWeights."""
+        nothing_N = torch.zeros_like(self.asked[turn])
+        number_N = torch.where(self.mine[turn], float(self.memories[turn]), float(NO_MEMORY))
+        return torch.stack([self.asked[turn], nothing_N, nothing_N, number_N], 1)
 
     def end(self, turn: int) -> None:
         """Leave to later gates what a turn left, by its weights in `used_MN`."""
@@ -76,7 +71,7 @@ class Turns:
         kept_MN = (1 - self.used_MN.double()).flip(0).cumprod(0).flip(0)
         after_MN = torch.cat([kept_MN[1:], torch.ones_like(kept_MN[:1])])
         share_MN = self.used_MN * after_MN
-        right_MN = self.mine_MN & (share_MN == share_MN)
+        right_MN = torch.stack(self.mine) & (share_MN == share_MN)
         return torch.stack([torch.where(right_MN, share_MN, 0).sum(1), right_MN.sum(1)], 1)
 
 
@@ -99,11 +94,13 @@ def mix_several(
         base_NV = base_NV.float()  # as what the first turn leaves: a row is in any turn's hands
     options: dict[str, Any] = {"as_logits": True, "compiled": compiled, "invariant": invariant}
     left_NV = base_NV  # by the turns before
-    turns = Turns(columns_NA, batch.slots, [memory.number for memory in used])
+    turns = Turns(columns_NA, batch.at_once, [memory.number for memory in used])
     for turn, memory in enumerate(used):
         rows: slice | Tensor = slice(None)
-        if memories.selects_rows and not turns.mine_MN[turn].all():
-            rows = turns.mine_MN[turn].nonzero().squeeze(1)
+        if memories.selects_rows and not turns.mine[turn].all():
+            rows = turns.mine[turn].nonzero().squeeze(1)
+            if not len(rows):
+                continue
         mine_ND = memories.hidden_of(memory, memory_NX[rows], columns_NA[rows])
         memory_NW = memory.logits(mine_ND)
         with memory.timed(MIXING):
@@ -122,7 +119,7 @@ def mix_several(
             else:
                 if left_NV is base_NV:
                     out_NV.copy_(base_NV)
-                asked_n = turns.weights(turn)[rows]
+                asked_n = turns.asked[turn][rows]
                 told_n = torch.empty_like(asked_n)
                 out_NV[rows] = interpolate(
                     out_NV[rows],
@@ -135,8 +132,10 @@ def mix_several(
                 used_N[rows] = told_n
             left_NV = out_NV
             turns.end(turn)
-    if left_NV is not out_NV:
+    if base_NV is None:
         return False
+    if left_NV is base_NV:
+        out_NV.copy_(base_NV)
     for memory, sums_2 in zip(used, turns.sums(), strict=True):
         memories.tally.slot(memory.number, batch.is_dummy).add_(sums_2)
     return True

@@ -25,6 +25,7 @@ from vllm_memdec.kernels.reference import (
     interpolate_reference,
     log_softmax_or_nothing,
     row_weights_reference,
+    several_reference,
 )
 
 # Rows: of memory 0, 1, none; weights plain and capped, 0, 1, one that needs all three columns.
@@ -115,6 +116,41 @@ def test_the_tally_is_the_sum_of_weights(mix, gated, others):
     total, count = tally_2.tolist()
     assert total == pytest.approx(10 + asked_N.sum().item(), abs=TOLERANCE)
     assert count == 100 + mine_N.sum()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("K", "V"), [(2, 1000), (3, 1003)])
+def test_several_memories_of_one_row(mix, K, V, gated):
+    """In turns, each into what was left; given weights as vllm_memdec/several.py makes them."""
+    generator = torch.Generator().manual_seed(V)
+    base_NV, *memories = (
+        (torch.randn(5, V, generator=generator) * 3).to(BF16).to(DEVICE) for _ in range(1 + K)
+    )
+    alpha_KN = torch.rand(K, 5, generator=generator)
+    alpha_KN *= torch.tensor([0.1, 0.5, 0.9, 1.0, 1.0]) / alpha_KN.sum(0)
+    alpha_KN[0, 4] = 1e-6  # the base has nothing, and the first memory next to nothing
+    alpha_KN[-1, 4] += 1 - alpha_KN[:, 4].sum()
+    gates, out, rest_N = None, base_NV, torch.ones(5, device=DEVICE)
+    if gated:
+        gates = [(torch.randn(5, generator=generator), torch.ones(4, 3) / n) for n in (2, -3, 5)]
+    made_N = (1 - alpha_KN.double().sum(0)).clamp(min=0)
+    made_N[made_N < 1e-6] = 0
+    for k in range(K):
+        made_N = made_N + alpha_KN[k].double()
+        weight_N, gate = (alpha_KN[k].double() / made_N).float().to(DEVICE), None
+        if gates is not None:
+            score_N, certainty_4K = (x.to(DEVICE) for x in gates[k])
+            weight_N, gate = torch.full_like(weight_N, -1), (score_N + rest_N.log(), certainty_4K)
+        told_N = torch.zeros_like(rest_N)
+        given = {"gate": gate, "as_logits": True, "used_N": told_N}
+        out = mix(out, memories[k], weight_N, **given, out=None if k == 0 else out)
+        rest_N = rest_N * (1 - told_N)
+    key_NV = several_reference(
+        base_NV.cpu(), [m.cpu() for m in memories], alpha_KN, gates and gates[:K]
+    )
+    lse_N1 = base_NV.double().logsumexp(-1, keepdim=True).cpu()
+    assert_close(out, key_NV + lse_N1)
+    assert torch.allclose(out.cpu().double().logsumexp(-1, keepdim=True), lse_N1, atol=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's, of NaN

@@ -13,7 +13,7 @@ from vllm_memdec.batch import (
     encode,
     end_memory,
     graph_sets,
-    slot,
+    place_of,
     write_context,
 )
 from vllm_memdec.request import NO_MEMORY
@@ -92,9 +92,9 @@ def test_weights_by_context(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("hidden", [160, 7])
 def test_several_memories_in_a_row(dtype, hidden):
-    """A slot for each, all float32 weights whole, then the columns that rows have once."""
+    """A place for each, all float32 weights whole, then the columns that rows have once."""
     batch = Batch(
-        3, hidden, max_tokens=8, dtype=dtype, device="cpu", lengths=[9, 100, 100], slots=2
+        3, hidden, max_tokens=8, dtype=dtype, device="cpu", lengths=[9, 100, 100], at_once=2
     )
     assert (hidden + batch.columns_TA.shape[1]) % 8 == 0
     assert batch.is_dummy and batch.several and batch.places[2] == [0, 1]
@@ -105,7 +105,7 @@ def test_several_memories_in_a_row(dtype, hidden):
     # The third request is past the end of its first memory: the second takes its place.
     memory_BS[2], alpha_BS[2] = torch.tensor([1, NO_MEMORY]), torch.tensor([1 / 7, 0])
     for place in (0, 1):
-        rows_NA = slot(batch.columns_TA, place)[:5]
+        rows_NA = place_of(batch.columns_TA, place)[:5]
         wanted = memory_BS[:, place].repeat_interleave(lengths_B)
         assert decode_memory(rows_NA).tolist() == wanted.tolist()
         assert torch.equal(decode(rows_NA), alpha_BS[:, place].repeat_interleave(lengths_B))
@@ -115,7 +115,7 @@ def test_several_memories_in_a_row(dtype, hidden):
     wanted = position_N.float().log1p().to(dtype)
     assert torch.equal(decode_context(batch.columns_TA, 2), wanted)
     end_memory(batch.columns_TA, torch.tensor([8, 9, 9, 9, 9, 0, 0, 0]), 0, 9, 2)
-    assert decode(slot(batch.columns_TA, 1))[:2].tolist() == [alpha_BS[0, 1], 0]
+    assert decode(place_of(batch.columns_TA, 1))[:2].tolist() == [alpha_BS[0, 1], 0]
 
     assert batch.used == [0, 1, 2] and batch.several and not batch.shared
     assert [batch.places[number] for number in (0, 1, 2)] == [[1], [0], [0]]

@@ -30,7 +30,7 @@ THREE = Choices(NAMES, "bio", {"law", "bio"}, at_once=3, without_images=["bio"])
 def test_what_runs(asked, runs):
     check_extra_args({MEMORY: asked}, TWO)
     assert TWO.resolve({MEMORY: asked}) == runs
-    numbers, weights = TWO.slots({MEMORY: asked})
+    numbers, weights = TWO.placed({MEMORY: asked})
     assert len(numbers) == len(weights) == 2
     assert (*zip(numbers, weights, strict=True),)[: len(runs)] == runs
     if isinstance(asked, dict):

@@ -31,6 +31,7 @@ CHOICES = (
     {"memdec_memory": "none"},
     {"memdec_alpha": 1},
     {"memdec_memory": "whole", "memdec_alpha": 1},
+    {"memdec_memory": {"split": 0.3, "whole": 0.4}},
 )
 
 
@@ -47,7 +48,7 @@ def test_two_ranks_answer_like_one(tiny_model, engine, subprocess_env):
         "whole": {"model": tiny_model("llama", seed=2, hidden=96, layers=3), "alpha": 0.5},
     }
     memories["whole"]["tensor_parallel_size"] = 1
-    block = {"memories": memories, "default": "split"}
+    block = {"memories": memories, "default": "split", "at_once": 2}
     prompts = oracle.prompts(50, 3, 40, 1000)
     requests = [(ids, CHOICES[i % len(CHOICES)]) for i, ids in enumerate(prompts)]
     with engine(tiny_model("llama"), block) as llm:

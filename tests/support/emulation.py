@@ -195,7 +195,10 @@ class Log(Rule):
             self.steps.append({"ran": []})
             found = execute(scheduled, *args, **kwargs)
             drafts = [
-                [int(runner.model_state.memory_R[runner.req_states.req_id_to_index[name]]), len(d)]
+                [
+                    int(runner.model_state.memory_RS[runner.req_states.req_id_to_index[name], 0]),
+                    len(d),
+                ]
                 for name, d in scheduled.scheduled_spec_decode_tokens.items()
             ]
             self.steps[-1] |= {"used": list(batch.used), "drafts": drafts}

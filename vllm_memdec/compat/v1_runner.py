@@ -77,7 +77,7 @@ def _inputs(original: Callable) -> Callable:
             names = self.input_batch.req_ids[: self.input_batch.num_reqs]
             states = [self.requests[name] for name in names]
             chosen = [
-                choices.slots(state.sampling_params.extra_args, state.mm_features)
+                choices.placed(state.sampling_params.extra_args, state.mm_features)
                 for state in states
             ]
             memory_BS, alpha_BS = zip(*chosen, strict=True)

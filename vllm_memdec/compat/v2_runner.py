@@ -63,7 +63,7 @@ class MemDecModelState(DefaultModelState):
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: Any):
         super().__init__(vllm_config, model, encoder_cache, device)
         self.composite, self.choices, self.batch = model, model.choices, model.batch
-        # By the request's slot in the runner's table, and the slots of its rows.
+        # By the request's slot in the runner's table, and the places of its rows.
         size = self.max_num_reqs, self.choices.at_once
         self.memory_RS, self.alpha_RS = torch.full(size, NO_MEMORY), torch.zeros(size)
         self.drafted_R = np.zeros(self.max_num_reqs, dtype=bool)
@@ -77,7 +77,7 @@ class MemDecModelState(DefaultModelState):
         super().add_request(req_index, new_req_data)
         params = new_req_data.sampling_params
         images = new_req_data.mm_features
-        numbers, weights = self.choices.slots(params.extra_args, images)
+        numbers, weights = self.choices.placed(params.extra_args, images)
         self.memory_RS[req_index] = torch.tensor(numbers)
         self.alpha_RS[req_index] = torch.tensor(weights)
         self.drafted_R[req_index] = self.choices.drafted(params, images)
