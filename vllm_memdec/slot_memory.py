@@ -158,7 +158,7 @@ class Spare:
         source = DefaultModelLoader.Source(settings["model"], revision=settings["revision"])
         for name, tensor in DefaultModelLoader(load_config)._get_weights_iterator(source):
             digest = hashlib.sha256(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             digests.append(digest.digest())
             yield name, tensor
 

@@ -344,8 +344,8 @@ def test_two_ranks_have_all_of_a_memory_or_nothing(
         ),
         ("X", "must be the folder whose shape they have and their number"),
         ({"model": "X", "count": 1, "alpha": 0.5}, "Unknown setting 'alpha' of memdec 'slots'"),
-        ({"model": "X", "count": 256}, "at most 256 memories and slots, got 257"),
-        ({"model": "X", "count": 300}, "at most 256 memories and slots, got 300"),
+        ({"model": "X", "count": 256}, "at most 256 memories, got 257"),
+        ({"model": "X", "count": 300}, "at most 256 memories, got 300"),
     ],
 )
 def test_wrong_settings(given, sentence, models):
