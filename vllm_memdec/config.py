@@ -241,7 +241,9 @@ def check_name(name: Any) -> None:
 def check_count(count: int) -> None:
     """Raise ValueError for more memories and slots than a row can tell apart."""
     if count > MAX_MEMORIES:
-        raise ValueError(f"memdec serves at most {MAX_MEMORIES} memories and slots, got {count}.")
+        raise ValueError(
+            f"memdec serves at most {MAX_MEMORIES} memories, got {count}, slots included."
+        )
 
 
 def parse_slots(settings: Any) -> tuple[MemoryConfig, ...]:

@@ -137,8 +137,8 @@ class Spare:
             data.untyped_storage().resize_(size)
             if data.is_floating_point():
                 data.fill_(torch.nan)  # until a tensor of the memory's takes its place
-        digest = hashlib.sha256()
-        loaded = self.module.load_weights(self._tensors(settings, digest))
+        digests: list[bytes] = []
+        loaded = self.module.load_weights(self._tensors(settings, digests))
         for name, parameter in self.module.named_parameters():
             if name not in loaded or (parameter.is_floating_point() and parameter.isnan().any()):
                 raise MemdecError(
@@ -146,16 +146,20 @@ class Spare:
                     f"{name}: copy or build it again."
                 )
         process_weights_after_loading(self.module, self.config.model_config, torch.device("cpu"))
-        reading.digest = digest.hexdigest()
+        # Sorted: a file gives its tensors in any order.
+        reading.digest = hashlib.sha256(b"".join(sorted(digests))).hexdigest()
 
-    def _tensors(self, settings: dict[str, Any], digest: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield the tensors of a memory's files, each added to the digest."""
+    def _tensors(
+        self, settings: dict[str, Any], digests: list[bytes]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the tensors of a memory's files, of each of which a digest is kept."""
         # Read, not mapped: a file that is cut short meanwhile would end the process.
         load_config = LoadConfig(safetensors_load_strategy="eager", use_tqdm_on_load=False)
         source = DefaultModelLoader.Source(settings["model"], revision=settings["revision"])
         for name, tensor in DefaultModelLoader(load_config)._get_weights_iterator(source):
-            digest.update(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest = hashlib.sha256(f"{name} {tensor.dtype} {[*tensor.shape]}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            digests.append(digest.digest())
             yield name, tensor
 
     def pairs(self, live: nn.Module) -> list[tuple[Any, Any]]:

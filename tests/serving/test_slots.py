@@ -27,7 +27,7 @@ if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     llm = LLM(**job["llm"])
     params = SamplingParams(
-        temperature=0, max_tokens=6, ignore_eos=True, extra_args={"memdec_memory": "it"}
+        temperature=0, max_tokens=3, ignore_eos=True, extra_args={"memdec_memory": "it"}
     )
     found = []
     for folder, alpha in job["loads"]:
@@ -44,6 +44,7 @@ if __name__ == "__main__":
     print(json.dumps(found))
 """
 PROMPTS = oracle.prompts(3, 40, 70, 1000)  # of a whole block of the prefix cache, and more
+CACHED = [32 * ((len(prompt) - 1) // 32) for prompt in PROMPTS]
 STEPS = [[0, 0.9], [20, 0.1], [45, 0.6]]
 FEATURE = pytest.mark.feature("memories that come and go while it runs")
 even = {"spread": 0.15}  # of the weights, see tiny_config(): a gate adds to float32's errors
@@ -125,6 +126,7 @@ def test_memories_come_and_go(models, engine):
                 answers(llm, name)
         # The same name in the same slot, with other weights: no block of the cache is another's.
         slots.load_memory(llm, "bio", models["two"], alpha=0.4)
+        assert [output.num_cached_tokens for output in answers(llm, "bio")] == [0, 0, 0]
         check(llm, models, "bio", "two", 0.4)
         # In the place of a gate a number, a table, another gate.
         for folder, own, weight in (
@@ -143,8 +145,8 @@ def test_memories_come_and_go(models, engine):
         # What was there before may be read again, its blocks too.
         slots.unload_memory(llm, "bio")
         slots.load_memory(llm, "bio", models["one"], alpha=0.4)
+        assert [output.num_cached_tokens for output in answers(llm, "bio")] == CACHED
         check(llm, models, "bio", "one", 0.4)
-        assert answers(llm, "bio")[0].num_cached_tokens == 64
         [first, second] = slots.list_memories(llm)["slots"]
         assert first["name"] == "bio" and first["model"] == models["one"] and second == empty
         assert len(first["fingerprint"]) == 64
@@ -302,7 +304,7 @@ def test_two_ranks_have_all_of_a_memory_or_nothing(
     with engine(models["base"], block) as llm:
         for folder, alpha in (loads[0], loads[2]):
             slots.load_memory(llm, "it", folder, alpha=alpha)
-            found.append(tokens(llm, "it"))
+            found.append([tokens(llm, "it")[0][:3]])
             slots.unload_memory(llm, "it")
     job = {
         "llm": {
@@ -316,7 +318,7 @@ def test_two_ranks_have_all_of_a_memory_or_nothing(
             "num_gpu_blocks_override": 100,
         },
         "loads": loads,
-        "prompts": PROMPTS,
+        "prompts": PROMPTS[:1],
     }
     run = subprocess.run(
         [sys.executable, "-c", TWO_RANKS, json.dumps(job)],
@@ -342,8 +344,8 @@ def test_two_ranks_have_all_of_a_memory_or_nothing(
         ),
         ("X", "must be the folder whose shape they have and their number"),
         ({"model": "X", "count": 1, "alpha": 0.5}, "Unknown setting 'alpha' of memdec 'slots'"),
-        ({"model": "X", "count": 256}, "at most 256 memories and slots, got 257"),
-        ({"model": "X", "count": 300}, "at most 256 memories and slots, got 300"),
+        ({"model": "X", "count": 256}, "at most 256 memories, got 257"),
+        ({"model": "X", "count": 300}, "at most 256 memories, got 300"),
     ],
 )
 def test_wrong_settings(given, sentence, models):
