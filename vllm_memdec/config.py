@@ -149,7 +149,7 @@ class MemDecConfig:
     slots: tuple[MemoryConfig, ...] = ()
 
     @property
-    def places(self) -> tuple[MemoryConfig, ...]:
+    def built(self) -> tuple[MemoryConfig, ...]:
         """All that a worker builds, in the order of their numbers: memories, then slots."""
         return (*self.memories, *self.slots)
 

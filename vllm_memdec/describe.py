@@ -29,7 +29,7 @@ def describe(vllm_config: VllmConfig, settings: MemDecConfig | None = None) -> d
     ranks = vllm_config.parallel_config.tensor_parallel_size
     models = [base]
     sizes = [kv_bytes_per_token(base, vllm_config, vllm_config.cache_config.cache_dtype)]
-    for memory in settings.places:
+    for memory in settings.built:
         models.append(memory_model_config(memory, base))
         dtype = memory.kv_cache_dtype or vllm_config.cache_config.cache_dtype
         copies = ranks if memory.tensor_parallel_size == 1 else 1
@@ -52,7 +52,7 @@ def describe(vllm_config: VllmConfig, settings: MemDecConfig | None = None) -> d
         }
         | ({"alpha_by_context": memory.alpha_by_context} if memory.alpha_by_context else {})
         | ({} if memory.with_images else {"with_images": False})
-        for memory, model, part in zip(settings.places, models[1:], parts[1:], strict=True)
+        for memory, model, part in zip(settings.built, models[1:], parts[1:], strict=True)
     }
     described = {"base": parts[0], "memories": memories, "default": settings.default}
     return described | ({AT_ONCE: settings.at_once} if settings.at_once > 1 else {})

@@ -38,7 +38,7 @@ def memory_model_config(memory: MemoryConfig, base: "ModelConfig") -> "ModelConf
 
 def memory_lengths(vllm_config: "VllmConfig") -> list[int]:
     """Return how many positions of a server's are each memory's, those to come in slots too."""
-    memories, base = MemDecConfig.from_vllm(vllm_config).places, vllm_config.model_config
+    memories, base = MemDecConfig.from_vllm(vllm_config).built, vllm_config.model_config
     return [memory_model_config(memory, base).max_model_len for memory in memories]
 
 

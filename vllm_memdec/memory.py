@@ -19,7 +19,8 @@ from vllm_memdec.compat.inner_models import build_memory, dtype_of
 from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
 from vllm_memdec.config import MemoryConfig
 from vllm_memdec.gate import Gate, read_gate
-from vllm_memdec.slot_memory import SlotTable, Spare
+from vllm_memdec.kernels.interpolate import compile_rows
+from vllm_memdec.slot_memory import UNITS, SlotTable, Spare
 from vllm_memdec.tally import MEMORY, Tally
 
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors
@@ -94,6 +95,18 @@ class Memory:
         """Load tensors and return their names."""
         with self.ranks():
             return self.module.load_weights(weights)
+
+    def compile_mixing(self, vocabulary: int, dtypes: Iterable[torch.dtype]) -> None:
+        """Compile its mixture into bases, or mixtures, of these dtypes ahead of the first request.
+
+        A slot's also with a gate: that of a memory to come.
+        """
+        units = [None if self.gate is None else self.gate.certainty]
+        if self.is_slot:
+            units.append(torch.zeros(4, UNITS))
+        for dtype in dtypes:
+            for certainty_4K in units:
+                compile_rows(vocabulary, self.vocabulary, dtype, self.dtype, certainty_4K)
 
     def clear(self) -> set[str]:
         """Set the weights of a slot to 0, as it has no memory; return their names."""

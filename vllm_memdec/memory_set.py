@@ -34,7 +34,7 @@ class MemorySet:
         base = vllm_config.model_config
         configs = [
             memory_vllm_config(vllm_config, memory, number)
-            for number, memory in enumerate(settings.places)
+            for number, memory in enumerate(settings.built)
         ]
         models = [config.model_config for config in configs]
         self.widest = max(model.get_hidden_size() for model in models)
@@ -53,14 +53,14 @@ class MemorySet:
             [model.max_model_len for model in models],
             settings.at_once,
         )
-        self.tally = Tally([memory.name for memory in settings.places], self.device)
+        self.tally = Tally([memory.name for memory in settings.built], self.device)
         # Selecting the rows of a memory makes the host wait for the device. On a CPU there is
         # nothing to wait for; elsewhere each head runs on all rows, and few rows cost no more.
         self.selects_rows = self.device.type == "cpu" and not vllm_config.use_v2_model_runner
         built = self.batch, self.tally, prefix
         self.memories = [
             Memory(number, memory, config, vllm_config, *built, memory in settings.slots)
-            for number, (memory, config) in enumerate(zip(settings.places, configs, strict=True))
+            for number, (memory, config) in enumerate(zip(settings.built, configs, strict=True))
         ]
         self.spare: Spare | None = None
         if settings.slots:

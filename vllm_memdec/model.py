@@ -33,12 +33,11 @@ from vllm_memdec.compat.attention import is_attention, kv_bytes_per_token
 from vllm_memdec.compat.inner_models import build_base, dtype_of
 from vllm_memdec.config import ARCHITECTURE, MemDecConfig
 from vllm_memdec.drafter import Drafter
-from vllm_memdec.kernels.interpolate import RowWeights, compile_rows, interpolate
+from vllm_memdec.kernels.interpolate import RowWeights, interpolate
 from vllm_memdec.memory import SOURCE, source_of
 from vllm_memdec.memory_set import MemorySet
 from vllm_memdec.request import Choices
 from vllm_memdec.several import mix_several
-from vllm_memdec.slot_memory import UNITS
 from vllm_memdec.tally import MIXING
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
@@ -329,12 +328,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             with set_default_torch_dtype(torch.float32):
                 for memory in self.memories:
                     # Where several memories are mixed, one is mixed into a mixture in float32.
-                    for dtype in {self.base_dtype, mixed}:
-                        widths = self.vocabulary, memory.vocabulary, dtype, memory.dtype
-                        gate = memory.gate
-                        compile_rows(*widths, None if gate is None else gate.certainty)
-                        if memory.is_slot:
-                            compile_rows(*widths, torch.zeros(4, UNITS))
+                    memory.compile_mixing(self.vocabulary, {self.base_dtype, mixed})
         return loaded
 
     def prepare_lora(self) -> None:
@@ -374,7 +368,7 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
             for (model, _), size in zip(models, sizes, strict=True)
         ]
         logger.info("memdec: base %s (%s).", vllm_config.model_config.model, described[0])
-        for memory, text in zip(self.settings.places, described[1:], strict=True):
+        for memory, text in zip(self.settings.built, described[1:], strict=True):
             if memory in self.settings.slots:
                 logger.info("memdec: %s, as %s (%s).", memory.name, memory.model, text)
                 continue

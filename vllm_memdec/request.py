@@ -27,7 +27,7 @@ from vllm_memdec.memory_weights import EXAMPLE, are_weights, check_weights, read
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
 # What the front end makes of both where a memory is in a slot: number, weight and name of each.
 # Nobody else resolves its name, which may be another's by the time that the request runs.
-PLACE = "memdec_place"
+SETTLED = "memdec_settled"
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
 PLAIN = ("alpha", "memory")
@@ -267,8 +267,8 @@ class Choices:
         one by context.
         """
         extra_args = extra_args or {}
-        if PLACE in extra_args:
-            return tuple((int(number), float(weight)) for number, weight, _ in extra_args[PLACE])
+        if SETTLED in extra_args:
+            return tuple((int(number), float(weight)) for number, weight, _ in extra_args[SETTLED])
         weights = self._weights(extra_args, images)
         return tuple((self.numbers[name], weights[name]) for name in weights)
 
@@ -320,8 +320,8 @@ class Choices:
     ) -> list[str]:
         """Return the names of the memories that run for a request, first the one that drafts."""
         extra_args = extra_args or {}
-        if PLACE in extra_args:
-            return [name for _, _, name in extra_args[PLACE]]
+        if SETTLED in extra_args:
+            return [name for _, _, name in extra_args[SETTLED]]
         return [*self._weights(extra_args, images)]
 
     def salt(self, names: Collection[str]) -> str:
@@ -329,15 +329,15 @@ class Choices:
         marks = {name: f"\0{each.salt}" for name, each in self.loaded.items()}
         return "+".join(name + marks.get(name, "") for name in sorted(names)) or NONE
 
-    def placed(
+    def settled(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
     ) -> dict[str, Any] | None:
         """Return the extra_args that a request with a memory of a slot runs with; else None."""
         weights = self._weights(extra_args or {}, images)
         if not any(name in self.loaded for name in weights):
             return None
-        places = [[self.numbers[name], weight, name] for name, weight in weights.items()]
-        return {**(extra_args or {}), PLACE: places}
+        settled = [[self.numbers[name], weight, name] for name, weight in weights.items()]
+        return {**(extra_args or {}), SETTLED: settled}
 
     def described(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None

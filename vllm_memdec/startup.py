@@ -73,7 +73,7 @@ def create_model_config(
     base = build(args)
     check_model(base, "The base")
     check_state(base)
-    for memory in config.places:
+    for memory in config.built:
         check_kv_cache_dtype(memory)
         model = build_memory(memory, base)
         check_model(model, "The memory")
@@ -261,7 +261,7 @@ def check_engine(vllm_config: "VllmConfig") -> None:
     if vllm_config.speculative_config is None:
         return
     base = vllm_config.model_config
-    memories = [memory_model_config(m, base) for m in config.places]
+    memories = [memory_model_config(m, base) for m in config.built]
     check_speculation(vllm_config, [base, *memories], config)
 
 

@@ -105,8 +105,8 @@ def test_memories_come_and_go(models, engine):
         for name in ("slot 0", "slot 1"):
             with pytest.raises(ValueError, match="must be one of"):
                 answers(llm, name)
-        with pytest.raises(ValueError, match="Unknown extra argument 'memdec_place'"):
-            answers(llm, memdec_place=[1, 0.5])
+        with pytest.raises(ValueError, match="Unknown extra argument 'memdec_settled'"):
+            answers(llm, memdec_settled=[1, 0.5])
         empty = {"name": None, "running_requests": 0}
         assert slots.list_memories(llm)["slots"] == [empty, empty]
         slots.load_memory(llm, "bio", models["one"], alpha=0.4)
@@ -360,7 +360,7 @@ def test_memories_may_be_absent_beside_slots(models):
         config = MemDecConfig.parse(block)
         assert config.default == "none" and config.memories == () and len(config.slots) == 2
     config = MemDecConfig.parse({"slots": slot, "model": models["law"], "alpha": 0.5})
-    assert config.default == "memory" and len(config.places) == 3
+    assert config.default == "memory" and len(config.built) == 3
     with pytest.raises(ValueError, match='"memories" must be an object of at least one'):
         MemDecConfig.parse({"slots": slot, "memories": []})
 

@@ -165,8 +165,8 @@ def _salt(processor: Any, request: Any, choices: Choices, resumable: bool) -> No
             )
     except ValueError as error:
         raise RequestError(str(error)) from None
-    if (placed := choices.placed(extra_args, images)) is not None:
-        request.sampling_params.extra_args = placed  # of a copy that is the request's own
+    if (settled := choices.settled(extra_args, images)) is not None:
+        request.sampling_params.extra_args = settled  # of a copy that is the request's own
     # A name holds no NUL and no plus, so two pairs of names and salt never give the same text.
     request.cache_salt = f"{choices.salt(names)}\0{request.cache_salt or ''}"
     metrics.note_memories(request.request_id, names)

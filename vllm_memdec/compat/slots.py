@@ -20,7 +20,7 @@ import torch
 from vllm.v1.engine.core import EngineCore
 
 from vllm_memdec.compat.hooks import wrap
-from vllm_memdec.request import PLACE
+from vllm_memdec.request import SETTLED
 
 WORKER = f"{__name__}.SlotWorker"
 BUSY = "busy"  # in place of a result: a request of the slot runs
@@ -62,8 +62,8 @@ def _when_free(original: Callable) -> Callable:
 def running(scheduler: Any) -> Counter[int]:
     """Return how many requests that have not ended use each slot, by its number."""
     params = [request.sampling_params for request in scheduler.requests.values()]
-    places = [(each.extra_args or {}).get(PLACE, ()) for each in params if each is not None]
-    return Counter(int(number) for of_request in places for number, *_ in of_request)
+    chosen = [(each.extra_args or {}).get(SETTLED, ()) for each in params if each is not None]
+    return Counter(int(number) for of_request in chosen for number, *_ in of_request)
 
 
 class SlotWorker:
