@@ -373,14 +373,8 @@ class MemDecForCausalLM(nn.Module, SupportsLoRA):
                 logger.info("memdec: %s, as %s (%s).", memory.name, memory.model, text)
                 continue
             default = ", the default" if memory.name == self.settings.default else ""
-            logger.info(
-                "memdec: memory %r %s (%s), alpha %s%s.",
-                memory.name,
-                memory.model,
-                text,
-                memory.weight,
-                default,
-            )
+            told = memory.name, memory.model, text, memory.weight, default
+            logger.info("memdec: memory %r %s (%s), alpha %s%s.", *told)
         if self.settings.at_once > 1:
             logger.info("memdec: a request may mix %d memories.", self.settings.at_once)
         length = vllm_config.model_config.max_model_len
