@@ -99,13 +99,13 @@ class VllmServer:
         async with self._response("GET", "/v1/models") as response:
             cards = _json(await response.aread())["data"]
             known = [(c, c["memdec"]) for c in cards if isinstance(c.get("memdec"), dict)]
-            bases = [card for card, memdec in known if "base" in memdec]
+            bases = [card for card, memdec in known if "memory" not in memdec]
             memories = [
                 ServedMemory(
                     card["id"], m["positions"], m["alpha"], m["gate"], m.get("alpha_by_context")
                 )
                 for card, m in known
-                if m.get("memory", NONE) != NONE and "positions" in m  # else it is several
+                if m.get("memory", NONE) != NONE and "memories" not in m  # else it is several
             ]
             if not bases or not memories:
                 raise MemdecError(
