@@ -88,6 +88,17 @@ def read_texts(tokenizer: Any, path: Path, fields: Fields = TEXT) -> list[Docume
     ]
 
 
+def check_amounts(read: dict[str, list[Document]]) -> int:
+    """Return the tokens of the smallest text, or raise MemdecError if that is too few."""
+    counts = {kind: sum(len(d.ids) for d in texts) for kind, texts in read.items()}
+    for kind, count in counts.items():
+        if count < MIN_TOKENS:
+            raise MemdecError(
+                f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
+            )
+    return min(counts.values())
+
+
 def divide(
     texts: dict[str, list[Document]],
     bos: int | None = None,

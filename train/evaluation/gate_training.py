@@ -30,7 +30,7 @@ from vllm_memdec.train.data.blocks import bos_of
 from vllm_memdec.train.data.readers import TEXT, Fields
 from vllm_memdec.train.evaluation.compare import as_learnt, matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
-from vllm_memdec.train.evaluation.gate_texts import KEPT, MIN_TOKENS, divide, read_texts
+from vllm_memdec.train.evaluation.gate_texts import KEPT, check_amounts, divide, read_texts
 from vllm_memdec.train.model.huggingface import text_config
 from vllm_memdec.train.model.windows import (
     MIN_ROWS,
@@ -127,22 +127,25 @@ class Net(nn.Module):
             {"params": [*itertools.chain(*free)], "weight_decay": 0.0},
         ]
 
-    def load(self, arrays: dict[str, np.ndarray], mean_F: torch.Tensor, scale_F: torch.Tensor):
-        """Take over a gate; mean and deviation: those by which features are normalised."""
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray], normal: tuple[torch.Tensor, torch.Tensor]) -> "Net":
+        """Return the network of a gate; normal: mean and deviation of the features."""
         w1, b1, w2, b2, certainty = (torch.from_numpy(arrays[n]).float() for n in NAMES)
         context_H = torch.zeros_like(b1)
         if CONTEXT[0] in arrays:
             context_H = torch.from_numpy(arrays[CONTEXT[0]]).float()
-        sure_K2 = certainty[:2].T
+        (mean_F, scale_F), sure_K2 = normal, certainty[:2].T
+        net = cls(w1.shape[1], len(b1), len(sure_K2))
         with torch.no_grad():
-            self.sees.weight.copy_(w1 * scale_F[:-3])
-            self.sees.bias.copy_(b1 + w1 @ mean_F[:-3] + context_H * mean_F[-1])
-            self.context.weight.copy_((context_H * scale_F[-1])[:, None])
-            self.out.weight.copy_(w2[None])
-            self.out.bias.copy_(b2[None])
-            self.sure.weight.copy_(sure_K2 * scale_F[-3:-1])
-            self.sure.bias.copy_(certainty[2] + sure_K2 @ mean_F[-3:-1])
-            self.sure_out.weight.copy_(certainty[3][None])
+            net.sees.weight.copy_(w1 * scale_F[:-3])
+            net.sees.bias.copy_(b1 + w1 @ mean_F[:-3] + context_H * mean_F[-1])
+            net.context.weight.copy_((context_H * scale_F[-1])[:, None])
+            net.out.weight.copy_(w2[None])
+            net.out.bias.copy_(b2[None])
+            net.sure.weight.copy_(sure_K2 * scale_F[-3:-1])
+            net.sure.bias.copy_(certainty[2] + sure_K2 @ mean_F[-3:-1])
+            net.sure_out.weight.copy_(certainty[3][None])
+        return net
 
     def arrays(self, mean_F: torch.Tensor, scale_F: torch.Tensor) -> dict[str, np.ndarray]:
         """Return the gate that does to features what this does to normalised ones."""
@@ -248,6 +251,8 @@ def fit_gates(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         nets = [Net(len(mean_F) - 3) for mean_F, _ in normal_K]
+        if starts is not None:
+            nets = [Net.of(*of) for of in zip(starts, normal_K, strict=True)]
         optimizer = torch.optim.AdamW([g for net in nets for g in net.groups()], lr=RATE)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
@@ -284,6 +289,16 @@ def weights(arrays: dict[str, np.ndarray], part: Scored) -> np.ndarray:
     return Gate(arrays)(part.features_NF).double().numpy()
 
 
+def check_folder(memory: str) -> Path:
+    """Return a memory's folder; an error where its gate cannot be written there."""
+    folder = Path(memory)
+    if not folder.is_dir():
+        raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
+    with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
+        pass
+    return folder
+
+
 def calibrate_gate(
     memory: str,
     base: str,
@@ -297,11 +312,7 @@ def calibrate_gate(
     texts: files by kind: domain, general, and corpus if there is one; context: tokens of the
     longest contexts that it is trained on, by default as many as the texts fill.
     """
-    folder = Path(memory)
-    if not folder.is_dir():
-        raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
-    with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
-        pass
+    folder = check_folder(memory)
     tokenizer, fields = matching_tokenizer(base, memory), as_learnt(fields, read_block(memory))
     models = tuple(open_model(name) for name in (base, memory))
     read = {
@@ -309,14 +320,9 @@ def calibrate_gate(
         for kind, paths in texts.items()
         if paths
     }
-    counts = {kind: sum(len(d.ids) for d in texts) for kind, texts in read.items()}
-    for kind, count in counts.items():
-        if count < MIN_TOKENS:
-            raise MemdecError(
-                f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
-            )
+    count = check_amounts(read)
     # One length for all: a gate must not tell general text by its longer contexts.
-    width = window_tokens(context, min(counts.values()), [text_config(m.config) for m in models])
+    width = window_tokens(context, count, [text_config(m.config) for m in models])
     trained, kept = divide(read, bos_of(tokenizer))
     row_bytes = 4 * (models[1].config.hidden_size + 3)
     max_rows = min(MAX_TOKENS, FEATURE_BYTES // (len(trained) + 1) // row_bytes)
