@@ -163,7 +163,7 @@ def calibrate_gates(
     ]
     gates = fit_together(members, trained, olds)
     del trained
-    told = {"window": width, **report_together(members, kept, olds, gates)}
+    told = {"window": width, **report_on(members, kept, olds, gates)}
     write_gates([member.folder for member in members], gates)
     for member, arrays, of in zip(members, gates, kept, strict=True):
         weighed = {kind: (part, weights(arrays, part)) for kind, part in member.own(of).items()}
@@ -216,7 +216,7 @@ def old_gate(member: Member, width: int, progress: Progress) -> dict[str, np.nda
     return None
 
 
-def report_together(
+def report_on(
     members: Sequence[Member],
     scored: Sequence[dict[str, Scored]],
     olds: Sequence[dict[str, np.ndarray]],
@@ -250,7 +250,7 @@ def report_together(
     return {"texts": rows, "alone": {}}
 
 
-def show_together(figures: dict[str, Any], console: Console) -> None:
+def show(figures: dict[str, Any], console: Console) -> None:
     """Print the report."""
     names = list(figures["alone"])
     table = Table("text", "tokens", "base", *names, "oracle", "untrained", "together", "gap")
