@@ -216,6 +216,16 @@ def old_gate(member: Member, width: int, progress: Progress) -> dict[str, np.nda
     return None
 
 
+def by_itself(
+    members: Sequence[Member],
+    gates: Sequence[dict[str, np.ndarray]],
+    parts: Sequence[Scored],
+) -> dict[str, float]:
+    """Return the perplexity of a text that each memory gives alone, by its own gate."""
+    rows = zip(members, gates, parts, strict=True)
+    return {member.name: perplexity(alone(arrays, part)) for member, arrays, part in rows}
+
+
 def report_on(
     members: Sequence[Member],
     scored: Sequence[dict[str, Scored]],
@@ -231,10 +241,7 @@ def report_on(
     for kind, first in scored[0].items():
         parts = [of[kind] for of in scored]
         base = perplexity(first.base_N)
-        each, new = (
-            {m.name: perplexity(alone(*p)) for m, *p in zip(members, of, parts, strict=True)}
-            for of in (olds, gates)
-        )
+        each, new = (by_itself(members, of, parts) for of in (olds, gates))
         oracle = base if kind == "general" else each.get(owner.get(kind, ""))
         joint = perplexity(together(gates, parts))
         rows[kind] = {
