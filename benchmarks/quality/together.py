@@ -40,6 +40,7 @@ from vllm_memdec.train.model.windows import Windows, window_logprobs, windows
 
 TABLE = RESULTS / "together.csv"
 ROWS = {"domain": 2**13, "corpus": 2**13, "general": 2**15, "in turn": 2**15}  # read of each kind
+STREAM = 2**13  # of passages in turn
 WITHIN = {"domain": 0.02, "general": 0.01}  # of the oracle
 GENERAL = "general"
 
@@ -67,7 +68,8 @@ class Together:
             trained = {kind: gate_ids(domain, kind) for kind in ("domain", "corpus")}
             scored = ("test",)
         ends = domain.tokenizer.eos_token_id, bos_of(domain.tokenizer)
-        read = {k: windows(ids, WINDOW, ends[0], ROWS[k], ends[1]) for k, ids in trained.items()}
+        rows = ROWS if name != self.stream else {"in turn": STREAM}
+        read = {k: windows(ids, WINDOW, ends[0], rows[k], ends[1]) for k, ids in trained.items()}
         for text in scored:
             tokens, positions = domain.blocks(text)
             read[text] = Windows(tokens, positions, valid_rows(positions))
@@ -106,10 +108,14 @@ class Together:
                     arrays["position"] = part.position_N
                 np.savez(work / f"{kind}.npz", **arrays)
 
-        of = [self.domains[name]] if name in self.domains else self.domains.values()
+        of = [self.domains.get(name, self.first)]  # general text is the same in all
+        if name == self.stream:
+            of = [*self.domains.values()]
         inputs = {domain.name: domain.text.hash for domain in of}
         inputs["model"] = model_hash(folder, reader)
         settings = {"rows": ROWS, "window": WINDOW} | made_in()
+        if name == self.stream:
+            settings["rows"] = STREAM
         place = self.first.folder.parent / self.first.pair.budgeted("together") / reader / name
         return build_artifact(place, "together", settings, inputs, make, progress.say)
 
