@@ -2,6 +2,7 @@
 
 from benchmarks.csv_rows import RESULTS, grid, read
 
+GENERAL = ("wiki", "brown")  # texts of no domain in together.csv
 WHO = ("base", "memory", "mixture")  # of whom update.csv has the recall
 # Names of rows in gating.csv, and the field's words for them.
 SHOWN = {
@@ -35,6 +36,33 @@ def gating() -> str:
                 f"{cell(row, 'fixed')} at {float(row['alpha']):.2f}" if row["alpha"] else "",
                 cell(row, "gate"),
                 cell(row, "own_gate"),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def together() -> str:
+    """Return what gates of several memories give that decide together, beside an oracle."""
+    rows = read(RESULTS / "together.csv")
+    if not rows:
+        return "not measured\n"
+
+    def cell(row: dict[str, str], system: str) -> str:
+        value, oracle = float(row[system]), float(row["oracle"])
+        return f"{value:.2f} ({value / oracle - 1:+.1%})"
+
+    titles = ["", "tokens", "base", "oracle", "gates as they are", "with offsets"]
+    return grid(
+        [*titles, "trained together", "own gate alone, after"],
+        [
+            [
+                row["text"],
+                row["tokens"],
+                f"{float(row['base']):.2f}",
+                f"{float(row['oracle']):.2f}",
+                *(cell(row, system) for system in ("as_they_are", "offsets", "together")),
+                "" if row["text"] in GENERAL else cell(row, "alone"),
             ]
             for row in rows
         ],

@@ -273,6 +273,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tasks": pair_tables.tasks,
     "ablation": memory_tables.ablation,
     "gating": memory_tables.gating,
+    "together": memory_tables.together,
     "context": memory_tables.context,
     "update": memory_tables.update,
     "sources": memory_tables.sources,

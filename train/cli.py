@@ -26,6 +26,7 @@ try:
         JsonFile,
         KeysBase,
         LearntTexts,
+        Memories,
         Memory,
         Served,
         Sources,
@@ -234,7 +235,7 @@ def verify(
 
 @app.command()
 def calibrate(
-    memory: Memory,
+    memories: Memories,
     base: Served,
     domain: DomainTexts,
     general: GeneralTexts,
@@ -244,19 +245,26 @@ def calibrate(
     text_field: TextField = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Train the memory's gate: a weight for each token, high where the memory knows its way."""
+    """Train the memory's gate: a weight for each token, high where the memory knows its way.
+
+    Of several memories the gates are trained together, for servers that mix all of them.
+    """
     progress = Progress()
     with explained(progress):
         from vllm_memdec.train.data.artifacts import write_report
-        from vllm_memdec.train.evaluation import gate_report
-        from vllm_memdec.train.evaluation import gate_training as gate
+        from vllm_memdec.train.evaluation import gate_report, gate_together, gate_training
 
         check_report(json_file)
         given = {"domain": domain, "corpus": corpus or [], "general": general}
         texts = {name: text_paths(paths, f"--{name}", progress) for name, paths in given.items()}
-        base, read = base_folder(base, progress), fields(text_field)
-        report = gate.calibrate_gate(str(memory), str(base), texts, progress, context, read)
-        gate_report.show(report, Console())
+        folders, read = [str(memory) for memory in memories], fields(text_field)
+        rest = str(base_folder(base, progress)), texts, progress, context, read
+        if len(folders) > 1:
+            report = gate_together.calibrate_gates(folders, *rest)
+            gate_together.show(report, Console())
+        else:
+            report = gate_training.calibrate_gate(folders[0], *rest)
+            gate_report.show(report, Console())
         write_report(json_file, report)
 
 

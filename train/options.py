@@ -32,12 +32,22 @@ Assignments = Annotated[
 ]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write a report there.")]
 Memory = Annotated[Path, typer.Argument(help="Folder of the memory: a build's export/.")]
+Memories = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="MEMORY...",
+        help="Folder of the memory: a build's export/. Of several the gates are trained together.",
+    ),
+]
 Served = Annotated[Path, typer.Option(help="Folder of a base that it serves.")]
 Alpha = Annotated[float | None, typer.Option(help="Weight of the memory; default: its own.")]
 Texts = Annotated[list[Path], typer.Option(help="Text to read. May be given several times.")]
 DomainTexts = Annotated[
     list[Path],
-    typer.Option(help="Text of its domain that it has not learnt. May be given several times."),
+    typer.Option(
+        help="Text of its domain that it has not learnt. May be given several times; for several "
+        "memories one for each, in their order."
+    ),
 ]
 GeneralTexts = Annotated[
     list[Path],
@@ -48,8 +58,7 @@ GeneralTexts = Annotated[
 LearntTexts = Annotated[
     list[Path] | None,
     typer.Option(
-        help="Text that it has learnt: without it, memorised facts would be doubted. May be given "
-        "several times."
+        help="Text that it has learnt: without it, memorised facts would be doubted. As --domain."
     ),
 ]
 ContextTokens = Annotated[

@@ -32,6 +32,7 @@ from vllm_memdec.train.data.artifacts import build_artifact
 from vllm_memdec.train.data.blocks import tokenise
 from vllm_memdec.train.data.documents import documents, text_hash
 from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.evaluation import gate_texts
 from vllm_memdec.train.evaluation import gate_training as gates
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import mix
@@ -106,8 +107,10 @@ class Measured:
     ) -> list[dict[str, Any]]:
         """Return rows by context of scored texts; weights and gate come from the other texts."""
         ids = {kind: self.ids(files) for kind, files in texts.items()}
-        both = (gates.passages(ids[kind], *gates.PASSAGE) for kind in ("domain", "general"))
-        ids["in turn"] = gates.in_turn(*both)
+        both = (
+            gate_texts.passages(ids[kind], *gate_texts.PASSAGE) for kind in ("domain", "general")
+        )
+        ids["in turn"] = gate_texts.in_turn(*both)
         texts = texts | {"in turn": [*texts["domain"], *texts["general"]]}
         read = {kind: self.read(kind, "made of", ids[kind], texts[kind]) for kind in ids}
         domain = read["domain"]

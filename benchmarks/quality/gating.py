@@ -51,6 +51,7 @@ from vllm_memdec.checkpoint import read_block
 from vllm_memdec.train.data.artifacts import build_artifact, write_json
 from vllm_memdec.train.data.blocks import valid_rows
 from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.evaluation import gate_texts
 from vllm_memdec.train.evaluation import gate_training as gates
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import best_alpha, mix, perplexity
@@ -118,7 +119,7 @@ class Gating:
                 [line for text in general for line in text.splitlines() if len(line) > LINE],
             )
         ]
-        part = self.read(self.domain.packed(gates.in_turn(*beginnings)), "stream")
+        part = self.read(self.domain.packed(gate_texts.in_turn(*beginnings)), "stream")
         return [self.row("perplexity, both in turn", part, best_alpha(part.base_N, part.memory_N))]
 
     def another_base(self) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from vllm_memdec.gate import Gate, features, read_gate, write_gate
 from vllm_memdec.train.data.artifacts import Artifact, build_artifact
 from vllm_memdec.train.data.blocks import bos_of, tokenise, valid_rows
 from vllm_memdec.train.data.inputs import model_hash
+from vllm_memdec.train.evaluation import gate_texts
 from vllm_memdec.train.evaluation import gate_training as gates
 from vllm_memdec.train.model.huggingface import load_model
 from vllm_memdec.train.model.scoring import mix
@@ -42,7 +43,7 @@ def gate_ids(domain: Domain, kind: str) -> list[Any]:
     """Return the same as tokens; also of the mixed stream, which is made of two kinds."""
     if kind == "in turn":
         both = (gate_ids(domain, kind) for kind in ("domain", "general"))
-        return gates.in_turn(*(gates.passages(ids, *gates.PASSAGE) for ids in both))
+        return gate_texts.in_turn(*(gate_texts.passages(ids, *gate_texts.PASSAGE) for ids in both))
     return list(tokenise(domain.tokenizer, gate_text(domain, kind)))
 
 

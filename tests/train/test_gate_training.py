@@ -16,19 +16,16 @@ from vllm_memdec.train.data.documents import documents
 from vllm_memdec.train.evaluation import gate_training as gates
 from vllm_memdec.train.evaluation.explain import explain
 from vllm_memdec.train.evaluation.gate_report import CLASSES, token_class
-from vllm_memdec.train.evaluation.gate_training import (
+from vllm_memdec.train.evaluation.gate_texts import (
     KEPT,
     SWITCHES,
     Document,
-    Rows,
-    Scored,
     divide,
-    fit_gate,
     in_turn,
     passages,
     read_texts,
-    weights,
 )
+from vllm_memdec.train.evaluation.gate_training import Rows, Scored, fit_gate, weights
 from vllm_memdec.train.model.huggingface import load_model, load_tokenizer
 from vllm_memdec.train.model.scoring import mix, perplexity
 from vllm_memdec.train.progress import Progress

@@ -7,13 +7,12 @@ comes in with a smaller weight, or memorised facts would be doubted. General tex
 there the base is to be left alone. And documents that mix passages of the domain and of general
 text teach it to tell them apart within one context. All of it is read in short and in long contexts
 (windows.py), each kind in the same lengths, or length itself would tell the kinds apart. Models
-read the text once; the training takes seconds. A fifth of the documents is kept for the report, by
-a digest of their text, before anything else is made of them.
+read the text once; the training takes seconds.
 """
 
-import random
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,13 @@ from torch.nn.functional import gelu
 
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.gate import FILE, Gate, write_gate
+from vllm_memdec.gate import CONTEXT, FILE, NAMES, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
-from vllm_memdec.train.data.blocks import bos_of, tokenise, unmarked
-from vllm_memdec.train.data.documents import documents
+from vllm_memdec.train.data.blocks import bos_of
 from vllm_memdec.train.data.readers import TEXT, Fields
-from vllm_memdec.train.data.splits import digest
 from vllm_memdec.train.evaluation.compare import as_learnt, matching_tokenizer, open_model
 from vllm_memdec.train.evaluation.gate_report import draw, report, token_class
+from vllm_memdec.train.evaluation.gate_texts import KEPT, check_amounts, divide, read_texts
 from vllm_memdec.train.model.huggingface import text_config
 from vllm_memdec.train.model.windows import (
     MIN_ROWS,
@@ -44,7 +42,6 @@ from vllm_memdec.train.model.windows import (
 )
 from vllm_memdec.train.progress import Progress
 
-READ_TOKENS = 2**22  # tokens read of each file: the rest is never scored
 MAX_TOKENS = 2**18  # tokens scored of each kind of text, fewer where FEATURE_BYTES says so
 FEATURE_BYTES = 2**31  # bytes of the features of all kinds together, at most
 HIDDEN, CERTAINTY = 256, 16  # units for the hidden state, and for the memory's confidence
@@ -53,9 +50,6 @@ STEPS, BATCH, RATE, DROPOUT = 600, 2048, 3e-3, 0.8
 # Unlearnt text is scarce and a wide memory overfits to it; a narrow one would never be trusted.
 # Weights of the two numbers of certainty, and of the position, are not decayed.
 DECAY, DECAY_WIDTH = 3.0, 576  # weight decay from that width on, in proportion below
-KEPT = 5  # one document in so many is kept for the report
-MIN_PIECE = 32  # tokens of a piece into which a text of few documents is divided, at least
-MIN_TOKENS = KEPT * (MIN_PIECE + 1)  # tokens of a text, at least
 # The weight of each kind of text in the loss; even() divides it among its tokens.
 WEIGHTS = {"domain": 1.0, "corpus": 0.75, "general": 6.0, "in turn": 2.0}
 # All that a gate depends on beside the texts: cached copies are named by a hash of it.
@@ -65,8 +59,6 @@ SETTINGS = {
     "weights": WEIGHTS,
     "context": "even",
 }
-# Documents that mix both kinds: tokens of a passage, from and to, and passages of a document.
-PASSAGE, SWITCHES = (16, 128), 4
 
 
 @dataclass(frozen=True)
@@ -78,103 +70,6 @@ class Scored:
     features_NF: torch.Tensor  # the gate's inputs, from the memory before each token
     classes_N: np.ndarray  # each token's place in CLASSES
     position_N: np.ndarray  # positions in the request of the last token read
-
-
-def passages(texts: list[Any], min_length: int, max_length: int, seed: int = 0) -> list[Any]:
-    """Return texts cut into passages of min_length to max_length tokens, drawn at random."""
-    rng = random.Random(seed)
-    cut = []
-    for ids in texts:
-        start = 0
-        while len(ids) - start >= min_length:
-            length = rng.randint(min_length, max_length)
-            cut.append(ids[start : start + length])
-            start += length
-    return cut
-
-
-def in_turn(first: list[Any], second: list[Any], seed: int = 0) -> list[np.ndarray]:
-    """Return documents of SWITCHES passages, of two kinds in turn, each passage used once."""
-    rng = random.Random(seed)
-    first, second = (rng.sample(kind, len(kind)) for kind in (first, second))
-    turns = [ids for pair in zip(first, second, strict=False) for ids in pair]
-    whole = range(0, len(turns) - SWITCHES + 1, SWITCHES)
-    return [np.concatenate(turns[n : n + SWITCHES]) for n in whole]
-
-
-@dataclass(frozen=True)
-class Document:
-    """A tokenised text and the digest by which it is known in whatever text it turns up."""
-
-    digest: int
-    ids: np.ndarray
-
-
-def read_texts(tokenizer: Any, path: Path, fields: Fields = TEXT) -> list[Document]:
-    """Return the texts of a file tokenised; in pieces, where they are too few to be divided."""
-    read, digests, count = [], [], 0
-
-    def noted() -> Iterator[str]:
-        for text in documents(path, fields):
-            digests.append(digest(text))
-            yield text
-
-    for n, ids in enumerate(tokenise(tokenizer, noted(), keep_empty=True)):
-        if len(ids):
-            read.append(Document(digests[n], ids))
-            count += len(ids)
-            if count > READ_TOKENS:
-                break
-    if len(read) >= 4 * KEPT:
-        return read
-    length = max(MIN_PIECE, sum(len(d.ids) for d in read) // (8 * KEPT))
-    return [
-        Document(digest(part.tobytes().hex()), part)
-        for document in read
-        for part in np.split(document.ids, range(length, len(document.ids), length))
-    ]
-
-
-def divide(
-    texts: dict[str, list[Document]], bos: int | None = None
-) -> tuple[dict[str, list[np.ndarray]], dict[str, list[np.ndarray]]]:
-    """Return the documents of each kind that the gate is trained on, and those that are kept.
-
-    Of each kind those with the lowest digests are kept, until they are one token in KEPT; what one
-    kind keeps no other kind trains on. Kinds in turn are made of the parts, each of its own side,
-    without the BOS that documents begin with.
-    """
-    kept: set[int] = set()
-    for of_kind in texts.values():
-        left = sum(len(d.ids) for d in of_kind) / KEPT
-        for document in sorted(of_kind, key=lambda d: d.digest):
-            if left <= 0 and document.digest not in kept:
-                break
-            kept.add(document.digest)
-            left -= len(document.ids)
-    trained, reported = (
-        {
-            kind: [d.ids for d in of_kind if (d.digest in kept) == side]
-            for kind, of_kind in texts.items()
-        }
-        for side in (False, True)
-    )
-    for kind, ids in trained.items():
-        if not ids:
-            raise MemdecError(
-                f"all of the {kind} text is kept for the report: give more documents."
-            )
-    for side in (trained, reported):
-        first, second = (
-            passages([ids[int(unmarked(ids[:1])[0] == bos) :] for ids in side[kind]], *PASSAGE)
-            for kind in ("domain", "general")
-        )
-        both = in_turn(first, second)
-        if both:  # less is no reason to refuse what is enough of each
-            side["in turn"] = both
-    if "in turn" not in trained:
-        reported.pop("in turn", None)
-    return trained, reported
 
 
 def score(
@@ -206,21 +101,65 @@ def read_windows(
 
 
 class Net(nn.Module):
-    """The gate's network, on normalised features."""
+    """The gate's network, on normalised features; it returns scores [N]."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, hidden: int = HIDDEN, certainty: int = CERTAINTY) -> None:
         super().__init__()
-        self.sees = nn.Linear(width, HIDDEN)
-        self.context = nn.Linear(1, HIDDEN, bias=False)
-        self.out = nn.Linear(HIDDEN, 1)
-        self.sure = nn.Linear(2, CERTAINTY)
-        self.sure_out = nn.Linear(CERTAINTY, 1, bias=False)
+        self.sees = nn.Linear(width, hidden)
+        self.context = nn.Linear(1, hidden, bias=False)
+        self.out = nn.Linear(hidden, 1)
+        self.sure = nn.Linear(2, certainty)
+        self.sure_out = nn.Linear(certainty, 1, bias=False)
         self.dropout = nn.Dropout(DROPOUT)
 
     def forward(self, x_NF: torch.Tensor) -> torch.Tensor:
         seen_NH = gelu(self.sees(x_NF[:, :-3]) + self.context(x_NF[:, -1:]))
         sure_N1 = self.sure_out(gelu(self.sure(x_NF[:, -3:-1])))
-        return LARGEST * (self.out(self.dropout(seen_NH)) + sure_N1)[:, 0].sigmoid()
+        return (self.out(self.dropout(seen_NH)) + sure_N1)[:, 0]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Return the parameters for an optimiser, each with its weight decay."""
+        decayed = [*self.sees.parameters(), *self.out.parameters()]
+        free = [part.parameters() for part in (self.sure, self.sure_out, self.context)]
+        decay = DECAY * min(1, self.sees.in_features / DECAY_WIDTH)
+        return [
+            {"params": decayed, "weight_decay": decay},
+            {"params": [*itertools.chain(*free)], "weight_decay": 0.0},
+        ]
+
+    @classmethod
+    def of(cls, arrays: dict[str, np.ndarray], normal: tuple[torch.Tensor, torch.Tensor]) -> "Net":
+        """Return the network of a gate; normal: mean and deviation of the features."""
+        w1, b1, w2, b2, certainty = (torch.from_numpy(arrays[n]).float() for n in NAMES)
+        context_H = torch.zeros_like(b1)
+        if CONTEXT[0] in arrays:
+            context_H = torch.from_numpy(arrays[CONTEXT[0]]).float()
+        (mean_F, scale_F), sure_K2 = normal, certainty[:2].T
+        net = cls(w1.shape[1], len(b1), len(sure_K2))
+        with torch.no_grad():
+            net.sees.weight.copy_(w1 * scale_F[:-3])
+            net.sees.bias.copy_(b1 + w1 @ mean_F[:-3] + context_H * mean_F[-1])
+            net.context.weight.copy_((context_H * scale_F[-1])[:, None])
+            net.out.weight.copy_(w2[None])
+            net.out.bias.copy_(b2[None])
+            net.sure.weight.copy_(sure_K2 * scale_F[-3:-1])
+            net.sure.bias.copy_(certainty[2] + sure_K2 @ mean_F[-3:-1])
+            net.sure_out.weight.copy_(certainty[3][None])
+        return net
+
+    def arrays(self, mean_F: torch.Tensor, scale_F: torch.Tensor) -> dict[str, np.ndarray]:
+        """Return the gate that does to features what this does to normalised ones."""
+        w1, b1 = without_scale(self.sees, mean_F[:-3], scale_F[:-3])
+        sure, bias_K = without_scale(self.sure, mean_F[-3:-1], scale_F[-3:-1])
+        context_H = self.context.weight[:, 0] / scale_F[-1]
+        return {
+            "w1": w1.numpy(),
+            "b1": (b1 - context_H * mean_F[-1]).numpy(),
+            "context": context_H.numpy(),
+            "w2": self.out.weight[0].numpy(),
+            "b2": self.out.bias[0].numpy(),
+            "certainty": torch.stack([*sure.T, bias_K, self.sure_out.weight[0]]).numpy(),
+        }
 
 
 class Rows:
@@ -265,59 +204,75 @@ def even(position_N: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(weight_N / weight_N.sum()).float()
 
 
+def mixture(
+    base_N: torch.Tensor,
+    memories: Sequence[torch.Tensor],
+    scores: Sequence[torch.Tensor],
+    floor: float = 0.0,
+) -> torch.Tensor:
+    """Return log p [N] of the base and of memories that decide together, by their gates' scores.
+
+    Each memory takes its share of what those before it left: a softmax over the base, whose score
+    is 0, and the memories, but for LARGEST. floor: added to shares, as a log of 0 has no gradient.
+    """
+    mixed_N, left_N = base_N, torch.zeros_like(base_N)  # left: log of what is not given yet
+    for memory_N, score_N in zip(memories, scores, strict=True):
+        share_N = LARGEST * (score_N + left_N).sigmoid()
+        take_N, keep_N = (floor + share_N).log(), (-share_N).log1p()
+        mixed_N = torch.logaddexp(take_N + memory_N, keep_N + mixed_N)
+        left_N = left_N + keep_N
+    return mixed_N
+
+
 def fit_gate(scored: dict[str, Scored], seed: int = 0) -> dict[str, np.ndarray]:
     """Return the arrays of a gate trained on texts by their kind, see WEIGHTS."""
-    parts = scored.values()
-    x_NF = Rows([part.features_NF for part in parts])
-    logp_N2 = torch.from_numpy(
-        np.concatenate([np.stack([p.base_N, p.memory_N], 1) for p in parts])
-    ).float()
-    weight_N = torch.cat([WEIGHTS[k] * even(p.position_N) for k, p in scored.items()])
+    return fit_gates([scored], {kind: WEIGHTS[kind] for kind in scored}, seed=seed)[0]
+
+
+def fit_gates(
+    scored: Sequence[dict[str, Scored]],
+    kinds: dict[str, float],
+    starts: Sequence[dict[str, np.ndarray]] | None = None,
+    seed: int = 0,
+) -> list[dict[str, np.ndarray]]:
+    """Return the arrays of gates that decide together, trained on the same texts.
+
+    scored: of each memory the texts by kind; kinds: each one's weight in the loss; starts: gates
+    that the training starts from, one for each memory.
+    """
+    texts = [[of_memory[kind] for kind in kinds] for of_memory in scored]
+    rows_K = [Rows([part.features_NF for part in parts]) for parts in texts]
+    columns = [np.concatenate([part.base_N for part in texts[0]])]
+    columns += [np.concatenate([part.memory_N for part in parts]) for parts in texts]
+    logp_NM = torch.from_numpy(np.stack(columns, 1)).float()
+    weight_N = torch.cat([w * even(scored[0][kind].position_N) for kind, w in kinds.items()])
     weight_N *= len(weight_N) / weight_N.sum()
-    mean_F, scale_F = x_NF.normal()
+    normal_K = [rows.normal() for rows in rows_K]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        D = len(mean_F) - 3
-        net = Net(D)
-        decay = DECAY * min(1, D / DECAY_WIDTH)
-        parameters = [
-            {"params": [*net.sees.parameters(), *net.out.parameters()], "weight_decay": decay},
-            {
-                "params": [
-                    *net.sure.parameters(),
-                    *net.sure_out.parameters(),
-                    *net.context.parameters(),
-                ],
-                "weight_decay": 0.0,
-            },
-        ]
-        optimizer = torch.optim.AdamW(parameters, lr=RATE)
+        nets = [Net(len(mean_F) - 3) for mean_F, _ in normal_K]
+        if starts is not None:
+            nets = [Net.of(*of) for of in zip(starts, normal_K, strict=True)]
+        optimizer = torch.optim.AdamW([g for net in nets for g in net.groups()], lr=RATE)
         rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
         for _ in range(STEPS):
-            rows = torch.randint(len(x_NF), (BATCH,))
-            alpha_N = net((x_NF[rows] - mean_F) / scale_F)
-            base_N, memory_N = logp_N2[rows].unbind(1)
-            # From 1e-6 on, as a log of 0 has no gradient.
-            take_N, keep_N = (1e-6 + alpha_N).log(), (-alpha_N).log1p()
-            mixed_N = torch.logaddexp(take_N + memory_N, keep_N + base_N)
+            rows = torch.randint(len(logp_NM), (BATCH,))
+            scores = [
+                net((x_NF[rows] - mean_F) / scale_F)
+                for net, x_NF, (mean_F, scale_F) in zip(nets, rows_K, normal_K, strict=True)
+            ]
+            base_N, *memories = logp_NM[rows].unbind(1)
+            mixed_N = mixture(base_N, memories, scores, floor=1e-6)
             loss = -(weight_N[rows] * mixed_N).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             rates.step()
-    net.requires_grad_(False)
-    w1, b1 = without_scale(net.sees, mean_F[:-3], scale_F[:-3])
-    sure, bias_K = without_scale(net.sure, mean_F[-3:-1], scale_F[-3:-1])
-    context_H = net.context.weight[:, 0] / scale_F[-1]
-    return {
-        "w1": w1.numpy(),
-        "b1": (b1 - context_H * mean_F[-1]).numpy(),
-        "context": context_H.numpy(),
-        "longest": np.array(max(int(part.position_N.max()) for part in parts)),
-        "w2": net.out.weight[0].numpy(),
-        "b2": net.out.bias[0].numpy(),
-        "certainty": torch.stack([*sure.T, bias_K, net.sure_out.weight[0]]).numpy(),
-    }
+    longest = np.array(max(int(part.position_N.max()) for part in texts[0]))
+    return [
+        net.requires_grad_(False).arrays(*normal) | {"longest": longest}
+        for net, normal in zip(nets, normal_K, strict=True)
+    ]
 
 
 def without_scale(
@@ -334,6 +289,16 @@ def weights(arrays: dict[str, np.ndarray], part: Scored) -> np.ndarray:
     return Gate(arrays)(part.features_NF).double().numpy()
 
 
+def check_folder(memory: str) -> Path:
+    """Return a memory's folder; an error where its gate cannot be written there."""
+    folder = Path(memory)
+    if not folder.is_dir():
+        raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
+    with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
+        pass
+    return folder
+
+
 def calibrate_gate(
     memory: str,
     base: str,
@@ -347,11 +312,7 @@ def calibrate_gate(
     texts: files by kind: domain, general, and corpus if there is one; context: tokens of the
     longest contexts that it is trained on, by default as many as the texts fill.
     """
-    folder = Path(memory)
-    if not folder.is_dir():
-        raise MemdecError(f"{memory} is not a folder: give the memory's, the gate is put there.")
-    with tempfile.TemporaryFile(dir=folder):  # fails before minutes are spent, not after
-        pass
+    folder = check_folder(memory)
     tokenizer, fields = matching_tokenizer(base, memory), as_learnt(fields, read_block(memory))
     models = tuple(open_model(name) for name in (base, memory))
     read = {
@@ -359,14 +320,9 @@ def calibrate_gate(
         for kind, paths in texts.items()
         if paths
     }
-    counts = {kind: sum(len(d.ids) for d in texts) for kind, texts in read.items()}
-    for kind, count in counts.items():
-        if count < MIN_TOKENS:
-            raise MemdecError(
-                f"the {kind} text has {count} tokens: give more of it, some thousands if you can."
-            )
+    count = check_amounts(read)
     # One length for all: a gate must not tell general text by its longer contexts.
-    width = window_tokens(context, min(counts.values()), [text_config(m.config) for m in models])
+    width = window_tokens(context, count, [text_config(m.config) for m in models])
     trained, kept = divide(read, bos_of(tokenizer))
     row_bytes = 4 * (models[1].config.hidden_size + 3)
     max_rows = min(MAX_TOKENS, FEATURE_BYTES // (len(trained) + 1) // row_bytes)
