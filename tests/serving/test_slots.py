@@ -96,6 +96,67 @@ def check(llm, models, name, folder, weight, **extra):
     assert worst(llm, models, name, folder, weight, **extra) < oracle.TOLERANCE
 
 
+def of_several(models, shares, ids):
+    """Return log p [T, V] in float64 of memories that share rows; shares: of each, by folder."""
+    mixed_TV, rest = 0, 1
+    for folder, share in shares.items():
+        mixed_TV = mixed_TV + share * oracle.log_probs(models[folder], ids).exp()
+        rest = rest - share
+    return (mixed_TV + rest * oracle.log_probs(models["base"], ids).exp()).log()
+
+
+@FEATURE
+def test_one_of_several_in_a_request(models, engine):
+    """By weights of its own, beside a memory of the settings, and by all gates that are there."""
+    options = {"block_size": 32, "enable_prefix_caching": True}
+    with engine(models["base"], settings(models, at_once=2), **options) as llm:
+
+        def error(memory, shares):
+            found = []
+            for output in answers(llm, memory):
+                prompt, own = output.prompt_token_ids, output.outputs[0]
+                ids = [*prompt, *own.token_ids]
+                rows = [{t: entry.logprob for t, entry in row.items()} for row in own.logprobs]
+                key_TV = of_several(models, shares(ids) if callable(shares) else shares, ids)
+                found.append(oracle.worst_row(prompt, own.token_ids, [], rows, key_TV))
+            return max(found)
+
+        def both(ids):
+            """Return the shares of the two gates: the second takes its part of what is left."""
+            one, two = (gate_weights(models, f, 1.0, ids) for f in ("gated", "also gated"))
+            two = 0.999 * ((two / 0.999).logit() + (1 - one).log()).sigmoid()
+            return {"gated": one * (1 - two), "also gated": two}
+
+        slots.load_memory(llm, "bio", models["one"], alpha=0.4)
+        asked = {"bio": 0.5, "law": 0.3}
+        assert error(asked, {"one": 0.5, "law": 0.3}) < oracle.TOLERANCE
+        slots.unload_memory(llm, "bio")
+        with pytest.raises(ValueError, match="has a weight for 'bio', which is none of"):
+            answers(llm, asked)
+        slots.load_memory(llm, "bio", models["two"], alpha=0.4)
+        assert [output.num_cached_tokens for output in answers(llm, asked)] == [0, 0, 0]
+        assert error(asked, {"two": 0.5, "law": 0.3}) < oracle.TOLERANCE
+        slots.unload_memory(llm, "bio")
+        slots.load_memory(llm, "bio", models["gated"])
+        with pytest.raises(ValueError, match="this server has 1 with a gate"):
+            answers(llm, "auto")
+        slots.load_memory(llm, "med", models["also gated"])
+        assert error("auto", both) < oracle.TOLERANCE
+        running = slots.list_memories(llm)["slots"]
+        assert [slot["running_requests"] for slot in running] == [0, 0]
+
+
+def test_no_more_gates_than_all_requests_may_mix(models, engine):
+    fixed = {name: {"model": models[name]} for name in ("gated", "also gated")}
+    fixed = {name.replace(" ", "-"): each for name, each in fixed.items()}
+    block = settings(models, 1, memories=fixed, default="auto", at_once=2)
+    with engine(models["base"], block) as llm:
+        with pytest.raises(ValueError, match="'default' 'auto' means .* may mix 2 of 3"):
+            slots.load_memory(llm, "third", shutil.copytree(models["gated"], models["gated"] + "3"))
+        slots.load_memory(llm, "bio", models["one"], alpha=0.4)
+        check(llm, models, "bio", "one", 0.4)
+
+
 @FEATURE
 def test_memories_come_and_go(models, engine):
     """Names, weights, gates, prefix cache and figures are of what is in a slot at that time."""
