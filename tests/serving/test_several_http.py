@@ -1,5 +1,9 @@
 """Several memories in one request over HTTP: weights as an object and as a string, and "auto"."""
 
+import re
+import time
+from collections import Counter
+
 import httpx
 import openai
 import pytest
@@ -81,6 +85,23 @@ def test_other_endpoints(server, models):
     asked = {"model": "tiny", "input": SAID, "max_output_tokens": 6, "temperature": 0}
     response = post(server, "/v1/responses", asked | xargs).json()
     assert response["output"][0]["content"][0]["text"] == text
+
+
+def requests_of(server):
+    """Return how many finished requests each memory has."""
+    page = httpx.get(f"{server.url}/metrics").text
+    found = re.findall(r'memdec:requests_total{memory="(.*)"} (.*)', page)
+    return Counter({name: float(number) for name, number in found})
+
+
+def test_each_memory_of_a_request_counts_it(server, client, models):
+    before = requests_of(server)
+    http_rows.complete(client, models, {"memdec_memory": WEIGHTS}, model="tiny")
+    http_rows.complete(client, models, {"memdec_memory": "none"}, model="tiny")
+    wanted, end = before + Counter(plain=1, law=1, none=1), time.monotonic() + 10
+    while (now := requests_of(server)) != wanted and time.monotonic() < end:
+        time.sleep(0.1)  # what an answer has finished is counted after it
+    assert now == wanted
 
 
 BAD = {
