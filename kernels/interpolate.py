@@ -244,6 +244,10 @@ def _mixture_rows(
 @functools.cache
 def _compiled_rows():
     """Return _mixture_rows compiled: one graph for every shape, and one more for a single row."""
+    # Two numbers of rows, gated or not, two dtypes of the base, memories as wide as it or not: with
+    # its 8 graphs dynamo would go on without compiling.
+    limits = torch._dynamo.config
+    limits.recompile_limit = max(limits.recompile_limit, 32)
     return torch.compile(_mixture_rows, dynamic=True)
 
 

@@ -64,6 +64,7 @@ class Memory:
         self.table: ContextTable | None = None
         self.is_slot = is_slot  # a place for memories, at first without any
         if is_slot:
+            self.any_units = torch.zeros(4, UNITS, device=batch.columns_TA.device)
             self.table = SlotTable(number, batch.columns_TA.dtype, batch.columns_TA.device)
         self.load_gate()
         layers = vllm_config.compilation_config.static_forward_context
@@ -103,7 +104,7 @@ class Memory:
         """
         units = [None if self.gate is None else self.gate.certainty]
         if self.is_slot:
-            units.append(torch.zeros(4, UNITS))
+            units.append(self.any_units)
         for dtype in dtypes:
             for certainty_4K in units:
                 compile_rows(vocabulary, self.vocabulary, dtype, self.dtype, certainty_4K)
@@ -183,6 +184,9 @@ class Memory:
         None without a gate: as interpolate() takes it.
         """
         if self.gate is None:
+            # So that the kernels of a gate to come are compiled before requests run.
+            if self.is_slot and self.batch.is_dummy and len(mine_ND) > 1:
+                return mine_ND.new_zeros(len(mine_ND), dtype=torch.float32), self.any_units
             return None
         score_N = self.gate.score(mine_ND, decode_context(columns_NA, self.batch.at_once))
         return same_on_all_ranks(score_N), self.gate.certainty

@@ -28,7 +28,7 @@ def read_weights(value: dict[str, Any] | str) -> dict[str, Any]:
     for part in value.split(","):
         name, _, weight = (word.strip() for word in part.partition(":"))
         try:
-            if name in weights:
+            if name in weights or "_" in weight:  # which Python reads within numbers
                 raise ValueError
             weights[name] = float(weight)
         except ValueError:

@@ -25,8 +25,9 @@ from vllm_memdec.config import (
 from vllm_memdec.memory_weights import EXAMPLE, are_weights, check_weights, read_weights
 
 ALPHA, MEMORY = "memdec_alpha", "memdec_memory"
-# What the front end makes of both where a memory is in a slot: number, weight and name of each.
-# Nobody else resolves its name, which may be another's by the time that the request runs.
+# What the front end makes of both where a memory is in a slot, or several are asked for: number,
+# weight and name of each. Nobody else resolves the name of one in a slot, which may be another's by
+# the time that the request runs, and no step reads weights again.
 SETTLED = "memdec_settled"
 NO_MEMORY = -1  # in place of a memory's number
 NAMES = ("memdecalpha", "memdecmemory")
@@ -332,9 +333,12 @@ class Choices:
     def settled(
         self, extra_args: dict[str, Any] | None, images: Collection[Any] | None = None
     ) -> dict[str, Any] | None:
-        """Return the extra_args that a request with a memory of a slot runs with; else None."""
+        """Return the extra_args that a request with a memory of a slot, or with several, runs with.
+
+        None for others.
+        """
         weights = self._weights(extra_args or {}, images)
-        if not any(name in self.loaded for name in weights):
+        if len(weights) < 2 and not any(name in self.loaded for name in weights):
             return None
         settled = [[self.numbers[name], weight, name] for name, weight in weights.items()]
         return {**(extra_args or {}), SETTLED: settled}

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
 
+from vllm_memdec.checkpoint import brief
 from vllm_memdec.compat.slots import BUSY, COUNT, MOVE
 from vllm_memdec.config import (
-    AUTO,
     MAX_STEPS,
     MemDecConfig,
     MemoryConfig,
@@ -28,16 +28,18 @@ from vllm_memdec.config import (
     check_names,
 )
 from vllm_memdec.engine_config import memory_model_config
+from vllm_memdec.errors import said_by
 from vllm_memdec.gate import check_gate, read_gate
 from vllm_memdec.memory_checks import build_memory, check_tokenizers
-from vllm_memdec.request import Choices, Loaded
+from vllm_memdec.request import Choices, Loaded, choices_of
 
 if TYPE_CHECKING:
     from vllm import LLM
 
 logger = init_logger("vllm.plugins.memdec")  # vLLM configures handlers for its own namespace only
 PATIENCE = 10.0  # seconds that a load waits for the last requests of a slot
-PAUSE = 0.02  # seconds from one question to the workers to the next
+# Seconds from one question to the workers to the next; each comes between two steps.
+READING, MOVING = 0.1, 0.02
 # What of a memory may differ from its slot's: the rest is the slot's own.
 SETTINGS = ("revision", "alpha", "served_as", "gate", "alpha_by_context", "with_images")
 # Of a config what no tensor and no step depends on.
@@ -79,6 +81,8 @@ class Work:
 class Pause:
     """A while without questions."""
 
+    seconds: float
+
 
 Steps = Generator[Ask | Work | Pause, Any, Any]
 
@@ -91,8 +95,8 @@ class Slots:
     loaded: dict[int, Loaded] = field(default_factory=dict)  # by number
     described: dict[str, dict[str, Any]] = field(default_factory=dict)  # for /v1/models, by name
     taken: dict[str, str] = field(default_factory=dict)  # other names of models, and what they are
-    # Requests on their way to the engine, which may have been given a slot that is empty since.
-    adding: set[object] = field(default_factory=set)
+    # Requests that were on their way to the engine when a slot was emptied: of some it is theirs.
+    leaving: dict[int, set[object]] = field(default_factory=dict)  # by number
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)  # one change after the other
 
     def __post_init__(self) -> None:
@@ -112,7 +116,15 @@ class Slots:
         if not free:
             raise ValueError(f"All {len(self.numbers)} slots have a memory: unload one first.")
         self.taken = taken
-        memory = yield Work(lambda: self.checked(name, settings))
+        try:
+            memory = yield Work(lambda: self.checked(name, settings))
+        except ValueError:
+            raise
+        except Exception as error:  # whatever a malformed config makes vLLM raise
+            raise ValueError(
+                f"The memory {brief(settings['model'])} cannot be read "
+                f"({type(error).__name__}: {said_by(error)}): copy it again."
+            ) from error
         wanted = {key: getattr(memory, key) for key in ("name", "model", "revision")}
         wanted["gate_file"] = memory.gate_file and str(memory.gate_file)
         wanted["alpha_by_context"] = None if memory.gate_file else memory.alpha_by_context
@@ -139,6 +151,7 @@ class Slots:
                 )
             raise UnknownMemory(f"No slot has a memory {name!r}.")
         self.publish({n: each for n, each in self.loaded.items() if n != number})
+        self.leaving[number] = {*on_their_way(self.engine)}
         del self.described[name]
         return logged(f"Success: memory {name!r} unloaded.")
 
@@ -182,8 +195,10 @@ class Slots:
         choices = Choices.of(self.config, [*self.loaded.values(), Loaded(-1, memory, "")])
         for other, what in self.taken.items():
             choices.check_served([other], what)
-        if choices.default == AUTO:
-            choices.check_auto("memdec 'default'")  # which has one gate more now
+        now = choices_of(self.engine)
+        assert now is not None
+        if 1 < len(now.gated) <= self.config.at_once:
+            choices.check_auto("With this memory")  # what requests ask for now would be refused
         if len(memory.alpha_by_context or ()) > MAX_STEPS:
             raise ValueError(
                 f"A memory in a slot has at most {MAX_STEPS} pairs of alpha_by_context, "
@@ -216,7 +231,7 @@ class Slots:
             states = yield Ask("memdec_state")
             if None not in states:
                 break
-            yield Pause()
+            yield Pause(READING)
         if error := next((state["error"] for state in states if state["error"]), None):
             raise ValueError(error)
         if len({state["digest"] for state in states}) > 1:
@@ -225,18 +240,20 @@ class Slots:
 
     def move(self, free: list[int]) -> Steps:
         """Put what was read into one of these slots; return its number."""
-        before, end = {*self.adding}, time.monotonic() + PATIENCE
+        end = time.monotonic() + PATIENCE
         while True:
-            if not before & self.adding:
-                for number in free:
-                    if BUSY not in (yield Ask(MOVE, (number,))):
-                        return number
+            for number in free:
+                if self.leaving.get(number, set()) & on_their_way(self.engine):
+                    continue
+                if BUSY not in (yield Ask(MOVE, (number,))):
+                    self.leaving.pop(number, None)
+                    return number
             if time.monotonic() > end:
                 raise ValueError(
                     "Requests of the memories that were unloaded still run in all free slots: "
                     "load again when they have ended."
                 )
-            yield Pause()
+            yield Pause(MOVING)
 
 
 def logged(sentence: str) -> str:
@@ -252,15 +269,20 @@ def slots_of(engine: Any) -> Slots:
     return engine.memdec_slots
 
 
+def on_their_way(engine: Any) -> set[object]:
+    """Return a mark of each request on its way to an engine, with a memory or without."""
+    return vars(engine).setdefault("memdec_on_their_way", set())
+
+
 @contextmanager
 def adding(engine: Any) -> Generator[None]:
     """Note that a request is on its way to the engine."""
-    slots, mark = slots_of(engine), object()
-    slots.adding.add(mark)
+    marks, mark = on_their_way(engine), object()
+    marks.add(mark)
     try:
         yield
     finally:
-        slots.adding.discard(mark)
+        marks.discard(mark)
 
 
 async def run(answer: Callable[[Ask | Work | Pause], Awaitable[Any]], steps: Steps) -> Any:
@@ -286,7 +308,7 @@ async def run_beside(engine: Any, steps: Steps) -> Any:
             return await engine.collective_rpc(step.method, args=step.args)
         if isinstance(step, Work):
             return await asyncio.to_thread(step.function)
-        return await asyncio.sleep(PAUSE)
+        return await asyncio.sleep(step.seconds)
 
     return await run(answer, steps)
 
@@ -297,7 +319,7 @@ def run_here(llm: "LLM", steps: Steps) -> Any:
     async def answer(step: Ask | Work | Pause) -> Any:
         if isinstance(step, Ask):
             return llm.collective_rpc(step.method, args=step.args)
-        return step.function() if isinstance(step, Work) else time.sleep(PAUSE)
+        return step.function() if isinstance(step, Work) else time.sleep(step.seconds)
 
     try:
         run(answer, steps).send(None)  # nothing in it waits

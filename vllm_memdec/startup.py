@@ -149,6 +149,8 @@ def check_slot(model: "ModelConfig", config: MemDecConfig, args: "EngineArgs") -
             "memdec 'slots' do not work beside a memory with \"tensor_parallel_size\": 1 yet: "
             "drop one."
         )
+    if args.enable_sleep_mode:  # it takes the weights away, and brings those of the start
+        raise ValueError("memdec 'slots' do not work with --enable-sleep-mode: drop one.")
     if args.worker_extension_cls not in ("", WORKER):
         raise ValueError("memdec 'slots' need --worker-extension-cls themselves: leave it out.")
     args.worker_extension_cls = WORKER

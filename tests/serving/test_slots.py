@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from support import counters, oracle, variants
 from support.gate_oracle import gate_weights, random_gate
 from vllm import EngineArgs, SamplingParams
 
-from vllm_memdec import slots
+from vllm_memdec import slots, startup
 from vllm_memdec.config import MemDecConfig
 from vllm_memdec.gate import FILE, write_gate
 
@@ -151,7 +152,7 @@ def test_no_more_gates_than_all_requests_may_mix(models, engine):
     fixed = {name.replace(" ", "-"): each for name, each in fixed.items()}
     block = settings(models, 1, memories=fixed, default="auto", at_once=2)
     with engine(models["base"], block) as llm:
-        with pytest.raises(ValueError, match="'default' 'auto' means .* may mix 2 of 3"):
+        with pytest.raises(ValueError, match="'auto' means .* may mix 2 of 3"):
             slots.load_memory(llm, "third", shutil.copytree(models["gated"], models["gated"] + "3"))
         slots.load_memory(llm, "bio", models["one"], alpha=0.4)
         check(llm, models, "bio", "one", 0.4)
@@ -454,3 +455,10 @@ def test_quantised_slots_are_refused_at_start(models, tmp_path):
     )
     with pytest.raises(ValueError, match="hold no quantised memories yet"):
         args.create_engine_config()
+
+
+def test_a_server_with_slots_does_not_sleep():
+    """The check alone: on a CPU vLLM itself refuses to."""
+    args = SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1, enable_sleep_mode=True)
+    with pytest.raises(ValueError, match="do not work with --enable-sleep-mode"):
+        startup.check_slot(SimpleNamespace(quantization=None), None, args)

@@ -21,6 +21,7 @@ from vllm_memdec.compat import slot_routes
 
 CLIENTS, ANSWERS = 16, 4  # at once, and of memories in slots from one load to the next
 KEY = {"Authorization": "Bearer secret"}
+JSON = {"Content-Type": "application/json"}
 CONTENTS = ("one", "two", "three")
 ALPHA = 0.7  # of memories in slots
 FIXED = {"law": ("law", 0.6), "none": ("law", 0.0)}  # models of the settings: memory, weight
@@ -34,7 +35,11 @@ def models(long_models, tiny_model, tmp_path_factory):
     cut = shutil.copytree(made["one"], tmp_path_factory.mktemp("slots") / "cut")
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    return made | {"cut": str(cut), "other": tiny_model("llama", seed=5, tokenizer=9, **long)}
+    malformed = shutil.copytree(made["one"], cut.with_name("malformed"))
+    config = json.loads((malformed / "config.json").read_text())
+    (malformed / "config.json").write_text(json.dumps(config | {"num_attention_heads": 0}))
+    made |= {"cut": str(cut), "malformed": str(malformed)}
+    return made | {"other": tiny_model("llama", seed=5, tokenizer=9, **long)}
 
 
 @pytest.fixture(scope="module")
@@ -236,10 +241,22 @@ def test_what_a_client_sees(server, models):
         ({"served_as": models["base"]}, "would be both the base and the memory"),
         ({"alfa": 0.5}, "Extra inputs are not permitted"),
         ({"memory_path": "/nowhere"}, "/nowhere is not a model folder"),
+        ({"memory_path": "/half \ud83d"}, "/half ?: config.json"),
+        ({"memory_path": models["malformed"]}, "cannot be read (ZeroDivisionError"),
+        ({"alpha": True}, "must be a number between 0 and 1, got True"),
+        ({"served_as": {"new": True}}, "must be a number between 0 and 1, got True"),
+        ({"gate": "yes"}, "must be of type bool"),
+        ({"alpha_by_context": [[0.5, 0.3]]}, "must be [position, alpha] pairs"),
     ):
-        answer = client.post("/v1/load_memory", json=body | {"memory_name": "new"} | wrong)
+        new = {"memory_name": "new", "memory_path": models["one"], "alpha": 0.3}
+        wrong = json.dumps(new | wrong)
+        answer = client.post("/v1/load_memory", content=wrong, headers=JSON)
         assert answer.status_code == 400 and sentence in answer.json()["error"]["message"], wrong
 
+    table = {"memory_name": "table", "memory_path": models["two"]}
+    table["alpha_by_context"] = [[0, 0.3], [64, 0.1]]
+    assert client.post("/v1/load_memory", json=table).status_code == 200
+    assert client.post("/v1/unload_memory", json={"memory_name": "table"}).status_code == 200
     assert client.post("/v1/unload_memory", json={"memory_name": "bio"}).status_code == 200
     assert {card["id"] for card in client.get("/v1/models").json()["data"]} == names
     answer = client.post("/v1/completions", json=ask)

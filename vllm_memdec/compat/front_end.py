@@ -50,8 +50,8 @@ SIGNATURES = {
 ATTRIBUTES = {
     "vllm.engine.arg_utils:EngineArgs": (
         "additional_config async_scheduling convert decode_context_parallel_size enable_dbo "
-        "enable_lora enable_prompt_embeds hf_overrides mm_encoder_only model_impl "
-        "pipeline_parallel_size "
+        "enable_lora enable_prompt_embeds enable_sleep_mode hf_overrides mm_encoder_only "
+        "model_impl pipeline_parallel_size "
         "prefill_context_parallel_size runner spec_method speculative_config ubatch_size "
         "kv_offloading_size kv_sharing_fast_prefill kv_transfer_config tensor_parallel_size "
         "spec_model"

@@ -29,7 +29,7 @@ from vllm_memdec.describe import describe, describe_model
 from vllm_memdec.request import Choices, choices_of
 from vllm_memdec.request_body import check_body, write_weights
 from vllm_memdec.request_error import RequestError
-from vllm_memdec.slots import adding, slots_of
+from vllm_memdec.slots import adding
 
 # The last part of addresses that only count or convert: no weight decides their answers.
 NO_ANSWERS = ("tokenize", "detokenize", "count_tokens", "derender")
@@ -173,8 +173,8 @@ def _described_models(original: Callable) -> Callable:
                 for slot in MemDecConfig.from_vllm(vllm_config).slots:
                     del self.memdec_description["memories"][slot.name]  # no memory of a request's
             described = self.memdec_description
-            if in_slots := slots_of(self.engine_client).described:
-                described = described | {"memories": described["memories"] | in_slots}
+            if slots := getattr(self.engine_client, "memdec_slots", None):  # where there was a load
+                described = described | {"memories": described["memories"] | slots.described}
             for card in models.data:
                 card.memdec = described
                 if (asked := choices.served.get(card.id)) is not None:

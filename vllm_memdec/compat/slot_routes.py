@@ -53,11 +53,12 @@ def attach(app: Any) -> None:
     class LoadMemoryRequest(UnloadMemoryRequest):
         memory_path: str
         revision: str | None = None
-        alpha: float | str | None = None
-        served_as: str | dict[str, float | str | None] | None = None
-        gate: bool | None = None
-        alpha_by_context: list[list[float]] | None = None
-        with_images: bool | None = None
+        # As they came: the settings' own checks are stricter than pydantic, which converts.
+        alpha: Any = None
+        served_as: Any = None
+        gate: Any = None
+        alpha_by_context: Any = None
+        with_images: Any = None
 
     async def is_json(raw_request: Request) -> None:
         # Not overridden as the others' is (server.py): "memory_name" asks for no memory here.
@@ -84,7 +85,8 @@ def attach(app: Any) -> None:
             code, kind = 400, "BadRequestError"
             if isinstance(error, UnknownMemory):
                 code, kind = 404, "NotFoundError"
-            said = {"message": str(error), "type": kind, "param": None, "code": code}
+            sentence = str(error).encode(errors="replace").decode()  # half a character of a path
+            said = {"message": sentence, "type": kind, "param": None, "code": code}
             return JSONResponse({"error": said}, code)
 
     @app.post("/v1/load_memory", dependencies=[Depends(is_json)])
