@@ -217,6 +217,7 @@ KEY = r"Unknown extra argument '.*': the arguments are 'memdec_alpha' and 'memde
 TYPE = r"\d+ validation errors?:\n.*'loc': 'body\.vllm_xargs.*"
 JSON = r"1 validation error:\n.*JSON decode error.*"
 BODY = r"There was an error parsing the body"
+SHARE = "memdec_memory: the weight of 'law' must be a number between 0 and 1, got .*"
 MALFORMED = [  # JSON of vllm_xargs, and what the answer says
     ('{"memdec_alpha": 1.0000001}', WEIGHT),
     ('{"memdec_alpha": -1e-9}', WEIGHT),
@@ -246,7 +247,11 @@ MALFORMED = [  # JSON of vllm_xargs, and what the answer says
     ('{"memdec_memory": 1.5}', NAME),
     ('{"memdec_memory": true}', NAME),
     ('{"memdec_memory": null}', NAME),
-    ('{"memdec_memory": {"law": 1}}', NAME),
+    ('{"memdec_memory": {"law": 2}}', SHARE),
+    ('{"memdec_memory": {"law": {"law": 1}}}', SHARE),
+    ('{"memdec_memory": {"LAW": 1}}', "memdec_memory has a weight for 'LAW', which is none .*"),
+    ('{"memdec_memory": "law:1e400"}', SHARE),
+    ('{"memdec_memory": "law:0.5:"}', ".* is no memory with its weight.*"),
     ('{"memdec_memory": ""}', NAME),
     ('{"memdec_memory": "LAW"}', NAME),
     ('{"memdec_memory": "law "}', NAME),
