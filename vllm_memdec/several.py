@@ -111,8 +111,12 @@ def mix_several(
                 gate = gate[0] + turns.rest_N[rows].log(), gate[1]
             used_N = turns.used_MN[turn]
             if isinstance(rows, slice):
-                others: Literal["base", "keep"] = "base" if left_NV is base_NV else "keep"
-                weights = RowWeights(turns.columns(turn), memory.number, others)
+                weights: Tensor | RowWeights
+                if memories.selects_rows:  # all of them are its own
+                    weights = turns.asked[turn] if gate else turns.asked[turn].clamp(min=0)
+                else:
+                    others: Literal["base", "keep"] = "base" if left_NV is base_NV else "keep"
+                    weights = RowWeights(turns.columns(turn), memory.number, others)
                 interpolate(
                     left_NV, memory_NW, weights, gate=gate, out=out_NV, used_N=used_N, **options
                 )
