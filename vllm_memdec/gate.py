@@ -30,6 +30,7 @@ FORMAT_VERSION = 3  # 2 did without position and fingerprint, 1 without the memo
 # [H, D], [H], [H], [], [4, K]: a row each of t, e, bias and out.
 NAMES = ("w1", "b1", "w2", "b2", "certainty")
 CONTEXT = ("context", "longest")  # [H], c of the formula, and [], the longest position it has seen
+UNITS = 16  # K, of the gates that `memdec calibrate` trains
 MEMORY = "memory"  # fingerprint of the weights that it was trained for
 WEIGHTS = ("*.safetensors", "*.bin")
 PAGES, PAGE_BYTES = 64, 4096  # of a file that its fingerprint is made of

@@ -18,9 +18,9 @@ from vllm_memdec.compat.attention import narrow_attention, narrow_slots
 from vllm_memdec.compat.inner_models import build_memory, dtype_of
 from vllm_memdec.compat.tensor_parallel import whole_on_each_rank
 from vllm_memdec.config import MemoryConfig
-from vllm_memdec.gate import Gate, read_gate
+from vllm_memdec.gate import UNITS, Gate, read_gate
 from vllm_memdec.kernels.interpolate import compile_rows
-from vllm_memdec.slot_memory import UNITS, SlotTable, Spare
+from vllm_memdec.slot_memory import SlotTable, Spare
 from vllm_memdec.tally import MEMORY, Tally
 
 SOURCE = "memdec_memory."  # and a number: marks a memory among all checkpoint tensors

@@ -29,8 +29,6 @@ from vllm_memdec.errors import MemdecError, said_by
 from vllm_memdec.gate import read_gate
 from vllm_memdec.kernels.weights import PARTS
 
-UNITS = 16  # for the memory's certainty, of the gates that memdec calibrate trains
-
 
 class SlotTable(ContextTable):
     """A memory's weights by the position of a row, none at first; graphs read it where it lies."""

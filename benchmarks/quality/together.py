@@ -39,8 +39,8 @@ from vllm_memdec.train.model.scoring import perplexity
 from vllm_memdec.train.model.windows import Windows, window_logprobs, windows
 
 TABLE = RESULTS / "together.csv"
-ROWS = {"domain": 2**13, "corpus": 2**13, "general": 2**15, "in turn": 2**15}  # read of each kind
-STREAM = 2**13  # of passages in turn
+# Rows read of each kind.
+ROWS = {"domain": 2**13, "corpus": 2**13, "general": 2**15, "in turn": 2**13}
 WITHIN = {"domain": 0.02, "general": 0.01}  # of the oracle
 GENERAL = "general"
 
@@ -68,8 +68,7 @@ class Together:
             trained = {kind: gate_ids(domain, kind) for kind in ("domain", "corpus")}
             scored = ("test",)
         ends = domain.tokenizer.eos_token_id, bos_of(domain.tokenizer)
-        rows = ROWS if name != self.stream else {"in turn": STREAM}
-        read = {k: windows(ids, WINDOW, ends[0], rows[k], ends[1]) for k, ids in trained.items()}
+        read = {k: windows(ids, WINDOW, ends[0], ROWS[k], ends[1]) for k, ids in trained.items()}
         for text in scored:
             tokens, positions = domain.blocks(text)
             read[text] = Windows(tokens, positions, valid_rows(positions))
@@ -114,8 +113,6 @@ class Together:
         inputs = {domain.name: domain.text.hash for domain in of}
         inputs["model"] = model_hash(folder, reader)
         settings = {"rows": ROWS, "window": WINDOW} | made_in()
-        if name == self.stream:
-            settings["rows"] = STREAM
         place = self.first.folder.parent / self.first.pair.budgeted("together") / reader / name
         return build_artifact(place, "together", settings, inputs, make, progress.say)
 

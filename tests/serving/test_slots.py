@@ -1,23 +1,20 @@
 """Memories of slots come and go: each answer is its own memory's, before, during and after."""
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
-from support import counters, oracle, variants
+from support import counters, oracle, two_ranks, variants
 from support.gate_oracle import gate_weights, random_gate
 from vllm import EngineArgs, SamplingParams
 
 from vllm_memdec import slots, startup
 from vllm_memdec.config import MemDecConfig
-from vllm_memdec.gate import FILE, write_gate
+from vllm_memdec.gate import FILE, UNITS, write_gate
 
 TWO_RANKS = """
 import json, sys
@@ -353,6 +350,36 @@ def test_running_requests_keep_their_memory(models, engine):
         assert [s["running_requests"] for s in slots.list_memories(llm)["slots"]] == [0, 0]
 
 
+def test_a_slot_waits_for_requests_on_their_way(models, engine):
+    """They may have been given it before it was emptied, and the engine does not know of them."""
+    with engine(models["base"], settings(models, 1)) as llm, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "PATIENCE", 0.1)
+        slots.load_memory(llm, "it", models["one"], alpha=0.7)
+        with slots.adding(llm.llm_engine):
+            slots.unload_memory(llm, "it")
+            with pytest.raises(ValueError, match="still run in all free slots"):
+                slots.load_memory(llm, "it", models["two"], alpha=0.3)
+        slots.load_memory(llm, "it", models["two"], alpha=0.3)
+        slots.unload_memory(llm, "it")
+        with slots.adding(llm.llm_engine):  # later ones cannot have it
+            slots.load_memory(llm, "it", models["one"], alpha=0.7)
+
+
+def test_a_gate_to_come_is_part_of_dummy_runs_alone(models, engine):
+    """For in them kernels are compiled."""
+    with engine(models["base"], settings(models, 1)) as llm:
+        core = llm.llm_engine.engine_core.engine_core
+        model = core.model_executor.driver_worker.worker.model_runner.get_model()
+        fixed, slot = model.memories
+        rows_NA = torch.zeros(2, model.batch.columns_TA.shape[1])
+        model.batch.reset()
+        score_N, certainty_4K = slot.score(torch.zeros(2, slot.width), rows_NA)
+        assert score_N.tolist() == [0, 0] and certainty_4K.shape == (4, UNITS)
+        assert fixed.score(torch.zeros(2, fixed.width), rows_NA) is None
+        model.batch.write(torch.tensor([1]), torch.tensor([0.5]), torch.tensor([2]))
+        assert slot.score(torch.zeros(2, slot.width), rows_NA) is None
+
+
 def test_two_ranks_have_all_of_a_memory_or_nothing(
     models, tiny_model, engine, subprocess_env, tmp_path
 ):
@@ -368,30 +395,9 @@ def test_two_ranks_have_all_of_a_memory_or_nothing(
             slots.load_memory(llm, "it", folder, alpha=alpha)
             found.append([tokens(llm, "it")[0][:3]])
             slots.unload_memory(llm, "it")
-    job = {
-        "llm": {
-            "model": models["base"],
-            "model_impl": "memdec",
-            "additional_config": {"memdec": block},
-            "tensor_parallel_size": 2,
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_num_seqs": 16,
-            "num_gpu_blocks_override": 100,
-        },
-        "loads": loads,
-        "prompts": PROMPTS[:1],
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", TWO_RANKS, json.dumps(job)],
-        env=subprocess_env
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    [line] = [line for line in run.stdout.splitlines() if line.startswith("[[")]
-    first, refusal, last = json.loads(line)
+    job = {"loads": loads, "prompts": PROMPTS[:1]}
+    [lines] = two_ranks.run(TWO_RANKS, models["base"], block, job, subprocess_env)
+    first, refusal, last = lines
     assert [first, last] == found and "is not whole" in refusal
 
 

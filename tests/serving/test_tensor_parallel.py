@@ -1,12 +1,7 @@
 """Tensor parallelism 2, over gloo: the answers of one rank, whole or split memories."""
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
-from support import oracle
+from support import oracle, two_ranks
 
 GENERATE = """
 import json, sys
@@ -57,30 +52,7 @@ def test_two_ranks_answer_like_one(tiny_model, engine, subprocess_env):
             [SamplingParams(**SAMPLING, extra_args=extra) for _, extra in requests],
             use_tqdm=False,
         )
-    job = {
-        "llm": {
-            "model": tiny_model("llama"),
-            "model_impl": "memdec",
-            "additional_config": {"memdec": block},
-            "tensor_parallel_size": 2,
-            "dtype": "float32",
-            "enforce_eager": True,
-            "max_num_seqs": 16,
-            "num_gpu_blocks_override": 100,
-            "disable_log_stats": True,
-        },
-        "sampling": SAMPLING,
-        "requests": requests,
-    }
-    run = subprocess.run(
-        [sys.executable, "-c", GENERATE, json.dumps(job)],
-        # Each rank is a process anyhow; the scheduler of both need not be one more.
-        env=subprocess_env
-        | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, (run.stdout + run.stderr)[-20000:]
-    two, seen = (json.loads(x) for x in run.stdout.splitlines() if x.startswith("[["))
+    job = {"sampling": SAMPLING, "requests": requests}
+    two, seen = two_ranks.run(GENERATE, tiny_model("llama"), block, job, subprocess_env)
     assert len(seen[0]) > 20 and seen[0] == seen[1], "ranks went on from different bits"
     assert len(two) == 50 and two == [list(output.outputs[0].token_ids) for output in one]

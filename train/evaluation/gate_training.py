@@ -24,7 +24,7 @@ from torch.nn.functional import gelu
 
 from vllm_memdec.checkpoint import read_block
 from vllm_memdec.errors import MemdecError
-from vllm_memdec.gate import CONTEXT, FILE, NAMES, Gate, write_gate
+from vllm_memdec.gate import CONTEXT, FILE, NAMES, UNITS, Gate, write_gate
 from vllm_memdec.kernels.interpolate import LARGEST
 from vllm_memdec.train.data.blocks import bos_of
 from vllm_memdec.train.data.readers import TEXT, Fields
@@ -44,7 +44,7 @@ from vllm_memdec.train.progress import Progress
 
 MAX_TOKENS = 2**18  # tokens scored of each kind of text, fewer where FEATURE_BYTES says so
 FEATURE_BYTES = 2**31  # bytes of the features of all kinds together, at most
-HIDDEN, CERTAINTY = 256, 16  # units for the hidden state, and for the memory's confidence
+HIDDEN = 256  # units for the hidden state; UNITS are for the memory's confidence
 # Steps, rows of a step, learning rate, share of units that dropout leaves out.
 STEPS, BATCH, RATE, DROPOUT = 600, 2048, 3e-3, 0.8
 # Unlearnt text is scarce and a wide memory overfits to it; a narrow one would never be trusted.
@@ -54,7 +54,7 @@ DECAY, DECAY_WIDTH = 3.0, 576  # weight decay from that width on, in proportion 
 WEIGHTS = {"domain": 1.0, "corpus": 0.75, "general": 6.0, "in turn": 2.0}
 # All that a gate depends on beside the texts: cached copies are named by a hash of it.
 SETTINGS = {
-    "units": (HIDDEN, CERTAINTY),
+    "units": (HIDDEN, UNITS),
     "training": (STEPS, BATCH, RATE, DROPOUT, DECAY, DECAY_WIDTH),
     "weights": WEIGHTS,
     "context": "even",
@@ -103,7 +103,7 @@ def read_windows(
 class Net(nn.Module):
     """The gate's network, on normalised features; it returns scores [N]."""
 
-    def __init__(self, width: int, hidden: int = HIDDEN, certainty: int = CERTAINTY) -> None:
+    def __init__(self, width: int, hidden: int = HIDDEN, certainty: int = UNITS) -> None:
         super().__init__()
         self.sees = nn.Linear(width, hidden)
         self.context = nn.Linear(1, hidden, bias=False)
